@@ -1,0 +1,1 @@
+"""jaxstages: train a language model in three stages, as pure JAX functions."""

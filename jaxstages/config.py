@@ -1,0 +1,201 @@
+"""The recipe: typed dataclasses, one owner each, and `validate`, which is called once at the door.
+
+Plain (not frozen) dataclasses, so that `--config.pretrain.optim.schedule.peak_lr=3e-4` can set a field; after
+`validate` nothing writes to them.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+STAGES = ("pretrain", "finetune", "instruct")
+TASKS = ("lm", "seq2seq", "classify", "chat")
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+    """kind: "bpe" (byte-level, trained here), "characters" (one token a character, trained here) or "file"."""
+
+    kind: str = "bpe"
+    vocab_size: int = 1024
+    path: str = ""
+    """For kind "file": a `tokenizer.json`."""
+    sources: tuple[str, ...] = ()
+    """What "bpe" and "characters" are trained on; by default the training sources of every stage."""
+    max_bytes: int = 20_000_000
+    """Training reads at most this much text, an equal share from each source."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AttentionConfig:
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 32
+    position: str = "rope"
+    """ "rope" or "learned"."""
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    context: int = 128
+    """Tokens in a row, and the most that attention reaches back."""
+    layers: int = 4
+    width: int = 128
+    ff_width: int = 512
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    norm: str = "rmsnorm"
+    """ "rmsnorm" or "layernorm"."""
+    activation: str = "swiglu"
+    """ "swiglu", "geglu", "gelu" or "relu2"."""
+    tied_head: bool = True
+    bias: bool = False
+    dropout: float = 0.0
+    dtype: str = "float32"
+    """Of activations and matmuls: "float32" or "bfloat16". Parameters are float32."""
+    unroll: bool = False
+    """Unroll the scan over layers: slower to compile, sometimes faster to run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 (one axis at most) takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Sources are strings, see `data/sources.py`: a path or pattern (`data/*.jsonl`), `tfds:NAME[/CONFIG]:SPLIT`,
+    `tfds:DIRECTORY:SPLIT`, `hf:NAME:SPLIT` or `world:NAME:SPLIT` (the embedded small world)."""
+
+    task: str = "lm"
+    """ "lm", "seq2seq", "classify" or "chat"."""
+    train: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    """Share of rows from each training source; by default in proportion to their rows."""
+    validation: tuple[str, ...] = ()
+    holdout: float = 0.0
+    """Without validation sources: the share held out of `train` (the tail of a text file; records by hash of
+    what they ask, so that no repeated question falls on both sides)."""
+    text: str = "{text}"
+    """lm: format string over a record's fields."""
+    prompt: str = "{prompt}"
+    """seq2seq, classify: format string of what is given."""
+    target: str = "{target}"
+    """seq2seq, classify: format string of what is to be answered, or of the label."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of a source's records are malformed."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """name: "constant", "linear", "cosine", "wsd", "rsqrt" or "plateau", each with linear warm-up to `peak_lr`."""
+
+    name: str = "cosine"
+    peak_lr: float = 1e-3
+    warmup_steps: int = 100
+    end_factor: float = 0.1
+    """linear, cosine, wsd: the last learning rate as a share of the peak."""
+    decay_share: float = 0.2
+    """wsd: the share of all steps that decays, at the end."""
+    plateau_factor: float = 0.5
+    plateau_patience: int = 3
+    plateau_window: int = 100
+    """plateau: steps whose mean training loss makes one observation."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    name: str = "adamw"
+    """ "adamw", "adafactor", "lion", "muon" or "sgd"."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+    muon_lr_factor: float = 20.0
+    """muon: learning rate of the matrices, as a multiple of the schedule's, which the rest (AdamW) follows."""
+    no_decay: tuple[str, ...] = ("scale", "bias", "embed")
+    """Parameters whose path has one of these regular expressions in it are not decayed."""
+    freeze: tuple[str, ...] = ()
+    """Parameters whose path has one of these regular expressions in it stay as they are."""
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class LoopConfig:
+    steps: int = 1000
+    batch_size: int = 16
+    """Rows in one optimizer step, over all devices and hosts."""
+    accumulate: int = 1
+    """Parts that the batch is split into; the loss and gradient do not depend on it."""
+    eval_every: int = 100
+    save_every: int = 100
+    log_every: int = 10
+    stop_after: int = 0
+    """End this run after so many steps without changing its schedule; 0 is off."""
+    keep: int = 2
+    """Latest checkpoints that stay; the best one always does."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    metrics: tuple[str, ...] = ()
+    """Beside the loss, perplexity and bits per byte: "bleu", "chrf", "exact_match" (by generation), "accuracy",
+    "macro_f1" (task classify)."""
+    max_examples: int = 500
+    """Held-out examples that generation and labels are scored on; 0 takes all."""
+    max_rows: int = 0
+    """Held-out rows that the loss is computed on; 0 takes all."""
+    max_new_tokens: int = 64
+    batch_size: int = 64
+
+
+@dataclass(kw_only=True, slots=True)
+class EarlyStoppingConfig:
+    """The best evaluation is kept and handed on whatever the patience."""
+
+    metric: str = "loss"
+    mode: str = "min"
+    patience: int = 0
+    """Evaluations in a row without improvement before the stage stops; 0 never stops."""
+    min_delta: float = 0.0
+    """An improvement must be larger than this."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    init_from: str = "parent"
+    """ "parent" (the stage before, in this workdir), "scratch", or `WORKDIR/STAGE` of another run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Recipe:
+    name: str
+    seed: int = 0
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    pretrain: StageConfig | None = None
+    finetune: StageConfig | None = None
+    instruct: StageConfig | None = None
+    prompts: tuple[str, ...] = ()
+    """Answered by every stage after a run, so that one can read what each stage taught."""
+    cache: str = ""
+    """Where prepared rows are kept; by default `WORKDIR/cache`."""
+
+
+def stages(recipe: Recipe) -> dict[str, StageConfig]:
+    """The stages that the recipe has, in their order."""
+    return {name: getattr(recipe, name) for name in STAGES if getattr(recipe, name) is not None}

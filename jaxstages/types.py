@@ -1,0 +1,66 @@
+"""The words that every other file uses: Batch, TrainState, Model, Metrics.
+
+Legend, the same in every file: B batch, L length, D width, H query heads, G key/value heads, K head dim,
+F feed-forward, V vocab, N layers (stacked), S cache slots, R LoRA rank, A accumulation.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+Params = dict[str, Any]
+"""Nested dict of arrays; a parameter's path is its keys joined by "/", such as `layers/attention/query/kernel`."""
+
+Sums = dict[str, Array]
+"""Reductions that are not divided yet: each "name" holds a sum over tokens, "weight" the sum to divide by."""
+
+Metrics = dict[str, float]
+"""Values for people and logs, already divided."""
+
+
+class Batch(NamedTuple):
+    """Packed rows, the only form in which data reaches a step.
+
+    A row holds several examples one after the other, each a *segment* that is numbered 1, 2, ... with
+    positions that start again at 0. Slots of segment 0 are padding.
+
+    | field         | row of two examples `[a b c]` and `[x y]`, only `c` and `y` trained on |
+    | tokens_BL     |  a  b  x  0 |
+    | targets_BL    |  b  c  y  0 |
+    | weights_BL    |  0  1  1  0 |
+    | segments_BL   |  1  1  2  0 |
+    | positions_BL  |  0  1  0  0 |
+    """
+
+    tokens_BL: Int[Array, "B L"]
+    targets_BL: Int[Array, "B L"]
+    weights_BL: Float[Array, "B L"]
+    segments_BL: Int[Array, "B L"]
+    positions_BL: Int[Array, "B L"]
+
+
+class TrainState(NamedTuple):
+    """What one optimizer step reads and writes. Arrays only, so that it goes through a checkpoint as it is."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+class Model(NamedTuple):
+    """A language model as pure functions, made the way optax makes a GradientTransformation.
+
+    init: `init(key) -> params`.
+    apply: `apply(params, batch, dropout_key) -> logits_BLV`; `dropout_key=None` turns dropout off.
+    axes: tree like params whose leaves are tuples of logical axis names, one a dim ("embed", "heads", ...).
+    init_cache: `init_cache(batch_size, slots) -> cache`, the empty key/value cache for decoding.
+    decode: `decode(params, tokens_BL, positions_BL, cache) -> (logits_BLV, cache)`; keys and values are written
+        to the slot of their position, and a query attends to the slots up to its own position.
+    """
+
+    init: Callable[[PRNGKeyArray], Params]
+    apply: Callable[[Params, Batch, PRNGKeyArray | None], Float[Array, "B L V"]]
+    axes: Params
+    init_cache: Callable[[int, int], Any]
+    decode: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[Float[Array, "B L V"], Any]]
