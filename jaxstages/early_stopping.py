@@ -1,0 +1,66 @@
+"""Early stopping as a pure pytree: patience and min-delta against the best so far, safe against NaN.
+
+Two traps of other implementations that this one is tested against: comparing with the value before instead of the
+best (an oscillating plateau then never stops), and letting a NaN become "the best" (nothing can beat it afterwards).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class EarlyStoppingState(NamedTuple):
+    """Arrays only, so that it is saved and restored with the rest of the training state.
+
+    best: the best finite value so far; +inf (mode "min") or -inf ("max") before the first.
+    best_step: the step of `best`; -1 before the first.
+    bad: evaluations in a row that did not improve on `best`.
+    """
+
+    best: np.ndarray
+    best_step: np.ndarray
+    bad: np.ndarray
+
+
+class EarlyStopping(NamedTuple):
+    """`init() -> state`, `update(state, value, step) -> state`, `should_stop(state) -> bool`."""
+
+    init: Callable[[], EarlyStoppingState]
+    update: Callable[[EarlyStoppingState, float, int], EarlyStoppingState]
+    should_stop: Callable[[EarlyStoppingState], bool]
+
+
+def early_stopping(*, mode: str = "min", patience: int = 0, min_delta: float = 0.0) -> EarlyStopping:
+    """Stop after `patience` evaluations in a row without an improvement of more than `min_delta` on the best.
+
+    A value that is not finite counts as no improvement and never becomes the best. With patience 0 it only keeps
+    book of the best. The very first finite value is always an improvement.
+
+    | value, mode "min", patience 2, min_delta 0.1 | 3.0 | 2.5 | 2.45 | nan  |
+    | best                                         | 3.0 | 2.5 | 2.5  | 2.5  |
+    | bad                                          | 0   | 0   | 1    | 2    |
+    | should_stop                                  |     |     |      | True |
+
+    Raises:
+        ValueError: mode is neither "min" nor "max", or patience or min_delta is negative.
+    """
+    if mode not in ("min", "max"):
+        raise ValueError(f'early_stopping.mode={mode!r}; known: "min", "max"')
+    if patience < 0 or not 0 <= min_delta < np.inf:
+        raise ValueError(f"early_stopping: patience={patience} and min_delta={min_delta} must be at least 0 and finite")
+    worst = np.inf if mode == "min" else -np.inf
+
+    def init() -> EarlyStoppingState:
+        return EarlyStoppingState(best=np.float64(worst), best_step=np.int64(-1), bad=np.int64(0))
+
+    def update(state: EarlyStoppingState, value: float, step: int) -> EarlyStoppingState:
+        gain = state.best - value if mode == "min" else value - state.best
+        if np.isfinite(value) and gain > min_delta:
+            return EarlyStoppingState(best=np.float64(value), best_step=np.int64(step), bad=np.int64(0))
+        return state._replace(bad=state.bad + 1)
+
+    def should_stop(state: EarlyStoppingState) -> bool:
+        return bool(patience and state.bad >= patience)
+
+    return EarlyStopping(init, update, should_stop)

@@ -1,0 +1,114 @@
+"""Scores of text, by the field's own scorers, and where the numbers of a run are written."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF
+from tensorboardX import SummaryWriter
+
+from jaxstages.types import Metrics, Sums
+
+
+def from_sums(sums: Sums) -> Metrics:
+    """Loss (nats a scored token), perplexity, accuracy of tokens and, where "bytes" is there, bits per byte."""
+    weight = float(sums["weight"])
+    if not weight:
+        raise ValueError("no token was scored: every loss weight is 0; look at the data with `jaxstages inspect`")
+    nll = float(sums["nll"])
+    metrics = {
+        "loss": nll / weight,
+        "perplexity": math.exp(min(nll / weight, 700.0)),
+        "token_accuracy": float(sums["correct"]) / weight,
+    }
+    if float(sums.get("bytes", 0.0)):
+        metrics["bits_per_byte"] = nll / math.log(2) / float(sums["bytes"])
+    return metrics
+
+
+def score_text(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> tuple[Metrics, list[str]]:
+    """Corpus scores of generated answers, in percent, and sacreBLEU's signatures.
+
+    Args:
+        names: of "bleu", "chrf" (sacreBLEU's defaults, Post 2018) and "exact_match" (after stripping white space).
+    """
+    scores, signatures = {}, []
+    for name in names:
+        match name:
+            case "bleu" | "chrf":
+                scorer = BLEU() if name == "bleu" else CHRF()
+                scores[name] = scorer.corpus_score(list(answers), [list(references)]).score
+                signatures.append(str(scorer.get_signature()))
+            case "exact_match":
+                hits = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
+                scores[name] = 100.0 * hits / len(references)
+            case _:
+                raise ValueError(f"metric {name!r} is not scored from text; known: bleu, chrf, exact_match")
+    return scores, signatures
+
+
+def score_labels(predictions: Sequence[str], references: Sequence[str]) -> Metrics:
+    """Accuracy and macro-F1 in percent; a label counts for macro-F1 if it is predicted or true somewhere
+    (scikit-learn's `f1_score(average="macro", zero_division=0)`)."""
+    pairs = list(zip(predictions, references, strict=True))
+    f1 = []
+    for label in sorted(set(predictions) | set(references)):
+        hits = sum(p == label == r for p, r in pairs)
+        claimed, true = sum(p == label for p, _ in pairs), sum(r == label for _, r in pairs)
+        f1.append(2 * hits / (claimed + true))
+    return {
+        "accuracy": 100.0 * sum(p == r for p, r in pairs) / len(pairs),
+        "macro_f1": 100.0 * sum(f1) / len(f1),
+    }
+
+
+def plain(value: Any) -> Any:
+    """A number that JSON can hold: NaN and infinities become null."""
+    value = float(value) if isinstance(value, np.floating) else value
+    if isinstance(value, np.integer):
+        return int(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsWriter:
+    """`metrics.jsonl`, a JSON object a line with "step" and "kind" ("train", "eval" or "event"), and TensorBoard files.
+
+    Opened at `step`, it drops the lines of later steps: a run that is resumed from there writes them again.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        fresh.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        line = {"step": step, "kind": kind} | {name: plain(value) for name, value in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("step", "kind"):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]

@@ -1,0 +1,93 @@
+"""The train step and the eval step: pure functions of arrays. They know nothing of data, disk, config or Flax.
+
+Legend: B batch, L length, V vocab, A accumulation.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxstages.losses import cross_entropy_sums
+from jaxstages.types import Batch, Params, Sums, TrainState
+
+Apply = Callable[[Params, Batch, Array | None], Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+
+
+def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """Step 0 of a stage: parameters as they are, a fresh optimizer."""
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def make_train_step(
+    apply: Apply,
+    tx: optax.GradientTransformationExtraArgs,
+    *,
+    seed: int = 0,
+    accumulate: int = 1,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> TrainStep:
+    """One optimizer update as `step(state, batch) -> (state, sums)`, to be jitted with the state donated.
+
+    The gradient is that of the sum over all scored tokens, divided once by the weight of the whole batch: it is the
+    same however the batch is split into parts, devices or hosts. The dropout key is a function of seed and step, so
+    nothing random is stored.
+
+    Args:
+        apply: `apply(params, batch, dropout_key) -> logits_BLV`.
+        accumulate: parts that the batch is split into, one after the other, to save memory; divides B.
+
+    Returns a step whose sums are those of `cross_entropy_sums`, and "grad_norm" before clipping.
+    """
+
+    def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Sums]:
+        logits_BLV = apply(params, batch, key)
+        sums = cross_entropy_sums(
+            logits_BLV, batch.targets_BL, batch.weights_BL, label_smoothing=label_smoothing, z_loss=z_loss
+        )
+        return sums["objective"], sums
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if accumulate == 1:
+            grads, sums = gradient(state.params, batch, key)
+        else:
+            # Row b goes to part b % A, so that each device keeps its own rows whatever A is.
+            parts = jax.tree.map(
+                lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+
+            def add(total: tuple[Params, Sums], part: tuple[Batch, Array]) -> tuple[tuple[Params, Sums], None]:
+                found = gradient(state.params, part[0], jax.random.fold_in(key, part[1]))
+                return jax.tree.map(jnp.add, total, found), None
+
+            shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts), key)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            (grads, sums), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))
+        # A batch without a scored token is refused before it gets here; the floor only keeps its gradient at 0.
+        weight = jnp.maximum(sums["weight"], 1e-6)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=sums["objective"] / weight)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), sums | {"grad_norm": optax.global_norm(grads)}
+
+    return step
+
+
+def make_eval_step(apply: Apply, token_bytes_V: Float[Array, " V"] | None = None) -> Callable[[Params, Batch], Sums]:
+    """Sums over one batch without dropout, `eval_step(params, batch) -> sums`; with `token_bytes_V` (UTF-8 bytes of
+    each token) also "bytes", the text that was scored, for bits per byte."""
+
+    def step(params: Params, batch: Batch) -> Sums:
+        sums = cross_entropy_sums(apply(params, batch, None), batch.targets_BL, batch.weights_BL)
+        if token_bytes_V is not None:
+            sums["bytes"] = jnp.sum(token_bytes_V[batch.targets_BL] * (batch.weights_BL > 0))
+        return sums
+
+    return step
