@@ -140,4 +140,11 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
     if config.freeze:
         # Last, so that neither decay nor momentum can move what is frozen.
         parts.append(optax.masked(optax.set_to_zero(), lambda params: path_matches(config.freeze, params)))
-    return optax.with_extra_args_support(optax.chain(*parts))
+    chain = optax.with_extra_args_support(optax.chain(*parts))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        # optax's own arithmetic mixes int counts with floats, and ranks; ours stays strict under test.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return chain.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)

@@ -1,0 +1,199 @@
+"""Where records come from: files, TFDS, Hugging Face datasets and the embedded small world, behind one function.
+
+| source                 | records                                                                        |
+| ---------------------- | ------------------------------------------------------------------------------ |
+| `notes/*.txt`          | {"text": the whole file}                                                       |
+| `pairs/*.jsonl`        | a JSON object a line; `.jsonl.gz` too                                          |
+| `pairs/*.parquet`      | a row each                                                                     |
+| `pairs/*.array_record` | a JSON object each                                                             |
+| `tfds:NAME:SPLIT`      | any TFDS builder (`NAME/CONFIG` too), or the folder of a prepared one          |
+| `hf:NAME:SPLIT`        | a Hugging Face dataset (`pip install jaxstages[hf]`)                            |
+| `world:NAME:SPLIT`     | the small world: text, pairs or chats; train or validation                     |
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+
+
+class Item(NamedTuple):
+    """One record and where it stands (`file:line`), or, with `record=None`, what is wrong with it."""
+
+    where: str
+    record: Record | None
+    fault: str = ""
+
+
+class Source(NamedTuple):
+    """name: as in the recipe. read: `read() -> items`, from the beginning each time. fingerprint: SHA-256 of the bytes
+    that are read. whole_text: each record is a whole text file, of which a share is held out at its end."""
+
+    name: str
+    read: Callable[[], Iterator[Item]]
+    fingerprint: str
+    whole_text: bool = False
+
+
+def open_source(name: str, data_dir: Path) -> Source:
+    """Find a source; nothing is read yet but for its fingerprint.
+
+    Args:
+        name: see the table above; a path may be a pattern.
+        data_dir: where TFDS builders keep what they prepare.
+
+    Raises:
+        ValueError: no such file, builder or split, or a kind of file that is not known.
+    """
+    kind, _, rest = name.partition(":")
+    match kind:
+        case "world" | "tfds" | "hf" if rest.count(":"):
+            dataset, _, split = rest.rpartition(":")
+            if kind == "world":
+                return _open_world(name, dataset, split, data_dir)
+            return _open_tfds(name, dataset, split, data_dir) if kind == "tfds" else _open_hf(name, dataset, split)
+        case "world" | "tfds" | "hf":
+            raise ValueError(f"source {name!r} has no split; write it as {kind}:NAME:SPLIT")
+        case _:
+            return _open_files(name)
+
+
+def _open_files(name: str) -> Source:
+    files = [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
+    if not files:
+        raise ValueError(f"no file matches {name!r} (looked from {Path.cwd()}); name a file or a pattern that does")
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".gz": _read_jsonl}
+    readers |= {".parquet": _read_parquet, ".array_record": _read_array_record}
+    for file in files:
+        if file.suffix not in readers or (file.suffix == ".gz" and not file.name.endswith(".jsonl.gz")):
+            raise ValueError(f"{file}: unknown kind of file; known: .txt .jsonl .jsonl.gz .parquet .array_record")
+        if not file.stat().st_size:
+            raise ValueError(f"{file} is empty; remove it from {name!r} or fill it")
+
+    def read() -> Iterator[Item]:
+        for file in files:
+            yield from readers[file.suffix](file)
+
+    return Source(name, read, _fingerprint(files), whole_text=all(file.suffix == ".txt" for file in files))
+
+
+def _fingerprint(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _read_text(file: Path) -> Iterator[Item]:
+    try:
+        yield Item(str(file), {"text": file.read_text(encoding="utf-8")})
+    except UnicodeDecodeError as error:
+        yield Item(str(file), None, f"not UTF-8: {error}")
+
+
+def _parse(where: str, line: bytes) -> Item:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Item(where, None, f"not JSON: {error}")
+    if not isinstance(record, dict):
+        return Item(where, None, f"a JSON object is wanted, not {type(record).__name__}")
+    return Item(where, record)
+
+
+def _read_jsonl(file: Path) -> Iterator[Item]:
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _parse(f"{file}:{number}", line)
+
+
+def _read_parquet(file: Path) -> Iterator[Item]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file} is no Parquet file: {error}") from error
+    number = 0
+    for batch in table.iter_batches():
+        for record in batch.to_pylist():
+            number += 1
+            yield Item(f"{file}:{number}", record)
+
+
+def _read_array_record(file: Path) -> Iterator[Item]:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(file))
+    for number in range(reader.num_records()):
+        yield _parse(f"{file}:{number + 1}", reader.read([number])[0])
+    reader.close()
+
+
+def _open_world(name: str, dataset: str, split: str, data_dir: Path) -> Source:
+    from jaxstages.world.builders import open_world
+
+    records = open_world(dataset, split, str(data_dir))
+
+    def read() -> Iterator[Item]:
+        for number in range(len(records)):
+            yield Item(f"{name}:{number + 1}", records[number])
+
+    folders = sorted((data_dir / f"world_{dataset}").rglob(f"*-{split}.array_record*"))
+    return Source(name, read, _fingerprint(folders))
+
+
+def _plain(value: Any) -> Any:
+    """What TFDS hands out (bytes, numpy, ragged sequences) as what JSON would have given."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
+    import tensorflow_datasets as tfds
+
+    try:
+        if (Path(dataset) / "dataset_info.json").exists():
+            builder = tfds.builder_from_directory(dataset)
+        else:
+            builder = tfds.builder(dataset, data_dir=str(data_dir), file_format="array_record")
+            builder.download_and_prepare()
+        records = builder.as_data_source(split=split)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{name}: TFDS can't open it: {str(error).splitlines()[0]}") from error
+
+    def read() -> Iterator[Item]:
+        for number in range(len(records)):
+            where = f"{name}:{number + 1}"
+            try:
+                yield Item(where, _plain(records[number]))
+            except UnicodeDecodeError as error:
+                yield Item(where, None, f"not UTF-8: {error}")
+
+    return Source(name, read, _fingerprint(sorted(Path(str(builder.data_path)).glob("*.array_record*"))))
+
+
+def _open_hf(name: str, dataset: str, split: str) -> Source:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{name}: Hugging Face datasets is not installed; pip install jaxstages[hf]") from error
+    records = datasets.load_dataset(dataset, split=split)
+
+    def read() -> Iterator[Item]:
+        for number, record in enumerate(records, start=1):
+            yield Item(f"{name}:{number}", dict(record))
+
+    return Source(name, read, records._fingerprint)

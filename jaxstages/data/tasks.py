@@ -1,0 +1,143 @@
+"""Records -> examples: what each task shows the model, and which of its tokens are trained on.
+
+| task              | ids                                                  | trained on          |
+| ----------------- | ---------------------------------------------------- | ------------------- |
+| lm                | <|endoftext|> text <|endoftext|>                     | all but the first   |
+| seq2seq, classify | <|endoftext|> prompt <|sep|> target <|endoftext|>    | target and the end  |
+| chat              | see `data/chat.py`                                   | assistant, its end  |
+"""
+
+import hashlib
+import string
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxstages.config import DataConfig
+from jaxstages.data.chat import chat_prompt, check_messages, encode_chat
+from jaxstages.data.sources import Record
+from jaxstages.data.tokenizer import Tokenizer
+
+
+class Example(NamedTuple):
+    """ids int32 [n], weights float32 [n]: how much predicting ids[i] counts; weights[0] is 0, nothing predicts it."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+class Question(NamedTuple):
+    """What is generated from, or scored by label: prompt ids, the right answer, and the record's "kind" if it has one."""
+
+    prompt: list[int]
+    reference: str
+    kind: str
+
+
+class Encoded(NamedTuple):
+    """examples: pieces that fit the context. question: held-out tasks only. lost: tokens that did not fit."""
+
+    examples: list[Example]
+    question: Question | None
+    lost: int
+
+
+def render(template: str, record: Record) -> str:
+    """Fill a format string from a record's fields; a template without braces is a field's name.
+
+    | template          | record                     | result   |
+    | `{en} => {fr}`    | {"en": "dog", "fr": "chien"} | dog => chien |
+    | `en`              |                            | dog      |
+
+    Raises:
+        ValueError: the record lacks a field, or it is neither text nor a number.
+    """
+    if "{" not in template:
+        template = f"{{{template}}}"
+    parts = []
+    # Not str.format: a field such as {text.__class__} has no business here.
+    for literal, name, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if name is None:
+            continue
+        value = record.get(name)
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise ValueError(f"field {name!r} is missing or no text; it has {', '.join(map(repr, record)) or 'none'}")
+        parts.append(str(value))
+    text = "".join(parts)
+    if not text.strip():
+        raise ValueError(f"{template} is empty")
+    return text
+
+
+def asks(record: Record, config: DataConfig) -> str:
+    """What a record asks, by which it is held out: two records that ask the same never fall on two sides.
+
+    Raises:
+        ValueError: the record does not fit the task.
+    """
+    match config.task:
+        case "lm":
+            return render(config.text, record)
+        case "seq2seq" | "classify":
+            return render(config.prompt, record)
+        case "chat":
+            return next(m["content"] for m in check_messages(record) if m["role"] == "user")
+        case _:
+            raise ValueError(f"data.task={config.task!r}; known: lm, seq2seq, classify, chat")
+
+
+def is_held_out(question: str, share: float) -> bool:
+    """A fixed choice of about `share` of all questions, by hash."""
+    digest = hashlib.sha256(question.strip().encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def encode(record: Record, config: DataConfig, tokenizer: Tokenizer, context: int) -> Encoded:
+    """One record as examples of at most `context` + 1 ids (a row of `context` slots holds that many).
+
+    Text is cut into pieces that overlap by one token, so that each token is predicted once. A pair that does not fit
+    is left out; a chat is cut after the last whole answer that fits.
+
+    Raises:
+        ValueError: the record does not fit the task.
+    """
+    special, most = tokenizer.specials, context + 1
+    if config.task == "lm":
+        text = tokenizer.encode(render(config.text, record))
+        ids = np.concatenate([[special.end_of_text], text, [special.end_of_text]]).astype(np.int32)
+        pieces = [ids[start : start + most] for start in range(0, len(ids) - 1, context)]
+        return Encoded([Example(piece, _after_first(len(piece))) for piece in pieces], None, 0)
+    if config.task == "chat":
+        return _encode_chat(record, tokenizer, most)
+    prompt, target = render(config.prompt, record), render(config.target, record)
+    prompt_ids, target_ids = tokenizer.encode_batch([prompt, target])
+    start = np.concatenate([[special.end_of_text], prompt_ids, [special.separator]]).astype(np.int32)
+    ids = np.concatenate([start, target_ids, [special.end_of_text]]).astype(np.int32)
+    question = Question(start.tolist(), target, str(record.get("kind", "")))
+    if len(ids) > most:
+        return Encoded([], question, len(ids))
+    weights = np.concatenate([np.zeros(len(start)), np.ones(len(target_ids) + 1)]).astype(np.float32)
+    return Encoded([Example(ids, weights)], question, 0)
+
+
+def _after_first(length: int) -> np.ndarray:
+    weights = np.ones(length, np.float32)
+    weights[0] = 0.0
+    return weights
+
+
+def _encode_chat(record: Record, tokenizer: Tokenizer, most: int) -> Encoded:
+    messages = check_messages(record)
+    ids, weights = encode_chat(messages, tokenizer)
+    ends = np.cumsum([len(turn) for turn in ids])
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    last = answers[-1]
+    prompt = chat_prompt(messages[:last], tokenizer).tolist()
+    question = Question(prompt, messages[last]["content"], str(record.get("kind", "")))
+    fitting = [n for n in answers if ends[n] <= most]
+    if not fitting:
+        return Encoded([], question, int(ends[-1]))
+    kept = fitting[-1] + 1
+    example = Example(np.concatenate(ids[:kept]), np.concatenate(weights[:kept]))
+    return Encoded([example], question, int(ends[last] - ends[kept - 1]))
