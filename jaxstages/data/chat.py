@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxstages.data.sources import Record
-from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.data.tokenizer import Specials
 
 TEMPLATE = "<|endoftext|>(<|role|>content<|end|>)*"
 """Name of the template in a checkpoint's metadata; a stage refuses a parent with another."""
@@ -45,14 +45,17 @@ def check_messages(record: Record) -> list[dict[str, Any]]:
     return messages
 
 
-def encode_chat(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def encode_chat(
+    messages: list[dict[str, Any]], contents: list[np.ndarray], special: Specials
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Ids and loss weights, an array a turn, the first of them opened by the end-of-text token.
+
+    Args:
+        contents: token ids of each message's content.
 
     | user "hi", assistant "yo"  | <|endoftext|> <|user|> hi <|end|> | <|assistant|> yo <|end|> |
     | weights                    |      0           0     0     0    |      0         1     1    |
     """
-    special = tokenizer.specials
-    contents = tokenizer.encode_batch([message["content"] for message in messages])
     ids, weights = [], []
     for message, content in zip(messages, contents, strict=True):
         role = getattr(special, message["role"])
@@ -63,7 +66,6 @@ def encode_chat(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> tuple[l
     return ids, weights
 
 
-def chat_prompt(messages: list[dict[str, Any]], tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of the conversation so far, up to where the assistant has to answer."""
-    ids, _ = encode_chat(messages, tokenizer)
-    return np.concatenate([*ids, [tokenizer.specials.assistant]]).astype(np.int32)
+def chat_prompt(turns: list[np.ndarray], special: Specials) -> list[int]:
+    """Ids of the conversation so far (turns as of `encode_chat`), up to where the assistant has to answer."""
+    return np.concatenate([*turns, [special.assistant]]).tolist()

@@ -32,11 +32,13 @@ class Item(NamedTuple):
 
 class Source(NamedTuple):
     """name: as in the recipe. read: `read() -> items`, from the beginning each time. fingerprint: SHA-256 of the bytes
-    that are read. whole_text: each record is a whole text file, of which a share is held out at its end."""
+    that are read. records: how many there are, for the progress line. whole_text: each record is a whole text file, of
+    which a share is held out at its end."""
 
     name: str
     read: Callable[[], Iterator[Item]]
     fingerprint: str
+    records: int
     whole_text: bool = False
 
 
@@ -79,7 +81,22 @@ def _open_files(name: str) -> Source:
         for file in files:
             yield from readers[file.suffix](file)
 
-    return Source(name, read, _fingerprint(files), whole_text=all(file.suffix == ".txt" for file in files))
+    whole_text = all(file.suffix == ".txt" for file in files)
+    return Source(name, read, _fingerprint(files), sum(map(_count, files)), whole_text)
+
+
+def _count(file: Path) -> int:
+    """Records of a file; lines for JSONL, blank ones included."""
+    match file.suffix:
+        case ".txt":
+            return 1
+        case ".parquet":
+            return _open_parquet(file).metadata.num_rows
+        case ".array_record":
+            return _open_array_record(file).num_records()
+        case _:
+            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+                return sum(1 for _ in lines)
 
 
 def _fingerprint(files: Iterable[Path]) -> str:
@@ -114,24 +131,34 @@ def _read_jsonl(file: Path) -> Iterator[Item]:
                 yield _parse(f"{file}:{number}", line)
 
 
-def _read_parquet(file: Path) -> Iterator[Item]:
+def _open_parquet(file: Path) -> Any:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(file)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{file} is no Parquet file: {error}") from error
+
+
+def _read_parquet(file: Path) -> Iterator[Item]:
     number = 0
-    for batch in table.iter_batches():
+    for batch in _open_parquet(file).iter_batches():
         for record in batch.to_pylist():
             number += 1
             yield Item(f"{file}:{number}", record)
 
 
-def _read_array_record(file: Path) -> Iterator[Item]:
+def _open_array_record(file: Path) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(str(file))
+    try:
+        return ArrayRecordReader(str(file))
+    except RuntimeError as error:
+        raise ValueError(f"{file} is no ArrayRecord file: {error}") from error
+
+
+def _read_array_record(file: Path) -> Iterator[Item]:
+    reader = _open_array_record(file)
     for number in range(reader.num_records()):
         yield _parse(f"{file}:{number + 1}", reader.read([number])[0])
     reader.close()
@@ -147,7 +174,7 @@ def _open_world(name: str, dataset: str, split: str, data_dir: Path) -> Source:
             yield Item(f"{name}:{number + 1}", records[number])
 
     folders = sorted((data_dir / f"world_{dataset}").rglob(f"*-{split}.array_record*"))
-    return Source(name, read, _fingerprint(folders))
+    return Source(name, read, _fingerprint(folders), len(records))
 
 
 def _plain(value: Any) -> Any:
@@ -182,7 +209,8 @@ def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
             except UnicodeDecodeError as error:
                 yield Item(where, None, f"not UTF-8: {error}")
 
-    return Source(name, read, _fingerprint(sorted(Path(str(builder.data_path)).glob("*.array_record*"))))
+    files = sorted(Path(str(builder.data_path)).glob("*.array_record*"))
+    return Source(name, read, _fingerprint(files), len(records))
 
 
 def _open_hf(name: str, dataset: str, split: str) -> Source:
@@ -196,4 +224,4 @@ def _open_hf(name: str, dataset: str, split: str) -> Source:
         for number, record in enumerate(records, start=1):
             yield Item(f"{name}:{number}", dict(record))
 
-    return Source(name, read, records._fingerprint)
+    return Source(name, read, records._fingerprint, len(records))

@@ -16,7 +16,7 @@ import numpy as np
 from jaxstages.config import DataConfig
 from jaxstages.data.chat import chat_prompt, check_messages, encode_chat
 from jaxstages.data.sources import Record
-from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.data.tokenizer import Specials
 
 
 class Example(NamedTuple):
@@ -27,7 +27,7 @@ class Example(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is generated from, or scored by label: prompt ids, the right answer, and the record's "kind" if it has one."""
+    """What is generated from, or scored by label: prompt ids, the right answer, the record's "kind" or ""."""
 
     prompt: list[int]
     reference: str
@@ -93,48 +93,62 @@ def is_held_out(question: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def encode(record: Record, config: DataConfig, tokenizer: Tokenizer, context: int) -> Encoded:
-    """One record as examples of at most `context` + 1 ids (a row of `context` slots holds that many).
-
-    Text is cut into pieces that overlap by one token, so that each token is predicted once. A pair that does not fit
-    is left out; a chat is cut after the last whole answer that fits.
+def texts(record: Record, config: DataConfig) -> list[str]:
+    """What has to be tokenized of a record, so that many records can be tokenized at once.
 
     Raises:
         ValueError: the record does not fit the task.
     """
-    special, most = tokenizer.specials, context + 1
-    if config.task == "lm":
-        text = tokenizer.encode(render(config.text, record))
-        ids = np.concatenate([[special.end_of_text], text, [special.end_of_text]]).astype(np.int32)
-        pieces = [ids[start : start + most] for start in range(0, len(ids) - 1, context)]
-        return Encoded([Example(piece, _after_first(len(piece))) for piece in pieces], None, 0)
-    if config.task == "chat":
-        return _encode_chat(record, tokenizer, most)
-    prompt, target = render(config.prompt, record), render(config.target, record)
-    prompt_ids, target_ids = tokenizer.encode_batch([prompt, target])
-    start = np.concatenate([[special.end_of_text], prompt_ids, [special.separator]]).astype(np.int32)
-    ids = np.concatenate([start, target_ids, [special.end_of_text]]).astype(np.int32)
-    question = Question(start.tolist(), target, str(record.get("kind", "")))
-    if len(ids) > most:
-        return Encoded([], question, len(ids))
-    weights = np.concatenate([np.zeros(len(start)), np.ones(len(target_ids) + 1)]).astype(np.float32)
-    return Encoded([Example(ids, weights)], question, 0)
+    match config.task:
+        case "lm":
+            return [render(config.text, record)]
+        case "seq2seq" | "classify":
+            return [render(config.prompt, record), render(config.target, record)]
+        case "chat":
+            return [message["content"] for message in check_messages(record)]
+        case _:
+            raise ValueError(f"data.task={config.task!r}; known: lm, seq2seq, classify, chat")
 
 
-def _after_first(length: int) -> np.ndarray:
-    weights = np.ones(length, np.float32)
-    weights[0] = 0.0
-    return weights
+def assemble(
+    record: Record, found: list[str], ids: list[np.ndarray], task: str, special: Specials, context: int
+) -> Encoded:
+    """A record's `texts` and their ids as examples of at most `context` + 1 ids (that many fill `context` slots).
+
+    Text is cut into pieces that overlap by one token, so that each token is predicted once. A pair that does not fit
+    is left out; a chat is cut after the last whole answer that fits.
+    """
+    most = context + 1
+    if task == "lm":
+        document = np.concatenate([[special.end_of_text], ids[0], [special.end_of_text]]).astype(np.int32)
+        pieces = [document[start : start + most] for start in range(0, len(document) - 1, context)]
+        return Encoded([Example(piece, _scored_after(1, len(piece))) for piece in pieces], None, 0)
+    if task == "chat":
+        return _assemble_chat(record, ids, special, most)
+    start = pair_prompt(ids[0], special)
+    pair = np.concatenate([start, ids[1], [special.end_of_text]]).astype(np.int32)
+    question = Question(start, found[1], str(record.get("kind", "")))
+    if len(pair) > most:
+        return Encoded([], question, len(pair))
+    return Encoded([Example(pair, _scored_after(len(start), len(pair)))], question, 0)
 
 
-def _encode_chat(record: Record, tokenizer: Tokenizer, most: int) -> Encoded:
-    messages = check_messages(record)
-    ids, weights = encode_chat(messages, tokenizer)
+def pair_prompt(prompt: np.ndarray, special: Specials) -> list[int]:
+    """Ids of what is given, up to where the target has to come."""
+    return [special.end_of_text, *prompt.tolist(), special.separator]
+
+
+def _scored_after(start: int, length: int) -> np.ndarray:
+    return (np.arange(length) >= start).astype(np.float32)
+
+
+def _assemble_chat(record: Record, contents: list[np.ndarray], special: Specials, most: int) -> Encoded:
+    messages = record["messages"]
+    ids, weights = encode_chat(messages, contents, special)
     ends = np.cumsum([len(turn) for turn in ids])
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     last = answers[-1]
-    prompt = chat_prompt(messages[:last], tokenizer).tolist()
-    question = Question(prompt, messages[last]["content"], str(record.get("kind", "")))
+    question = Question(chat_prompt(ids[:last], special), messages[last]["content"], str(record.get("kind", "")))
     fitting = [n for n in answers if ends[n] <= most]
     if not fitting:
         return Encoded([], question, int(ends[-1]))

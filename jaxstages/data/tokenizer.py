@@ -107,9 +107,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path) ->
             backend.decoder = decoders.ByteLevel()
             smallest = len(SPECIAL_TOKENS) + 256
             if config.vocab_size < smallest:
-                raise ValueError(
-                    f"config.tokenizer.vocab_size={config.vocab_size}: byte-level needs {smallest} or more"
-                )
+                raise ValueError(f"config.tokenizer.vocab_size={config.vocab_size}: it needs {smallest} or more")
             trainer = trainers.BpeTrainer(
                 vocab_size=config.vocab_size,
                 special_tokens=list(SPECIAL_TOKENS),

@@ -1,0 +1,106 @@
+"""Batches by step: `batch(k)` is a pure function of the recipe and k, on any number of hosts.
+
+Nothing about the position is stored: a run that resumes at step k asks for batch k. Legend: B batch, L length.
+"""
+
+import concurrent.futures
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from jaxstages.data.packing import FIELDS
+from jaxstages.data.prepare import Prepared
+from jaxstages.types import Batch
+
+BatchAt = Callable[[int], Batch]
+
+
+class _Rows:
+    """Random access to the packed rows of one cache, each int32 [5, L]."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        shards = zip(prepared.shards, prepared.index["rows_of_shards"], strict=True)
+        self._records = grain.sources.ArrayRecordDataSource([str(path) for path, rows in shards if rows])
+        self._length = prepared.index["context"]
+        self._name = prepared.folder.name
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.frombuffer(self._records[index], np.int32).reshape(FIELDS, self._length)
+
+    def __repr__(self) -> str:
+        return f"Rows({self._name})"
+
+
+def to_batch(rows: Sequence[np.ndarray]) -> Batch:
+    """Rows int32 [5, L] -> a Batch of numpy arrays [B, L]."""
+    tokens, targets, weights, segments, positions = np.stack(rows, axis=1)
+    return Batch(tokens, targets, weights.view(np.float32), segments, positions)
+
+
+def local_rows(batch_size: int, process: int, processes: int) -> range:
+    """Rows of a batch that host `process` of `processes` loads."""
+    if batch_size % processes:
+        raise ValueError(f"batch_size={batch_size} must be divisible by the number of hosts, {processes}")
+    share = batch_size // processes
+    return range(process * share, (process + 1) * share)
+
+
+def batches_by_step(
+    sources: Sequence[Prepared],
+    *,
+    batch_size: int,
+    seed: int,
+    weights: Sequence[float] = (),
+    process: int = 0,
+    processes: int = 1,
+) -> BatchAt:
+    """`batch(k)`: this host's rows of batch k, k = 0, 1, ...
+
+    Each source is shuffled by seed, anew in each pass; sources are mixed by weight (default: by their rows). Row i of
+    batch k is row k * batch_size + i of that endless stream.
+    """
+    streams, shares = [], []
+    for number, (prepared, weight) in enumerate(
+        zip(sources, weights or [one.index["rows"] for one in sources], strict=True)
+    ):
+        if weight:
+            streams.append(grain.MapDataset.source(_Rows(prepared)).shuffle(seed=seed + number).repeat())
+            shares.append(float(weight))
+    stream = grain.MapDataset.mix(streams, weights=shares) if len(streams) > 1 else streams[0]
+    mine = local_rows(batch_size, process, processes)
+
+    def batch(k: int) -> Batch:
+        return to_batch([stream[k * batch_size + i] for i in mine])
+
+    return batch
+
+
+def batches_once(
+    sources: Sequence[Prepared], *, batch_size: int, most: int = 0, process: int = 0, processes: int = 1
+) -> Iterator[Batch]:
+    """All held-out rows once, in order (`most` evenly spread ones if not 0); the last batch is filled with empty rows,
+    whose weights are 0, so that every shape is the same and no row counts twice."""
+    rows = [(source, i) for source in map(_Rows, sources) for i in range(len(source))]
+    if most and len(rows) > most:
+        rows = [rows[i * len(rows) // most] for i in range(most)]
+    mine = local_rows(batch_size, process, processes)
+    length = sources[0].index["context"]
+    empty = np.zeros((FIELDS, length), np.int32)
+    for start in range(0, len(rows), batch_size):
+        chosen = [rows[start + i] if start + i < len(rows) else None for i in mine]
+        yield to_batch([entry[0][entry[1]] if entry else empty for entry in chosen])
+
+
+def prefetch(batch: Callable[[int], Batch], start: int, stop: int, ahead: int = 2) -> Iterator[Batch]:
+    """batch(start) .. batch(stop - 1); while one is used, a thread loads (and places) the next `ahead`."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(batch, k) for k in range(start, min(start + ahead, stop))]
+        for k in range(start, stop):
+            found = waiting.pop(0).result()
+            if k + ahead < stop:
+                waiting.append(pool.submit(batch, k + ahead))
+            yield found

@@ -1,0 +1,213 @@
+"""Records -> packed rows on disk, once: tokenized in batches over all cores, cached by fingerprint, restartable.
+
+A cache is a folder named by the SHA-256 of all that its rows depend on. It holds a shard a block of records
+(`rows-00000.array_record`, `shard-00000.json`), and `index.json`, which is written last: without it the cache is not
+whole, and the next run goes on after the shards that are there.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from jaxstages.config import DataConfig
+from jaxstages.console import Progress, say
+from jaxstages.data.packing import pack
+from jaxstages.data.sources import Item, Source
+from jaxstages.data.tasks import Question, asks, assemble, is_held_out, texts
+from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.workdir import read_json, write_json
+
+VERSION = 1
+"""Counts up when the same inputs give other rows."""
+
+BLOCK_CHARACTERS, BLOCK_RECORDS = 16_000_000, 50_000
+"""A shard is closed when it has this much text (or one record that has more), or this many records."""
+
+SUMMED = ("records", "bad", "examples", "rows", "tokens", "scored", "cut_examples", "cut_tokens")
+
+MOST_NAMED = 5
+"""Malformed records that are named; all of them are counted."""
+
+
+class Prepared(NamedTuple):
+    """A whole cache. index: what `index.json` says of it, counts and shares."""
+
+    folder: Path
+    index: dict[str, Any]
+
+    @property
+    def shards(self) -> list[Path]:
+        return [_rows_file(self.folder, n) for n in range(self.index["shards"])]
+
+    def questions(self, most: int = 0) -> list[Question]:
+        """Held-out questions in the order of their records; `most` of them, evenly spread, if it is not 0."""
+        lines = (self.folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+        if most and len(lines) > most:
+            lines = [lines[i * len(lines) // most] for i in range(most)]
+        return [Question(*json.loads(line)) for line in lines]
+
+    def target_counts(self) -> np.ndarray:
+        """float64 [V]: loss weight of each token as a target, for the unigram baseline."""
+        return np.load(self.folder / "target_counts.npy")
+
+
+def prepare(source: Source, part: str, config: DataConfig, tokenizer: Tokenizer, context: int, cache: Path) -> Prepared:
+    """The packed rows of one source, from the cache if they are there.
+
+    Args:
+        part: "train" or "validation"; with `config.holdout` each gets its side of the source, else all of it.
+        context: slots in a row.
+
+    Raises:
+        ValueError: more malformed records than `config.max_bad_share`, or nothing left to train on.
+    """
+    parts = [VERSION, source.fingerprint, tokenizer.sha256, context, config.task]
+    parts += [config.holdout, part] if config.holdout else [""]
+    parts += [config.text] if config.task == "lm" else [config.prompt, config.target]
+    folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+    if (folder / "index.json").exists():
+        return _usable(Prepared(folder, read_json(folder / "index.json")), config)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(f"prepare {source.name} ({part}): records", source.records)
+    shards, records = 0, 0
+    for block in _blocks(source, part, config):
+        if not _shard_file(folder, shards).exists():
+            _write_shard(folder, shards, block, config, tokenizer, context)
+        shards, records = shards + 1, records + len(block)
+        progress.update(records)
+    write_json(folder / "index.json", _summarise(folder, shards, source.name, part, context))
+    return _usable(Prepared(folder, read_json(folder / "index.json")), config)
+
+
+def _rows_file(folder: Path, shard: int) -> Path:
+    return folder / f"rows-{shard:05}.array_record"
+
+
+def _shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05}.json"
+
+
+def items_of(source: Source, part: str, config: DataConfig) -> Iterator[Item]:
+    """The items of one part ("train" or "validation"): with `config.holdout` its side of the source, else all."""
+    for item in source.read():
+        sided = _side(item, source.whole_text, part, config)
+        if sided is not None:
+            yield sided
+
+
+def _blocks(source: Source, part: str, config: DataConfig) -> Iterator[list[Item]]:
+    """The items of one part, some thousands at a time."""
+    block: list[Item] = []
+    size = 0
+    for item in items_of(source, part, config):
+        block.append(item)
+        size += sum(len(value) for value in (item.record or {}).values() if isinstance(value, str))
+        if size >= BLOCK_CHARACTERS or len(block) >= BLOCK_RECORDS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _side(item: Item, whole_text: bool, part: str, config: DataConfig) -> Item | None:
+    """The item as it stands in `part`, or None if it belongs to the other one. Malformed ones are in both."""
+    if item.record is None or not config.holdout:
+        return item
+    if whole_text:
+        text = item.record["text"]
+        cut = len(text) - round(len(text) * config.holdout)
+        return item._replace(record={"text": text[:cut] if part == "train" else text[cut:]})
+    try:
+        held_out = is_held_out(asks(item.record, config), config.holdout)
+    except ValueError as error:
+        return Item(item.where, None, str(error))
+    return item if held_out == (part == "validation") else None
+
+
+def _write_shard(
+    folder: Path, shard: int, block: list[Item], config: DataConfig, tokenizer: Tokenizer, context: int
+) -> None:
+    """Encode and pack a block; the shard's JSON comes last and makes it count."""
+    kept, bad = [], []
+    for item in block:
+        try:
+            if item.record is None:
+                raise ValueError(item.fault)
+            kept.append((item.record, texts(item.record, config)))
+        except ValueError as error:
+            bad.append(f"{item.where}: {error}")
+    ids = iter(tokenizer.encode_batch([text for _, found in kept for text in found]))
+    encoded = [
+        assemble(record, found, [next(ids) for _ in found], config.task, tokenizer.specials, context)
+        for record, found in kept
+    ]
+    examples = [example for one in encoded for example in one.examples]
+    rows = pack(examples, context)
+    file = _rows_file(folder, shard)
+    fresh = file.with_suffix(".tmp")
+    writer = ArrayRecordWriter(str(fresh), "group_size:1")  # one record a group: read at random places
+    for row in rows:
+        writer.write(row.tobytes())
+    writer.close()
+    fresh.replace(file)
+    counts = np.zeros(tokenizer.vocab_size)
+    for example in examples:
+        np.add.at(counts, example.ids[1:], example.weights[1:])
+    np.save(folder / f"counts-{shard:05}.npy", counts)
+    statistics = {
+        "records": len(block),
+        "bad": len(bad),
+        "bad_named": bad[:MOST_NAMED],
+        "examples": len(examples),
+        "rows": len(rows),
+        "tokens": sum(len(example.ids) - 1 for example in examples),
+        "scored": float(counts.sum()),
+        "cut_examples": sum(one.lost > 0 for one in encoded),
+        "cut_tokens": sum(one.lost for one in encoded),
+        "questions": [one.question for one in encoded if one.question is not None],
+    }
+    write_json(_shard_file(folder, shard), statistics)
+
+
+def _summarise(folder: Path, shards: int, source: str, part: str, context: int) -> dict[str, Any]:
+    """Add up the shards: the index, and beside it the questions and the counts of targets."""
+    index: dict[str, Any] = {"source": source, "part": part, "context": context, "shards": shards}
+    index |= dict.fromkeys((*SUMMED, "bad_named"), 0) | {"bad_named": [], "rows_of_shards": []}
+    counts = np.zeros(0)
+    with (folder / "questions.jsonl").open("w", encoding="utf-8") as questions:
+        for shard in range(shards):
+            found = read_json(_shard_file(folder, shard))
+            index |= {name: index[name] + found[name] for name in SUMMED}
+            index["bad_named"] = (index["bad_named"] + found["bad_named"])[:MOST_NAMED]
+            index["rows_of_shards"].append(found["rows"])
+            questions.writelines(json.dumps(question) + "\n" for question in found["questions"])
+            shard_counts = np.load(folder / f"counts-{shard:05}.npy")
+            counts = shard_counts if not shard else counts + shard_counts
+    np.save(folder / "target_counts.npy", counts)
+    return index
+
+
+def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
+    """Raises ValueError for data that must not be trained on, whether it was made now or lay in the cache."""
+    index = prepared.index
+    named = "; ".join(index["bad_named"])
+    if index["bad"] > config.max_bad_share * index["records"]:
+        raise ValueError(
+            f"{index['source']}: {index['bad']} of {index['records']} records are malformed, more than "
+            f"max_bad_share={config.max_bad_share}; mend them or raise it. The first: {named}"
+        )
+    if index["bad"]:
+        say(f"{index['source']}: skipped {index['bad']} malformed of {index['records']} records: {named}", "yellow")
+    if not index["rows"]:
+        raise ValueError(f"{index['source']} ({index['part']}): no example is left of {index['records']} records")
+    if not index["scored"]:
+        raise ValueError(
+            f"{index['source']} ({index['part']}): every token is masked, nothing is trained on; "
+            "check the task and the fields of its records with `jaxstages inspect`"
+        )
+    return prepared

@@ -1,0 +1,54 @@
+"""Classification by scoring each label as text: the label that the model finds likeliest is its answer."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxstages.data.packing import lay_out
+from jaxstages.data.pipeline import to_batch
+from jaxstages.data.tasks import Example
+from jaxstages.types import Batch, Model, Params
+
+
+def make_row_log_prob(model: Model) -> Callable[[Params, Batch], Float[Array, " B"]]:
+    """`row_log_prob(params, batch) -> [B]`: log-probability of each row's scored tokens."""
+
+    def row_log_prob(params: Params, batch: Batch) -> Array:
+        logits_BLV = model.apply(params, batch, None).astype(jnp.float32)
+        log_probs_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
+        chosen_BL = jnp.take_along_axis(log_probs_BLV, batch.targets_BL[..., None], axis=-1)[..., 0]
+        return jnp.sum(chosen_BL * batch.weights_BL, axis=1)
+
+    return row_log_prob
+
+
+def likeliest_labels(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    *,
+    context: int,
+    batch_size: int,
+) -> list[int]:
+    """Index of the likeliest label for each prompt. A label is its token ids with the end token; a prompt that is too
+    long with its label loses its beginning."""
+    score = jax.jit(make_row_log_prob(model))
+    rows = [
+        lay_out([_candidate(list(prompt), list(label), context)], context) for prompt in prompts for label in labels
+    ]
+    scores: list[float] = []
+    for start in range(0, len(rows), batch_size):
+        chosen = rows[start : start + batch_size]
+        fill = [np.zeros_like(rows[0])] * (batch_size - len(chosen))
+        scores += np.asarray(score(params, to_batch([*chosen, *fill])))[: len(chosen)].tolist()
+    return np.asarray(scores).reshape(len(prompts), len(labels)).argmax(axis=1).tolist()
+
+
+def _candidate(prompt: list[int], label: list[int], context: int) -> Example:
+    prompt = prompt[-(context + 1 - len(label)) :]
+    weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(label))]).astype(np.float32)
+    return Example(np.asarray(prompt + label, np.int32), weights)

@@ -1,0 +1,127 @@
+"""Held-out scores of parameters: the loss over packed rows, and the task's own metrics from generated answers."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstages.data.pipeline import batches_once
+from jaxstages.data.prepare import Prepared
+from jaxstages.data.tasks import Question
+from jaxstages.decode.generate import Sampling, generate_all
+from jaxstages.decode.label import likeliest_labels
+from jaxstages.metrics import from_sums, score_labels, score_text
+from jaxstages.sharding import place_batch
+from jaxstages.step import make_eval_step
+from jaxstages.types import Metrics, Params, Sums
+from jaxstages.workbench import Workbench
+
+
+class Report(NamedTuple):
+    """metrics: plain numbers. signatures: sacreBLEU's, of the scores that have one."""
+
+    metrics: Metrics
+    signatures: list[str]
+
+
+def make_evaluate(bench: Workbench) -> Callable[[Params], Report]:
+    """`evaluate(params)`: every held-out row and question once, on any number of devices and hosts."""
+    stage, config = bench.stage, bench.stage.evaluation
+    eval_step = jax.jit(make_eval_step(bench.model.apply, jnp.asarray(bench.tokenizer.token_bytes())))
+    questions = [q for source in bench.held_out for q in source.questions()]
+    if config.max_examples and len(questions) > config.max_examples:
+        questions = [questions[i * len(questions) // config.max_examples] for i in range(config.max_examples)]
+    scored = config.metrics and questions
+
+    def loss_sums(params: Params) -> Sums:
+        total: Sums = {}
+        batches = batches_once(
+            bench.held_out,
+            batch_size=config.batch_size,
+            most=config.max_rows,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        for batch in batches:
+            sums = eval_step(params, place_batch(batch, bench.mesh))
+            # Sums stay on the device, so that no batch waits for the one before.
+            total = sums if not total else jax.tree.map(jnp.add, total, sums)
+        return total
+
+    def evaluate(params: Params) -> Report:
+        metrics = from_sums(jax.device_get(loss_sums(params)))
+        if not scored:
+            return Report(metrics, [])
+        if stage.data.task == "classify":
+            return Report(metrics | _classify(bench, params, questions), [])
+        answers = answer(bench, params, [question.prompt for question in questions])
+        references = [question.reference for question in questions]
+        scores, signatures = score_text(config.metrics, answers, references)
+        if "exact_match" in config.metrics:
+            scores |= _by_kind(questions, answers)
+        return Report(metrics | scores, signatures)
+
+    return evaluate
+
+
+def answer(
+    bench: Workbench,
+    params: Params,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int = 0,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
+    """Generated text for each prompt, up to the end of the text or of the turn."""
+    special, config = bench.tokenizer.specials, bench.stage.evaluation
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens or config.max_new_tokens,
+        temperature=temperature,
+        stop=(special.end_of_text, special.end_of_turn),
+    )
+    ids = generate_all(
+        bench.model,
+        params,
+        prompts,
+        sampling,
+        context=bench.recipe.model.context,
+        batch_size=config.batch_size,
+        mesh=bench.mesh,
+        seed=seed,
+    )
+    return [bench.tokenizer.decode(tokens) for tokens in ids]
+
+
+def _classify(bench: Workbench, params: Params, questions: list[Question]) -> Metrics:
+    labels = sorted({q.reference for source in (*bench.train, *bench.held_out) for q in source.questions()})
+    ids = [[*tokens.tolist(), bench.tokenizer.specials.end_of_text] for tokens in bench.tokenizer.encode_batch(labels)]
+    chosen = likeliest_labels(
+        bench.model,
+        params,
+        [question.prompt for question in questions],
+        ids,
+        context=bench.recipe.model.context,
+        batch_size=bench.stage.evaluation.batch_size,
+    )
+    return score_labels([labels[i] for i in chosen], [question.reference for question in questions])
+
+
+def _by_kind(questions: list[Question], answers: list[str]) -> Metrics:
+    """Exact match of each kind of question, where records name theirs in a field "kind"."""
+    hits = defaultdict(list)
+    for question, text in zip(questions, answers, strict=True):
+        if question.kind:
+            hits[question.kind].append(text.strip() == question.reference.strip())
+    return {f"exact_match/{kind}": 100.0 * sum(found) / len(found) for kind, found in sorted(hits.items())}
+
+
+def unigram_perplexity(train: list[Prepared], held_out: list[Prepared]) -> float:
+    """Perplexity on the held-out targets of a model that knows only how often each token is a training target (with
+    one added to each count): the yardstick that a language model has to beat by far."""
+    counts = np.sum([source.target_counts() for source in train], axis=0) + 1.0
+    seen = np.sum([source.target_counts() for source in held_out], axis=0)
+    return float(np.exp(-np.sum(seen * np.log(counts / counts.sum())) / seen.sum()))

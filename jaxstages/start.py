@@ -1,0 +1,163 @@
+"""Where a stage starts, by rules in this order:
+
+1. its own checkpoints: resume everything, parameters, optimizer, step and early stopping;
+2. a parent (by default the stage before, at its best step): parameters and metadata only, under the contract below;
+3. scratch, only where the recipe says so (`init_from="scratch"`; the first stage of a recipe has no parent).
+
+Anything else raises. The contract: tokenizer, control tokens, architecture and chat template are the parent's, its
+result is complete, and its parameters are those that its result names.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxstages import config as recipes
+from jaxstages.checkpoint import Checkpoints, params_sha256, read_meta, read_params, stored_shapes
+from jaxstages.console import say
+from jaxstages.data.chat import TEMPLATE
+from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
+from jaxstages.step import init_state
+from jaxstages.types import Params, TrainState
+from jaxstages.workbench import Workbench
+from jaxstages.workdir import checkpoints_folder, read_json, result_file
+
+CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_template")
+"""What a stage's metadata must have in common with its parent's."""
+
+
+class Start(NamedTuple):
+    """parent: path, step and params_sha256 as they were read, or None from scratch."""
+
+    state: TrainState
+    stopping: EarlyStoppingState
+    parent: dict[str, Any] | None
+
+
+def contract_of(bench: Workbench) -> dict[str, Any]:
+    """What every checkpoint of this stage says of itself, and the next stage checks."""
+    return {
+        "tokenizer_sha256": bench.tokenizer.sha256,
+        "vocab_size": bench.tokenizer.vocab_size,
+        "special_ids": list(bench.tokenizer.specials),
+        "model": recipes.to_dict(bench.recipe.model),
+        "chat_template": TEMPLATE,
+    }
+
+
+def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStopping) -> Start:
+    """The starting state of a stage, by the rules above.
+
+    Raises:
+        ValueError: no rule applies, or the contract is broken; it says what to do.
+    """
+    steps = checkpoints.steps()
+    if steps:
+        found = checkpoints.restore(steps[-1], bench.shapes, stopping.init())
+        _check_contract(bench.stage_dir, found.meta, contract_of(bench))
+        say(f"{bench.name}: resumes at step {steps[-1]} of {bench.stage.loop.steps}", "cyan")
+        return Start(found.state, found.stopping, found.meta["parent"])
+    parent = parent_folder(bench)
+    if parent is None:
+        params = _from_scratch(bench)
+        say(f"{bench.name}: starts from scratch, {_millions(params)} parameters new", "cyan")
+        return Start(_fresh_state(bench, params), stopping.init(), None)
+    params, lineage = read_parent(parent, bench.shapes.params, contract_of(bench))
+    say(f"{bench.name}: starts from {parent} at step {lineage['step']}, its best", "cyan")
+    _report(bench, parent, lineage, params)
+    return Start(_fresh_state(bench, params), stopping.init(), lineage)
+
+
+def parent_folder(bench: Workbench) -> Path | None:
+    """The folder of the stage that this one starts from; None means scratch."""
+    match bench.stage.init_from:
+        case "scratch":
+            return None
+        case "parent":
+            names = list(recipes.stages(bench.recipe))
+            place = names.index(bench.name)
+            if not place and bench.name == "pretrain":
+                return None
+            if not place:
+                raise ValueError(
+                    f"{bench.name} is the recipe's first stage and has no parent; set config.{bench.name}.init_from to "
+                    'WORKDIR/STAGE of another run, or to "scratch"'
+                )
+            return bench.workdir / names[place - 1]
+        case path:
+            return Path(path)
+
+
+def read_parent(folder: Path, target: Params, contract: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+    """The best parameters of a finished stage, and its lineage: path, step, params_sha256.
+
+    Raises:
+        ValueError: the stage is missing, unfinished, damaged or made for something else.
+    """
+    if not result_file(folder).exists():
+        state = "is not finished" if checkpoints_folder(folder).exists() else "was not trained"
+        raise ValueError(
+            f"the parent {folder} {state}; run `jaxstages {folder.name}` with --workdir={folder.parent} first"
+        )
+    result = read_json(result_file(folder))
+    step = result["best_step"]
+    _check_contract(folder, read_meta(folder, step), contract)
+    params = read_params(folder, step, target)
+    digest = params_sha256(params)
+    if digest != result["params_sha256"]:
+        raise ValueError(
+            f"{folder} at step {step} is damaged: params_sha256 is {digest[:12]}…, its result.json says "
+            f"{result['params_sha256'][:12]}…; train {folder.name} again"
+        )
+    return params, {"path": str(folder), "step": step, "params_sha256": digest}
+
+
+def _check_contract(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    for name in CONTRACT:
+        if theirs.get(name) != ours[name]:
+            if isinstance(ours[name], dict):
+                old, new = theirs.get(name) or {}, ours[name]
+                parts = [f"{key} {old.get(key)!r} there, {new[key]!r} here" for key in new if old.get(key) != new[key]]
+                what = f"{name} differs: {'; '.join(parts)}"
+            else:
+                what = f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here"
+            raise ValueError(
+                f"{folder} does not fit this recipe: {what}; use the recipe that it was trained with, or another "
+                "--workdir for a new run"
+            )
+
+
+def _from_scratch(bench: Workbench) -> Params:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, bench.shapes.params)
+    # Each device makes its own part: no host ever holds the whole.
+    return jax.jit(bench.model.init, out_shardings=shardings)(jax.random.key(bench.recipe.seed))
+
+
+def _fresh_state(bench: Workbench, params: Params) -> TrainState:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, bench.shapes)
+    return jax.jit(lambda p: init_state(p, bench.tx), out_shardings=shardings, donate_argnums=0)(params)
+
+
+def _millions(params: Params) -> str:
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.2f}M"
+
+
+def _report(bench: Workbench, parent: Path, lineage: dict[str, Any], params: Params) -> None:
+    """Say what is inherited, and for each parameter that it was restored, or is new, or dropped."""
+    stored = stored_shapes((checkpoints_folder(parent) / str(lineage["step"]) / "params").absolute())
+    ours = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    say(
+        f"  inherited: tokenizer {bench.tokenizer.sha256[:12]}…, {bench.tokenizer.vocab_size} tokens, chat template, "
+        f"model {bench.recipe.model.layers} layers x {bench.recipe.model.width}, "
+        f"params {lineage['params_sha256'][:12]}…"
+    )
+    for path in sorted(stored.keys() | ours):
+        fate = "restored" if path in stored and path in ours else "new" if path in ours else "dropped"
+        shape, dtype = stored.get(path) or (ours[path].shape, np.dtype(ours[path].dtype).name)
+        say(f"  {fate:8} {path}  {dtype}{list(shape)}")
+    say(f"  new: the optimizer's state, step 0; {_millions(params)} parameters restored")

@@ -1,0 +1,74 @@
+"""A verdict on a finished stage: underfit, overfit, healthy or diverging, with its evidence and the remedy to try."""
+
+import math
+from typing import NamedTuple
+
+OVERFIT_RISE = 0.02
+"""Held-out loss this share above its best, while the training loss went on falling, is overfitting."""
+
+STILL_FALLING = 0.01
+"""Held-out loss that fell by more than this share over the last quarter of the stage was not done."""
+
+
+class Verdict(NamedTuple):
+    name: str
+    evidence: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.evidence}. {self.remedy}"
+
+
+def judge(train: list[tuple[int, float]], held_out: list[tuple[int, float]], baseline: float = math.inf) -> Verdict:
+    """Judge the curves of one stage.
+
+    Args:
+        train, held_out: (step, loss) in the order of the steps; NaN where it was not finite.
+        baseline: loss of the unigram model on the held-out text; what stays above half of the way to it is underfit.
+    """
+    finite = [(step, loss) for step, loss in held_out if math.isfinite(loss)]
+    if not finite or not math.isfinite(held_out[-1][1]):
+        return Verdict("diverging", "the held-out loss is not finite", "Halve peak_lr, or lengthen the warm-up")
+    if any(not math.isfinite(loss) for _, loss in train):
+        step = next(step for step, loss in train if not math.isfinite(loss))
+        return Verdict("diverging", f"the training loss was not finite at step {step}", "Halve peak_lr")
+    first, last = finite[0][1], finite[-1][1]
+    best_step, best = min(finite, key=lambda point: point[1])
+    if last > 1.5 * first:
+        evidence = f"held-out loss rose from {first:.3f} to {last:.3f}"
+        if not train or train[-1][1] > train[0][1]:
+            return Verdict("diverging", f"{evidence}, and so did the training loss", "Halve peak_lr")
+    tail = _tail_loss(train)
+    if last > best * (1 + OVERFIT_RISE) and _at(train, best_step) > tail:
+        return Verdict(
+            "overfit",
+            f"held-out loss {last:.3f} is above its best, {best:.3f} at step {best_step}, while the training loss fell "
+            f"from {_at(train, best_step):.3f} to {tail:.3f}",
+            f"The best step is kept; add data, dropout or weight decay, or stop at about {best_step} steps",
+        )
+    if last > baseline:
+        return Verdict(
+            "underfit",
+            f"held-out loss {last:.3f} is no better than counting words, {baseline:.3f}",
+            "Raise peak_lr, train for more steps, or check the data with `jaxstages inspect`",
+        )
+    before = [loss for step, loss in finite if step <= 0.75 * finite[-1][0]]
+    if before and before[-1] - last > STILL_FALLING * before[-1]:
+        fell = 100 * (before[-1] - last) / before[-1]
+        return Verdict(
+            "underfit",
+            f"held-out loss was still falling, by {fell:.1f} % over the last quarter, to {last:.3f}",
+            "Train for more steps, or with a larger model or peak_lr",
+        )
+    return Verdict("healthy", f"held-out loss settled at {last:.3f}, training loss at {tail:.3f}", "Nothing to mend")
+
+
+def _tail_loss(train: list[tuple[int, float]]) -> float:
+    tail = [loss for _, loss in train[-max(len(train) // 10, 1) :]]
+    return sum(tail) / len(tail) if tail else math.nan
+
+
+def _at(train: list[tuple[int, float]], step: int) -> float:
+    """Mean training loss around a step."""
+    near = [loss for found, loss in train if abs(found - step) <= max(0.05 * train[-1][0], 1)]
+    return sum(near) / len(near) if near else math.nan

@@ -1,0 +1,138 @@
+"""What a stage works with, made from its part of the recipe: mesh, tokenizer, model, optimizer and prepared data."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxstages import config as recipes
+from jaxstages.config import Recipe, StageConfig
+from jaxstages.console import say
+from jaxstages.data.prepare import Prepared, items_of, prepare
+from jaxstages.data.sources import open_source
+from jaxstages.data.tasks import texts
+from jaxstages.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from jaxstages.models.transformer import make_model
+from jaxstages.optim import check_patterns, make_optimizer
+from jaxstages.sharding import check_batch_size, like_params, make_mesh, param_shardings
+from jaxstages.step import init_state
+from jaxstages.types import Model, TrainState
+from jaxstages.workdir import tokenizer_file
+
+
+class Workbench(NamedTuple):
+    """shapes: the train state as shapes with shardings, which nothing is computed for."""
+
+    name: str
+    recipe: Recipe
+    stage: StageConfig
+    workdir: Path
+    mesh: Mesh
+    tokenizer: Tokenizer
+    model: Model
+    tx: optax.GradientTransformationExtraArgs
+    shapes: TrainState
+    train: list[Prepared]
+    held_out: list[Prepared]
+
+    @property
+    def stage_dir(self) -> Path:
+        return self.workdir / self.name
+
+
+def cache_folder(recipe: Recipe, workdir: Path) -> Path:
+    return Path(recipe.cache) if recipe.cache else workdir / "cache"
+
+
+def open_tokenizer(recipe: Recipe, workdir: Path) -> Tokenizer:
+    """The run's tokenizer: trained, or taken over, on first use; afterwards the one in the workdir."""
+    path = tokenizer_file(workdir)
+    if path.exists():
+        return load_tokenizer(path)
+    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir), path)
+    say(f"tokenizer: {recipe.tokenizer.kind}, {tokenizer.vocab_size} tokens, {path}")
+    return tokenizer
+
+
+def _tokenizer_texts(recipe: Recipe, workdir: Path) -> Iterator[str]:
+    """An equal share of `max_bytes` from each source. Held-out records are left out by the same rule as in training."""
+    chosen = {source: stage for stage in recipes.stages(recipe).values() for source in stage.data.train}
+    if recipe.tokenizer.sources:
+        unknown = [name for name in recipe.tokenizer.sources if name not in chosen]
+        if unknown:
+            raise ValueError(
+                f"config.tokenizer.sources: {unknown[0]!r} is no stage's training source; known: {[*chosen]}"
+            )
+        chosen = {name: chosen[name] for name in recipe.tokenizer.sources}
+    for name, stage in chosen.items():
+        left = recipe.tokenizer.max_bytes // len(chosen)
+        source = open_source(name, cache_folder(recipe, workdir))
+        for item in items_of(source, "train", stage.data):
+            if item.record is None:
+                continue
+            try:
+                found = texts(item.record, stage.data)
+            except ValueError:
+                continue  # counted and named when the source is prepared
+            yield from found
+            left -= sum(len(text.encode()) for text in found)
+            if left <= 0:
+                break
+
+
+def prepare_stage(
+    stage: StageConfig, tokenizer: Tokenizer, context: int, cache: Path
+) -> tuple[list[Prepared], list[Prepared]]:
+    """The stage's training and held-out rows, from the cache where they are there."""
+    data = stage.data
+
+    def rows(names: tuple[str, ...], part: str) -> list[Prepared]:
+        return [prepare(open_source(name, cache), part, data, tokenizer, context, cache) for name in names]
+
+    return rows(data.train, "train"), rows(data.validation or data.train, "validation")
+
+
+def open_workbench(recipe: Recipe, name: str, workdir: Path) -> Workbench:
+    """Everything that stage `name` needs but its starting state.
+
+    Raises:
+        ValueError: the recipe has no such stage, or a part of it does not fit the mesh or the data.
+    """
+    known = recipes.stages(recipe)
+    if name not in known:
+        raise ValueError(f"recipe {recipe.name!r} has no stage {name}; it has {', '.join(known)}")
+    stage = known[name]
+    mesh = make_mesh(recipe.mesh)
+    check_batch_size(f"config.{name}.loop.batch_size", stage.loop.batch_size, stage.loop.accumulate, mesh)
+    check_batch_size(f"config.{name}.evaluation.batch_size", stage.evaluation.batch_size, 1, mesh)
+    tokenizer = open_tokenizer(recipe, workdir)
+    model = make_model(recipe.model, tokenizer.vocab_size)
+    tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
+    train, held_out = prepare_stage(stage, tokenizer, recipe.model.context, cache_folder(recipe, workdir))
+    return Workbench(
+        name=name,
+        recipe=recipe,
+        stage=stage,
+        workdir=workdir,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        model=model,
+        tx=tx,
+        shapes=state_shapes(model, tx, stage, mesh),
+        train=train,
+        held_out=held_out,
+    )
+
+
+def state_shapes(model: Model, tx: optax.GradientTransformationExtraArgs, stage: StageConfig, mesh: Mesh) -> TrainState:
+    """The train state as shapes with shardings; the optimizer's state is split as its parameters are."""
+    state = jax.eval_shape(lambda key: init_state(model.init(key), tx), jax.random.key(0))
+    check_patterns("optim.freeze", stage.optim.freeze, state.params)
+    params = param_shardings(state.params, model.axes, mesh)
+    shardings = like_params(state, state.params, params, mesh)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+    )
