@@ -193,9 +193,6 @@ def fingerprint(tree: Any) -> str:
     """A digest of all leaves of a tree (paths, shapes, dtypes, values), the same on any mesh."""
     digest = hashlib.sha256()
     for path, leaf in _named(tree):
-        if isinstance(leaf, jax.Array):
-            words = np.asarray(_leaf_print(leaf)).tobytes()
-        else:
-            words = np.asarray(leaf).tobytes()
-        digest.update(f"{path}:{leaf.dtype}:{leaf.shape}".encode() + words)
+        words = np.asarray(_leaf_print(leaf) if isinstance(leaf, jax.Array) else leaf)
+        digest.update(f"{path}:{leaf.dtype}:{leaf.shape}".encode() + words.tobytes())
     return digest.hexdigest()

@@ -27,14 +27,15 @@ class Report(NamedTuple):
     signatures: list[str]
 
 
-def make_evaluate(bench: Workbench) -> Callable[[Params], Report]:
-    """`evaluate(params)`: every held-out row and question once, on any number of devices and hosts."""
+def make_evaluate(bench: Workbench) -> Callable[[Params, bool], Report]:
+    """`evaluate(params, scores)`: every held-out row once, on any number of devices and hosts; with `scores` also the
+    metrics of the recipe, for which every held-out question is answered once."""
     stage, config = bench.stage, bench.stage.evaluation
     eval_step = jax.jit(make_eval_step(bench.model.apply, jnp.asarray(bench.tokenizer.token_bytes())))
     questions = [q for source in bench.held_out for q in source.questions()]
     if config.max_examples and len(questions) > config.max_examples:
         questions = [questions[i * len(questions) // config.max_examples] for i in range(config.max_examples)]
-    scored = config.metrics and questions
+    scored = bool(config.metrics and questions)
 
     def loss_sums(params: Params) -> Sums:
         total: Sums = {}
@@ -51,18 +52,18 @@ def make_evaluate(bench: Workbench) -> Callable[[Params], Report]:
             total = sums if not total else jax.tree.map(jnp.add, total, sums)
         return total
 
-    def evaluate(params: Params) -> Report:
+    def evaluate(params: Params, scores: bool) -> Report:
         metrics = from_sums(jax.device_get(loss_sums(params)))
-        if not scored:
+        if not (scores and scored):
             return Report(metrics, [])
         if stage.data.task == "classify":
             return Report(metrics | _classify(bench, params, questions), [])
         answers = answer(bench, params, [question.prompt for question in questions])
         references = [question.reference for question in questions]
-        scores, signatures = score_text(config.metrics, answers, references)
+        found, signatures = score_text(config.metrics, answers, references)
         if "exact_match" in config.metrics:
-            scores |= _by_kind(questions, answers)
-        return Report(metrics | scores, signatures)
+            found |= _by_kind(questions, answers)
+        return Report(metrics | found, signatures)
 
     return evaluate
 

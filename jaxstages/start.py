@@ -29,11 +29,12 @@ CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_temp
 
 
 class Start(NamedTuple):
-    """parent: path, step and params_sha256 as they were read, or None from scratch."""
+    """parent: path, step and params_sha256 as they were read, or None from scratch. carried: a resumed loop's totals."""
 
     state: TrainState
     stopping: EarlyStoppingState
     parent: dict[str, Any] | None
+    carried: dict[str, Any] | None = None
 
 
 def contract_of(bench: Workbench) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
         found = checkpoints.restore(steps[-1], bench.shapes, stopping.init())
         _check_contract(bench.stage_dir, found.meta, contract_of(bench))
         say(f"{bench.name}: resumes at step {steps[-1]} of {bench.stage.loop.steps}", "cyan")
-        return Start(found.state, found.stopping, found.meta["parent"])
+        return Start(found.state, found.stopping, found.meta["parent"], found.meta["carried"])
     parent = parent_folder(bench)
     if parent is None:
         params = _from_scratch(bench)

@@ -64,3 +64,11 @@ class Model(NamedTuple):
     axes: Params
     init_cache: Callable[[int, int], Any]
     decode: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[Float[Array, "B L V"], Any]]
+
+
+class Diverged(Exception):
+    """The numbers of the run are no longer finite; the last good checkpoint stands. Exit code 70."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved everything; starting it again goes on. Exit code 75."""

@@ -210,4 +210,9 @@ def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
             f"{index['source']} ({index['part']}): every token is masked, nothing is trained on; "
             "check the task and the fields of its records with `jaxstages inspect`"
         )
+    if config.task != "lm" and index["scored"] == index["tokens"]:
+        raise ValueError(
+            f"{index['source']} ({index['part']}): no token is masked, the prompts would be trained on; look at its "
+            "records with `jaxstages inspect`"
+        )
     return prepared

@@ -1,0 +1,17 @@
+"""Stage three, the finish: follow instructions, over one turn or several.
+
+Chats are written by one template (`data/chat.py`); trained on are the assistant's words and the token that ends its
+turn. It starts from the best checkpoint of the stage before.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jaxstages.config import Recipe
+from jaxstages.loop import train_stage
+from jaxstages.workbench import open_workbench
+
+
+def run(recipe: Recipe, workdir: Path) -> dict[str, Any] | None:
+    """Train (or go on training) the stage in `workdir/instruct`; its result, or None if `stop_after` ended it."""
+    return train_stage(open_workbench(recipe, "instruct", workdir))

@@ -1,0 +1,27 @@
+"""Stage one, the rough sketch: a causal language model over raw text.
+
+What the model meets here is unlabelled: every token of every document is a target. Documents share rows, but no
+token sees another document. It starts from scratch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jaxstages.config import Recipe
+from jaxstages.console import say
+from jaxstages.evaluate import unigram_perplexity
+from jaxstages.loop import train_stage
+from jaxstages.workbench import open_workbench
+
+
+def run(recipe: Recipe, workdir: Path) -> dict[str, Any] | None:
+    """Train (or go on training) the stage in `workdir/pretrain`; its result, or None if `stop_after` ended it."""
+    bench = open_workbench(recipe, "pretrain", workdir)
+    result = train_stage(bench)
+    if result is not None:
+        floor = unigram_perplexity(bench.train, bench.held_out)
+        ours = result["best"]["perplexity"]
+        say(
+            f"pretrain: held-out perplexity {ours:.2f}; a unigram model has {floor:.1f}, {floor / ours:.1f} times as much"
+        )
+    return result
