@@ -29,7 +29,8 @@ CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_temp
 
 
 class Start(NamedTuple):
-    """parent: path, step and params_sha256 as they were read, or None from scratch. carried: a resumed loop's totals."""
+    """parent: path, step and params_sha256 as they were read, or None from scratch. carried: totals of a resumed
+    loop."""
 
     state: TrainState
     stopping: EarlyStoppingState

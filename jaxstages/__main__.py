@@ -1,0 +1,5 @@
+"""`python -m jaxstages`."""
+
+from jaxstages.main import cli
+
+cli()

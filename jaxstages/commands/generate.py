@@ -1,0 +1,79 @@
+"""`generate`: prompts in, a JSON object a line out, by the best checkpoint of a stage."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxstages import config as recipes
+from jaxstages.config import Recipe
+from jaxstages.evaluate import answer
+from jaxstages.report.matrix import prompt_ids
+from jaxstages.start import contract_of, read_parent
+from jaxstages.workbench import open_workbench
+from jaxstages.workdir import result_file
+
+
+class Request(NamedTuple):
+    """What `generate` is asked; max_new_tokens 0 means the recipe's."""
+
+    prompt: str | None
+    prompts: str | None
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    out: str | None
+
+
+def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request) -> None:
+    """Write {"prompt", "text", "tokens"} a line, tokens being those of the text, to `--out` or the standard output."""
+    if (request.prompt is None) == (request.prompts is None):
+        raise ValueError("generate needs --prompt=TEXT or --prompts=FILE.jsonl, one of them")
+    if request.temperature < 0:
+        raise ValueError(f"--temperature={request.temperature} must not be negative")
+    if request.max_new_tokens < 0:
+        raise ValueError(f"--max_new_tokens={request.max_new_tokens} must be at least 1")
+    prompts = [request.prompt] if request.prompt is not None else _read_prompts(Path(request.prompts or ""))
+    bench = open_workbench(recipe, stage or _last_finished(recipe, workdir), workdir)
+    params, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    texts = answer(
+        bench,
+        params,
+        [prompt_ids(bench, prompt) for prompt in prompts],
+        max_new_tokens=request.max_new_tokens,
+        temperature=request.temperature,
+        seed=request.seed,
+    )
+    lines = [
+        json.dumps({"prompt": prompt, "text": text, "tokens": len(bench.tokenizer.encode(text))}, ensure_ascii=False)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    if request.out:
+        Path(request.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _last_finished(recipe: Recipe, workdir: Path) -> str:
+    done = [name for name in recipes.stages(recipe) if result_file(workdir / name).exists()]
+    if not done:
+        raise ValueError(f"{workdir} has no finished stage; train one with `jaxstages run --workdir={workdir}`")
+    return done[-1]
+
+
+def _read_prompts(file: Path) -> list[str]:
+    if not file.is_file():
+        raise ValueError(f"--prompts={file}: no such file")
+    prompts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record: Any = json.loads(line) if line.strip() else {"prompt": ""}
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: not JSON: {error}") from error
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f'{file}:{number}: wanted is {{"prompt": "text"}}')
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"--prompts={file} has no line")
+    return prompts

@@ -1,0 +1,70 @@
+"""`inspect`: what a stage is really trained on: a decoded batch, trained-on tokens in colour, and the data's shares."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from jaxstages.config import Recipe
+from jaxstages.data.pipeline import batches_by_step
+from jaxstages.types import Batch
+from jaxstages.workbench import Workbench, open_workbench
+
+ROWS = 4
+"""Rows that are shown."""
+
+
+def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
+    """Print for one stage (by default the first): rows of batch 0, packing, what was cut, shares of masked tokens.
+
+    A token is green where the model is trained to produce it and dim where it is only read; where there is no colour
+    (a file), trained-on stretches stand in ⟦double brackets⟧. `¦` begins a new example, `·` is padding.
+    """
+    from jaxstages import config as recipes
+
+    bench = open_workbench(recipe, stage or next(iter(recipes.stages(recipe))), workdir)
+    console = Console(soft_wrap=True, highlight=False)
+    batch = batches_by_step(
+        bench.train, batch_size=bench.stage.loop.batch_size, seed=recipe.seed, weights=bench.stage.data.weights
+    )(0)
+    console.print(
+        f"{bench.name}: batch 0, {min(ROWS, len(batch.tokens_BL))} of its {len(batch.tokens_BL)} rows", style="bold"
+    )
+    for row in range(min(ROWS, len(batch.tokens_BL))):
+        console.print(_row(bench, batch, row, console.is_terminal))
+    masked = 100 * (1 - float(np.sum(batch.weights_BL > 0)) / float(np.sum(batch.segments_BL > 0)))
+    console.print(f"  batch 0: {masked:.1f} % of its tokens are masked (read, not trained on)")
+    for prepared in (*bench.train, *bench.held_out):
+        index = prepared.index
+        slots = index["rows"] * index["context"]
+        console.print(
+            f"  {index['source']} ({index['part']}): {index['records']:,} records, {index['bad']:,} malformed; "
+            f"{index['rows']:,} rows, {100 * index['tokens'] / slots:.1f} % filled; "
+            f"{100 * (1 - index['scored'] / index['tokens']):.1f} % of tokens masked; "
+            f"{index['cut_examples']:,} examples cut, {index['cut_tokens']:,} tokens lost"
+        )
+
+
+def _row(bench: Workbench, batch: Batch, row: int, colour: bool) -> Text:
+    """One row as text. A slot is shown by its target, and the first token of an example, which nothing predicts, by
+    itself: so every id is shown once, in the colour of its own weight."""
+    text, inside = Text(), False
+
+    def put(piece: str, trained: bool) -> None:
+        nonlocal inside
+        if not colour and trained != inside:
+            text.append("⟦" if trained else "⟧")
+        inside = trained
+        text.append(piece, style="bold green" if trained else "dim")
+
+    for slot in range(batch.tokens_BL.shape[1]):
+        if not batch.segments_BL[row, slot]:
+            put("·", False)
+            break
+        if batch.positions_BL[row, slot] == 0:
+            put("¦" + bench.tokenizer.show(int(batch.tokens_BL[row, slot])), False)
+        put(bench.tokenizer.show(int(batch.targets_BL[row, slot])), bool(batch.weights_BL[row, slot] > 0))
+    if inside and not colour:
+        text.append("⟧")
+    return text

@@ -1,0 +1,46 @@
+"""Which recipe a command works with: the one given, or the workdir's own; and whether it may have changed."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from jaxstages import config as recipes
+from jaxstages.config import Recipe
+from jaxstages.workdir import checkpoints_folder, read_json, tokenizer_file, write_json
+
+FREE = (".loop.stop_after", ".loop.log_every", ".loop.keep", ".evaluation.", "config.prompts", "config.cache")
+"""What may change in a run that has begun: it makes no other model."""
+
+VERSIONS = ("jaxstages", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
+
+
+def resolve_recipe(given: Recipe | None, workdir: Path) -> Recipe:
+    """The recipe to use, validated. Nothing is written.
+
+    Raises:
+        ValueError: there is none, it is not valid, or it changes what a trained stage depends on.
+    """
+    file = workdir / "recipe.json"
+    if given is not None:
+        recipes.validate(given)
+    if not file.exists():
+        if given is None:
+            raise ValueError(f"{workdir} has no recipe.json; name a recipe with --config=configs/demo.py")
+        return given
+    kept = recipes.from_dict(read_json(file)["recipe"])
+    if given is None:
+        return kept
+    begun = [name for name in recipes.STAGES if checkpoints_folder(workdir / name).exists()]
+    shared = ["config.seed", "config.model"] if begun else []
+    shared += ["config.tokenizer"] if tokenizer_file(workdir).exists() else []
+    fixed = (*shared, *(f"config.{name}." for name in begun))
+    for line in recipes.differences(kept, given):
+        if line.startswith(fixed) and not any(part in line.split(":")[0] for part in FREE):
+            raise ValueError(f"{workdir} was begun with another recipe: {line}; set it back, or take another --workdir")
+    return given
+
+
+def keep_recipe(recipe: Recipe, workdir: Path) -> None:
+    """Write `workdir/recipe.json`, with the versions of what runs it."""
+    versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in VERSIONS}
+    write_json(workdir / "recipe.json", {"recipe": recipes.to_dict(recipe), "versions": versions})

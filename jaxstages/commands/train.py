@@ -1,0 +1,38 @@
+"""`run`, `pretrain`, `finetune`, `instruct`: do what is not done, resume what is begun."""
+
+from pathlib import Path
+
+from jaxstages import config as recipes
+from jaxstages.commands.recipe import keep_recipe
+from jaxstages.config import Recipe
+from jaxstages.console import say
+from jaxstages.report.matrix import stage_matrix
+from jaxstages.stages import finetune, instruct, pretrain
+from jaxstages.workdir import lock, read_json, result_file
+
+DRIVERS = {"pretrain": pretrain.run, "finetune": finetune.run, "instruct": instruct.run}
+
+
+def train(recipe: Recipe, workdir: Path, name: str) -> bool:
+    """One stage; False if `stop_after` ended it before its end."""
+    with lock(workdir):
+        keep_recipe(recipe, workdir)
+        return _train(recipe, workdir, name)
+
+
+def train_all(recipe: Recipe, workdir: Path) -> None:
+    """All stages of the recipe, one after the other, and then the stage matrix."""
+    with lock(workdir):
+        keep_recipe(recipe, workdir)
+        for name in recipes.stages(recipe):
+            if not _train(recipe, workdir, name):
+                return
+        stage_matrix(recipe, workdir)
+
+
+def _train(recipe: Recipe, workdir: Path, name: str) -> bool:
+    if result_file(workdir / name).exists():
+        result = read_json(result_file(workdir / name))
+        say(f"{name}: already {result['status']} at step {result['steps']}, best step {result['best_step']}", "cyan")
+        return True
+    return DRIVERS[name](recipe, workdir) is not None

@@ -1,0 +1,178 @@
+"""The door: flags in, one command, an exit code out.
+
+usage: jaxstages COMMAND --workdir=DIR [--config=FILE[:VARIANT]] [--config.FIELD=VALUE ...]
+
+commands:
+  run        all stages of the recipe that are not done yet, then the stage matrix
+  pretrain, finetune, instruct
+             one stage; started again, it resumes
+  prepare    tokenizer and packed rows, made ahead of training
+  inspect    a decoded batch with its trained-on tokens in colour, packing, shares   [--stage]
+  evaluate   held-out scores of a stage's best checkpoint, or the matrix of all      [--stage]
+  generate   answers as JSON lines: --prompt=TEXT or --prompts=FILE.jsonl            [--stage --max_new_tokens
+             --temperature --seed --out]
+
+flags:
+  --workdir=DIR            where the run lives
+  --config=FILE[:VARIANT]  the recipe, such as configs/demo.py; not needed where DIR has a recipe.json
+  --config.FIELD=VALUE     change a field of it: --config.pretrain.optim.schedule.peak_lr=3e-4
+  --stage=NAME             pretrain, finetune or instruct
+  --prompt=TEXT, --prompts=FILE.jsonl ({"prompt": ...} a line), --out=FILE.jsonl
+  --max_new_tokens=N       at most (default: the recipe's)
+  --temperature=T          0, the default, takes the likeliest token
+  --seed=S                 for temperatures above 0
+
+exit codes: 0 done; 2 change something and try again; 70 diverged, the last good checkpoint stands; 74 disk or storage
+failed; 75 interrupted after a complete save, start it again; 1 anything else
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax: the compiler's notes are not for our users
+
+import jax
+import jax.numpy as jnp
+from absl import flags, logging
+from ml_collections import config_flags
+
+from jaxstages.commands.evaluate import evaluate
+from jaxstages.commands.generate import Request, generate
+from jaxstages.commands.inspect import inspect
+from jaxstages.commands.prepare import prepare_all
+from jaxstages.commands.recipe import resolve_recipe
+from jaxstages.commands.train import train, train_all
+from jaxstages.config import STAGES, Recipe
+from jaxstages.types import Diverged, Interrupted
+
+FLAGS_OF = {
+    **dict.fromkeys(("run", "prepare", *STAGES), ()),
+    **dict.fromkeys(("inspect", "evaluate"), ("stage",)),
+    "generate": ("stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
+}
+"""Command -> the flags that it takes beside --config and --workdir."""
+
+
+def define_flags(values: flags.FlagValues) -> Any:
+    """All flags of the program; what --config names is loaded when they are parsed."""
+    flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
+    flags.DEFINE_enum("stage", None, STAGES, "which stage", flag_values=values)
+    flags.DEFINE_string("prompt", None, "text to answer", flag_values=values)
+    flags.DEFINE_string("prompts", None, "JSON lines with a prompt each", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 0, "at most; 0 is the recipe's", flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of sampling", flag_values=values)
+    flags.DEFINE_string("out", None, "where to write JSON lines", flag_values=values)
+    return config_flags.DEFINE_config_file("config", None, "the recipe", lock_config=True, flag_values=values)
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; the exit code."""
+    if len(argv) < 2 or {"--help", "-h", "-help", "help"} & set(argv[1:]):
+        print(__doc__)
+        return 0 if len(argv) > 1 else 2
+    try:
+        _dispatch(argv)
+    except (ValueError, flags.Error) as error:
+        return _fail(2, str(error))
+    except Diverged as error:
+        return _fail(70, str(error))
+    except Interrupted as error:
+        return _fail(75, str(error))
+    except OSError as error:
+        return _fail(74, f"{error}; nothing that was saved before is lost")
+    return 0
+
+
+def cli() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv))
+
+
+def _fail(code: int, text: str) -> int:
+    print(f"jaxstages: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _dispatch(argv: list[str]) -> None:
+    command = argv[1]
+    if command not in FLAGS_OF:
+        near = difflib.get_close_matches(command, FLAGS_OF, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"unknown command {command!r}; {hint}known: {', '.join(FLAGS_OF)}")
+    values, given = _parse(command, argv)
+    if values.workdir is None:
+        raise ValueError(f"{command} needs --workdir=DIR, where the run lives")
+    workdir = Path(values.workdir)
+    logging.set_verbosity(logging.ERROR)
+    _check_numbers()
+    recipe = resolve_recipe(given, workdir)
+    match command:
+        case "run":
+            train_all(recipe, workdir)
+        case "prepare":
+            prepare_all(recipe, workdir)
+        case "inspect":
+            inspect(recipe, workdir, values.stage)
+        case "evaluate":
+            evaluate(recipe, workdir, values.stage)
+        case "generate":
+            request = Request(*(getattr(values, name) for name in Request._fields))
+            generate(recipe, workdir, values.stage, request)
+        case stage:
+            train(recipe, workdir, stage)
+
+
+def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | None]:
+    values = flags.FlagValues()
+    holder = define_flags(values)
+    for word in argv[2:]:
+        if word.startswith("--config."):
+            _check_field(word.removeprefix("--config.").partition("=")[0])
+    try:
+        rest = values([argv[0], *argv[2:]])
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"--config can't be set so: {error.args[0] if error.args else error}") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"--config: no such file: {error.filename or error}") from error
+    if len(rest) > 1:
+        raise ValueError(f"{rest[1]!r} is no flag; write --flag=value")
+    for name in {name for names in FLAGS_OF.values() for name in names}:
+        if values[name].present and name not in FLAGS_OF[command]:
+            raise ValueError(f"--{name} does not apply to {command}")
+    return values, holder.value
+
+
+def _check_field(path: str) -> None:
+    """Raises ValueError for a recipe's field that does not exist, with the nearest that does."""
+    kind, seen = Recipe, "config"
+    for name in path.split("."):
+        if not dataclasses.is_dataclass(kind):
+            raise ValueError(f"--{seen} has no fields, and so no {name!r}")
+        hints = typing.get_type_hints(kind)
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean --{seen}.{near[0]}? " if near else ""
+            raise ValueError(f"unknown field --{seen}.{name}; {hint}known: {', '.join(hints)}")
+        seen = f"{seen}.{name}"
+        options = [option for option in typing.get_args(hints[name]) if dataclasses.is_dataclass(option)]
+        kind = options[0] if options else hints[name]
+
+
+def _check_numbers() -> None:
+    """Some jaxlib builds return wrong sums on CPU (jax#39103); a run that would be wrong does not start."""
+    rows = jnp.stack((jnp.arange(32769.0), jnp.zeros(32769), jnp.zeros(32769)), axis=1)
+    square = jax.vmap(lambda row: jnp.sum(jnp.square(jnp.eye(3) @ row)))
+    if float(jax.jit(square)(rows)[-1]) != 32768.0**2:
+        raise ValueError(
+            "this jaxlib computes wrong sums here; add --xla_cpu_experimental_ynn_fusion_type=-reduce to XLA_FLAGS"
+        )
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,96 @@
+"""The stage matrix: every stage's best checkpoint on every stage's held-out data, and one set of prompts for all.
+
+Read along a row for what a checkpoint can do; down a column for what the later stages added, or made it forget.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxstages import config as recipes
+from jaxstages.config import Recipe
+from jaxstages.console import say
+from jaxstages.data.chat import chat_prompt, encode_chat
+from jaxstages.data.tasks import pair_prompt
+from jaxstages.evaluate import answer, make_evaluate
+from jaxstages.metrics import plain
+from jaxstages.start import contract_of, read_parent
+from jaxstages.workbench import Workbench, open_workbench
+from jaxstages.workdir import write_json
+
+
+def prompt_ids(bench: Workbench, text: str) -> list[int]:
+    """A person's text as the stage was taught to meet it: text to go on with, a prompt, or a user's message."""
+    special, ids = bench.tokenizer.specials, bench.tokenizer.encode(text)
+    match bench.stage.data.task:
+        case "lm":
+            return [special.end_of_text, *ids.tolist()]
+        case "chat":
+            turns, _ = encode_chat([{"role": "user", "content": text}], [ids], special)
+            return chat_prompt(turns, special)
+        case _:
+            return pair_prompt(ids, special)
+
+
+def columns_of(bench: Workbench) -> list[str]:
+    """Metrics of a stage that the matrix shows: perplexity, and those that its recipe names."""
+    return ["perplexity", *bench.stage.evaluation.metrics]
+
+
+def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
+    """Measure, print and write `workdir/stage_matrix.json`.
+
+    Raises:
+        ValueError: a stage of the recipe is not finished.
+    """
+    benches = {name: open_workbench(recipe, name, workdir) for name in recipes.stages(recipe)}
+    evaluates = {name: make_evaluate(bench) for name, bench in benches.items()}
+    columns = [f"{name}/{metric}" for name, bench in benches.items() for metric in columns_of(bench)]
+    values, signatures, answers = [], set(), {}
+    for checkpoint, bench in benches.items():
+        say(f"stage matrix: {checkpoint} on every stage's held-out data", "cyan")
+        params, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+        row = []
+        for name, judge in benches.items():
+            report = evaluates[name](params, True)
+            row += [plain(report.metrics[metric]) for metric in columns_of(judge)]
+            signatures |= set(report.signatures)
+        values.append(row)
+        texts = answer(bench, params, [prompt_ids(bench, text) for text in recipe.prompts]) if recipe.prompts else []
+        answers[checkpoint] = texts
+    prompts = [
+        {"prompt": prompt, "answers": {name: answers[name][i] for name in benches}}
+        for i, prompt in enumerate(recipe.prompts)
+    ]
+    matrix = {
+        "checkpoints": list(benches),
+        "columns": columns,
+        "values": values,
+        "prompts": prompts,
+        "signatures": sorted(signatures),
+    }
+    write_json(workdir / "stage_matrix.json", matrix)
+    _show(matrix)
+    return matrix
+
+
+def _show(matrix: dict[str, Any]) -> None:
+    console = Console(width=None if Console().is_terminal else 120)
+    table = Table(title="stage matrix (best checkpoint of each stage, on all held-out data)", title_justify="left")
+    table.add_column("checkpoint")
+    for column in matrix["columns"]:
+        table.add_column(column.replace("/", "\n"), justify="right")
+    for name, row in zip(matrix["checkpoints"], matrix["values"], strict=True):
+        table.add_row(name, *("-" if value is None else f"{value:.2f}" for value in row))
+    console.print(table)
+    for signature in matrix["signatures"]:
+        say(f"  sacreBLEU signature: {signature}")
+    if matrix["prompts"]:
+        samples = Table(title="the same prompts, answered by each stage", title_justify="left")
+        for name in ("prompt", *matrix["checkpoints"]):
+            samples.add_column(name, overflow="fold")
+        for entry in matrix["prompts"]:
+            samples.add_row(entry["prompt"], *(text.strip()[:160] for text in entry["answers"].values()))
+        console.print(samples)
