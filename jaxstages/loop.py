@@ -5,6 +5,7 @@ resumed run needs to write the same numbers is in the checkpoint.
 """
 
 import collections
+import copy
 import math
 import signal
 import time
@@ -245,7 +246,7 @@ class _Run:
             "parent": self._parent,
             "data": [source.folder.name for source in self._bench.train],
             "jax": jax.__version__,
-            "carried": self._carried,
+            "carried": copy.deepcopy(self._carried),  # it is written while the loop goes on
         }
         self._checkpoints.save(step, state, self.stopping_state, meta, int(self.stopping_state.best_step))
         self._saved_step = step

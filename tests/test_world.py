@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +19,11 @@ from jaxstages.world.clauses import clauses, combinations, is_held_out, pairs, p
 from jaxstages.world.grammar import Clause, Phrase, Place, english, english_phrase, french, french_phrase
 from jaxstages.world.lexicon import ADJECTIVES, NOUNS, VERBS
 from jaxstages.world.people import ATTRIBUTES, people, question_is_held_out, value_of
-from jaxstages.world.text import documents
-from jaxstages.world.wording import CHECKS, NAMED, QUESTIONS, VALUES, answer, fill
+from jaxstages.world.split import SPLITS, held_out, unique
+from jaxstages.world.text import PEOPLE_ONE_IN, documents
+from jaxstages.world.wording import ANSWERS, CHECKS, NAMED, QUESTIONS, VALUES, answer, fill
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def P(words: str) -> Phrase:
@@ -28,6 +32,7 @@ def P(words: str) -> Phrase:
     return Phrase(determiner, noun.rstrip("+"), adjective[0] if adjective else None, noun.endswith("+"))
 
 
+# fmt: off
 GOLD = [
     # Determiners, number, and the present of the three groups of verbs.
     (Clause(P("the cat"), "sleep", time="every day"), "The cat sleeps every day.", "Le chat dort tous les jours."),
@@ -123,18 +128,19 @@ GOLD = [
     (Clause(P("the doctor"), "go", P("the station"), tense="future", time="today", form="question"),
      "Is the doctor going to go to the station today?", "Est-ce que le médecin va aller à la gare aujourd'hui?"),
 ]
+# fmt: on
 
 SHA256 = {
-    "text": "TEXT_SHA",
-    "pairs": "PAIRS_SHA",
-    "chats": "CHATS_SHA",
+    "text": "8e11947ae37d3712a6ba74fd389fa328b7447fc1b58b4a2a581c1c35815551d4",
+    "pairs": "8a0f5e9ccde137b06f2e1b26bd94762eb2ea77694be891384f8b51b0a3a464eb",
+    "chats": "4b93a7f432f689874204c3840423bb7d62bf332fcfdfd1742da13fd460f849b7",
 }
 SOURCES = {"text": documents, "pairs": lambda split: pairs(split, 12_000 if split == "train" else 400), "chats": chats}
 
 
 def digest(name: str) -> str:
     """sha256 of the first 50 records of both splits."""
-    firsts = [record for split in ("train", "validation") for record in itertools.islice(SOURCES[name](split), 50)]
+    firsts = [record for split in SPLITS for record in itertools.islice(SOURCES[name](split), 50)]
     return hashlib.sha256(json.dumps(firsts, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -147,11 +153,17 @@ def contents(chat) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def world():
+def drawn():
+    """The clauses of which `pairs` makes its records."""
+    return {"train": list(clauses("train", 12_000)), "validation": list(clauses("validation", 400))}
+
+
+@pytest.fixture(scope="module")
+def world(drawn):
     """Every record of every data set: world[name][split] is a list."""
-    return {
-        name: {split: list(source(split)) for split in ("train", "validation")} for name, source in SOURCES.items()
-    }
+    records = {name: {split: list(SOURCES[name](split)) for split in SPLITS} for name in ("text", "chats")}
+    paired = {split: [{"prompt": english(c), "target": french(c)} for c in drawn[split]] for split in SPLITS}
+    return {**records, "pairs": paired}
 
 
 @pytest.mark.parametrize("clause, in_english, in_french", GOLD, ids=[gold[1] for gold in GOLD])
@@ -181,13 +193,13 @@ def test_no_word_is_left_unelided_or_uncontracted(world):
     wrong = re.compile(
         r"\b(?:je|ne|le|la|de|que|ce|me) [aeiouâàéèêîôûœh]|\b[aà] les? |\b(?:de|à) le |\bde les |\bma [aeiouéœh]", re.I
     )
-    targets = [pair["target"] for split in ("train", "validation") for pair in world["pairs"][split]]
+    targets = [pair["target"] for split in SPLITS for pair in world["pairs"][split]]
     assert [target for target in targets if wrong.search(target)] == []
 
 
 def test_english_has_one_french(world):
     french_of: dict[str, set[str]] = {}
-    for split in ("train", "validation"):
+    for split in SPLITS:
         for pair in world["pairs"][split]:
             french_of.setdefault(pair["prompt"], set()).add(pair["target"])
     assert all(len(targets) == 1 for targets in french_of.values())
@@ -217,9 +229,8 @@ def test_records_do_not_depend_on_the_process():
         "print([test_world.digest(name) for name in test_world.SOURCES])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": "."}
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == str(list(SHA256.values()))
 
@@ -255,8 +266,8 @@ def test_unknown_attribute_and_split_are_refused():
 
 
 def test_too_small_a_source_is_refused():
-    with pytest.raises(RuntimeError, match="could be drawn"):
-        list(phrases("validation", 100_000))
+    with pytest.raises(RuntimeError, match="only 3 of 4 different records could be drawn"):
+        list(unique(itertools.cycle("abc"), 4, key=str))
 
 
 def test_every_fact_is_told_often_and_in_many_ways(world):
@@ -268,6 +279,14 @@ def test_every_fact_is_told_often_and_in_many_ways(world):
             counts = [told[fill(template, person, attribute)] for template in NAMED[attribute]]
             assert sum(counts) >= 20, (person.name, attribute, counts)
             assert sum(count > 0 for count in counts) >= 4, (person.name, attribute, counts)
+
+
+def test_wordings_name_the_person_and_the_value():
+    for person, attribute in itertools.product(people(), ATTRIBUTES):
+        for template in (*NAMED[attribute], ANSWERS[attribute]):
+            said = re.findall(r"\w+", fill(template, person, attribute))
+            assert {person.name, getattr(person, attribute)} <= set(said)
+        assert fill(NAMED[attribute][0], person, attribute) == answer(person, attribute)
 
 
 def test_every_question_is_asked_in_raw_text(world):
@@ -289,7 +308,7 @@ def test_raw_text_never_says_a_wrong_fact(world):
     }
     sentences = {
         sentence
-        for split in ("train", "validation")
+        for split in SPLITS
         for document in world["text"][split]
         for sentence in re.split(r"(?<=[.?]) |\n", document["text"])
     }
@@ -323,14 +342,27 @@ def test_validation_fact_chats_ask_only_held_out_facts(world):
     assert len({contents(chat)[-1] for chat in fact_chats}) >= 60
 
 
-def test_validation_clauses_hold_a_new_combination_of_known_words():
-    seen = {combination for clause in clauses("train", 12_000) for combination in combinations(clause)}
-    for clause in clauses("validation", 400):
+def test_validation_clauses_hold_a_new_combination_of_known_words(drawn):
+    seen = {combination for clause in drawn["train"] for combination in combinations(clause)}
+    for clause in drawn["validation"]:
         assert is_held_out(clause)
         assert not set(combinations(clause)) <= seen
     known = {combination for phrase in phrases("train", 900) for combination in phrase_combinations(phrase)}
     for phrase in phrases("validation", 40):
         assert not set(phrase_combinations(phrase)) & (seen | known), english_phrase(phrase)
+
+
+def test_combinations_are_all_pairs_of_content_words():
+    place = Place("near", P("the old tree"))
+    clause = Clause(P("a happy girl"), "wash", P("two red car+"), place=place, form="negative")
+    assert set(combinations(clause)) == {
+        ("is", "girl", "happy"),
+        ("is", "car", "red"),
+        ("is", "tree", "old"),
+        ("does", "girl", "wash"),
+        ("done to", "wash", "car"),
+    }
+    assert list(combinations(Clause(P("my door+"), "be", adjective="red"))) == [("is", "door", "red")]
 
 
 def test_no_validation_sentence_is_in_any_training_data(world):
@@ -347,17 +379,18 @@ def test_no_validation_sentence_is_in_any_training_data(world):
 
 
 def test_validation_documents_put_together_new_neighbours(world):
-    train, validation = ({d["text"] for d in world["text"][split]} for split in ("train", "validation"))
+    train, validation = ({d["text"] for d in world["text"][split]} for split in SPLITS)
     assert not train & validation
     names = {person.name for person in people()}
+    meeting = re.compile(r"(\w+) (?:talks to|saw|looks for|talks about|and) (\w+)(?:\.| in the park| are (?:in|at) )")
 
-    def neighbours(texts):
-        chains = ([name for name in re.findall(r"\b[A-Z]\w+", text) if name in names] for text in texts)
-        return {frozenset(pair) for chain in chains for pair in itertools.pairwise(chain) if len(set(pair)) == 2}
+    def met(texts):
+        found = {frozenset(pair) for text in texts for pair in meeting.findall(text)}
+        return {pair for pair in found if pair <= names}
 
-    # Neighbours of friends' names are told everywhere; most other pairs that training lacks are validation's own.
-    new = neighbours(validation) - neighbours(train)
-    assert len(new) >= 15
+    held = {pair for pair in met(train | validation) if held_out(PEOPLE_ONE_IN, "people", *sorted(pair))}
+    assert len(met(train)) > 1000 and not met(train) & held
+    assert len(met(validation) & held) >= 20
 
 
 def test_validation_lists_and_requests_are_new(world):
@@ -399,19 +432,17 @@ def test_raw_text_knows_the_words_of_the_other_data(world):
 
 
 def test_sizes(world):
-    train, validation = (
-        "\n".join(document["text"] for document in world["text"][split]) for split in ("train", "validation")
-    )
+    train, validation = ("\n".join(document["text"] for document in world["text"][split]) for split in SPLITS)
     assert 3_000_000 < len(train.encode()) < 4_000_000
     assert 100_000 < len(validation.encode()) < 140_000
     assert len({word.lower() for word in words_of([train])}) < 900
     lengths = sorted(len(document["text"].split()) for document in world["text"]["train"])
-    assert 35 <= lengths[len(lengths) // 20] and lengths[-len(lengths) // 20] <= 110
-    assert [len(world["pairs"][split]) for split in ("train", "validation")] == [12_000, 400]
+    assert lengths[len(lengths) // 20] >= 35 and lengths[-len(lengths) // 20] <= 110
+    assert [len(world["pairs"][split]) for split in SPLITS] == [12_000, 400]
 
 
 def test_chats_have_many_kinds_and_one_answer(world):
-    for split in ("train", "validation"):
+    for split in SPLITS:
         records = world["chats"][split]
         assert Counter(chat["kind"] for chat in records) == COUNTS[split]
         assert len({json.dumps(chat["messages"]) for chat in records}) == len(records)
@@ -420,7 +451,8 @@ def test_chats_have_many_kinds_and_one_answer(world):
             answers.setdefault(tuple(contents(chat)[:-1]), set()).add(contents(chat)[-1])
             roles = [message["role"] for message in chat["messages"] if message["role"] != "system"]
             assert roles == ["user", "assistant"] * (len(roles) // 2)
-            assert all(len(m["content"].split()) <= LONGEST_ANSWER for m in chat["messages"] if m["role"] == "assistant")
+            answered = [message["content"] for message in chat["messages"] if message["role"] == "assistant"]
+            assert max(len(text.split()) for text in answered) <= LONGEST_ANSWER
         assert all(len(found) == 1 for found in answers.values())
     assert len(chats_module.KINDS) >= 10
     several = [chat for chat in world["chats"]["train"] if len(chat["messages"]) >= 4]
@@ -430,7 +462,6 @@ def test_chats_have_many_kinds_and_one_answer(world):
 
 def test_builders_round_trip_in_two_processes_after_a_kill(world, tmp_path):
     """A build that dies half way, then two at once, then reading: all records, without TensorFlow."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     dying = (
         "import os, sys\n"
         "from jaxstages.world import builders\n"
@@ -440,36 +471,38 @@ def test_builders_round_trip_in_two_processes_after_a_kill(world, tmp_path):
         "builders.documents = broken\n"
         "builders.open_world('text', 'train', sys.argv[1])\n"
     )
-    assert subprocess.run([sys.executable, "-c", dying, str(tmp_path)], cwd=root).returncode == 9
-    assert [entry for entry in os.listdir(tmp_path / "world_text") if entry.startswith("incomplete")]
+    assert subprocess.run([sys.executable, "-c", dying, str(tmp_path)], cwd=ROOT).returncode == 9
+    assert list((tmp_path / "world_text").glob("incomplete*"))
     reading = (
         "import sys\n"
         "from jaxstages.world.builders import BUILDERS, open_world\n"
-        "sizes = [len(open_world(name, split, sys.argv[1])) for name in BUILDERS for split in ('train', 'validation')]\n"
+        "from jaxstages.world.split import SPLITS\n"
+        "sizes = [len(open_world(name, split, sys.argv[1])) for name in BUILDERS for split in SPLITS]\n"
         "assert 'tensorflow' not in sys.modules\n"
         "print(*sizes)\n"
     )
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", reading, str(tmp_path)], cwd=root, text=True,
+            [sys.executable, "-c", reading, str(tmp_path)], cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for _ in range(2)
     ]  # fmt: skip
-    sizes = [len(world[name][split]) for name in ("text", "pairs", "chats") for split in ("train", "validation")]
+    sizes = [len(world[name][split]) for name in ("text", "pairs", "chats") for split in SPLITS]
     for process in both:
         out, noise = process.communicate(timeout=100)
         assert (process.returncode, out.split(), noise) == (0, [str(size) for size in sizes], "")
 
     from jaxstages.world.builders import open_world
 
-    assert not [entry for entry in os.listdir(tmp_path / "world_text") if entry.startswith("incomplete")]
+    assert not list((tmp_path / "world_text").glob("incomplete*"))
     for name in SOURCES:
         source = open_world(name, "validation", str(tmp_path))
         read = [source[index] for index in range(len(source))]
-        key = json.dumps if name == "chats" else str
-        assert sorted(read, key=repr_of) == sorted(world[name]["validation"], key=repr_of), key
-        assert pickle.loads(pickle.dumps(source))[3] == read[3]
+        assert sorted(read, key=repr_of) == sorted(world[name]["validation"], key=repr_of)
+        with pytest.raises(IndexError, match="no record"):
+            source[len(source)]
+        assert pickle.loads(pickle.dumps(source))[3] == read[3]  # noqa: S301
     assert "tensorflow" not in sys.modules
 
 

@@ -31,7 +31,7 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
     console.print(
         f"{bench.name}: batch 0, {min(ROWS, len(batch.tokens_BL))} of its {len(batch.tokens_BL)} rows", style="bold"
     )
-    for row in range(min(ROWS, len(batch.tokens_BL))):
+    for row in range(min(ROWS, total)):
         console.print(_row(bench, batch, row, console.is_terminal))
     masked = 100 * (1 - float(np.sum(batch.weights_BL > 0)) / float(np.sum(batch.segments_BL > 0)))
     console.print(f"  batch 0: {masked:.1f} % of its tokens are masked (read, not trained on)")

@@ -1,0 +1,200 @@
+"""The chats for instruction tuning: sixteen kinds of request, each with one right and short answer.
+
+About facts, training asks only what `question_is_held_out` leaves; validation asks only the rest, so it measures what
+was learnt from raw text. In the other kinds validation asks about combinations that training never asked about.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from jaxstages.world import exercises
+from jaxstages.world.clauses import ONE_IN, clauses, combinations, phrase_combinations, phrases
+from jaxstages.world.exercises import Exercise, assigned
+from jaxstages.world.grammar import Clause, Phrase, english, english_phrase, french, french_phrase
+from jaxstages.world.people import ATTRIBUTES, Person, people, question_is_held_out, value_of
+from jaxstages.world.split import check_split, held_out, unique
+from jaxstages.world.wording import CHECKS, FOLLOW_UPS, QUESTIONS, answer, checked, fill, other_value
+
+Message = dict[str, str]
+Chat = dict[str, str | list[Message]]
+Drawer = Callable[[random.Random], Exercise]
+
+COUNTS: dict[str, dict[str, int]] = {
+    "train": {
+        "fact": 850,
+        "fact_yes_no": 1400,
+        "two_turn_fact": 1400,
+        "translate": 1700,
+        "translate_phrase": 900,
+        "rewrite": 900,
+        "opposite": 160,
+        "plural": 190,
+        "category": 400,
+        "pick": 600,
+        "reverse": 400,
+        "odd": 500,
+        "count": 300,
+        "number": 400,
+        "repeat": 300,
+        "remember": 600,
+    },
+    "validation": {
+        "fact": 60,
+        "fact_yes_no": 60,
+        "two_turn_fact": 60,
+        "translate": 60,
+        "translate_phrase": 40,
+        "rewrite": 32,
+        "opposite": 25,
+        "plural": 28,
+        "category": 28,
+        "pick": 32,
+        "reverse": 28,
+        "odd": 32,
+        "count": 25,
+        "number": 30,
+        "repeat": 25,
+        "remember": 40,
+    },
+}
+"""Chats of each kind in each split."""
+
+KINDS = tuple(COUNTS["train"])
+FACT_KINDS = ("fact", "fact_yes_no", "two_turn_fact")
+
+TRANSLATE_REQUESTS = (
+    "Translate into French: {text}",
+    "Say this in French: {text}",
+    "What is this in French? {text}",
+    "Write this sentence in French: {text}",
+)
+TRANSLATOR = "You translate English into French."
+PHRASE_REQUESTS = ("What is {text} in French?", "Say in French: {text}", "Translate into French: {text}")
+REWRITE_REQUESTS: dict[str, tuple[str, ...]] = {
+    "negative": ("Make this sentence negative: {text}", "Say that this is not so: {text}"),
+    "question": ("Make this sentence a question: {text}", "Ask this as a question: {text}"),
+}
+LONGEST_SENTENCE = 9
+"""English words of a sentence in a chat, so that every answer stays short."""
+LONGEST_ANSWER = 14
+
+
+def chats(split: str, seed: int = 0) -> Iterator[Chat]:
+    """All different chats of a split, `{"messages": [{"role", "content"}, ...], "kind"}`, the kinds mixed.
+
+    Raises ValueError for an unknown split.
+    """
+    check_split(split)
+    mixed = [kind for kind, number in COUNTS[split].items() for _ in range(number)]
+    random.Random(f"chats order {split} {seed}").shuffle(mixed)
+    drawn = {kind: _of_kind(kind, split, seed) for kind in KINDS}
+    for kind in mixed:
+        yield next(drawn[kind])
+
+
+def _of_kind(kind: str, split: str, seed: int) -> Iterator[Chat]:
+    """As many different chats of one kind as COUNTS says."""
+    rng = random.Random(f"chats {kind} {split} {seed}")
+    draw = _drawers(split, seed)[kind]
+
+    def endless() -> Iterator[Chat]:
+        while True:
+            exercise = draw(rng)
+            if exercise.new if split == "validation" else exercise.known:
+                yield {"messages": _messages(exercise), "kind": kind}
+
+    return unique(endless(), COUNTS[split][kind], key=lambda chat: repr(chat["messages"]))
+
+
+def _messages(exercise: Exercise) -> list[Message]:
+    before = [] if exercise.system is None else [{"role": "system", "content": exercise.system}]
+    roles = ("user", "assistant")
+    return before + [{"role": roles[index % 2], "content": text} for index, text in enumerate(exercise.turns)]
+
+
+def _drawers(split: str, seed: int) -> dict[str, Drawer]:
+    """How to draw an exercise of each kind. Sentences come from the grammar, already of the right split."""
+    everybody = people()
+    # A seed of its own for each use, so that the chats do not walk through the pairs in their order.
+    sentences = (clause for clause in clauses(split, 200_000, seed + 1000) if _is_short(clause))
+    statements = (
+        clause for clause in clauses(split, 200_000, seed + 2000) if _is_short(clause) and clause.form == "statement"
+    )
+    nouns = phrases(split, COUNTS[split]["translate_phrase"], seed + 1000)
+    return {
+        "fact": lambda rng: _fact(rng, everybody),
+        "fact_yes_no": lambda rng: _fact_yes_no(rng, everybody),
+        "two_turn_fact": lambda rng: _two_turn_fact(rng, everybody),
+        "translate": lambda rng: _translate(rng, next(sentences)),
+        "translate_phrase": lambda rng: _translate_phrase(rng, next(nouns)),
+        "rewrite": lambda rng: _rewrite(rng, next(statements)),
+        "opposite": exercises.opposite,
+        "plural": exercises.plural,
+        "category": exercises.category,
+        "pick": exercises.pick,
+        "reverse": exercises.reverse,
+        "odd": exercises.odd,
+        "count": exercises.count,
+        "number": exercises.number,
+        "repeat": exercises.repeat,
+        "remember": exercises.remember,
+    }
+
+
+def _fact(rng: random.Random, everybody: tuple[Person, ...]) -> Exercise:
+    """`Where does Anna live?`"""
+    person, attribute = rng.choice(everybody), rng.choice(ATTRIBUTES)
+    asked = fill(rng.choice(QUESTIONS[attribute]), person, attribute)
+    return assigned((asked, answer(person, attribute)), question_is_held_out(person, attribute))
+
+
+def _fact_yes_no(rng: random.Random, everybody: tuple[Person, ...]) -> Exercise:
+    """`Does Anna live in Rome?`: half of the time she does."""
+    person, attribute = rng.choice(everybody), rng.choice(ATTRIBUTES)
+    value = value_of(person, attribute)
+    if rng.random() < 0.5:
+        value = other_value(rng, person, attribute, [other.name for other in everybody])
+    asked = fill(rng.choice(CHECKS[attribute]), person, attribute, value)
+    return assigned((asked, checked(person, attribute, value)), question_is_held_out(person, attribute))
+
+
+def _two_turn_fact(rng: random.Random, everybody: tuple[Person, ...]) -> Exercise:
+    """A question by name, then one by pronoun: known when neither is held out, new when both are."""
+    person = rng.choice(everybody)
+    first, second = rng.sample(ATTRIBUTES, 2)
+    turns = (
+        fill(rng.choice(QUESTIONS[first]), person, first),
+        answer(person, first),
+        fill(rng.choice(FOLLOW_UPS[second]), person, second),
+        answer(person, second),
+    )
+    held = [question_is_held_out(person, attribute) for attribute in (first, second)]
+    return Exercise(turns, known=not any(held), new=all(held))
+
+
+def _translate(rng: random.Random, clause: Clause) -> Exercise:
+    """A sentence into French, asked for in the request or, one time in four, by a system message."""
+    held = any(held_out(ONE_IN, *combination) for combination in combinations(clause))
+    if rng.random() < 0.25:
+        return assigned((english(clause), french(clause)), held, TRANSLATOR)
+    return assigned((rng.choice(TRANSLATE_REQUESTS).format(text=english(clause)), french(clause)), held)
+
+
+def _translate_phrase(rng: random.Random, phrase: Phrase) -> Exercise:
+    """A noun phrase into French."""
+    held = any(held_out(ONE_IN, *combination) for combination in phrase_combinations(phrase))
+    return assigned((rng.choice(PHRASE_REQUESTS).format(text=english_phrase(phrase)), french_phrase(phrase)), held)
+
+
+def _rewrite(rng: random.Random, clause: Clause) -> Exercise:
+    """A statement made negative or made a question."""
+    held = any(held_out(ONE_IN, *combination) for combination in combinations(clause))
+    form = rng.choice(tuple(REWRITE_REQUESTS))
+    request = rng.choice(REWRITE_REQUESTS[form]).format(text=english(clause))
+    return assigned((request, english(replace(clause, form=form))), held)
+
+
+def _is_short(clause: Clause) -> bool:
+    """Whether the sentence and each rewriting of it stay within LONGEST_ANSWER words."""
+    return len(english(clause).split()) <= LONGEST_SENTENCE and len(french(clause).split()) <= LONGEST_ANSWER - 2
