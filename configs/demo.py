@@ -24,20 +24,20 @@ def get_config(variant: str = "") -> Recipe:
     """Variants: "" all stages; "control" the fine-tuning alone, from scratch, with the same budget."""
     pretrain = StageConfig(
         data=DataConfig(task="lm", train=("world:text:train",), validation=("world:text:validation",)),
-        optim=OptimConfig(name="muon", schedule=ScheduleConfig(name="wsd", peak_lr=2e-3, warmup_steps=50)),
-        loop=LoopConfig(steps=900, batch_size=16, eval_every=300, save_every=300),
+        optim=OptimConfig(schedule=ScheduleConfig(name="wsd", peak_lr=4e-3, warmup_steps=50)),
+        loop=LoopConfig(steps=1800, batch_size=8, eval_every=600, save_every=600, log_every=20),
     )
     finetune = StageConfig(
         data=DataConfig(task="seq2seq", train=("world:pairs:train",), validation=("world:pairs:validation",)),
-        optim=OptimConfig(name="muon", schedule=ScheduleConfig(name="cosine", peak_lr=1e-3, warmup_steps=20)),
-        loop=LoopConfig(steps=300, batch_size=16, eval_every=100, save_every=100),
+        optim=OptimConfig(schedule=ScheduleConfig(name="cosine", peak_lr=1e-3, warmup_steps=20)),
+        loop=LoopConfig(steps=500, batch_size=8, eval_every=250, save_every=250),
         evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=400, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="bleu", mode="max"),
     )
     instruct = StageConfig(
         data=DataConfig(task="chat", train=("world:chats:train",), validation=("world:chats:validation",)),
-        optim=OptimConfig(name="muon", schedule=ScheduleConfig(name="cosine", peak_lr=1e-3, warmup_steps=20)),
-        loop=LoopConfig(steps=600, batch_size=16, eval_every=150, save_every=150),
+        optim=OptimConfig(schedule=ScheduleConfig(name="cosine", peak_lr=1e-3, warmup_steps=20)),
+        loop=LoopConfig(steps=1200, batch_size=8, eval_every=400, save_every=400),
         evaluation=EvaluationConfig(metrics=("exact_match",), max_examples=0, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="exact_match", mode="max", patience=3),
     )
@@ -46,10 +46,11 @@ def get_config(variant: str = "") -> Recipe:
         tokenizer=TokenizerConfig(kind="bpe", vocab_size=1024),
         model=ModelConfig(
             context=128,
-            layers=4,
+            layers=3,
             width=128,
             ff_width=512,
             activation="relu2",
+            unroll=True,
             attention=AttentionConfig(heads=4, kv_heads=4, head_dim=32, qk_norm=True),
         ),
         pretrain=pretrain,

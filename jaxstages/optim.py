@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -36,7 +37,8 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
             anchor = max(warmup, 1)
 
             def after(step: jax.typing.ArrayLike) -> Any:
-                return peak * (anchor / (anchor + step)) ** 0.5
+                # join_schedules also asks for steps before its boundary.
+                return peak * (anchor / (anchor + jnp.maximum(step, 0))) ** 0.5
         case _:
             raise ValueError(f"schedule.name={config.name!r}; known: constant, linear, cosine, wsd, rsqrt, plateau")
     if not warmup:

@@ -75,7 +75,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=sums["objective"] / weight)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), sums | {"grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), sums | {"grad_norm": optax.tree.norm(grads)}
 
     return step
 
@@ -87,7 +87,7 @@ def make_eval_step(apply: Apply, token_bytes_V: Float[Array, " V"] | None = None
     def step(params: Params, batch: Batch) -> Sums:
         sums = cross_entropy_sums(apply(params, batch, None), batch.targets_BL, batch.weights_BL)
         if token_bytes_V is not None:
-            sums["bytes"] = jnp.sum(token_bytes_V[batch.targets_BL] * (batch.weights_BL > 0))
+            sums["bytes"] = jnp.sum(jnp.where(batch.weights_BL > 0, token_bytes_V[batch.targets_BL], 0.0))
         return sums
 
     return step

@@ -36,7 +36,8 @@ def attend(
     mask_B1LS: Bool[Array, "B 1 L S"],
 ) -> Float[Array, "B L H K"]:
     """Scaled dot-product attention; each group of H/G query heads shares a key/value head (Ainslie et al. 2023)."""
-    return jax.nn.dot_product_attention(query_BLHK, key_BSGK, value_BSGK, mask=mask_B1LS)
+    with jax.numpy_dtype_promotion("standard"):  # inside, jax takes bfloat16 up to float32 for the softmax
+        return jax.nn.dot_product_attention(query_BLHK, key_BSGK, value_BSGK, mask=mask_B1LS)
 
 
 def rotate(x_BLHK: Float[Array, "B L H K"], positions_BL: Int[Array, "B L"], theta: float) -> Float[Array, "B L H K"]:

@@ -23,13 +23,15 @@ def _kernel(*names: str, scale: float = 0.02) -> Any:
     return nn.with_partitioning(nn.initializers.normal(scale), names)
 
 
-def _norm(config: ModelConfig, name: str, axis: str = "norm") -> nn.Module:
-    # Statistics and scale in float32 whatever the activations are.
+def _norm(config: ModelConfig, name: str, x: Array, axis: str = "norm") -> Array:
+    """Normalise the last dim; statistics and scale are float32 whatever the activations are."""
     scale = nn.with_partitioning(nn.initializers.ones, (axis,))
     if config.norm == "layernorm":
         bias = nn.with_partitioning(nn.initializers.zeros, (axis,))
-        return nn.LayerNorm(use_bias=config.bias, scale_init=scale, bias_init=bias, dtype=jnp.float32, name=name)
-    return nn.RMSNorm(scale_init=scale, dtype=jnp.float32, name=name)
+        norm = nn.LayerNorm(use_bias=config.bias, scale_init=scale, bias_init=bias, name=name)
+    else:
+        norm = nn.RMSNorm(scale_init=scale, name=name)
+    return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _project(config: ModelConfig, name: str, features: Any, names: tuple[str, ...], scale: float = 0.02) -> Any:
@@ -58,8 +60,8 @@ class Attention(nn.Module):
         key = _project(config, "key", (part.kv_heads, part.head_dim), ("embed", "kv_heads", "head_dim"))(x_BLD)
         value = _project(config, "value", (part.kv_heads, part.head_dim), ("embed", "kv_heads", "head_dim"))(x_BLD)
         if part.qk_norm:
-            query = _norm(config, "query_norm", "head_dim")(query).astype(x_BLD.dtype)
-            key = _norm(config, "key_norm", "head_dim")(key).astype(x_BLD.dtype)
+            query = _norm(config, "query_norm", query, "head_dim")
+            key = _norm(config, "key_norm", key, "head_dim")
         if part.position == "rope":
             query = rotate(query, positions_BL, part.rope_theta)
             key = rotate(key, positions_BL, part.rope_theta)
@@ -105,10 +107,10 @@ class Layer(nn.Module):
     def __call__(self, x_BLD: Array, cache: Cache | None, positions_BL: Array, mask: Array) -> tuple[Array, Any]:
         config = self.config
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
-        normed = _norm(config, "attention_norm")(x_BLD).astype(x_BLD.dtype)
+        normed = _norm(config, "attention_norm", x_BLD)
         mixed, cache = Attention(config, name="attention")(normed, positions_BL, mask, cache)
         x_BLD = x_BLD + drop(mixed)
-        normed = _norm(config, "ff_norm")(x_BLD).astype(x_BLD.dtype)
+        normed = _norm(config, "ff_norm", x_BLD)
         return x_BLD + drop(FeedForward(config, name="ff")(normed)), cache
 
 
@@ -138,7 +140,7 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, deterministic, name="layers")
         x_BLD, cache = layers(x_BLD, cache, positions_BL, mask)
-        x_BLD = _norm(config, "final_norm")(x_BLD).astype(dtype)
+        x_BLD = _norm(config, "final_norm", x_BLD)
         if config.tied_head:
             head_VD = embedding_VD
         else:

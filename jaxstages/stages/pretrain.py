@@ -21,7 +21,5 @@ def run(recipe: Recipe, workdir: Path) -> dict[str, Any] | None:
     if result is not None:
         floor = unigram_perplexity(bench.train, bench.held_out)
         ours = result["best"]["perplexity"]
-        say(
-            f"pretrain: held-out perplexity {ours:.2f}; a unigram model has {floor:.1f}, {floor / ours:.1f} times that"
-        )
+        say(f"pretrain: held-out perplexity {ours:.2f}; a unigram model has {floor:.1f}, {floor / ours:.1f} times that")
     return result

@@ -1,0 +1,22 @@
+"""Strict numbers for every test: eight virtual devices, dtype and rank promotion raise, warnings are errors."""
+
+import os
+
+# Before jax starts its backend. Tests are about values, not speed: the compiler's fast preset halves their time.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+)
+
+import jax
+import pytest
+
+import jaxstages  # noqa: F401  (sets the XLA flags that it needs)
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")

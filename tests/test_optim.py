@@ -1,0 +1,128 @@
+"""Schedules at their corners, decay and freezing by path, and each optimizer learning."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxstages.config import OptimConfig, ScheduleConfig
+from jaxstages.models.transformer import make_model
+from jaxstages.optim import check_patterns, make_optimizer, make_schedule
+from jaxstages.step import init_state, make_train_step
+from tests.tiny import VOCAB, mixed_batch, model_config
+
+
+def at(name: str, step: int, steps: int = 100, **changes: float) -> float:
+    options = {"peak_lr": 1.0, "warmup_steps": 10, "end_factor": 0.1} | changes
+    return float(make_schedule(ScheduleConfig(name=name, **options), steps)(step))
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd", "rsqrt", "plateau"])
+def test_warm_up_is_linear_and_its_last_step_is_at_the_peak(name: str) -> None:
+    np.testing.assert_allclose([at(name, k) for k in range(10)], np.arange(1, 11) / 10, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "expected"),
+    [
+        ("constant", 99, 1.0),
+        ("linear", 10, 1.0),
+        ("linear", 55, 0.55),
+        ("linear", 100, 0.1),
+        ("cosine", 55, 0.55),
+        ("cosine", 100, 0.1),
+        ("wsd", 79, 1.0),
+        ("wsd", 90, 0.55),
+        ("wsd", 100, 0.1),
+        ("rsqrt", 40, 0.5),
+    ],
+)
+def test_schedule_corners(name: str, step: int, expected: float) -> None:
+    assert at(name, step) == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_warm_up() -> None:
+    assert at("cosine", 0, warmup_steps=0) == 1.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_each_optimizer_learns_the_transformer(name: str) -> None:
+    model = make_model(model_config(), VOCAB)
+    peak = {"sgd": 0.3, "lion": 3e-3, "adafactor": 0.5}.get(name, 1e-2)
+    factor = 2.0 if name == "muon" else 20.0
+    config = OptimConfig(name=name, schedule=ScheduleConfig(peak_lr=peak, warmup_steps=2), muon_lr_factor=factor)
+    tx = make_optimizer(config, 40, model.axes)
+    state = init_state(jax.jit(model.init)(jax.random.key(0)), tx)
+    step = jax.jit(make_train_step(model.apply, tx))
+    losses = []
+    for _ in range(30):
+        state, sums = step(state, mixed_batch())
+        losses.append(float(sums["nll"] / sums["weight"]))
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+def test_frozen_paths_stay_bit_for_bit_and_others_move() -> None:
+    model = make_model(model_config(), VOCAB)
+    tx = make_optimizer(OptimConfig(freeze=("embedding", "layers/ff/")), 10, model.axes)
+    before = jax.jit(model.init)(jax.random.key(0))
+    after, _ = jax.jit(make_train_step(model.apply, tx))(init_state(before, tx), mixed_batch())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(before):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        new = after.params
+        for key in path:
+            new = new[key.key]
+        assert bool(jnp.array_equal(leaf, new)) == ("embedding" in name or "layers/ff/" in name), name
+
+
+def test_decay_leaves_norms_and_embeddings_alone() -> None:
+    model = make_model(model_config(), VOCAB)
+    params = jax.jit(model.init)(jax.random.key(0))
+    tx = make_optimizer(OptimConfig(weight_decay=0.5, schedule=ScheduleConfig(warmup_steps=0)), 10, model.axes)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params, value=jnp.float32(1.0))
+    moved = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): bool(jnp.any(leaf != 0))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert {name for name, yes in moved.items() if not yes} == {
+        name for name in moved if "scale" in name or "embed" in name
+    }
+
+
+def test_a_pattern_without_a_parameter_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"'layer/ff' matches no parameter; there are embedding"):
+        check_patterns(
+            "optim.freeze", ("layer/ff",), jax.eval_shape(make_model(model_config(), VOCAB).init, jax.random.key(0))
+        )
+
+
+def test_plateau_cuts_the_learning_rate_when_the_loss_stays() -> None:
+    config = OptimConfig(
+        name="sgd",
+        beta1=0.0,
+        weight_decay=0.0,
+        clip_norm=0.0,
+        schedule=ScheduleConfig(name="plateau", warmup_steps=0, peak_lr=1.0, plateau_patience=1, plateau_window=2),
+    )
+    tx = make_optimizer(config, 100, {"w": ("norm",)})
+    params = {"w": jnp.ones(3)}
+    state, sizes = tx.init(params), []
+    for _ in range(12):
+        updates, state = tx.update({"w": jnp.ones(3)}, state, params, value=jnp.float32(2.0))
+        sizes.append(float(-updates["w"][0]))
+    assert sizes[0] == 1.0 and sizes[-1] <= 0.25, sizes
+
+
+def test_clipping_bounds_the_global_norm() -> None:
+    config = OptimConfig(
+        name="sgd",
+        beta1=0.0,
+        weight_decay=0.0,
+        clip_norm=0.5,
+        schedule=ScheduleConfig(name="constant", warmup_steps=0, peak_lr=1.0),
+    )
+    tx = make_optimizer(config, 10, {"w": ("norm",)})
+    params = {"w": jnp.ones(4)}
+    updates, _ = tx.update({"w": jnp.full(4, 10.0)}, tx.init(params), params, value=jnp.float32(0.0))
+    assert float(optax.tree.norm(updates)) == pytest.approx(0.5)

@@ -1,0 +1,84 @@
+"""The step alone, with a bigram table for a model: no transformer, no data, no disk."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxstages.step import init_state, make_eval_step, make_train_step
+from jaxstages.types import Batch, Params, TrainState
+from tests.tiny import VOCAB, mixed_batch
+
+
+def bigram(params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
+    return params["table"][batch.tokens_BL]
+
+
+def start(tx: optax.GradientTransformation) -> TrainState:
+    table = jax.random.normal(jax.random.key(0), (VOCAB, VOCAB))
+    return init_state({"table": table}, tx)
+
+
+def sgd() -> optax.GradientTransformationExtraArgs:
+    return optax.with_extra_args_support(optax.sgd(0.5))
+
+
+def test_one_step_is_the_gradient_of_the_weighted_mean() -> None:
+    tx, batch = sgd(), mixed_batch()
+    state = start(tx)
+
+    def mean_loss(table: jax.Array) -> jax.Array:
+        nll = optax.softmax_cross_entropy_with_integer_labels(table[batch.tokens_BL], jnp.asarray(batch.targets_BL))
+        return jnp.sum(nll * batch.weights_BL) / jnp.sum(batch.weights_BL)
+
+    expected = state.params["table"] - 0.5 * jax.grad(mean_loss)(state.params["table"])
+    after, sums = jax.jit(make_train_step(bigram, tx))(state, batch)
+    np.testing.assert_allclose(after.params["table"], expected, atol=1e-6)
+    assert int(after.step) == 1
+    assert float(sums["weight"]) == batch.weights_BL.sum()
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_accumulation_does_not_change_loss_or_gradient(accumulate: int) -> None:
+    """Parts with different numbers of scored tokens: a mean of means would differ."""
+    tx, batch = sgd(), mixed_batch()
+    part_weights = {float(batch.weights_BL[a::accumulate].sum()) for a in range(accumulate)}
+    assert len(part_weights) > 1, "the parts must differ for this test to mean something"
+    whole, whole_sums = jax.jit(make_train_step(bigram, tx))(start(tx), batch)
+    parts, parts_sums = jax.jit(make_train_step(bigram, tx, accumulate=accumulate))(start(tx), batch)
+    np.testing.assert_allclose(parts.params["table"], whole.params["table"], atol=1e-6)
+    for name in whole_sums:
+        np.testing.assert_allclose(parts_sums[name], whole_sums[name], rtol=1e-5)
+
+
+def test_compiles_once() -> None:
+    tx = sgd()
+    step = jax.jit(make_train_step(bigram, tx), donate_argnums=0)
+    state = start(tx)
+    for _ in range(4):
+        state, _ = step(state, mixed_batch())
+    assert step._cache_size() == 1
+
+
+def test_dropout_key_is_a_function_of_seed_and_step() -> None:
+    def noisy(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+        return params["table"][batch.tokens_BL] + jax.random.normal(key, (*batch.tokens_BL.shape, VOCAB))
+
+    tx, batch = sgd(), mixed_batch()
+    losses = {}
+    for seed, at in itertools.product((0, 1), (0, 1)):
+        state = start(tx)._replace(step=jnp.int32(at))
+        losses[seed, at] = float(jax.jit(make_train_step(noisy, tx, seed=seed))(state, batch)[1]["nll"])
+    assert len(set(losses.values())) == 4
+    again = float(jax.jit(make_train_step(noisy, tx, seed=1))(start(tx)._replace(step=jnp.int32(1)), batch)[1]["nll"])
+    assert again == losses[1, 1]
+
+
+def test_eval_step_counts_bytes_of_scored_tokens_only() -> None:
+    batch = mixed_batch()
+    sizes = np.arange(VOCAB).astype(np.float32)
+    sums = jax.jit(make_eval_step(bigram, jnp.asarray(sizes)))(start(sgd()).params, batch)
+    np.testing.assert_allclose(sums["bytes"], sizes[batch.targets_BL][np.asarray(batch.weights_BL) > 0].sum())
