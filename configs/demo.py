@@ -29,15 +29,24 @@ def get_config(variant: str = "") -> Recipe:
     )
     finetune = StageConfig(
         data=DataConfig(task="seq2seq", train=("world:pairs:train",), validation=("world:pairs:validation",)),
-        optim=OptimConfig(schedule=ScheduleConfig(name="cosine", peak_lr=1e-3, warmup_steps=20)),
-        loop=LoopConfig(steps=500, batch_size=8, eval_every=250, save_every=250),
+        # What pretraining taught lies in the embedding and the feed-forward layers; they stay, and so does the knowledge.
+        optim=OptimConfig(
+            schedule=ScheduleConfig(name="cosine", peak_lr=2e-3, warmup_steps=20),
+            weight_decay=0.0,
+            freeze=("embedding", "layers/ff/"),
+        ),
+        loop=LoopConfig(steps=600, batch_size=8, eval_every=200, save_every=200),
         evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=400, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="bleu", mode="max"),
     )
     instruct = StageConfig(
         data=DataConfig(task="chat", train=("world:chats:train",), validation=("world:chats:validation",)),
-        optim=OptimConfig(schedule=ScheduleConfig(name="cosine", peak_lr=1e-3, warmup_steps=20)),
-        loop=LoopConfig(steps=1200, batch_size=8, eval_every=400, save_every=400),
+        optim=OptimConfig(
+            schedule=ScheduleConfig(name="cosine", peak_lr=3e-3, warmup_steps=20),
+            weight_decay=0.0,
+            freeze=("embedding",),
+        ),
+        loop=LoopConfig(steps=2800, batch_size=8, eval_every=700, save_every=700, log_every=20),
         evaluation=EvaluationConfig(metrics=("exact_match",), max_examples=0, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="exact_match", mode="max", patience=3),
     )
@@ -68,6 +77,7 @@ def get_config(variant: str = "") -> Recipe:
         case "control":
             recipe.pretrain = recipe.instruct = None
             finetune.init_from = "scratch"
+            finetune.optim.freeze = ()  # from scratch there is nothing to keep: all of it has to learn
             return recipe
         case _:
             raise ValueError(f'configs/demo.py has no variant {variant!r}; known: "control"')

@@ -22,7 +22,7 @@ from jaxstages.data.pipeline import batches_by_step, prefetch
 from jaxstages.early_stopping import EarlyStopping, early_stopping
 from jaxstages.evaluate import Report, make_evaluate, unigram_perplexity
 from jaxstages.metrics import MetricsWriter, plain, read_metrics
-from jaxstages.optim import make_schedule
+from jaxstages.optim import make_schedule, path_matches
 from jaxstages.sharding import place_batch
 from jaxstages.start import Start, contract_of, find_start
 from jaxstages.step import make_train_step
@@ -117,6 +117,7 @@ class _Run:
                 accumulate=config.accumulate,
                 label_smoothing=optim.label_smoothing,
                 z_loss=optim.z_loss,
+                frozen=path_matches(optim.freeze, bench.shapes.params),
             ),
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, bench.shapes), None),

@@ -30,6 +30,7 @@ def make_train_step(
     accumulate: int = 1,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    frozen: Params | None = None,
 ) -> TrainStep:
     """One optimizer update as `step(state, batch) -> (state, sums)`, to be jitted with the state donated.
 
@@ -40,11 +41,15 @@ def make_train_step(
     Args:
         apply: `apply(params, batch, dropout_key) -> logits_BLV`.
         accumulate: parts that the batch is split into, one after the other, to save memory; divides B.
+        frozen: tree of bools like params; gradients of the true ones are 0, are not computed, and don't count in the
+            norm. That they stay as they are is the optimizer's part.
 
     Returns a step whose sums are those of `cross_entropy_sums`, and "grad_norm" before clipping.
     """
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Sums]:
+        if frozen is not None:
+            params = jax.tree.map(lambda p, stays: jax.lax.stop_gradient(p) if stays else p, params, frozen)
         logits_BLV = apply(params, batch, key)
         sums = cross_entropy_sums(
             logits_BLV, batch.targets_BL, batch.weights_BL, label_smoothing=label_smoothing, z_loss=z_loss

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ class Tokenizer(NamedTuple):
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; control tokens are left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -119,7 +119,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path) ->
             letters = sorted(set().union(*map(set, texts)))
             vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, UNKNOWN, *letters])}
             backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
-            backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"(?s)."), "isolated")
+            backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
             backend.decoder = decoders.Fuse()
             backend.add_special_tokens(list(SPECIAL_TOKENS))
         case "file":

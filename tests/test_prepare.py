@@ -1,0 +1,254 @@
+"""Sources, the prepared cache and batches by step."""
+
+import gzip
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxstages.config import DataConfig, TokenizerConfig
+from jaxstages.data import prepare as preparing
+from jaxstages.data.pipeline import batches_by_step, batches_once, local_rows, prefetch
+from jaxstages.data.prepare import Prepared, prepare
+from jaxstages.data.sources import open_source
+from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
+from jaxstages.types import Batch
+
+RECORDS = [{"text": f"number {i} and {i * i}"} for i in range(60)]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return make_tokenizer(
+        TokenizerConfig(vocab_size=300), (r["text"] for r in RECORDS), tmp_path / "tokenizer" / "tokenizer.json"
+    )
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def prepared(tmp_path: Path, tokenizer: Tokenizer, records: list[dict] = RECORDS, part: str = "train", **data: object):
+    source = open_source(str(write_jsonl(tmp_path / "data.jsonl", records)), tmp_path)
+    return prepare(source, part, DataConfig(task="lm", **data), tokenizer, 32, tmp_path / "cache")
+
+
+def all_rows(source: Prepared) -> list[Batch]:
+    return list(batches_once([source], batch_size=4))
+
+
+def test_every_format_gives_the_same_records(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    lines = [json.dumps(record).encode() for record in RECORDS]
+    write_jsonl(tmp_path / "a.jsonl", RECORDS)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        file.write(b"\n".join(lines))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
+    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    for line in lines:
+        writer.write(line)
+    writer.close()
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.array_record"):
+        source = open_source(str(tmp_path / name), tmp_path)
+        assert [item.record for item in source.read()] == RECORDS, name
+        assert source.records == len(RECORDS), name
+        assert [item.record for item in source.read()] == RECORDS, "it can be read again"
+
+
+def test_patterns_take_files_in_order_and_text_files_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second\n\nfile")
+    (tmp_path / "a.txt").write_text("first")
+    source = open_source(str(tmp_path / "*.txt"), tmp_path)
+    assert [item.record for item in source.read()] == [{"text": "first"}, {"text": "second\n\nfile"}]
+    assert source.whole_text
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("missing/*.jsonl", "no file matches"),
+        ("empty.txt", "is empty"),
+        ("strange.docx", "unknown kind of file"),
+        ("world:text", "no split"),
+        ("world:chess:train", "chess"),
+        ("world:text:test", "test"),
+        ("tfds:no_such_dataset_here:train", "TFDS"),
+        ("hf:nothing:train", "not installed"),
+    ],
+)
+def test_sources_that_are_not_there_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("strange.docx").write_text("x")
+    with pytest.raises(ValueError, match=complaint):
+        open_source(name, tmp_path)
+
+
+def test_a_prepared_tfds_folder_is_a_source(tmp_path: Path) -> None:
+    world = open_source("world:pairs:validation", tmp_path)
+    folder = next(tmp_path.rglob("dataset_info.json")).parent
+    direct = open_source(f"tfds:{folder}:validation", tmp_path)
+    assert [item.record for item in direct.read()] == [item.record for item in world.read()]
+    assert direct.records == world.records == 400
+
+
+def test_malformed_records_are_counted_and_named(tmp_path: Path, tokenizer: Tokenizer, capsys) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", RECORDS)
+    file.write_bytes(file.read_bytes() + b'{"text": "cut\n[1, 2]\n{"other": 1}\n\xff\xfe\n')
+    source = open_source(str(file), tmp_path)
+    config = DataConfig(task="lm", max_bad_share=0.1)
+    index = prepare(source, "train", config, tokenizer, 32, tmp_path / "cache").index
+    assert (index["records"], index["bad"]) == (64, 4)
+    assert [named.split(": ")[0].split(":")[-1] for named in index["bad_named"]] == ["61", "62", "63", "64"]
+    assert "skipped 4 malformed of 64" in capsys.readouterr().out
+    config.max_bad_share = 0.05
+    with pytest.raises(ValueError, match=r"4 of 64 records are malformed, more than max_bad_share=0.05.*data.jsonl:61"):
+        prepare(source, "train", config, tokenizer, 32, tmp_path / "cache")
+
+
+def test_all_masked_and_nothing_masked_data_are_refused(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "target": "b"}])
+    source, config = open_source(str(pairs), tmp_path), DataConfig(task="seq2seq")
+    assemble = preparing.assemble
+    for name, weight, complaint in (("none", 0.0, "every token is masked"), ("all", 1.0, "no token is masked")):
+
+        def masked(*args: object, weight: float = weight) -> object:
+            found = assemble(*args)
+            return found._replace(
+                examples=[e._replace(weights=np.full_like(e.weights, weight)) for e in found.examples]
+            )
+
+        monkeypatch.setattr(preparing, "assemble", masked)
+        with pytest.raises(ValueError, match=complaint):
+            prepare(source, "train", config, tokenizer, 32, tmp_path / name)
+
+
+def test_hold_out_by_hash_splits_without_overlap(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    records = RECORDS + RECORDS[:20]  # repeated questions stay on one side
+    train = prepared(tmp_path, tokenizer, records, holdout=0.3)
+    held = prepared(tmp_path, tokenizer, records, part="validation", holdout=0.3)
+    assert train.index["records"] + held.index["records"] == len(records)
+    sides = [
+        {bytes(row) for batch in all_rows(source) for row in batch.tokens_BL if row.any()} for source in (train, held)
+    ]
+    assert all(sides) and not sides[0] & sides[1]
+    numbers = [_numbers(source, tokenizer) for source in (train, held)]
+    assert sorted(numbers[0] + numbers[1]) == sorted([*range(60), *range(20)])
+    assert not set(numbers[0]) & set(numbers[1]) and len(numbers[1]) > 8
+
+
+def _numbers(source: Prepared, tokenizer: Tokenizer) -> list[int]:
+    """Which of RECORDS are in the rows: each says "number i and i*i"."""
+    text = "".join(tokenizer.decode(row[row > 0]) for batch in all_rows(source) for row in batch.targets_BL)
+    return [int(number) for number in re.findall(r"number (\d+) and", text)]
+
+
+def test_hold_out_of_a_text_file_is_its_tail(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "book.txt").write_text("a" * 900 + "b" * 100)
+    source, config = open_source(str(tmp_path / "book.txt"), tmp_path), DataConfig(task="lm", holdout=0.1)
+    for part, letter, count in (("train", "a", 900), ("validation", "b", 100)):
+        rows = all_rows(prepare(source, part, config, tokenizer, 32, tmp_path / "cache"))
+        targets = np.concatenate([b.targets_BL[b.weights_BL > 0] for b in rows])
+        text = tokenizer.decode(targets)
+        assert set(text) == {letter} and len(text) == count
+
+
+def test_the_cache_is_used_and_its_key_is_all_that_matters(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    first = prepared(tmp_path, tokenizer)
+    stamp = (first.folder / "index.json").stat().st_mtime_ns
+    assert prepared(tmp_path, tokenizer).folder == first.folder
+    assert (first.folder / "index.json").stat().st_mtime_ns == stamp
+    assert prepared(tmp_path, tokenizer, RECORDS[:-1]).folder != first.folder
+    assert prepared(tmp_path, tokenizer, text="{text}!").folder != first.folder
+
+
+def test_a_cache_that_was_cut_short_is_never_taken_for_whole(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(preparing, "BLOCK_RECORDS", 20)
+    whole = prepared(tmp_path, tokenizer)
+    assert whole.index["shards"] == 3
+    expected = [batch.tokens_BL.tolist() for batch in all_rows(whole)]
+    kept = whole.folder / "shard-00000.json"
+    stamp = kept.stat().st_mtime_ns
+    for name in ("index.json", "shard-00001.json", "rows-00002.array_record", "shard-00002.json"):
+        (whole.folder / name).unlink()
+    (whole.folder / "rows-00001.array_record").write_bytes(b"half")
+    again = prepared(tmp_path, tokenizer)
+    assert [batch.tokens_BL.tolist() for batch in all_rows(again)] == expected
+    assert kept.stat().st_mtime_ns == stamp, "the whole shard was not made again"
+
+
+def test_batch_k_is_a_function_of_k_and_hosts_share_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = prepared(tmp_path, tokenizer)
+    options = {"batch_size": 4, "seed": 3}
+    batch = batches_by_step([source], **options)
+    forward = [batch(k) for k in range(10)]
+    again = batches_by_step([source], **options)
+    for k in (7, 0, 3):
+        np.testing.assert_array_equal(again(k).tokens_BL, forward[k].tokens_BL)
+    halves = [batches_by_step([source], process=p, processes=2, **options) for p in range(2)]
+    np.testing.assert_array_equal(np.concatenate([half(5).tokens_BL for half in halves]), forward[5].tokens_BL)
+    other = batches_by_step([source], batch_size=4, seed=4)
+    assert any(not np.array_equal(other(k).tokens_BL, forward[k].tokens_BL) for k in range(3))
+
+
+def test_each_pass_has_each_row_once_and_is_shuffled_anew(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = prepared(tmp_path, tokenizer)
+    rows = source.index["rows"]
+    batch = batches_by_step([source], batch_size=1, seed=0)
+    passes = [[batch(k).tokens_BL.tobytes() for k in range(p * rows, (p + 1) * rows)] for p in range(2)]
+    assert sorted(passes[0]) == sorted(passes[1]) and len(set(passes[0])) == rows
+    assert passes[0] != passes[1]
+
+
+def test_mixtures_by_weight(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "x").mkdir()
+    one = prepared(tmp_path, tokenizer)
+    other = prepared(tmp_path / "x", tokenizer, [{"text": "zzz " * 6}] * 40)
+    mark = int(tokenizer.encode("zzz")[0])
+    batch = batches_by_step([one, other], batch_size=8, seed=0, weights=(3.0, 1.0))
+    share = np.mean([np.any(row == mark) for k in range(50) for row in batch(k).tokens_BL])
+    assert share == pytest.approx(0.25, abs=0.02)
+
+
+def test_held_out_rows_count_once_whatever_the_batch(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = prepared(tmp_path, tokenizer)
+    for size in (1, 3, 4, 64):
+        batches = list(batches_once([source], batch_size=size))
+        assert all(batch.tokens_BL.shape == (size, 32) for batch in batches)
+        assert sum(float(batch.weights_BL.sum()) for batch in batches) == source.index["scored"]
+
+
+def test_hosts_must_divide_the_batch() -> None:
+    with pytest.raises(ValueError, match="batch_size=6 must be divisible by the number of hosts, 4"):
+        local_rows(6, 0, 4)
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
+    assert list(prefetch(lambda k: k * k, 3, 9)) == [k * k for k in range(3, 9)]
+
+    def broken(k: int) -> int:
+        if k == 2:
+            raise ValueError("bad batch")
+        return k
+
+    with pytest.raises(ValueError, match="bad batch"):
+        list(prefetch(broken, 0, 5))
+
+
+def test_questions_are_kept_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"q{i}", "target": f"a{i}", "kind": "k"} for i in range(10)])
+    source = prepare(
+        open_source(str(pairs), tmp_path), "train", DataConfig(task="seq2seq"), tokenizer, 32, tmp_path / "c"
+    )
+    assert [q.reference for q in source.questions()] == [f"a{i}" for i in range(10)]
+    assert [q.reference for q in source.questions(5)] == ["a0", "a2", "a4", "a6", "a8"]
+    shutil.rmtree(source.folder)
