@@ -29,13 +29,13 @@ def get_config(variant: str = "") -> Recipe:
     )
     finetune = StageConfig(
         data=DataConfig(task="seq2seq", train=("world:pairs:train",), validation=("world:pairs:validation",)),
-        # What pretraining taught lies in the embedding and the feed-forward layers; they stay, and so does the knowledge.
+        # What pretraining taught of words lies in the embedding: it stays, and the later stages forget less.
         optim=OptimConfig(
-            schedule=ScheduleConfig(name="cosine", peak_lr=2e-3, warmup_steps=20),
+            schedule=ScheduleConfig(name="cosine", peak_lr=4e-3, warmup_steps=20),
             weight_decay=0.0,
-            freeze=("embedding", "layers/ff/"),
+            freeze=("embedding",),
         ),
-        loop=LoopConfig(steps=600, batch_size=8, eval_every=200, save_every=200),
+        loop=LoopConfig(steps=250, batch_size=8, eval_every=125, save_every=125),
         evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=400, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="bleu", mode="max"),
     )
@@ -77,7 +77,9 @@ def get_config(variant: str = "") -> Recipe:
         case "control":
             recipe.pretrain = recipe.instruct = None
             finetune.init_from = "scratch"
-            finetune.optim.freeze = ()  # from scratch there is nothing to keep: all of it has to learn
+            # From scratch there is nothing to keep: all of it learns, at the better of the rates tried (2e-3, 4e-3).
+            finetune.optim.freeze = ()
+            finetune.optim.schedule.peak_lr = 2e-3
             return recipe
         case _:
             raise ValueError(f'configs/demo.py has no variant {variant!r}; known: "control"')

@@ -38,7 +38,7 @@ def test_any_text_survives_and_never_becomes_control(tokenizer: Tokenizer, text:
 
 def test_control_tokens_have_no_bytes_and_are_left_out_of_text(tokenizer: Tokenizer) -> None:
     assert all(tokenizer.token_bytes()[i] == 0 for i in tokenizer.specials)
-    ids = [tokenizer.specials.user, *tokenizer.encode("hello"), tokenizer.specials.end_of_turn]
+    ids = [tokenizer.specials.user, *tokenizer.encode("hello").tolist(), tokenizer.specials.end_of_turn]
     assert tokenizer.decode(ids) == "hello"
 
 
