@@ -1,0 +1,255 @@
+"""The three stages end to end on a tiny recipe: hand-over, resume, contract, early stopping, what is written."""
+
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxstages import config as recipes
+from jaxstages.checkpoint import Checkpoints, fingerprint, params_sha256
+from jaxstages.commands.train import train, train_all
+from jaxstages.config import EarlyStoppingConfig, Recipe
+from jaxstages.metrics import read_metrics
+from jaxstages.workdir import read_json
+from tests.tiny import recipe as tiny_recipe
+from tests.tiny import write_data
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A run of all three stages, made once; tests that change it work on a copy."""
+    root = tmp_path_factory.mktemp("run")
+    write_data(root / "data")
+    recipe = tiny_recipe(root / "data")
+    recipe.cache = str(root / "cache")
+    train_all(recipe, root / "work")
+    return recipe, root / "work"
+
+
+@pytest.fixture
+def run(finished: tuple[Recipe, Path], tmp_path: Path) -> tuple[Recipe, Path]:
+    shutil.copytree(finished[1], tmp_path / "work")
+    return copy.deepcopy(finished[0]), tmp_path / "work"
+
+
+def losses(workdir: Path, stage: str) -> dict[int, float]:
+    return {
+        line["step"]: line["loss"]
+        for line in read_metrics(workdir / stage / "metrics.jsonl")
+        if line["kind"] == "train"
+    }
+
+
+def test_each_stage_names_its_parent_as_it_was_read(finished: tuple[Recipe, Path]) -> None:
+    _, work = finished
+    results = {name: read_json(work / name / "result.json") for name in recipes.STAGES}
+    assert results["pretrain"]["parent"] is None
+    for child, parent in (("finetune", "pretrain"), ("instruct", "finetune")):
+        assert results[child]["parent"] == {
+            "path": str(work / parent),
+            "step": results[parent]["best_step"],
+            "params_sha256": results[parent]["params_sha256"],
+        }
+    assert all(result["status"] == "completed" and result["steps"] == 6 for result in results.values())
+
+
+def test_loss_falls_and_lines_are_complete(finished: tuple[Recipe, Path]) -> None:
+    _, work = finished
+    lines = read_metrics(work / "pretrain" / "metrics.jsonl")
+    train_lines = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train_lines] == [2, 4, 6]
+    assert train_lines[-1]["loss"] < train_lines[0]["loss"]
+    assert set(train_lines[0]) == {
+        *("step", "kind", "loss", "token_accuracy", "grad_norm", "learning_rate", "tokens", "tokens_per_second")
+    }
+    evals = [line for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in evals] == [0, 3, 6]
+    assert all(line["perplexity"] == pytest.approx(math.exp(line["loss"]), rel=1e-5) for line in evals)
+    assert list((work / "pretrain" / "tensorboard").iterdir())
+
+
+def test_matrix_has_the_form_of_the_design(finished: tuple[Recipe, Path]) -> None:
+    matrix = read_json(finished[1] / "stage_matrix.json")
+    assert matrix["checkpoints"] == list(recipes.STAGES)
+    assert matrix["columns"][:2] == ["pretrain/perplexity", "finetune/perplexity"]
+    assert "finetune/bleu" in matrix["columns"] and "instruct/exact_match" in matrix["columns"]
+    assert np.asarray(matrix["values"], float).shape == (3, len(matrix["columns"]))
+    assert set(matrix["prompts"][0]["answers"]) == set(recipes.STAGES)
+    assert any(signature.startswith("nrefs:1|case:mixed") for signature in matrix["signatures"])
+
+
+def test_a_finished_stage_is_not_trained_again(run: tuple[Recipe, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, work = run
+    before = (work / "finetune" / "result.json").stat().st_mtime_ns
+    train(recipe, work, "finetune")
+    assert "already completed at step 6" in capsys.readouterr().out
+    assert (work / "finetune" / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_stopped_run_goes_on_to_the_same_bits(finished: tuple[Recipe, Path], tmp_path: Path, stop: int) -> None:
+    """Stopped between two log lines, at an evaluation, and just before the end."""
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    shutil.copytree(finished[1] / "tokenizer", work / "tokenizer")
+    recipe.pretrain.loop.stop_after = stop
+    assert train(recipe, work, "pretrain") is False
+    assert not (work / "pretrain" / "result.json").exists()
+    recipe.pretrain.loop.stop_after = 0
+    assert train(recipe, work, "pretrain") is True
+    whole, again = (read_json(w / "pretrain" / "result.json") for w in (finished[1], work))
+    for name in ("params_sha256", "last_params_sha256", "best", "best_step", "tokens"):
+        assert again[name] == whole[name], name
+    assert losses(work, "pretrain") == losses(finished[1], "pretrain")
+
+
+def test_resume_drops_lines_that_it_will_write_again(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """A kill after a line and before its checkpoint leaves a line too many; and may cut the last one short."""
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    shutil.copytree(finished[1] / "tokenizer", work / "tokenizer")
+    recipe.pretrain.loop.stop_after = 2
+    train(recipe, work, "pretrain")
+    with (work / "pretrain" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "kind": "train", "loss": 9.0}) + "\n" + '{"step": 6, "ki')
+    recipe.pretrain.loop.stop_after = 0
+    train(recipe, work, "pretrain")
+    assert losses(work, "pretrain") == losses(finished[1], "pretrain")
+
+
+def test_early_stopping_stops_keeps_the_best_and_hands_it_on(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    shutil.copytree(finished[1] / "tokenizer", work / "tokenizer")
+    # No evaluation after the first can improve by so much: the first stays the best.
+    recipe.pretrain.early_stopping = EarlyStoppingConfig(metric="loss", patience=2, min_delta=1e6)
+    recipe.pretrain.loop.eval_every, recipe.pretrain.loop.steps, recipe.pretrain.loop.keep = 1, 12, 1
+    train(recipe, work, "pretrain")
+    result = read_json(work / "pretrain" / "result.json")
+    assert (result["status"], result["best_step"], result["steps"]) == ("early_stopped", 1, 3)
+    assert sorted(int(p.name) for p in (work / "pretrain" / "checkpoints").iterdir() if p.name.isdecimal()) == [1, 3]
+    events = [line for line in read_metrics(work / "pretrain" / "metrics.jsonl") if line["kind"] == "event"]
+    assert [event["event"] for event in events] == ["early_stopping"]
+    train(recipe, work, "finetune")
+    assert read_json(work / "finetune" / "result.json")["parent"]["step"] == 1
+    assert read_json(work / "finetune" / "result.json")["parent"]["params_sha256"] == result["params_sha256"]
+
+
+def test_missing_and_unfinished_parents_are_refused(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    shutil.copytree(finished[1] / "tokenizer", work / "tokenizer")
+    with pytest.raises(ValueError, match=r"pretrain was not trained; run `jaxstages pretrain`"):
+        train(recipe, work, "finetune")
+    recipe.pretrain.loop.stop_after = 2
+    train(recipe, work, "pretrain")
+    with pytest.raises(ValueError, match=r"pretrain is not finished"):
+        train(recipe, work, "finetune")
+
+
+def again(run: tuple[Recipe, Path], stage: str = "finetune") -> tuple[Recipe, Path]:
+    shutil.rmtree(run[1] / stage)
+    return run
+
+
+def test_a_parent_with_another_architecture_is_refused_with_both_values(run: tuple[Recipe, Path]) -> None:
+    recipe, work = again(run)
+    recipe.model.width = 32
+    with pytest.raises(ValueError, match=r"pretrain does not fit this recipe: model differs: width 16 there, 32 here"):
+        train(recipe, work, "finetune")
+
+
+def test_a_parent_with_another_tokenizer_is_refused(run: tuple[Recipe, Path]) -> None:
+    recipe, work = again(run)
+    file = work / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"tokenizer_sha256 is .* there, .* here"):
+        train(recipe, work, "finetune")
+
+
+def test_a_flipped_bit_in_the_parent_is_noticed(run: tuple[Recipe, Path]) -> None:
+    recipe, work = again(run)
+    step = read_json(work / "pretrain" / "result.json")["best_step"]
+    files = (work / "pretrain" / "checkpoints" / str(step) / "params").rglob("d/*")
+    largest = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged|Error|error|CRC"):
+        train(recipe, work, "finetune")
+    assert not (work / "finetune" / "result.json").exists()
+
+
+def test_a_parent_of_another_run(run: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, work = run
+    other = tmp_path / "other"
+    shutil.copytree(work / "tokenizer", other / "tokenizer")
+    recipe.pretrain = None
+    recipe.finetune.init_from = str(work / "pretrain")
+    train(recipe, other, "finetune")
+    one, two = (read_json(w / "finetune" / "result.json") for w in (work, other))
+    assert one["params_sha256"] == two["params_sha256"]
+    recipe.finetune.init_from = "parent"
+    shutil.rmtree(other / "finetune")
+    with pytest.raises(ValueError, match="first stage and has no parent; set config.finetune.init_from"):
+        train(recipe, other, "finetune")
+
+
+def test_what_is_restored_is_said_for_each_parameter(
+    run: tuple[Recipe, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, work = again(run)
+    train(recipe, work, "finetune")
+    out = capsys.readouterr().out
+    assert "restored embedding  float32[300, 16]" in out
+    assert out.count("  restored ") == 10 and "inherited: tokenizer" in out
+
+
+def test_two_runs_in_one_workdir_are_refused(run: tuple[Recipe, Path]) -> None:
+    from jaxstages.workdir import lock
+
+    with lock(run[1]), pytest.raises(ValueError, match=r"is in use by .* pid \d+"):
+        train(run[0], run[1], "pretrain")
+
+
+def test_classification_is_scored_by_label(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    records = [
+        {"text": f"{word} {i}", "label": label} for i in range(40) for word, label in (("good", "up"), ("bad", "down"))
+    ]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    recipe.pretrain = recipe.instruct = None
+    stage = recipe.finetune
+    stage.init_from = "scratch"
+    stage.data.task, stage.data.train = "classify", (str(tmp_path / "labels.jsonl"),)
+    stage.data.prompt, stage.data.target = "text", "label"
+    stage.evaluation.metrics = ("accuracy", "macro_f1")
+    stage.early_stopping = EarlyStoppingConfig(metric="accuracy", mode="max")
+    stage.loop.steps, stage.loop.eval_every, stage.optim.schedule.peak_lr = 60, 30, 1e-2
+    recipes.validate(recipe)
+    train(recipe, work, "finetune")
+    best = read_json(work / "finetune" / "result.json")["best"]
+    assert best["accuracy"] == 100.0 and best["macro_f1"] == 100.0
+
+
+def test_fingerprint_is_the_same_on_any_mesh_and_sees_a_bit() -> None:
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    mesh = Mesh(np.asarray(jax.devices()), ("d",))
+    split = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
+    assert fingerprint({"a": split}) == fingerprint({"a": jax.device_put(x)})
+    assert params_sha256({"a": split}) == params_sha256({"a": jax.device_put(x)})
+    flipped = x.copy()
+    flipped.view(np.uint32)[3, 3] ^= 1
+    swapped = x.copy()
+    swapped[0, 0], swapped[5, 5] = x[5, 5], x[0, 0]
+    prints = {fingerprint({"a": jax.device_put(value)}) for value in (x, flipped, swapped)}
+    assert len(prints) == 3
+
+
+def test_checkpoints_of_an_empty_folder(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "stage", 2)
+    assert checkpoints.steps() == []
+    checkpoints.close()
