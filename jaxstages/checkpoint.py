@@ -6,6 +6,7 @@ nothing. So shapes and dtypes are compared before anything is read, and fingerpr
 
 import hashlib
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -108,8 +109,12 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
 
-    def close(self) -> None:
-        self.wait()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.wait()
         self._manager.close()
 
 
@@ -133,13 +138,19 @@ def read_params(stage_dir: Path, step: int, target: Params) -> Params:
         raise ValueError(f"{folder.parent} has no parameters; is {stage_dir} a stage that was trained?")
     _compare(folder, target)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder, target)
+        try:
+            return checkpointer.restore(folder, target)
+        except Exception as error:  # Orbax has no type of its own for what can't be read
+            raise ValueError(f"{folder.parent} is damaged, Orbax can't read it: {str(error)[:200]}") from error
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Path -> (shape, dtype) of each parameter in a checkpoint's params folder; no array is read."""
     with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
+        metadata = checkpointer.metadata(folder).item_metadata
+    if metadata is None:
+        raise ValueError(f"{folder.parent} is damaged, its metadata can't be read; train that stage again")
+    tree = metadata.tree
     return {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in _named(tree)}
 
 

@@ -51,18 +51,18 @@ def train_stage(bench: Workbench) -> dict[str, Any] | None:
     """
     config, stop = bench.stage.loop, bench.stage.early_stopping
     stopping = early_stopping(mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta)
-    checkpoints = Checkpoints(bench.stage_dir, config.keep)
-    start = find_start(bench, checkpoints, stopping)
-    step = int(start.state.step)
-    with MetricsWriter(bench.stage_dir, step) as writer, _signals() as asked:
-        run = _Run(bench, start, checkpoints, writer, stopping)
-        last = min(config.steps, config.stop_after or config.steps)
-        state, held = run.steps(start.state, step, last, asked)
-        checkpoints.close()
-        if held < config.steps and not stopping.should_stop(run.stopping_state):
-            say(f"{bench.name}: stop_after={config.stop_after} reached; start again without it to go on", "yellow")
-            return None
-        return run.finish(state, held)
+    with Checkpoints(bench.stage_dir, config.keep) as checkpoints:
+        start = find_start(bench, checkpoints, stopping)
+        step = int(start.state.step)
+        with MetricsWriter(bench.stage_dir, step) as writer, _signals() as asked:
+            run = _Run(bench, start, checkpoints, writer, stopping)
+            last = min(config.steps, config.stop_after or config.steps)
+            state, held = run.steps(start.state, step, last, asked)
+            checkpoints.wait()
+            if held < config.steps and not stopping.should_stop(run.stopping_state):
+                say(f"{bench.name}: stop_after={config.stop_after} reached; start again without it to go on", "yellow")
+                return None
+            return run.finish(state, held)
 
 
 @contextmanager
@@ -153,7 +153,7 @@ class _Run:
             if improved or stops or done % config.save_every == 0 or done == last or asked:
                 self._save(done, state)
             if asked:
-                self._checkpoints.close()
+                self._checkpoints.wait()
                 raise Interrupted(f"{bench.name}: interrupted; saved at step {done}, start it again to go on")
             if stops:
                 return state, done

@@ -2,19 +2,19 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 from tensorboardX import SummaryWriter
 
-from jaxstages.types import Metrics, Sums
+from jaxstages.types import Metrics
 
 
-def from_sums(sums: Sums) -> Metrics:
+def from_sums(sums: Mapping[str, SupportsFloat]) -> Metrics:
     """Loss (nats a scored token), perplexity, accuracy of tokens and, where "bytes" is there, bits per byte."""
     weight = float(sums["weight"])
     if not weight:

@@ -50,7 +50,7 @@ def test_json_never_holds_a_nan() -> None:
 
 
 def curve(*losses: float) -> list[tuple[int, float]]:
-    return [(100 * (i + 1), loss) for i, loss in enumerate(losses)]
+    return [(100 * (i + 1), float(loss)) for i, loss in enumerate(losses)]
 
 
 @pytest.mark.parametrize(

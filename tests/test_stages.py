@@ -176,7 +176,7 @@ def test_a_flipped_bit_in_the_parent_is_noticed(run: tuple[Recipe, Path]) -> Non
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 4
     largest.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged|Error|error|CRC"):
+    with pytest.raises(ValueError, match="is damaged"):
         train(recipe, work, "finetune")
     assert not (work / "finetune" / "result.json").exists()
 
@@ -203,7 +203,7 @@ def test_what_is_restored_is_said_for_each_parameter(
     train(recipe, work, "finetune")
     out = capsys.readouterr().out
     assert "restored embedding  float32[300, 16]" in out
-    assert out.count("  restored ") == 10 and "inherited: tokenizer" in out
+    assert out.count("  restored ") == 11 and "inherited: tokenizer" in out
 
 
 def test_two_runs_in_one_workdir_are_refused(run: tuple[Recipe, Path]) -> None:
@@ -250,6 +250,5 @@ def test_fingerprint_is_the_same_on_any_mesh_and_sees_a_bit() -> None:
 
 
 def test_checkpoints_of_an_empty_folder(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "stage", 2)
-    assert checkpoints.steps() == []
-    checkpoints.close()
+    with Checkpoints(tmp_path / "stage", 2) as checkpoints:
+        assert checkpoints.steps() == []

@@ -4,7 +4,7 @@ Legend: B batch, P prompt slots, M new tokens, V vocab.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxstages.sharding import batch_sharding
 from jaxstages.types import Model, Params
+
+Carry = tuple[Array, Array, Array, Any]
+"""Of the decoding loop: tokens made so far, all of them, the last of each row, the cache."""
 
 BUCKET = 32
 """Prompts are padded, on the right, to a multiple of this."""
@@ -57,11 +60,11 @@ def make_generate(
         first_B = choose(last_BV, keys_B, jnp.int32(0))
         out_BM = jnp.zeros((rows, sampling.max_new_tokens), jnp.int32).at[:, 0].set(first_B)
 
-        def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
+        def unfinished(carry: Carry) -> Array:
             i, _, tokens_B, _ = carry
             return (i < sampling.max_new_tokens) & ~jnp.all(ended(tokens_B))
 
-        def advance(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        def advance(carry: Carry) -> Carry:
             i, out_BM, tokens_B, cache = carry
             positions_B1 = (lengths_B + i - 1)[:, None]
             logits_B1V, cache = model.decode(params, tokens_B[:, None], positions_B1, cache)
