@@ -18,7 +18,7 @@ demo-control: .venv  ## the demo's fine-tuning from scratch with the same budget
 	$(BIN)/jaxstages finetune --config=configs/demo.py:control --workdir=runs/demo-control
 
 test: .venv check
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 check: .venv  ## lint and types
 	$(BIN)/ruff check .

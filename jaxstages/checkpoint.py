@@ -5,6 +5,7 @@ nothing. So shapes and dtypes are compared before anything is read, and fingerpr
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class _KeepBest:
     def __init__(self) -> None:
         self.step = -1
 
-    def should_preserve(self, checkpoints: list[Any], *, context: Any) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
@@ -85,7 +86,7 @@ class Checkpoints:
         """
         _compare(self._folder / str(step) / "params", target.params)
         train = {"opt_state": target.opt_state, "step": target.step, "early_stopping": _arrays(stopping)}
-        found = self._manager.restore(
+        found: Any = self._manager.restore(  # Orbax's union also has a Mapping, which has no attributes
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(target.params),
@@ -95,7 +96,8 @@ class Checkpoints:
         )
         state = TrainState(found.train["step"], found.params, found.train["opt_state"])
         saved = found.train["early_stopping"]
-        restored = EarlyStoppingState(*(np.asarray(saved[name])[()] for name in EarlyStoppingState._fields))
+        scalars: list[Any] = [np.asarray(saved[name])[()] for name in EarlyStoppingState._fields]
+        restored = EarlyStoppingState(*scalars)
         if fingerprint([state, restored]) != found.meta["fingerprint"]:
             raise ValueError(
                 f"{self._folder / str(step)} is damaged: its values are not those that were saved; move that folder "

@@ -321,7 +321,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _from_dict(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{path}={value!r} must be an object with the fields of {kind.__name__}")
         hints = typing.get_type_hints(kind)

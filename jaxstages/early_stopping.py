@@ -18,9 +18,9 @@ class EarlyStoppingState(NamedTuple):
     bad: evaluations in a row that did not improve on `best`.
     """
 
-    best: np.ndarray
-    best_step: np.ndarray
-    bad: np.ndarray
+    best: np.float64
+    best_step: np.int64
+    bad: np.int64
 
 
 class EarlyStopping(NamedTuple):

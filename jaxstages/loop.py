@@ -209,7 +209,7 @@ class _Run:
             "loss": loss,
             "token_accuracy": interval["correct"] / interval["weight"],
             "grad_norm": values["grad_norm"],
-            "learning_rate": float(self._schedule(step - 1)),
+            "learning_rate": float(np.asarray(self._schedule(step - 1))),
             "tokens": self._carried["tokens"],
             "tokens_per_second": rate,
         }

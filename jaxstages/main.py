@@ -58,8 +58,8 @@ FLAGS_OF = {
 """Command -> the flags that it takes beside --config and --workdir."""
 
 
-def define_flags(values: flags.FlagValues) -> Any:
-    """All flags of the program; what --config names is loaded when they are parsed."""
+def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
+    """All flags of the program; what --config names is loaded when `argv` is parsed."""
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
     flags.DEFINE_enum("stage", None, STAGES, "which stage", flag_values=values)
     flags.DEFINE_string("prompt", None, "text to answer", flag_values=values)
@@ -68,7 +68,9 @@ def define_flags(values: flags.FlagValues) -> Any:
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of sampling", flag_values=values)
     flags.DEFINE_string("out", None, "where to write JSON lines", flag_values=values)
-    return config_flags.DEFINE_config_file("config", None, "the recipe", lock_config=True, flag_values=values)
+    return config_flags.DEFINE_config_file(
+        "config", None, "the recipe", lock_config=True, sys_argv=argv, flag_values=values
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -130,7 +132,7 @@ def _dispatch(argv: list[str]) -> None:
 
 def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | None]:
     values = flags.FlagValues()
-    holder = define_flags(values)
+    holder = define_flags(values, argv)
     for word in argv[2:]:
         if word.startswith("--config."):
             _check_field(word.removeprefix("--config.").partition("=")[0])
@@ -138,14 +140,18 @@ def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | No
         rest = values([argv[0], *argv[2:]])
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--config can't be set so: {error.args[0] if error.args else error}") from error
-    except FileNotFoundError as error:
-        raise ValueError(f"--config: no such file: {error.filename or error}") from error
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r} is no flag; write --flag=value")
     for name in {name for names in FLAGS_OF.values() for name in names}:
         if values[name].present and name not in FLAGS_OF[command]:
             raise ValueError(f"--{name} does not apply to {command}")
-    return values, holder.value
+    recipe = holder.value
+    if recipe is not None and not isinstance(recipe, Recipe):
+        named = next(word for word in argv if word.startswith(("--config=", "-config=")))
+        raise ValueError(
+            f"{named}: no such file, or its get_config() gives no Recipe; name one such as configs/demo.py"
+        )
+    return values, recipe
 
 
 def _check_field(path: str) -> None:

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any, SupportsFloat
 
 import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 from tensorboardX import SummaryWriter
 
 from jaxstages.types import Metrics

@@ -21,6 +21,7 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
     """
     peak, end, warmup = config.peak_lr, config.peak_lr * config.end_factor, min(config.warmup_steps, steps)
     rest = max(steps - warmup, 1)
+    after: optax.Schedule
     match config.name:
         case "constant" | "plateau":
             after = optax.constant_schedule(peak)
@@ -36,9 +37,11 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
         case "rsqrt":
             anchor = max(warmup, 1)
 
-            def after(step: jax.typing.ArrayLike) -> Any:
+            def rsqrt(step: jax.typing.ArrayLike) -> Any:
                 # join_schedules also asks for steps before its boundary.
                 return peak * (anchor / (anchor + jnp.maximum(step, 0))) ** 0.5
+
+            after = rsqrt
         case _:
             raise ValueError(f"schedule.name={config.name!r}; known: constant, linear, cosine, wsd, rsqrt, plateau")
     if not warmup:
@@ -104,6 +107,9 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
     def decayed(params: Params) -> Params:
         return jax.tree.map(lambda excepted: not excepted, path_matches(config.no_decay, params))
 
+    def frozen(params: Params) -> Params:
+        return path_matches(config.freeze, params)
+
     b1, b2, decay = config.beta1, config.beta2, config.weight_decay
     match config.name:
         case "adamw":
@@ -141,7 +147,7 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
         )
     if config.freeze:
         # Last, so that neither decay nor momentum can move what is frozen.
-        parts.append(optax.masked(optax.set_to_zero(), lambda params: path_matches(config.freeze, params)))
+        parts.append(optax.masked(optax.set_to_zero(), frozen))
     chain = optax.with_extra_args_support(optax.chain(*parts))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:

@@ -1,6 +1,7 @@
 """Which device holds what: a mesh with axes data, fsdp and tensor, and one table from logical axes to mesh axes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ RULES: dict[str, str | None] = {
 """Logical axis of a parameter's dim -> axis of the mesh that splits it; None keeps it whole on every device."""
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (or those given).
 
     Raises:

@@ -4,6 +4,7 @@ Legend: B batch, L length, V vocab, A accumulation.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def make_train_step(
         weight = jnp.maximum(sums["weight"], 1e-6)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=sums["objective"] / weight)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), sums | {"grad_norm": optax.tree.norm(grads)}
 
     return step

@@ -103,7 +103,7 @@ def test_the_flags_are_frozen() -> None:
     from jaxstages.main import define_flags
 
     values = flags.FlagValues()
-    define_flags(values)
+    define_flags(values, [])
     assert set(values) == {
         *("workdir", "config", "stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out")
     }
@@ -173,7 +173,8 @@ def test_sigkill_and_sigterm_in_mid_run_end_in_the_same_bits(home: Path, tmp_pat
     killed = start(home, tmp_path / "killed", steps)
     wait_for_checkpoint(killed, tmp_path / "killed")
     os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "pretrain" / "result.json").exists(), "the kill came too late to test anything"
     stopped = start(home, tmp_path / "killed", steps)
     line = ""

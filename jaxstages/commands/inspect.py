@@ -6,6 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from jaxstages import config as recipes
 from jaxstages.config import Recipe
 from jaxstages.data.pipeline import batches_by_step
 from jaxstages.types import Batch
@@ -21,16 +22,13 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
     A token is green where the model is trained to produce it and dim where it is only read; where there is no colour
     (a file), trained-on stretches stand in ⟦double brackets⟧. `¦` begins a new example, `·` is padding.
     """
-    from jaxstages import config as recipes
-
     bench = open_workbench(recipe, stage or next(iter(recipes.stages(recipe))), workdir)
     console = Console(soft_wrap=True, highlight=False)
     batch = batches_by_step(
         bench.train, batch_size=bench.stage.loop.batch_size, seed=recipe.seed, weights=bench.stage.data.weights
     )(0)
-    console.print(
-        f"{bench.name}: batch 0, {min(ROWS, len(batch.tokens_BL))} of its {len(batch.tokens_BL)} rows", style="bold"
-    )
+    total = len(batch.tokens_BL)
+    console.print(f"{bench.name}: batch 0, {min(ROWS, total)} of its {total} rows", style="bold")
     for row in range(min(ROWS, total)):
         console.print(_row(bench, batch, row, console.is_terminal))
     masked = 100 * (1 - float(np.sum(batch.weights_BL > 0)) / float(np.sum(batch.segments_BL > 0)))

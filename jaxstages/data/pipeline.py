@@ -5,6 +5,7 @@ Nothing about the position is stored: a run that resumes at step k asks for batc
 
 import concurrent.futures
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -14,6 +15,7 @@ from jaxstages.data.prepare import Prepared
 from jaxstages.types import Batch
 
 BatchAt = Callable[[int], Batch]
+T = TypeVar("T")
 
 
 class _Rows:
@@ -21,7 +23,8 @@ class _Rows:
 
     def __init__(self, prepared: Prepared) -> None:
         shards = zip(prepared.shards, prepared.index["rows_of_shards"], strict=True)
-        self._records = grain.sources.ArrayRecordDataSource([str(path) for path, rows in shards if rows])
+        # Any: Grain's class has another base on Windows, one without a length.
+        self._records: Any = grain.sources.ArrayRecordDataSource([str(path) for path, rows in shards if rows])
         self._length = prepared.index["context"]
         self._name = prepared.folder.name
 
@@ -70,7 +73,8 @@ def batches_by_step(
         if weight:
             streams.append(grain.MapDataset.source(_Rows(prepared)).shuffle(seed=seed + number).repeat())
             shares.append(float(weight))
-    stream = grain.MapDataset.mix(streams, weights=shares) if len(streams) > 1 else streams[0]
+    # Any: to Grain a row may also be None, what a filter left out; nothing filters here.
+    stream: Any = grain.MapDataset.mix(streams, weights=shares) if len(streams) > 1 else streams[0]
     mine = local_rows(batch_size, process, processes)
 
     def batch(k: int) -> Batch:
@@ -95,7 +99,7 @@ def batches_once(
         yield to_batch([entry[0][entry[1]] if entry else empty for entry in chosen])
 
 
-def prefetch(batch: Callable[[int], Batch], start: int, stop: int, ahead: int = 2) -> Iterator[Batch]:
+def prefetch(batch: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
     """batch(start) .. batch(stop - 1); while one is used, a thread loads (and places) the next `ahead`."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = [pool.submit(batch, k) for k in range(start, min(start + ahead, stop))]

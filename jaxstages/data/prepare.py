@@ -8,8 +8,9 @@ whole, and the next run goes on after the shards that are there.
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -34,7 +35,8 @@ MOST_NAMED = 5
 """Malformed records that are named; all of them are counted."""
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True)
+class Prepared:
     """A whole cache. index: what `index.json` says of it, counts and shares."""
 
     folder: Path

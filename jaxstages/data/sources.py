@@ -14,6 +14,7 @@
 import glob
 import gzip
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -191,6 +192,7 @@ def _plain(value: Any) -> Any:
 def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
     import tensorflow_datasets as tfds
 
+    builder: Any  # TFDS's decorators hide its methods' parameters
     try:
         if (Path(dataset) / "dataset_info.json").exists():
             builder = tfds.builder_from_directory(dataset)
@@ -215,7 +217,7 @@ def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
 
 def _open_hf(name: str, dataset: str, split: str) -> Source:
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")  # an extra: type checkers need not find it
     except ImportError as error:
         raise ValueError(f"{name}: Hugging Face datasets is not installed; pip install jaxstages[hf]") from error
     records = datasets.load_dataset(dataset, split=split)

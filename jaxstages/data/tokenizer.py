@@ -85,9 +85,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library's only type
         raise ValueError(f"{path} can't be read as a tokenizer.json: {error}") from error
-    ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
-    if None in ids:
-        missing = [token for token, i in zip(SPECIAL_TOKENS, ids, strict=True) if i is None]
+    found = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
+    ids = [i for i in found if i is not None]
+    if len(ids) < len(found):
+        missing = [token for token, i in zip(SPECIAL_TOKENS, found, strict=True) if i is None]
         raise ValueError(f"{path} lacks the control tokens {', '.join(missing)}; let `jaxstages prepare` make it")
     backend.encode_special_tokens = True  # a user's "<|end|>" is text, never control
     backend.no_padding()

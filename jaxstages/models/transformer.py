@@ -130,11 +130,12 @@ class Transformer(nn.Module):
             table = self.param("position_embedding", _kernel("position", "embed"), (config.context, config.width))
             x_BLD = x_BLD + table.astype(dtype)[positions_BL]
         x_BLD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BLD)
+        axes: Any = (0, nn.broadcast, nn.broadcast)  # Flax's own default, 0, makes it an int to a type checker
         layers = nn.scan(
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=axes,
             length=config.layers,
             unroll=config.layers if config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -159,21 +160,22 @@ def make_model(config: ModelConfig, vocab: int) -> Model:
 
     def boxed(key: Array) -> Params:
         row = jnp.zeros((1, 2), jnp.int32)
-        return module.init(key, row, row, packed_mask(row), None, True)["params"]
+        variables: Any = module.init(key, row, row, packed_mask(row), None, True)  # a dict, if Flax's type says more
+        return variables["params"]
 
     def init(key: Array) -> Params:
         return nn.unbox(boxed(key))
 
     def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
-        off = dropout_key is None or not config.dropout
+        rngs = None if dropout_key is None or not config.dropout else {"dropout": dropout_key}
         logits_BLV, _ = module.apply(
             {"params": params},
             batch.tokens_BL,
             batch.positions_BL,
             packed_mask(batch.segments_BL),
             None,
-            off,
-            rngs=None if off else {"dropout": dropout_key},
+            rngs is None,
+            rngs=rngs,
         )
         return logits_BLV
 
@@ -184,7 +186,8 @@ def make_model(config: ModelConfig, vocab: int) -> Model:
 
     def decode(params: Params, tokens_BL: Array, positions_BL: Array, cache: Cache) -> tuple[Array, Cache]:
         mask = cache_mask(positions_BL, cache[0].shape[2])
-        return module.apply({"params": params}, tokens_BL, positions_BL, mask, cache, True)
+        found: Any = module.apply({"params": params}, tokens_BL, positions_BL, mask, cache, True)
+        return found
 
     axes = jax.tree.map(
         lambda leaf: leaf.names,
