@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> Recipe:
         data=DataConfig(task="seq2seq", train=("world:pairs:train",), validation=("world:pairs:validation",)),
         # What pretraining taught of words lies in the embedding: it stays, and the later stages forget less.
         optim=OptimConfig(
-            schedule=ScheduleConfig(name="cosine", peak_lr=4e-3, warmup_steps=20),
+            schedule=ScheduleConfig(name="cosine", peak_lr=2.5e-3, warmup_steps=20),
             weight_decay=0.0,
             freeze=("embedding",),
         ),

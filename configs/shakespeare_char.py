@@ -6,7 +6,8 @@
     jaxstages run --config=configs/shakespeare_char.py:better --workdir=runs/shakespeare-better
 
 The text is Karpathy's tinyshakespeare, 1.1 MB; its last tenth is held out. Expect on two CPU cores: one to two
-minutes; validation loss over the whole tenth see README. "better" has the same number of parameters (within 5 %) and
+minutes, and 1.81 nats a character over the whole tenth ("better": 1.56). The learning rate, 2e-3, is twice
+nanoGPT's: at 1e-3 this gave 1.91, where nanoGPT gives 1.91. "better" has the same number of parameters (within 5 %) and
 sees the same tokens: rotary positions, ReLU squared, query/key norm, Muon.
 """
 
@@ -26,6 +27,14 @@ from jaxstages.config import (
 
 def get_config(variant: str = "") -> Recipe:
     """Variants: "" nanoGPT's model and optimizer; "better"."""
+    pretrain = StageConfig(
+        data=DataConfig(task="lm", train=("data/tinyshakespeare.txt",), holdout=0.1),
+        optim=OptimConfig(
+            schedule=ScheduleConfig(name="cosine", peak_lr=2e-3, warmup_steps=100, end_factor=0.1), beta2=0.99
+        ),
+        loop=LoopConfig(steps=2000, batch_size=12, eval_every=250, save_every=500, log_every=20),
+        evaluation=EvaluationConfig(batch_size=128, max_new_tokens=48),
+    )
     recipe = Recipe(
         name="shakespeare_char",
         tokenizer=TokenizerConfig(kind="characters"),
@@ -39,15 +48,7 @@ def get_config(variant: str = "") -> Recipe:
             unroll=True,
             attention=AttentionConfig(heads=4, kv_heads=4, head_dim=32, position="learned"),
         ),
-        pretrain=StageConfig(
-            data=DataConfig(task="lm", train=("data/tinyshakespeare.txt",), holdout=0.1),
-            optim=OptimConfig(
-                schedule=ScheduleConfig(name="cosine", peak_lr=1e-3, warmup_steps=100, end_factor=0.1),
-                beta2=0.99,
-            ),
-            loop=LoopConfig(steps=2000, batch_size=12, eval_every=250, save_every=500, log_every=20),
-            evaluation=EvaluationConfig(batch_size=128),
-        ),
+        pretrain=pretrain,
         prompts=("ROMEO:", "First Citizen:"),
     )
     match variant:
@@ -56,7 +57,7 @@ def get_config(variant: str = "") -> Recipe:
         case "better":
             recipe.model.norm, recipe.model.activation = "rmsnorm", "relu2"
             recipe.model.attention = AttentionConfig(heads=4, kv_heads=4, head_dim=32, qk_norm=True)
-            recipe.pretrain.optim = OptimConfig(
+            pretrain.optim = OptimConfig(
                 name="muon",
                 schedule=ScheduleConfig(name="linear", peak_lr=4e-3, warmup_steps=50, end_factor=0.0),
                 muon_lr_factor=5.0,

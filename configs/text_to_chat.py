@@ -35,6 +35,19 @@ def _muon(peak_lr: float) -> OptimConfig:
 
 def get_config(variant: str = "") -> Recipe:
     """Variants: "" all stages; "control" the fine-tuning alone, from scratch, with the same budget."""
+    finetune = StageConfig(
+        data=DataConfig(
+            task="seq2seq",
+            train=("data/pairs/train.jsonl",),
+            validation=("data/pairs/valid.jsonl",),
+            prompt="en",
+            target="fr",
+        ),
+        optim=_muon(3e-3),
+        loop=LoopConfig(steps=1600, batch_size=12, eval_every=800, save_every=400),
+        evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=0, max_new_tokens=40, batch_size=128),
+        early_stopping=EarlyStoppingConfig(metric="bleu", mode="max"),
+    )
     recipe = Recipe(
         name="text_to_chat",
         tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096),
@@ -53,19 +66,7 @@ def get_config(variant: str = "") -> Recipe:
             loop=LoopConfig(steps=1600, batch_size=12, eval_every=400, save_every=400),
             evaluation=EvaluationConfig(max_rows=512),
         ),
-        finetune=StageConfig(
-            data=DataConfig(
-                task="seq2seq",
-                train=("data/pairs/train.jsonl",),
-                validation=("data/pairs/valid.jsonl",),
-                prompt="en",
-                target="fr",
-            ),
-            optim=_muon(3e-3),
-            loop=LoopConfig(steps=1600, batch_size=12, eval_every=800, save_every=400),
-            evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=0, max_new_tokens=40, batch_size=128),
-            early_stopping=EarlyStoppingConfig(metric="bleu", mode="max"),
-        ),
+        finetune=finetune,
         instruct=StageConfig(
             data=DataConfig(task="chat", train=("data/chats/*.jsonl",), holdout=0.1),
             optim=_muon(2e-3),
@@ -80,7 +81,7 @@ def get_config(variant: str = "") -> Recipe:
             return recipe
         case "control":
             recipe.pretrain = recipe.instruct = None
-            recipe.finetune.init_from = "scratch"
+            finetune.init_from = "scratch"
             return recipe
         case _:
             raise ValueError(f'configs/text_to_chat.py has no variant {variant!r}; known: "control"')

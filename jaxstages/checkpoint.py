@@ -5,7 +5,9 @@ nothing. So shapes and dtypes are compared before anything is read, and fingerpr
 """
 
 import hashlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from jaxstages.early_stopping import EarlyStoppingState
 from jaxstages.types import Params, TrainState
 from jaxstages.workdir import checkpoints_folder, read_json
 
-ITEMS = ("params", "train", "meta")
+TRASH = "trash"
 
 
 class Restored(NamedTuple):
@@ -50,7 +52,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             cleanup_tmp_directories=True,
-            todelete_subdir="trash",  # a kill in the middle of a deletion leaves no half checkpoint in the list
+            todelete_subdir=TRASH,  # a kill in the middle of a deletion leaves no half checkpoint in the list
             async_options=ocp.AsyncOptions(timeout_secs=600),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -61,22 +63,19 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, stopping: EarlyStoppingState, meta: dict[str, Any], best_step: int
     ) -> None:
-        """Write in the background; an error of the save before is raised here."""
-        self._manager.wait_until_finished()
+        """Write in the background; an error of the save before is raised here as an OSError."""
+        self.wait()
         self._best.step = best_step
         train = {"opt_state": state.opt_state, "step": state.step, "early_stopping": _arrays(stopping)}
         meta = meta | {"step": step, "best_step": best_step, "fingerprint": fingerprint([state, stopping])}
-        done = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                train=ocp.args.StandardSave(train),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            force=True,
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            train=ocp.args.StandardSave(train),
+            meta=ocp.args.JsonSave(meta),
         )
-        if not done:
-            raise OSError(f"{self._folder}: checkpoint {step} was not taken")
+        with self._as_storage_errors():
+            if not self._manager.save(step, args=items, force=True):
+                raise OSError(f"checkpoint {step} was not taken")
 
     def restore(self, step: int, target: TrainState, stopping: EarlyStoppingState) -> Restored:
         """Everything at `step`, placed as `target` (shapes with shardings) says.
@@ -107,9 +106,20 @@ class Checkpoints:
         return Restored(state, restored, found.meta)
 
     def wait(self) -> None:
-        """Until the save in flight is on disk; its error, if it has one, is raised here."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Until the save in flight is on disk; its error, if it has one, is raised here as an OSError."""
+        with self._as_storage_errors():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        # Orbax moves what it deletes here, and leaves it.
+        shutil.rmtree(self._folder / TRASH, ignore_errors=True)
+
+    @contextmanager
+    def _as_storage_errors(self) -> Iterator[None]:
+        """Orbax tells of a full disk by whatever TensorStore raised, a ValueError for one."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(f"{self._folder}: saving failed: {str(error)[:300]}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self

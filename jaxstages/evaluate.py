@@ -11,8 +11,8 @@ import numpy as np
 from jaxstages.data.pipeline import batches_once
 from jaxstages.data.prepare import Prepared
 from jaxstages.data.tasks import Question
-from jaxstages.decode.generate import Sampling, generate_all
-from jaxstages.decode.label import likeliest_labels
+from jaxstages.decode.generate import Sampling, make_generate_all
+from jaxstages.decode.label import make_likeliest
 from jaxstages.metrics import from_sums, score_labels, score_text
 from jaxstages.sharding import place_batch
 from jaxstages.step import make_eval_step
@@ -36,6 +36,8 @@ def make_evaluate(bench: Workbench) -> Callable[[Params, bool], Report]:
     if config.max_examples and len(questions) > config.max_examples:
         questions = [questions[i * len(questions) // config.max_examples] for i in range(config.max_examples)]
     scored = bool(config.metrics and questions)
+    classify = make_classify(bench) if scored and stage.data.task == "classify" else None
+    answer = make_answer(bench) if scored and classify is None else None
 
     def loss_sums(params: Params) -> Sums:
         total: Sums = {}
@@ -56,9 +58,10 @@ def make_evaluate(bench: Workbench) -> Callable[[Params, bool], Report]:
         metrics = from_sums(jax.device_get(loss_sums(params)))
         if not (scores and scored):
             return Report(metrics, [])
-        if stage.data.task == "classify":
-            return Report(metrics | _classify(bench, params, questions), [])
-        answers = answer(bench, params, [question.prompt for question in questions])
+        if classify is not None:
+            return Report(metrics | classify(params, questions), [])
+        assert answer is not None, "a scored stage that does not classify generates"
+        answers = answer(params, [question.prompt for question in questions])
         references = [question.reference for question in questions]
         found, signatures = score_text(config.metrics, answers, references)
         if "exact_match" in config.metrics:
@@ -68,47 +71,47 @@ def make_evaluate(bench: Workbench) -> Callable[[Params, bool], Report]:
     return evaluate
 
 
-def answer(
-    bench: Workbench,
-    params: Params,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int = 0,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[str]:
-    """Generated text for each prompt, up to the end of the text or of the turn."""
+def make_answer(
+    bench: Workbench, *, max_new_tokens: int = 0, temperature: float = 0.0, seed: int = 0
+) -> Callable[[Params, list[list[int]]], list[str]]:
+    """`answer(params, prompts)`: generated text for each, up to the end of the text or of the turn.
+
+    Args:
+        max_new_tokens: 0 takes the recipe's.
+    """
     special, config = bench.tokenizer.specials, bench.stage.evaluation
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens or config.max_new_tokens,
-        temperature=temperature,
-        stop=(special.end_of_text, special.end_of_turn),
-    )
-    ids = generate_all(
+    generate_all = make_generate_all(
         bench.model,
-        params,
-        prompts,
-        sampling,
+        Sampling(
+            max_new_tokens=max_new_tokens or config.max_new_tokens,
+            temperature=temperature,
+            stop=(special.end_of_text, special.end_of_turn),
+        ),
         context=bench.recipe.model.context,
         batch_size=config.batch_size,
         mesh=bench.mesh,
         seed=seed,
     )
-    return [bench.tokenizer.decode(tokens) for tokens in ids]
+
+    def answer(params: Params, prompts: list[list[int]]) -> list[str]:
+        return [bench.tokenizer.decode(tokens) for tokens in generate_all(params, prompts)]
+
+    return answer
 
 
-def _classify(bench: Workbench, params: Params, questions: list[Question]) -> Metrics:
+def make_classify(bench: Workbench) -> Callable[[Params, list[Question]], Metrics]:
+    """`classify(params, questions)`: accuracy and macro-F1 among all labels that the stage's data has."""
     labels = sorted({q.reference for source in (*bench.train, *bench.held_out) for q in source.questions()})
     ids = [[*tokens.tolist(), bench.tokenizer.specials.end_of_text] for tokens in bench.tokenizer.encode_batch(labels)]
-    chosen = likeliest_labels(
-        bench.model,
-        params,
-        [question.prompt for question in questions],
-        ids,
-        context=bench.recipe.model.context,
-        batch_size=bench.stage.evaluation.batch_size,
+    likeliest = make_likeliest(
+        bench.model, ids, context=bench.recipe.model.context, batch_size=bench.stage.evaluation.batch_size
     )
-    return score_labels([labels[i] for i in chosen], [question.reference for question in questions])
+
+    def classify(params: Params, questions: list[Question]) -> Metrics:
+        chosen = likeliest(params, [question.prompt for question in questions])
+        return score_labels([labels[i] for i in chosen], [question.reference for question in questions])
+
+    return classify
 
 
 def _by_kind(questions: list[Question], answers: list[str]) -> Metrics:

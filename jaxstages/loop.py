@@ -54,7 +54,7 @@ def train_stage(bench: Workbench) -> dict[str, Any] | None:
     with Checkpoints(bench.stage_dir, config.keep) as checkpoints:
         start = find_start(bench, checkpoints, stopping)
         step = int(start.state.step)
-        with MetricsWriter(bench.stage_dir, step) as writer, _signals() as asked:
+        with MetricsWriter(bench.stage_dir, step if start.carried else -1) as writer, _signals() as asked:
             run = _Run(bench, start, checkpoints, writer, stopping)
             last = min(config.steps, config.stop_after or config.steps)
             state, held = run.steps(start.state, step, last, asked)
@@ -62,7 +62,10 @@ def train_stage(bench: Workbench) -> dict[str, Any] | None:
             if held < config.steps and not stopping.should_stop(run.stopping_state):
                 say(f"{bench.name}: stop_after={config.stop_after} reached; start again without it to go on", "yellow")
                 return None
-            return run.finish(state, held)
+            result = run.finish(state, held)
+            if asked:
+                raise Interrupted(f"{bench.name}: interrupted after its end; start again to go on")
+            return result
 
 
 @contextmanager
@@ -102,7 +105,12 @@ class _Run:
         self._schedule = make_schedule(bench.stage.optim.schedule, self._config.steps)
         self._saved_step = int(start.state.step)
         # What a checkpoint carries over so that a resumed run's lines and totals are those of an unbroken one.
-        self._carried = start.carried or {"tokens": 0, "seconds": 0.0, "interval": dict.fromkeys(SUMMED, 0.0)}
+        self._carried = start.carried or {
+            "tokens": 0,
+            "seconds": 0.0,
+            "interval": dict.fromkeys(SUMMED, 0.0),
+            "best": {},
+        }
         self._note = ""
 
     def steps(self, state: TrainState, first: int, last: int, asked: list[int]) -> tuple[TrainState, int]:
@@ -193,12 +201,16 @@ class _Run:
             interval[name] += values[name]
         self._carried["tokens"] += tokens
         self._clock_tokens += tokens
-        if not math.isfinite(values["objective"]) or not math.isfinite(values["grad_norm"]):
+        # With the update finite, the parameters after it are, which is what a save relies on.
+        if not all(math.isfinite(values[name]) for name in ("objective", "grad_norm", "update_norm")):
             loss = values["nll"] / values["weight"]
+            stands = (
+                f"the checkpoint at step {self._saved_step} stands" if self._saved_step else "nothing was saved yet"
+            )
             self._writer.write(step, "event", {"event": "not finite", "loss": loss, "grad_norm": values["grad_norm"]})
             raise Diverged(
                 f"{self._bench.name}: loss {loss} and gradient norm {values['grad_norm']} at step {step} are not "
-                f"finite; the checkpoint at step {self._saved_step} stands. Halve peak_lr, or lengthen the warm-up"
+                f"finite; {stands}. Halve peak_lr, or lengthen the warm-up"
             )
         if step % self._config.log_every and step != self._config.steps:
             return
@@ -224,6 +236,8 @@ class _Run:
         value = report.metrics[stop.metric]
         self.stopping_state = self._stopping.update(self.stopping_state, value, step)
         improved = int(self.stopping_state.best_step) == step
+        if improved:
+            self._carried["best"] = {name: plain(number) for name, number in report.metrics.items()}
         bad, best = int(self.stopping_state.bad), float(self.stopping_state.best)
         mark = "best so far" if improved else f"{bad} without improvement on {stop.metric} {best:.4g}"
         self._log_evaluation(step, report, mark)
@@ -238,6 +252,9 @@ class _Run:
 
     def _log_evaluation(self, step: int, report: Report, mark: str) -> None:
         self._writer.write(step, "eval", report.metrics)
+        bad = [name for name, value in report.metrics.items() if not math.isfinite(value)]
+        if bad:
+            self._writer.write(step, "event", {"event": "not finite", "metrics": ", ".join(bad)})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items() if "/" not in name)
         say(f"{self._bench.name}: eval at step {step}: {shown}{f'  ({mark})' if mark else ''}", "green")
 
@@ -260,14 +277,13 @@ class _Run:
             raise Diverged(f"{bench.name}: {stop.metric} was never finite; halve peak_lr, or lengthen the warm-up")
         best = state.params if best_step == step else read_params(bench.stage_dir, best_step, bench.shapes.params)
         lines = read_metrics(bench.stage_dir / "metrics.jsonl")
-        metrics = next(line for line in lines if line["kind"] == "eval" and line["step"] == best_step)
         verdict = _verdict(bench, lines)
         result = {
             "stage": bench.name,
             "status": "completed" if step >= self._config.steps else "early_stopped",
             "steps": step,
             "best_step": best_step,
-            "best": {name: value for name, value in metrics.items() if name not in ("step", "kind")},
+            "best": self._carried["best"],
             "tokens": self._carried["tokens"],
             "seconds": self._carried["seconds"],
             "params_sha256": params_sha256(best),

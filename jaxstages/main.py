@@ -138,6 +138,8 @@ def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | No
             _check_field(word.removeprefix("--config.").partition("=")[0])
     try:
         rest = values([argv[0], *argv[2:]])
+    except (ImportError, SyntaxError, NameError) as error:
+        raise ValueError(f"the recipe's file can't be loaded: {type(error).__name__}: {error}") from error
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--config can't be set so: {error.args[0] if error.args else error}") from error
     if len(rest) > 1:

@@ -59,6 +59,7 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
     if steps:
         found = checkpoints.restore(steps[-1], bench.shapes, stopping.init())
         _check_contract(bench.stage_dir, found.meta, contract_of(bench))
+        check_lineage(bench.stage_dir, found.meta["parent"])
         say(f"{bench.name}: resumes at step {steps[-1]} of {bench.stage.loop.steps}", "cyan")
         return Start(found.state, found.stopping, found.meta["parent"], found.meta["carried"])
     parent = parent_folder(bench)
@@ -98,12 +99,7 @@ def read_parent(folder: Path, target: Params, contract: dict[str, Any]) -> tuple
     Raises:
         ValueError: the stage is missing, unfinished, damaged or made for something else.
     """
-    if not result_file(folder).exists():
-        state = "is not finished" if checkpoints_folder(folder).exists() else "was not trained"
-        raise ValueError(
-            f"the parent {folder} {state}; run `jaxstages {folder.name}` with --workdir={folder.parent} first"
-        )
-    result = read_json(result_file(folder))
+    result = finished(folder)
     step = result["best_step"]
     _check_contract(folder, read_meta(folder, step), contract)
     params = read_params(folder, step, target)
@@ -114,6 +110,28 @@ def read_parent(folder: Path, target: Params, contract: dict[str, Any]) -> tuple
             f"{result['params_sha256'][:12]}…; train {folder.name} again"
         )
     return params, {"path": str(folder), "step": step, "params_sha256": digest}
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """The result of a finished stage. Raises ValueError, which says what to run, if there is none."""
+    if not result_file(folder).exists():
+        state = "is not finished" if checkpoints_folder(folder).exists() else "was not trained"
+        raise ValueError(
+            f"the parent {folder} {state}; run `jaxstages {folder.name}` with --workdir={folder.parent} first"
+        )
+    return read_json(result_file(folder))
+
+
+def check_lineage(stage_dir: Path, parent: dict[str, Any] | None) -> None:
+    """Raises ValueError if the parent that a stage began from has been trained anew since."""
+    if parent is None or not result_file(Path(parent["path"])).exists():
+        return
+    now = read_json(result_file(Path(parent["path"])))["params_sha256"]
+    if now != parent["params_sha256"]:
+        raise ValueError(
+            f"{stage_dir} began from {parent['path']} with params_sha256 {parent['params_sha256'][:12]}…, which is now "
+            f"{now[:12]}…; remove {stage_dir} to train it on from there"
+        )
 
 
 def _check_contract(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

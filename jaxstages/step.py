@@ -45,7 +45,7 @@ def make_train_step(
         frozen: tree of bools like params; gradients of the true ones are 0, are not computed, and don't count in the
             norm. That they stay as they are is the optimizer's part.
 
-    Returns a step whose sums are those of `cross_entropy_sums`, and "grad_norm" before clipping.
+    Returns a step whose sums are those of `cross_entropy_sums`, "grad_norm" before clipping, and "update_norm".
     """
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Sums]:
@@ -80,8 +80,9 @@ def make_train_step(
         weight = jnp.maximum(sums["weight"], 1e-6)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=sums["objective"] / weight)
-        params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), sums | {"grad_norm": optax.tree.norm(grads)}
+        params: Any = optax.apply_updates(state.params, updates)  # optax's Params may be any tree, ours is a dict
+        norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        return TrainState(state.step + 1, params, opt_state), sums | norms
 
     return step
 

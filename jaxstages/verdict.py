@@ -24,7 +24,7 @@ def judge(train: list[tuple[int, float]], held_out: list[tuple[int, float]], bas
 
     Args:
         train, held_out: (step, loss) in the order of the steps; NaN where it was not finite.
-        baseline: loss of the unigram model on the held-out text; what stays above half of the way to it is underfit.
+        baseline: loss of the unigram model on the held-out text; what is not below it is underfit.
     """
     finite = [(step, loss) for step, loss in held_out if math.isfinite(loss)]
     if not finite or not math.isfinite(held_out[-1][1]):
@@ -44,7 +44,7 @@ def judge(train: list[tuple[int, float]], held_out: list[tuple[int, float]], bas
             "overfit",
             f"held-out loss {last:.3f} is above its best, {best:.3f} at step {best_step}, while the training loss fell "
             f"from {_at(train, best_step):.3f} to {tail:.3f}",
-            f"The best step is kept; add data, dropout or weight decay, or stop at about {best_step} steps",
+            f"Add data, dropout or weight decay, or stop at about {best_step} steps",
         )
     if last > baseline:
         return Verdict(
@@ -70,5 +70,7 @@ def _tail_loss(train: list[tuple[int, float]]) -> float:
 
 def _at(train: list[tuple[int, float]], step: int) -> float:
     """Mean training loss around a step."""
+    if not train:
+        return math.nan
     near = [loss for found, loss in train if abs(found - step) <= max(0.05 * train[-1][0], 1)]
-    return sum(near) / len(near) if near else math.nan
+    return sum(near) / len(near) if near else min(train, key=lambda point: abs(point[0] - step))[1]

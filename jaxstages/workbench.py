@@ -95,8 +95,8 @@ def prepare_stage(
     return rows(data.train, "train"), rows(data.validation or data.train, "validation")
 
 
-def open_workbench(recipe: Recipe, name: str, workdir: Path) -> Workbench:
-    """Everything that stage `name` needs but its starting state.
+def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = True) -> Workbench:
+    """Everything that stage `name` needs but its starting state; without data it serves to generate only.
 
     Raises:
         ValueError: the recipe has no such stage, or a part of it does not fit the mesh or the data.
@@ -111,7 +111,8 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path) -> Workbench:
     tokenizer = open_tokenizer(recipe, workdir)
     model = make_model(recipe.model, tokenizer.vocab_size)
     tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
-    train, held_out = prepare_stage(stage, tokenizer, recipe.model.context, cache_folder(recipe, workdir))
+    cache = cache_folder(recipe, workdir)
+    train, held_out = prepare_stage(stage, tokenizer, recipe.model.context, cache) if with_data else ([], [])
     return Workbench(
         name=name,
         recipe=recipe,

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1] / "jaxstages"
 FLOORS = [
     {"__init__", "types", "config", "world"},
     {
-        *("losses", "optim", "early_stopping", "sharding", "metrics", "console", "workdir", "verdict"),
+        *("losses", "optim", "early_stopping", "sharding", "metrics", "console", "workdir", "verdict", "validate"),
         *("data.sources", "data.tokenizer", "models.attention", "models.lora"),
     },
     {"models.transformer", "data.chat", "data.tasks", "data.packing"},

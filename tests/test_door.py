@@ -12,6 +12,7 @@ import pytest
 
 from jaxstages import config as recipes
 from jaxstages.main import FLAGS_OF, main
+from jaxstages.validate import validate
 from jaxstages.workdir import read_json
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
@@ -35,6 +36,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(root / "data")
     names = {"root": str(Path(__file__).parents[1]), "data": str(root / "data"), "cache": str(root / "cache")}
     (root / "tiny.py").write_text(CONFIG.format(**names))
+    less = "\n\nwhole = get_config\n\ndef get_config():\n    found = whole()\n    found.pretrain = None\n    return found\n"
+    (root / "less.py").write_text((root / "tiny.py").read_text() + less)
+    (root / "broken.py").write_text("def get_config(:\n")
     assert main(["jaxstages", "run", f"--config={root}/tiny.py", f"--workdir={root}/work"]) == 0
     return root
 
@@ -72,6 +76,8 @@ OPTIM = "--config.pretrain.optim"
         (("generate", "--workdir={}/work", "--prompt=x", "--max_new_tokens=99"), "must be less than the context, 64"),
         (("evaluate", "--workdir={}/work", "--stage=chess"), "chess"),
         (("run", "--workdir={}/work", "--config={}/tiny.py", "--config.model.layers=3"), "config.model.layers: 2 -> 3"),
+        (("run", "--workdir={}/work", "--config={}/less.py"), "config.pretrain: StageConfig("),
+        (("run", "--workdir=new", "--config={}/broken.py"), "the recipe's file can't be loaded: SyntaxError"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
@@ -202,11 +208,11 @@ def test_the_recipes_of_the_project_are_valid() -> None:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        recipes.validate(module.get_config())
+        validate(module.get_config())
         assert "jaxstages run --config=" in module.__doc__ and "Expect" in module.__doc__
         with pytest.raises(ValueError, match="no variant 'nonsense'"):
             module.get_config("nonsense")
 
 
 def test_tiny_recipe_is_valid(tmp_path: Path) -> None:
-    recipes.validate(tiny_recipe(tmp_path))
+    validate(tiny_recipe(tmp_path))

@@ -99,6 +99,7 @@ def test_a_prepared_tfds_folder_is_a_source(tmp_path: Path) -> None:
     direct = open_source(f"tfds:{folder}:validation", tmp_path)
     assert [item.record for item in direct.read()] == [item.record for item in world.read()]
     assert direct.records == world.records == 400
+    assert open_source(f"tfds:{folder}:train", tmp_path).fingerprint != direct.fingerprint, "splits are not one cache"
 
 
 def test_malformed_records_are_counted_and_named(tmp_path: Path, tokenizer: Tokenizer, capsys) -> None:
@@ -113,6 +114,30 @@ def test_malformed_records_are_counted_and_named(tmp_path: Path, tokenizer: Toke
     config.max_bad_share = 0.05
     with pytest.raises(ValueError, match=r"4 of 64 records are malformed, more than max_bad_share=0.05.*data.jsonl:61"):
         prepare(source, "train", config, tokenizer, 32, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("text", [b'{"text": "half a pair \\ud83d"}', b'{"text": 3.5e999}', b"[" * 100_000])
+def test_what_is_no_text_is_a_malformed_record(tmp_path: Path, tokenizer: Tokenizer, text: bytes) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", RECORDS)
+    file.write_bytes(file.read_bytes() + text + b"\n")
+    config = DataConfig(task="lm", max_bad_share=0.1)
+    index = prepare(open_source(str(file), tmp_path), "train", config, tokenizer, 32, tmp_path / "cache").index
+    assert (index["bad"], index["records"]) == (int(b"e999" not in text), 61)
+
+
+def test_malformed_records_count_once_not_against_the_held_out_share(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = write_jsonl(tmp_path / "data.jsonl", RECORDS * 4)
+    file.write_bytes(file.read_bytes() + b"broken\n")
+    source, config = open_source(str(file), tmp_path), DataConfig(task="lm", holdout=0.1)
+    assert prepare(source, "train", config, tokenizer, 32, tmp_path / "cache").index["bad"] == 1
+    assert prepare(source, "validation", config, tokenizer, 32, tmp_path / "cache").index["bad"] == 0
+
+
+def test_a_gzip_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "a"}\n' * 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a.jsonl.gz is no whole gzip file"):
+        open_source(str(tmp_path / "a.jsonl.gz"), tmp_path)
 
 
 def test_all_masked_and_nothing_masked_data_are_refused(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:

@@ -69,3 +69,8 @@ def test_verdicts(name: str, train: list[tuple[int, float]], held_out: list[tupl
     verdict = judge(train, held_out, baseline=5.5)
     assert verdict.name == name, verdict
     assert verdict.evidence and verdict.remedy
+
+
+def test_overfit_from_the_first_step_on() -> None:
+    held_out = [(0, 1.0), (100, 1.3), (200, 1.45)]
+    assert judge([(20, 1.8), (100, 0.8), (200, 0.1)], held_out, baseline=5.0).name == "overfit"

@@ -13,8 +13,10 @@ import pytest
 from jaxstages import config as recipes
 from jaxstages.checkpoint import Checkpoints, fingerprint, params_sha256
 from jaxstages.commands.train import train, train_all
-from jaxstages.config import EarlyStoppingConfig, Recipe
+from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
 from jaxstages.metrics import read_metrics
+from jaxstages.types import Diverged
+from jaxstages.validate import validate
 from jaxstages.workdir import read_json
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
@@ -130,6 +132,7 @@ def test_early_stopping_stops_keeps_the_best_and_hands_it_on(finished: tuple[Rec
     result = read_json(work / "pretrain" / "result.json")
     assert (result["status"], result["best_step"], result["steps"]) == ("early_stopped", 1, 3)
     assert sorted(int(p.name) for p in (work / "pretrain" / "checkpoints").iterdir() if p.name.isdecimal()) == [1, 3]
+    assert not (work / "pretrain" / "checkpoints" / "trash").exists(), "what is deleted takes no room"
     events = [line for line in read_metrics(work / "pretrain" / "metrics.jsonl") if line["kind"] == "event"]
     assert [event["event"] for event in events] == ["early_stopping"]
     train(recipe, work, "finetune")
@@ -206,6 +209,39 @@ def test_what_is_restored_is_said_for_each_parameter(
     assert out.count("  restored ") == 11 and "inherited: tokenizer" in out
 
 
+def test_a_child_of_a_parent_that_was_trained_anew_is_refused(run: tuple[Recipe, Path]) -> None:
+    recipe, work = again(run, "pretrain")
+    recipe.seed = 1
+    train(recipe, work, "pretrain")
+    with pytest.raises(ValueError, match=r"finetune began from .*pretrain .* remove .*finetune to train it on"):
+        train(recipe, work, "finetune")
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_no_line_twice(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    shutil.copytree(finished[1] / "tokenizer", work / "tokenizer")
+    (work / "pretrain").mkdir()
+    (work / "pretrain" / "metrics.jsonl").write_text(json.dumps({"step": 0, "kind": "eval", "loss": 1.0}) + "\n")
+    recipe.pretrain.loop.stop_after = 1
+    train(recipe, work, "pretrain")
+    steps = [line["step"] for line in read_metrics(work / "pretrain" / "metrics.jsonl") if line["kind"] == "eval"]
+    assert steps == [0]
+
+
+def test_numbers_that_are_not_finite_end_the_run_with_the_last_checkpoint_in_place(
+    finished: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    shutil.copytree(finished[1] / "tokenizer", work / "tokenizer")
+    recipe.pretrain.optim.name, recipe.pretrain.optim.clip_norm = "sgd", 0.0
+    recipe.pretrain.optim.schedule = ScheduleConfig(name="linear", peak_lr=1e30, warmup_steps=0)
+    with pytest.raises(Diverged, match=r"are not finite; (the checkpoint at step \d+ stands|nothing was saved yet)"):
+        train(recipe, work, "pretrain")
+    assert not (work / "pretrain" / "result.json").exists()
+    events = [line for line in read_metrics(work / "pretrain" / "metrics.jsonl") if line["kind"] == "event"]
+    assert events[-1]["event"] == "not finite"
+
+
 def test_two_runs_in_one_workdir_are_refused(run: tuple[Recipe, Path]) -> None:
     from jaxstages.workdir import lock
 
@@ -227,7 +263,7 @@ def test_classification_is_scored_by_label(finished: tuple[Recipe, Path], tmp_pa
     stage.evaluation.metrics = ("accuracy", "macro_f1")
     stage.early_stopping = EarlyStoppingConfig(metric="accuracy", mode="max")
     stage.loop.steps, stage.loop.eval_every, stage.optim.schedule.peak_lr = 60, 30, 1e-2
-    recipes.validate(recipe)
+    validate(recipe)
     train(recipe, work, "finetune")
     best = read_json(work / "finetune" / "result.json")["best"]
     assert best["accuracy"] == 100.0 and best["macro_f1"] == 100.0

@@ -8,7 +8,7 @@ from jaxstages.console import say
 from jaxstages.evaluate import make_evaluate, unigram_perplexity
 from jaxstages.metrics import plain
 from jaxstages.report.matrix import stage_matrix
-from jaxstages.start import contract_of, read_parent
+from jaxstages.start import contract_of, finished, read_parent
 from jaxstages.workbench import open_workbench
 
 
@@ -17,6 +17,7 @@ def evaluate(recipe: Recipe, workdir: Path, stage: str | None) -> None:
     if stage is None:
         stage_matrix(recipe, workdir)
         return
+    finished(workdir / stage)
     bench = open_workbench(recipe, stage, workdir)
     params, lineage = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
     report = make_evaluate(bench)(params, True)

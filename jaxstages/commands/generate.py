@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from jaxstages import config as recipes
 from jaxstages.config import Recipe
-from jaxstages.evaluate import answer
+from jaxstages.evaluate import make_answer
 from jaxstages.report.matrix import prompt_ids
-from jaxstages.start import contract_of, read_parent
+from jaxstages.start import contract_of, finished, read_parent
 from jaxstages.workbench import open_workbench
 from jaxstages.workdir import result_file
 
@@ -34,16 +34,14 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
     if request.max_new_tokens < 0:
         raise ValueError(f"--max_new_tokens={request.max_new_tokens} must be at least 1")
     prompts = [request.prompt] if request.prompt is not None else _read_prompts(Path(request.prompts or ""))
-    bench = open_workbench(recipe, stage or _last_finished(recipe, workdir), workdir)
+    name = stage or _last_finished(recipe, workdir)
+    finished(workdir / name)
+    bench = open_workbench(recipe, name, workdir, with_data=False)
     params, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
-    texts = answer(
-        bench,
-        params,
-        [prompt_ids(bench, prompt) for prompt in prompts],
-        max_new_tokens=request.max_new_tokens,
-        temperature=request.temperature,
-        seed=request.seed,
+    answer = make_answer(
+        bench, max_new_tokens=request.max_new_tokens, temperature=request.temperature, seed=request.seed
     )
+    texts = answer(params, [prompt_ids(bench, prompt) for prompt in prompts])
     lines = [
         json.dumps({"prompt": prompt, "text": text, "tokens": len(bench.tokenizer.encode(text))}, ensure_ascii=False)
         for prompt, text in zip(prompts, texts, strict=True)

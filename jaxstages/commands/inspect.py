@@ -7,10 +7,12 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxstages import config as recipes
+from jaxstages.commands.recipe import keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.data.pipeline import batches_by_step
 from jaxstages.types import Batch
 from jaxstages.workbench import Workbench, open_workbench
+from jaxstages.workdir import lock
 
 ROWS = 4
 """Rows that are shown."""
@@ -22,7 +24,9 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
     A token is green where the model is trained to produce it and dim where it is only read; where there is no colour
     (a file), trained-on stretches stand in ⟦double brackets⟧. `¦` begins a new example, `·` is padding.
     """
-    bench = open_workbench(recipe, stage or next(iter(recipes.stages(recipe))), workdir)
+    with lock(workdir):
+        keep_recipe(recipe, workdir)
+        bench = open_workbench(recipe, stage or next(iter(recipes.stages(recipe))), workdir)
     console = Console(soft_wrap=True, highlight=False)
     batch = batches_by_step(
         bench.train, batch_size=bench.stage.loop.batch_size, seed=recipe.seed, weights=bench.stage.data.weights

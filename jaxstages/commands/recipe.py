@@ -6,10 +6,11 @@ from typing import Any
 
 from jaxstages import config as recipes
 from jaxstages.config import Recipe
-from jaxstages.workdir import checkpoints_folder, read_json, tokenizer_file, write_json
+from jaxstages.validate import validate
+from jaxstages.workdir import checkpoints_folder, read_json, result_file, tokenizer_file, write_json
 
-FREE = (".loop.stop_after", ".loop.log_every", ".loop.keep", ".evaluation.", "config.prompts", "config.cache")
-"""What may change in a run that has begun: it makes no other model."""
+FREE = (".loop.stop_after", ".loop.log_every", ".loop.keep", ".evaluation.batch_size")
+"""What may change in a stage that has begun: it makes no other model, and no other score."""
 
 VERSIONS = ("jaxstages", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
 
@@ -22,7 +23,7 @@ def resolve_recipe(given: Recipe | None, workdir: Path) -> Recipe:
     """
     file = workdir / "recipe.json"
     if given is not None:
-        recipes.validate(given)
+        validate(given)
     if not file.exists():
         if given is None:
             raise ValueError(f"{workdir} has no recipe.json; name a recipe with --config=configs/demo.py")
@@ -33,9 +34,11 @@ def resolve_recipe(given: Recipe | None, workdir: Path) -> Recipe:
     begun = [name for name in recipes.STAGES if checkpoints_folder(workdir / name).exists()]
     shared = ["config.seed", "config.model"] if begun else []
     shared += ["config.tokenizer"] if tokenizer_file(workdir).exists() else []
-    fixed = (*shared, *(f"config.{name}." for name in begun))
+    fixed = (*shared, *(f"config.{name}" for name in begun))
+    judged = tuple(f"config.{name}.evaluation." for name in begun if result_file(workdir / name).exists())
     for line in recipes.differences(kept, given):
-        if line.startswith(fixed) and not any(part in line.split(":")[0] for part in FREE):
+        path = line.split(":")[0]
+        if path.startswith(fixed) and not path.endswith(FREE) and not path.startswith(judged):
             raise ValueError(f"{workdir} was begun with another recipe: {line}; set it back, or take another --workdir")
     return given
 

@@ -8,6 +8,7 @@ from jaxstages.config import Recipe
 from jaxstages.console import say
 from jaxstages.report.matrix import stage_matrix
 from jaxstages.stages import finetune, instruct, pretrain
+from jaxstages.start import check_lineage
 from jaxstages.workdir import lock, read_json, result_file
 
 DRIVERS = {"pretrain": pretrain.run, "finetune": finetune.run, "instruct": instruct.run}
@@ -33,6 +34,7 @@ def train_all(recipe: Recipe, workdir: Path) -> None:
 def _train(recipe: Recipe, workdir: Path, name: str) -> bool:
     if result_file(workdir / name).exists():
         result = read_json(result_file(workdir / name))
+        check_lineage(workdir / name, result["parent"])
         say(f"{name}: already {result['status']} at step {result['steps']}, best step {result['best_step']}", "cyan")
         return True
     return DRIVERS[name](recipe, workdir) is not None

@@ -117,9 +117,11 @@ def _blocks(source: Source, part: str, config: DataConfig) -> Iterator[list[Item
 
 
 def _side(item: Item, whole_text: bool, part: str, config: DataConfig) -> Item | None:
-    """The item as it stands in `part`, or None if it belongs to the other one. Malformed ones are in both."""
-    if item.record is None or not config.holdout:
+    """The item as it stands in `part`, or None if it belongs to the other one. Malformed ones count as training's."""
+    if not config.holdout:
         return item
+    if item.record is None:
+        return item if part == "train" else None
     if whole_text:
         text = item.record["text"]
         cut = len(text) - round(len(text) * config.holdout)
@@ -127,7 +129,7 @@ def _side(item: Item, whole_text: bool, part: str, config: DataConfig) -> Item |
     try:
         held_out = is_held_out(asks(item.record, config), config.holdout)
     except ValueError as error:
-        return Item(item.where, None, str(error))
+        return Item(item.where, None, str(error)) if part == "train" else None
     return item if held_out == (part == "validation") else None
 
 

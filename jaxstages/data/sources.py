@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,8 +97,7 @@ def _count(file: Path) -> int:
         case ".array_record":
             return _open_array_record(file).num_records()
         case _:
-            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-                return sum(1 for _ in lines)
+            return sum(1 for _ in _lines(file))
 
 
 def _fingerprint(files: Iterable[Path]) -> str:
@@ -126,10 +126,17 @@ def _parse(where: str, line: bytes) -> Item:
 
 
 def _read_jsonl(file: Path) -> Iterator[Item]:
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _parse(f"{file}:{number}", line)
+    for number, line in enumerate(_lines(file), start=1):
+        if line.strip():
+            yield _parse(f"{file}:{number}", line)
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            yield from lines
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file} is no whole gzip file: {error}") from error
 
 
 def _open_parquet(file: Path) -> Any:
@@ -212,7 +219,9 @@ def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
                 yield Item(where, None, f"not UTF-8: {error}")
 
     files = sorted(Path(str(builder.data_path)).glob("*.array_record*"))
-    return Source(name, read, _fingerprint(files), len(records))
+    # A builder's files hold all its splits: which one is read has to be in the fingerprint.
+    digest = hashlib.sha256(f"{_fingerprint(files)} {split}".encode()).hexdigest()
+    return Source(name, read, digest, len(records))
 
 
 def _open_hf(name: str, dataset: str, split: str) -> Source:

@@ -101,13 +101,16 @@ def texts(record: Record, config: DataConfig) -> list[str]:
     """
     match config.task:
         case "lm":
-            return [render(config.text, record)]
+            found = [render(config.text, record)]
         case "seq2seq" | "classify":
-            return [render(config.prompt, record), render(config.target, record)]
+            found = [render(config.prompt, record), render(config.target, record)]
         case "chat":
-            return [message["content"] for message in check_messages(record)]
+            found = [message["content"] for message in check_messages(record)]
         case _:
             raise ValueError(f"data.task={config.task!r}; known: lm, seq2seq, classify, chat")
+    for text in found:
+        text.encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
+    return found
 
 
 def assemble(

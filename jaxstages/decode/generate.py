@@ -78,47 +78,48 @@ def make_generate(
     return generate
 
 
-def generate_all(
-    model: Model,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    *,
-    context: int,
-    batch_size: int,
-    mesh: Mesh,
-    seed: int = 0,
-) -> list[list[int]]:
-    """Answers to all prompts, stop token and what follows it left out; the last batch is filled up, and counted once.
+def make_generate_all(
+    model: Model, sampling: Sampling, *, context: int, batch_size: int, mesh: Mesh, seed: int = 0
+) -> Callable[[Params, Sequence[Sequence[int]]], list[list[int]]]:
+    """`generate_all(params, prompts)`: answers to all prompts, without the stop token and what follows it.
+
+    It compiles once for each bucket of prompt length, however often it is called. The last batch is filled up, and its
+    filling left out.
 
     A prompt that leaves no room for `max_new_tokens` in the context loses its beginning.
 
     Raises:
-        ValueError: an empty prompt, or `max_new_tokens` as long as the context.
+        ValueError: `max_new_tokens` is as long as the context; later, an empty prompt.
     """
     room = context - sampling.max_new_tokens
     if room < 1:
         raise ValueError(f"max_new_tokens={sampling.max_new_tokens} must be less than the context, {context}")
-    cut = [list(prompt)[-room:] for prompt in prompts]
-    if not all(cut):
-        raise ValueError("a prompt is empty; give it at least one token")
-    slots = min(-(-max(map(len, cut)) // BUCKET) * BUCKET, room)
     generate = jax.jit(make_generate(model, sampling))
     sharding = batch_sharding(mesh)
-    answers: list[list[int]] = []
-    for start in range(0, len(cut), batch_size):
-        chosen = cut[start : start + batch_size]
-        prompts_BP = np.zeros((batch_size, slots), np.int32)
-        lengths_B = np.ones(batch_size, np.int32)
-        for b, prompt in enumerate(chosen):
-            prompts_BP[b, : len(prompt)], lengths_B[b] = prompt, len(prompt)
-        key = jax.random.key(seed)
-        keys_B = jax.vmap(lambda i, key=key: jax.random.fold_in(key, i))(jnp.arange(start, start + batch_size))
-        tokens_BM = generate(params, jax.device_put(prompts_BP, sharding), jax.device_put(lengths_B, sharding), keys_B)
-        if jax.process_count() > 1:
-            tokens_BM = multihost_utils.process_allgather(tokens_BM, tiled=True)
-        answers += [_until_stop(row, sampling.stop) for row in np.asarray(tokens_BM)[: len(chosen)].tolist()]
-    return answers
+    key = jax.random.key(seed)
+
+    def generate_all(params: Params, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        cut = [list(prompt)[-room:] for prompt in prompts]
+        if not all(cut):
+            raise ValueError("a prompt is empty; give it at least one token")
+        slots = min(-(-max(map(len, cut)) // BUCKET) * BUCKET, room)
+        answers: list[list[int]] = []
+        for start in range(0, len(cut), batch_size):
+            chosen = cut[start : start + batch_size]
+            prompts_BP = np.zeros((batch_size, slots), np.int32)
+            lengths_B = np.ones(batch_size, np.int32)
+            for b, prompt in enumerate(chosen):
+                prompts_BP[b, : len(prompt)], lengths_B[b] = prompt, len(prompt)
+            keys_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(start, start + batch_size))
+            tokens_BM = generate(
+                params, jax.device_put(prompts_BP, sharding), jax.device_put(lengths_B, sharding), keys_B
+            )
+            if jax.process_count() > 1:
+                tokens_BM = multihost_utils.process_allgather(tokens_BM, tiled=True)
+            answers += [_until_stop(row, sampling.stop) for row in np.asarray(tokens_BM)[: len(chosen)].tolist()]
+        return answers
+
+    return generate_all
 
 
 def _until_stop(tokens: list[int], stop: tuple[int, ...]) -> list[int]:

@@ -25,27 +25,32 @@ def make_row_log_prob(model: Model) -> Callable[[Params, Batch], Float[Array, " 
     return row_log_prob
 
 
-def likeliest_labels(
-    model: Model,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    *,
-    context: int,
-    batch_size: int,
-) -> list[int]:
-    """Index of the likeliest label for each prompt. A label is its token ids with the end token; a prompt that is too
-    long with its label loses its beginning."""
+def make_likeliest(
+    model: Model, labels: Sequence[Sequence[int]], *, context: int, batch_size: int
+) -> Callable[[Params, Sequence[Sequence[int]]], list[int]]:
+    """`likeliest(params, prompts)`: index of the likeliest label for each prompt; compiled once.
+
+    Args:
+        labels: token ids of each, with the end token. A prompt that is too long with its label loses its beginning.
+
+    Raises:
+        ValueError: a label that leaves no room for a prompt.
+    """
+    longest = max(map(len, labels))
+    if longest > context:
+        raise ValueError(f"a label has {longest} tokens; it must be shorter than the context, {context}")
     score = jax.jit(make_row_log_prob(model))
-    rows = [
-        lay_out([_candidate(list(prompt), list(label), context)], context) for prompt in prompts for label in labels
-    ]
-    scores: list[float] = []
-    for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
-        fill = [np.zeros_like(rows[0])] * (batch_size - len(chosen))
-        scores += np.asarray(score(params, to_batch([*chosen, *fill])))[: len(chosen)].tolist()
-    return np.asarray(scores).reshape(len(prompts), len(labels)).argmax(axis=1).tolist()
+
+    def likeliest(params: Params, prompts: Sequence[Sequence[int]]) -> list[int]:
+        rows = [lay_out([_candidate(list(p), list(label), context)], context) for p in prompts for label in labels]
+        scores: list[float] = []
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            fill = [np.zeros_like(rows[0])] * (batch_size - len(chosen))
+            scores += np.asarray(score(params, to_batch([*chosen, *fill])))[: len(chosen)].tolist()
+        return np.asarray(scores).reshape(len(prompts), len(labels)).argmax(axis=1).tolist()
+
+    return likeliest
 
 
 def _candidate(prompt: list[int], label: list[int], context: int) -> Example:

@@ -186,6 +186,7 @@ def make_model(config: ModelConfig, vocab: int) -> Model:
 
     def decode(params: Params, tokens_BL: Array, positions_BL: Array, cache: Cache) -> tuple[Array, Cache]:
         mask = cache_mask(positions_BL, cache[0].shape[2])
+        # Any: Flax's type also has the variables that `mutable` would return.
         found: Any = module.apply({"params": params}, tokens_BL, positions_BL, mask, cache, True)
         return found
 

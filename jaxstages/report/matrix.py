@@ -14,9 +14,9 @@ from jaxstages.config import Recipe
 from jaxstages.console import say
 from jaxstages.data.chat import chat_prompt, encode_chat
 from jaxstages.data.tasks import pair_prompt
-from jaxstages.evaluate import answer, make_evaluate
+from jaxstages.evaluate import make_answer, make_evaluate
 from jaxstages.metrics import plain
-from jaxstages.start import contract_of, read_parent
+from jaxstages.start import contract_of, finished, read_parent
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import write_json
 
@@ -45,6 +45,8 @@ def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
     Raises:
         ValueError: a stage of the recipe is not finished.
     """
+    for name in recipes.stages(recipe):
+        finished(workdir / name)
     benches = {name: open_workbench(recipe, name, workdir) for name in recipes.stages(recipe)}
     evaluates = {name: make_evaluate(bench) for name, bench in benches.items()}
     columns = [f"{name}/{metric}" for name, bench in benches.items() for metric in columns_of(bench)]
@@ -58,8 +60,9 @@ def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
             row += [plain(report.metrics[metric]) for metric in columns_of(judge)]
             signatures |= set(report.signatures)
         values.append(row)
-        texts = answer(bench, params, [prompt_ids(bench, text) for text in recipe.prompts]) if recipe.prompts else []
-        answers[checkpoint] = texts
+        answers[checkpoint] = (
+            make_answer(bench)(params, [prompt_ids(bench, text) for text in recipe.prompts]) if recipe.prompts else []
+        )
     prompts = [
         {"prompt": prompt, "answers": {name: answers[name][i] for name in benches}}
         for i, prompt in enumerate(recipe.prompts)

@@ -1,0 +1,57 @@
+"""What `validate` refuses beyond the command line's tests: wrong types from a recipe's file, and leaks."""
+
+from pathlib import Path
+
+import pytest
+
+from jaxstages.config import Recipe
+from jaxstages.validate import validate
+from tests.tiny import recipe as tiny_recipe
+
+
+def changed(tmp_path: Path, path: str, value: object) -> Recipe:
+    recipe = tiny_recipe(tmp_path)
+    *owners, field = path.split(".")
+    owner = recipe
+    for name in owners:
+        owner = getattr(owner, name)
+    setattr(owner, field, value)
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ("pretrain.optim.freeze", "embedding", r"must be a tuple, such as"),
+        ("pretrain.data.train", "x.jsonl", r"must be a tuple, such as"),
+        ("pretrain.loop.steps", "100", r"is of type str; it must be int"),
+        ("pretrain.loop.steps", 1e3, r"is of type float; it must be int"),
+        ("pretrain.loop.steps", True, r"is of type bool; it must be int"),
+        ("model.attention", None, r"it must be AttentionConfig"),
+        ("pretrain.data.validation", ("a.jsonl",), r"set validation \(held-out sources\) or holdout"),
+        ("pretrain.data.weights", (0.5, 0.5), r"has 2 shares for 1 training sources"),
+        ("pretrain.data.task", "chat", r"this stage's tasks: lm"),
+        ("finetune.evaluation.metrics", ("accuracy",), r"does not apply to task 'seq2seq'"),
+        ("finetune.evaluation.max_new_tokens", 64, r"max_new_tokens=64 must be less than config.model.context=64"),
+        ("model.attention.kv_heads", 3, r"heads=4 must be divisible by kv_heads=3"),
+        ("model.attention.head_dim", 7, r"must be even for rope"),
+        ("model.dropout", 1.5, r"must be between 0 and 1"),
+        ("pretrain.loop.accumulate", 3, r"batch_size=8 must be divisible by accumulate=3"),
+        ("tokenizer.kind", "file", r"needs the path of a tokenizer.json"),
+    ],
+)
+def test_refused(tmp_path: Path, path: str, value: object, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint) as caught:
+        validate(changed(tmp_path, path, value))
+    assert path.split(".")[-1] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_held_out_data_that_is_training_data_is_refused(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    recipe.pretrain.data.holdout, recipe.pretrain.data.validation = 0.0, recipe.pretrain.data.train
+    with pytest.raises(ValueError, match="is in train and in validation"):
+        validate(recipe)
+
+
+def test_whole_numbers_do_where_fractions_are_meant(tmp_path: Path) -> None:
+    validate(changed(tmp_path, "pretrain.optim.weight_decay", 0))
