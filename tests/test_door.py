@@ -1,7 +1,6 @@
 """The command line as a user meets it: exit codes, one-line errors, help, generate, inspect, a kill."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from jaxstages import config as recipes
 from jaxstages.main import FLAGS_OF, main
+from jaxstages.metrics import read_metrics
 from jaxstages.validate import validate
 from jaxstages.workdir import read_json
 from tests.tiny import recipe as tiny_recipe
@@ -36,7 +36,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(root / "data")
     names = {"root": str(Path(__file__).parents[1]), "data": str(root / "data"), "cache": str(root / "cache")}
     (root / "tiny.py").write_text(CONFIG.format(**names))
-    less = "\n\nwhole = get_config\n\ndef get_config():\n    found = whole()\n    found.pretrain = None\n    return found\n"
+    less = "\n\nwhole = get_config\n\ndef get_config():\n    found = whole()\n    found.pretrain = None\n"
+    less += "    return found\n"
     (root / "less.py").write_text((root / "tiny.py").read_text() + less)
     (root / "broken.py").write_text("def get_config(:\n")
     assert main(["jaxstages", "run", f"--config={root}/tiny.py", f"--workdir={root}/work"]) == 0
@@ -158,45 +159,49 @@ def test_recipe_json_is_the_recipe(home: Path) -> None:
         recipes.from_dict({"name": "x", "modle": {}})
 
 
-def start(home: Path, work: Path, steps: int) -> subprocess.Popen:
-    words = [sys.executable, "-m", "jaxstages", "pretrain", f"--config={home}/tiny.py:{steps}", f"--workdir={work}"]
+def start(home: Path, work: Path) -> subprocess.Popen:
+    words = [sys.executable, "-m", "jaxstages", "run", f"--config={home}/tiny.py:60", f"--workdir={work}"]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_checkpoint(process: subprocess.Popen, work: Path) -> None:
-    for _ in range(1200):
-        folder = work / "pretrain" / "checkpoints"
-        if folder.exists() and any(p.name.isdecimal() and int(p.name) >= 20 for p in folder.iterdir()):
+def wait_for_checkpoint(process: subprocess.Popen, stage_dir: Path, step: int) -> None:
+    for _ in range(2400):
+        folder = stage_dir / "checkpoints"
+        if folder.exists() and any(p.name.isdecimal() and int(p.name) >= step for p in folder.iterdir()):
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    raise AssertionError("no checkpoint in a minute")
+    raise AssertionError(f"no checkpoint {step} of {stage_dir.name} in two minutes")
 
 
-def test_sigkill_and_sigterm_in_mid_run_end_in_the_same_bits(home: Path, tmp_path: Path) -> None:
-    steps = 120
-    whole = start(home, tmp_path / "whole", steps)
-    killed = start(home, tmp_path / "killed", steps)
-    wait_for_checkpoint(killed, tmp_path / "killed")
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "pretrain" / "result.json").exists(), "the kill came too late to test anything"
-    stopped = start(home, tmp_path / "killed", steps)
+def test_killed_in_each_stage_and_terminated_it_ends_in_the_same_bits(home: Path, tmp_path: Path) -> None:
+    whole, work = start(home, tmp_path / "whole"), tmp_path / "killed"
+    for stage in recipes.STAGES:
+        process = start(home, work)
+        wait_for_checkpoint(process, work / stage, 20)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (work / stage / "result.json").exists(), "the kill came too late to test anything"
+    process = start(home, work)
     line = ""
     while "resumes at step" not in line:
-        line = stopped.stdout.readline()
+        line = process.stdout.readline()
         assert line, "it did not resume"
-    time.sleep(1.0)
-    stopped.send_signal(signal.SIGTERM)
-    out = stopped.communicate()[0]
-    assert stopped.returncode in (75, 0), out
-    again = start(home, tmp_path / "killed", steps)
-    assert again.communicate() and again.returncode == 0
+    wait_for_checkpoint(process, work / "instruct", int(line.split()[4]) + 2)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate()[0]
+    assert process.returncode == 75 and "interrupted" in out, out
+    process = start(home, work)
+    assert "instruct: resumes at step" in process.communicate()[0] and process.returncode == 0
     assert whole.communicate() and whole.returncode == 0
-    one, two = (read_json(tmp_path / name / "pretrain" / "result.json") for name in ("whole", "killed"))
-    for name in ("params_sha256", "last_params_sha256", "best", "tokens"):
-        assert one[name] == two[name], name
+    for stage in recipes.STAGES:
+        one, two = (read_json(tmp_path / name / stage / "result.json") for name in ("whole", "killed"))
+        for name in ("params_sha256", "last_params_sha256", "best", "best_step", "tokens"):
+            assert one[name] == two[name], (stage, name)
+        curves = [read_metrics(tmp_path / name / stage / "metrics.jsonl") for name in ("whole", "killed")]
+        losses = [[(line["step"], line["kind"], line.get("loss")) for line in curve] for curve in curves]
+        assert losses[0] == losses[1], stage
 
 
 def test_the_recipes_of_the_project_are_valid() -> None:

@@ -17,7 +17,7 @@ from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
 from jaxstages.metrics import read_metrics
 from jaxstages.types import Diverged
 from jaxstages.validate import validate
-from jaxstages.workdir import read_json
+from jaxstages.workdir import read_json, write_json
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -174,11 +174,10 @@ def test_a_parent_with_another_tokenizer_is_refused(run: tuple[Recipe, Path]) ->
 def test_a_flipped_bit_in_the_parent_is_noticed(run: tuple[Recipe, Path]) -> None:
     recipe, work = again(run)
     step = read_json(work / "pretrain" / "result.json")["best_step"]
-    files = (work / "pretrain" / "checkpoints" / str(step) / "params").rglob("d/*")
-    largest = max(files, key=lambda p: p.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 4
-    largest.write_bytes(content)
+    for file in (work / "pretrain" / "checkpoints" / str(step) / "params").rglob("ocdbt.process_0/d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
     with pytest.raises(ValueError, match="is damaged"):
         train(recipe, work, "finetune")
     assert not (work / "finetune" / "result.json").exists()
@@ -211,6 +210,9 @@ def test_what_is_restored_is_said_for_each_parameter(
 
 def test_a_child_of_a_parent_that_was_trained_anew_is_refused(run: tuple[Recipe, Path]) -> None:
     recipe, work = again(run, "pretrain")
+    result = read_json(work / "finetune" / "result.json")
+    result["parent"]["path"] = str(work / "pretrain")  # the run was copied here
+    write_json(work / "finetune" / "result.json", result)
     recipe.seed = 1
     train(recipe, work, "pretrain")
     with pytest.raises(ValueError, match=r"finetune began from .*pretrain .* remove .*finetune to train it on"):

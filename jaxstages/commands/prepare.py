@@ -18,7 +18,8 @@ def prepare_all(recipe: Recipe, workdir: Path) -> None:
         tokenizer = open_tokenizer(recipe, workdir)
         table = Table(title=f"prepared rows of {recipe.model.context} slots", title_justify="left")
         for heading in ("stage", "source", "part", "records", "bad", "rows", "tokens", "filled", "trained on", "cut"):
-            table.add_column(heading, justify="left" if heading in ("stage", "source", "part") else "right")
+            words = heading in ("stage", "source", "part")
+            table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
         for name, stage in recipes.stages(recipe).items():
             for prepared in (
                 part
