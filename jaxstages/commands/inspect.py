@@ -1,5 +1,6 @@
 """`inspect`: what a stage is really trained on: a decoded batch, trained-on tokens in colour, and the data's shares."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -51,22 +52,18 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
 def _row(bench: Workbench, batch: Batch, row: int, colour: bool) -> Text:
     """One row as text. A slot is shown by its target, and the first token of an example, which nothing predicts, by
     itself: so every id is shown once, in the colour of its own weight."""
-    text, inside = Text(), False
-
-    def put(piece: str, trained: bool) -> None:
-        nonlocal inside
-        if not colour and trained != inside:
-            text.append("⟦" if trained else "⟧")
-        inside = trained
-        text.append(piece, style="bold green" if trained else "dim")
-
+    slots: list[tuple[int, bool, str]] = []  # id, trained on, and a mark that stands before it
     for slot in range(batch.tokens_BL.shape[1]):
         if not batch.segments_BL[row, slot]:
-            put("·", False)
             break
         if batch.positions_BL[row, slot] == 0:
-            put("¦" + bench.tokenizer.show(int(batch.tokens_BL[row, slot])), False)
-        put(bench.tokenizer.show(int(batch.targets_BL[row, slot])), bool(batch.weights_BL[row, slot] > 0))
-    if inside and not colour:
-        text.append("⟧")
-    return text
+            slots.append((int(batch.tokens_BL[row, slot]), False, "¦"))
+        slots.append((int(batch.targets_BL[row, slot]), bool(batch.weights_BL[row, slot] > 0), ""))
+    text = Text()
+    for (trained, _), group in itertools.groupby(slots, key=lambda entry: (entry[1], entry[2])):
+        entries = list(group)
+        piece = entries[0][2] + bench.tokenizer.show([token for token, _, _ in entries])
+        marked = f"⟦{piece}⟧" if trained and not colour else piece
+        text.append(marked, style="bold green" if trained else "dim")
+    padded = not batch.segments_BL[row, -1]
+    return text.append("·", style="dim") if padded else text

@@ -53,11 +53,9 @@ class Tokenizer(NamedTuple):
         """Text of the ids; control tokens are left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def show(self, token: int) -> str:
-        """One token for people: control tokens by name, bytes that are no text as they are escaped."""
-        if token in self.specials:
-            return SPECIAL_TOKENS[self.specials.index(token)]
-        return self.backend.decode([int(token)], skip_special_tokens=False)
+    def show(self, ids: Sequence[int]) -> str:
+        """Ids for people: control tokens by name. Ids are shown together, for a letter may be several tokens."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray:
         """float32 [V]: UTF-8 bytes of text that each token stands for; 0 for control tokens."""
