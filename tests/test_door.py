@@ -147,8 +147,12 @@ def test_evaluate_prints_one_json_object(home: Path, capsys: pytest.CaptureFixtu
 def test_prepare_then_run_uses_the_cache(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("prepare", f"--config={home}/tiny.py", f"--workdir={tmp_path}/w") == 0
     out = capsys.readouterr().out
-    assert "trained on" in out and "text.jsonl" in out
+    assert "prepared rows of 64 slots" in out and "trained on" in out and out.count("validation") >= 3
     assert (tmp_path / "w" / "recipe.json").exists()
+    stamps = {file: file.stat().st_mtime_ns for file in (home / "cache").rglob("index.json")}
+    first = ["pretrain", f"--workdir={tmp_path}/w", f"--config={home}/tiny.py", "--config.pretrain.loop.stop_after=1"]
+    assert call(*first) == 0
+    assert {file: file.stat().st_mtime_ns for file in (home / "cache").rglob("index.json")} == stamps
 
 
 def test_recipe_json_is_the_recipe(home: Path) -> None:
