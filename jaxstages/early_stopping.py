@@ -55,8 +55,10 @@ def early_stopping(*, mode: str = "min", patience: int = 0, min_delta: float = 0
         return EarlyStoppingState(best=np.float64(worst), best_step=np.int64(-1), bad=np.int64(0))
 
     def update(state: EarlyStoppingState, value: float, step: int) -> EarlyStoppingState:
+        if not np.isfinite(value):
+            return state._replace(bad=state.bad + 1)
         gain = state.best - value if mode == "min" else value - state.best
-        if np.isfinite(value) and gain > min_delta:
+        if gain > min_delta:
             return EarlyStoppingState(best=np.float64(value), best_step=np.int64(step), bad=np.int64(0))
         return state._replace(bad=state.bad + 1)
 

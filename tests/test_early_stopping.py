@@ -31,6 +31,11 @@ def test_a_nan_is_no_improvement_and_never_the_best() -> None:
     assert (state.best, state.best_step, state.bad) == (2.0, 4, 2)
 
 
+def test_infinity_against_no_best_yet_is_no_improvement() -> None:
+    stops, state = run([math.inf, 1.0], patience=2)
+    assert stops == [False, False] and state.best == 1.0
+
+
 def test_the_docstring_table() -> None:
     rule = early_stopping(mode="min", patience=2, min_delta=0.1)
     state, rows = rule.init(), []
