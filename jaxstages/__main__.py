@@ -1,5 +1,24 @@
-"""`python -m jaxstages`."""
+"""`jaxstages`, and `python -m jaxstages`: ready for signals before the slow imports, then through the door."""
 
-from jaxstages.main import cli
+import faulthandler
+import os
+import sys
 
-cli()
+from jaxstages.signals import stop_signals
+
+
+def cli() -> None:
+    """The console script."""
+    faulthandler.enable()
+    with stop_signals():
+        from jaxstages.main import main
+
+        code = main(sys.argv)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Everything is on disk. A signal during a slow farewell of the libraries must not turn success into failure.
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    cli()

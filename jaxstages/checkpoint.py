@@ -1,26 +1,33 @@
 """Checkpoints, through Orbax: params/, train/ (optimizer, step, early stopping) and meta (JSON), and proof of them.
 
-Orbax notices neither a wrong dtype nor a flipped bit in an array file, and its error for a tree that does not fit says
-nothing. So shapes and dtypes are compared before anything is read, and fingerprints of all leaves afterwards.
+Orbax notices neither a flipped bit in an array file nor a wrong dtype, takes an empty folder for a checkpoint, and
+tells of a failed save at the next one. So a checkpoint is sealed before it gets its name (`manifest.py`); what is read
+is compared with its manifest, then in shapes and dtypes, then by fingerprints of all leaves; and the loop asks at each
+step how the save is doing.
 """
 
-import hashlib
+import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from jaxstages import manifest
+from jaxstages.console import say
+from jaxstages.disk import read_json, sync
 from jaxstages.early_stopping import EarlyStoppingState
-from jaxstages.types import Params, TrainState
-from jaxstages.workdir import checkpoints_folder, read_json
+from jaxstages.fingerprint import fingerprint, named_leaves, not_finite
+from jaxstages.manifest import Damaged, quarantine
+from jaxstages.types import Diverged, Params, TrainState
+from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
+
+FORMAT = 1
+"""Of what is written here; counts up when older versions can't read it."""
 
 TRASH = "trash"
 
@@ -43,137 +50,225 @@ class _KeepBest:
 
 
 class Checkpoints:
-    """The checkpoints of one stage: the latest `keep`, and the best."""
+    """The checkpoints of one stage: the latest `keep`, and the best. The run's lock must be held."""
 
     def __init__(self, stage_dir: Path, keep: int) -> None:
-        self._best = _KeepBest()
+        self._stage_dir, self._keep, self._best = stage_dir, keep, _KeepBest()
         self._folder = checkpoints_folder(stage_dir).absolute()
-        policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(keep), self._best])
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            cleanup_tmp_directories=True,
-            todelete_subdir=TRASH,  # a kill in the middle of a deletion leaves no half checkpoint in the list
-            async_options=ocp.AsyncOptions(timeout_secs=600),
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._saving: int | None = None
+        self._manager: ocp.CheckpointManager | None = None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        sync(stage_dir)
+        self._sweep()
 
-    def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+    def restore_newest(self, target: TrainState, stopping: EarlyStoppingState) -> Restored | None:
+        """The newest checkpoint that can be trusted, placed as `target` (shapes with shardings) says; None if the
+        stage has none yet. Damaged ones are moved to the stage's `quarantine/`.
+
+        Raises:
+            ValueError: there are checkpoints, but none can be trusted, or one does not fit the recipe.
+        """
+        for step in reversed(steps_of(self._stage_dir)):
+            try:
+                found = _restore(self._folder / str(step), target, stopping)
+                best = found.meta["best_step"]
+                if best not in (-1, step):
+                    manifest.check(self._folder / str(best))
+            except Damaged as error:
+                kept = quarantine(self._folder / str(step), quarantine_folder(self._stage_dir), str(error))
+                say(f"checkpoint {step} can't be trusted: {error}; moved to {kept}", "yellow")
+            else:
+                self._best.step = best
+                return found
+        quarantined = quarantine_folder(self._stage_dir)
+        if quarantined.is_dir() and any(quarantined.iterdir()):
+            raise ValueError(
+                f"{self._stage_dir} has no checkpoint that can be trusted, see the reasons in {quarantined}; put a "
+                f"good copy into {self._folder}, or remove {self._stage_dir} to train that stage anew"
+            )
+        return None
 
     def save(
         self, step: int, state: TrainState, stopping: EarlyStoppingState, meta: dict[str, Any], best_step: int
     ) -> None:
-        """Write in the background; an error of the save before is raised here as an OSError."""
-        self.wait()
-        self._best.step = best_step
-        train = {"opt_state": state.opt_state, "step": state.step, "early_stopping": _arrays(stopping)}
-        meta = meta | {"step": step, "best_step": best_step, "fingerprint": fingerprint([state, stopping])}
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            train=ocp.args.StandardSave(train),
-            meta=ocp.args.JsonSave(meta),
-        )
-        with self._as_storage_errors():
-            if not self._manager.save(step, args=items, force=True):
-                raise OSError(f"checkpoint {step} was not taken")
-
-    def restore(self, step: int, target: TrainState, stopping: EarlyStoppingState) -> Restored:
-        """Everything at `step`, placed as `target` (shapes with shardings) says.
+        """Write in the background; how it went, `poll` and `wait` say.
 
         Raises:
-            ValueError: the checkpoint does not fit, or what is read is not what was saved.
+            Diverged: a parameter is not finite; nothing is written.
+            OSError: this save could not begin, or the one before has failed.
         """
-        _compare(self._folder / str(step) / "params", target.params)
-        train = {"opt_state": target.opt_state, "step": target.step, "early_stopping": _arrays(stopping)}
-        found: Any = self._manager.restore(  # Orbax's union also has a Mapping, which has no attributes
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(target.params),
-                train=ocp.args.StandardRestore(train),
-                meta=ocp.args.JsonRestore(),
-            ),
+        self.wait()
+        if bad := not_finite(state.params):
+            raise Diverged(f"step {step} is not saved: {', '.join(bad)} is not finite; the checkpoint before it stands")
+        self._best.step = best_step
+        train = _train_item(state, stopping)
+        meta = meta | {"format": FORMAT, "step": step, "best_step": best_step}
+        meta["fingerprint"] = fingerprint({"params": state.params, "train": train})
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params), train=ocp.args.StandardSave(train), meta=ocp.args.JsonSave(meta)
         )
-        state = TrainState(found.train["step"], found.params, found.train["opt_state"])
-        saved = found.train["early_stopping"]
-        scalars: list[Any] = [np.asarray(saved[name])[()] for name in EarlyStoppingState._fields]
-        restored = EarlyStoppingState(*scalars)
-        if fingerprint([state, restored]) != found.meta["fingerprint"]:
-            raise ValueError(
-                f"{self._folder / str(step)} is damaged: its values are not those that were saved; move that folder "
-                "away to go on from the checkpoint before it"
-            )
-        self._best.step = found.meta["best_step"]
-        return Restored(state, restored, found.meta)
+        self._saving = step
+        with self._as_storage_errors():
+            if not self._open().save(step, args=items, force=True):
+                raise OSError(f"checkpoint {step} was not taken")
+
+    def poll(self) -> None:
+        """Finish a save that is done in the background; raises OSError if it has failed. Costs nothing otherwise."""
+        if self._saving is not None and not self._open().is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
-        """Until the save in flight is on disk; its error, if it has one, is raised here as an OSError."""
+        """Until the save in flight is on disk, under its name; raises OSError if it has failed."""
+        if self._saving is None:
+            return
         with self._as_storage_errors():
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        # Orbax moves what it deletes here, and leaves it.
-        shutil.rmtree(self._folder / TRASH, ignore_errors=True)
+            manager = self._open()
+            manager.wait_until_finished()
+            manager.check_for_errors()
+            sync(self._folder)
+            # Orbax moves what it deletes here, and leaves it.
+            shutil.rmtree(self._folder / TRASH, ignore_errors=True)
+        self._saving = None
 
-    @contextmanager
+    def check_last(self, step: int) -> None:
+        """Read the files of the last save back; raises OSError if it is not there as it was written."""
+        self.wait()
+        with self._as_storage_errors():
+            manifest.check(self._folder / str(step))
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Orbax's manager, made at the first save: it takes what it finds in the folder for checkpoints."""
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [checkpoint_managers.LatestN(self._keep), self._best]
+                ),
+                todelete_subdir=TRASH,  # a kill in the middle of a deletion leaves no half checkpoint in the list
+                async_options=ocp.AsyncOptions(timeout_secs=600, post_finalization_callback=self._seal),
+            )
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        return self._manager
+
+    def _seal(self) -> None:
+        """Orbax calls this when all is written, and before the rename: an error here leaves no checkpoint."""
+        (fresh,) = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        manifest.seal(fresh)
+
+    def _sweep(self) -> None:
+        """Remove what a kill, or a failed save, left: unfinished checkpoints and deleted ones, no more than that."""
+        for left in (*self._folder.glob("*.orbax-checkpoint-tmp*"), self._folder / TRASH):
+            shutil.rmtree(left, ignore_errors=True)
+
+    @contextlib.contextmanager
     def _as_storage_errors(self) -> Iterator[None]:
         """Orbax tells of a full disk by whatever TensorStore raised, a ValueError for one."""
         try:
             yield
         except Exception as error:
-            raise OSError(f"{self._folder}: saving failed: {str(error)[:300]}") from error
+            step, self._saving = self._saving, None
+            raise OSError(f"{self._folder}: saving step {step} failed: {str(error)[:300]}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self.wait()
-        self._manager.close()
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            if self._manager is not None:
+                with contextlib.suppress(Exception):  # it is told already: by wait, or by the error under way
+                    self._manager.close()
+            self._sweep()
 
 
-def _arrays(stopping: EarlyStoppingState) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in stopping._asdict().items()}
+def steps_of(stage_dir: Path) -> list[int]:
+    """Steps that a stage has a checkpoint of, or what looks like one; unfinished ones are not among them."""
+    folder = checkpoints_folder(stage_dir)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
-def read_meta(stage_dir: Path, step: int) -> dict[str, Any]:
-    """Raises ValueError if that checkpoint, or its metadata, is not there."""
-    return read_json(checkpoints_folder(stage_dir) / str(step) / "meta" / "metadata")
+def _train_item(state: TrainState, stopping: EarlyStoppingState) -> dict[str, Any]:
+    return {
+        "opt_state": state.opt_state,
+        "step": state.step,
+        "guard": state.guard,
+        "early_stopping": {name: np.asarray(value) for name, value in stopping._asdict().items()},
+    }
+
+
+def _restore(folder: Path, target: TrainState, stopping: EarlyStoppingState) -> Restored:
+    """One checkpoint, whole. Raises Damaged where it is not as it was saved, ValueError where it does not fit."""
+    manifest.check(folder)
+    meta = read_meta(folder)
+    wanted = {"params": target.params, "train": _train_item(target, stopping)}
+    _compare(folder, meta["fingerprint"], wanted)
+    params, train = _read(folder / "params", target.params), _read(folder / "train", wanted["train"])
+    found = fingerprint({"params": params, "train": train})
+    if found != meta["fingerprint"]:
+        wrong = [path for path in found if found[path] != meta["fingerprint"][path]]
+        raise Damaged(f"{folder} is damaged: {', '.join(wrong)} is not what was saved")
+    scalars: list[Any] = [np.asarray(train["early_stopping"][name])[()] for name in EarlyStoppingState._fields]
+    state = TrainState(step=train["step"], params=params, opt_state=train["opt_state"], guard=train["guard"])
+    return Restored(state, EarlyStoppingState(*scalars), meta)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What checkpoint `folder` (`STAGE/checkpoints/STEP`) says of itself.
+
+    Raises:
+        Damaged: it can't be read.
+        ValueError: a newer version wrote it.
+    """
+    try:
+        meta = read_json(folder / "meta" / "metadata")
+        made_by = int(meta["format"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{folder} is damaged, or no checkpoint of jaxstages: {error}") from error
+    if made_by > FORMAT:
+        raise ValueError(f"{folder} has format {made_by}, this version reads up to {FORMAT}; install a newer jaxstages")
+    return meta
 
 
 def read_params(stage_dir: Path, step: int, target: Params) -> Params:
-    """Only the parameters at `step`, placed as `target` (shapes with shardings) says.
+    """Only the parameters of a stage at `step`, placed as `target` (shapes with shardings) says.
 
     Raises:
-        ValueError: there is no such checkpoint, or its parameters have other shapes or dtypes.
+        Damaged: there is no such checkpoint, or it is not as it was saved.
+        ValueError: its parameters have other shapes or dtypes.
     """
-    folder = (checkpoints_folder(stage_dir) / str(step) / "params").absolute()
-    if not folder.is_dir():
-        raise ValueError(f"{folder.parent} has no parameters; is {stage_dir} a stage that was trained?")
-    _compare(folder, target)
+    folder = checkpoint_folder(stage_dir, step).absolute()
+    manifest.check(folder)
+    saved = {path: text for path, text in read_meta(folder)["fingerprint"].items() if path.startswith("params/")}
+    _compare(folder, saved, {"params": target})
+    params = _read(folder / "params", target)
+    if fingerprint({"params": params}) != saved:
+        raise Damaged(f"{folder} is damaged: its parameters are not what was saved")
+    return params
+
+
+def _read(folder: Path, target: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.restore(folder, target)
         except Exception as error:  # Orbax has no type of its own for what can't be read
-            raise ValueError(f"{folder.parent} is damaged, Orbax can't read it: {str(error)[:200]}") from error
+            raise Damaged(f"{folder} is damaged, Orbax can't read it: {str(error)[:200]}") from error
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Path -> (shape, dtype) of each parameter in a checkpoint's params folder; no array is read."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(folder).item_metadata
-    if metadata is None:
-        raise ValueError(f"{folder.parent} is damaged, its metadata can't be read; train that stage again")
-    tree = metadata.tree
-    return {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in _named(tree)}
+def stored_shapes(meta: dict[str, Any]) -> dict[str, str]:
+    """Path of each parameter in a checkpoint -> dtype and shape, such as "float32[16, 32]"."""
+    return {
+        path.removeprefix("params/"): text.split(" ", 1)[1]
+        for path, text in meta["fingerprint"].items()
+        if path.startswith("params/")
+    }
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return sorted((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves)
-
-
-def _compare(folder: Path, target: Params) -> None:
-    stored = stored_shapes(folder)
-    wanted = {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in _named(target)}
+def _compare(folder: Path, saved: dict[str, str], target: Any) -> None:
+    """Raises ValueError where shapes and dtypes of a checkpoint are not those of the recipe; nothing is read."""
+    stored = {path: text.split(" ", 1)[1] for path, text in saved.items()}
+    wanted = {path: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in named_leaves(target).items()}
     lines = [
         f"{path}: checkpoint {stored[path]}, recipe {wanted[path]}"
         for path in sorted(stored.keys() & wanted)
@@ -183,39 +278,6 @@ def _compare(folder: Path, target: Params) -> None:
     lines += [f"{path}: only in the recipe" for path in sorted(wanted.keys() - stored)]
     if lines:
         raise ValueError(
-            f"{folder.parent} does not fit the recipe's model ({'; '.join(lines)}); give config.model the values that "
+            f"{folder} does not fit the recipe's model ({'; '.join(lines)}); give config.model the values that "
             "it was trained with, or train from scratch in another --workdir"
         )
-
-
-def params_sha256(params: Params) -> str:
-    """SHA-256 over the parameters' bytes, in sorted order of their paths."""
-    digest = hashlib.sha256()
-    for path, leaf in _named(params):
-        digest.update(path.encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
-    return digest.hexdigest()
-
-
-@jax.jit
-def _leaf_print(x: jax.Array) -> jax.Array:
-    """Two 32-bit sums over a leaf's bits and places. Integer sums do not depend on their order, so the value is the
-    same on any mesh, and nothing is gathered."""
-    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-    for dim in reversed(range(bits.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[dim]
-    odd = jnp.sum(bits * (jnp.uint32(2) * place + jnp.uint32(1)), dtype=jnp.uint32)
-    mixed = place * jnp.uint32(0x85EBCA6B) | jnp.uint32(1)
-    return jnp.stack([odd, jnp.sum((bits + place * jnp.uint32(0x9E3779B1)) * mixed, dtype=jnp.uint32)])
-
-
-def fingerprint(tree: Any) -> str:
-    """A digest of all leaves of a tree (paths, shapes, dtypes, values), the same on any mesh."""
-    digest = hashlib.sha256()
-    for path, leaf in _named(tree):
-        words = np.asarray(_leaf_print(leaf) if isinstance(leaf, jax.Array) else leaf)
-        digest.update(f"{path}:{leaf.dtype}:{leaf.shape}".encode() + words.tobytes())
-    return digest.hexdigest()

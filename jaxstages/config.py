@@ -129,6 +129,12 @@ class OptimConfig:
     """Parameters whose path has one of these regular expressions in it stay as they are."""
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    max_bad_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite, each of them skipped, that end the run."""
+    spike_sigma: float = 0.0
+    """Also skip a step whose loss or gradient norm is so many standard deviations above the mean of the last
+    `spike_window`; 0 is off. OLMo 2 takes 6."""
+    spike_window: int = 128
 
 
 @dataclass(kw_only=True, slots=True)
@@ -145,6 +151,9 @@ class LoopConfig:
     """End this run after so many steps without changing its schedule; 0 is off."""
     keep: int = 2
     """Latest checkpoints that stay; the best one always does."""
+    hang_seconds: float = 600.0
+    """A step, or a batch of an evaluation, that takes longer ends the run, with the stacks of all threads; the first
+    step, which compiles, may take ten times that."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """Held-out scores of parameters: the loss over packed rows, and the task's own metrics from generated answers."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstages.data.pipeline import batches_once
-from jaxstages.data.prepare import Prepared
+from jaxstages.data.prepare import Prepared, evenly
 from jaxstages.data.tasks import Question
 from jaxstages.decode.generate import Sampling, make_generate_all
 from jaxstages.decode.label import make_likeliest
@@ -27,17 +27,19 @@ class Report(NamedTuple):
     signatures: list[str]
 
 
-def make_evaluate(bench: Workbench) -> Callable[[Params, bool], Report]:
+def make_evaluate(bench: Workbench, between: Callable[[], None] = lambda: None) -> Callable[[Params, bool], Report]:
     """`evaluate(params, scores)`: every held-out row once, on any number of devices and hosts; with `scores` also the
-    metrics of the recipe, for which every held-out question is answered once."""
+    metrics of the recipe, for which every held-out question is answered once.
+
+    Args:
+        between: called before each batch; what it raises ends the evaluation.
+    """
     stage, config = bench.stage, bench.stage.evaluation
     eval_step = jax.jit(make_eval_step(bench.model.apply, jnp.asarray(bench.tokenizer.token_bytes())))
-    questions = [q for source in bench.held_out for q in source.questions()]
-    if config.max_examples and len(questions) > config.max_examples:
-        questions = [questions[i * len(questions) // config.max_examples] for i in range(config.max_examples)]
+    questions = evenly([q for source in bench.held_out for q in source.questions()], config.max_examples)
     scored = bool(config.metrics and questions)
-    classify = make_classify(bench) if scored and stage.data.task == "classify" else None
-    answer = make_answer(bench) if scored and classify is None else None
+    classify = make_classify(bench, between) if scored and stage.data.task == "classify" else None
+    answer = make_answer(bench, between=between) if scored and classify is None else None
 
     def loss_sums(params: Params) -> Sums:
         total: Sums = {}
@@ -49,6 +51,7 @@ def make_evaluate(bench: Workbench) -> Callable[[Params, bool], Report]:
             processes=jax.process_count(),
         )
         for batch in batches:
+            between()
             sums = eval_step(params, place_batch(batch, bench.mesh))
             # Sums stay on the device, so that no batch waits for the one before.
             total = sums if not total else jax.tree.map(jnp.add, total, sums)
@@ -72,7 +75,12 @@ def make_evaluate(bench: Workbench) -> Callable[[Params, bool], Report]:
 
 
 def make_answer(
-    bench: Workbench, *, max_new_tokens: int = 0, temperature: float = 0.0, seed: int = 0
+    bench: Workbench,
+    *,
+    max_new_tokens: int = 0,
+    temperature: float = 0.0,
+    seed: int = 0,
+    between: Callable[[], None] = lambda: None,
 ) -> Callable[[Params, list[list[int]]], list[str]]:
     """`answer(params, prompts)`: generated text for each, up to the end of the text or of the turn.
 
@@ -91,6 +99,7 @@ def make_answer(
         batch_size=config.batch_size,
         mesh=bench.mesh,
         seed=seed,
+        between=between,
     )
 
     def answer(params: Params, prompts: list[list[int]]) -> list[str]:
@@ -99,22 +108,28 @@ def make_answer(
     return answer
 
 
-def make_classify(bench: Workbench) -> Callable[[Params, list[Question]], Metrics]:
+def make_classify(
+    bench: Workbench, between: Callable[[], None] = lambda: None
+) -> Callable[[Params, Sequence[Question]], Metrics]:
     """`classify(params, questions)`: accuracy and macro-F1 among all labels that the stage's data has."""
     labels = sorted({q.reference for source in (*bench.train, *bench.held_out) for q in source.questions()})
     ids = [[*tokens.tolist(), bench.tokenizer.specials.end_of_text] for tokens in bench.tokenizer.encode_batch(labels)]
     likeliest = make_likeliest(
-        bench.model, ids, context=bench.recipe.model.context, batch_size=bench.stage.evaluation.batch_size
+        bench.model,
+        ids,
+        context=bench.recipe.model.context,
+        batch_size=bench.stage.evaluation.batch_size,
+        between=between,
     )
 
-    def classify(params: Params, questions: list[Question]) -> Metrics:
+    def classify(params: Params, questions: Sequence[Question]) -> Metrics:
         chosen = likeliest(params, [question.prompt for question in questions])
         return score_labels([labels[i] for i in chosen], [question.reference for question in questions])
 
     return classify
 
 
-def _by_kind(questions: list[Question], answers: list[str]) -> Metrics:
+def _by_kind(questions: Sequence[Question], answers: list[str]) -> Metrics:
     """Exact match of each kind of question, where records name theirs in a field "kind"."""
     hits = defaultdict(list)
     for question, text in zip(questions, answers, strict=True):

@@ -5,33 +5,38 @@ resumed run needs to write the same numbers is in the checkpoint.
 """
 
 import collections
+import contextlib
 import copy
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxstages.checkpoint import Checkpoints, params_sha256, read_params
+from jaxstages.checkpoint import Checkpoints, read_params
 from jaxstages.console import Progress, say
 from jaxstages.data.pipeline import batches_by_step, prefetch
+from jaxstages.disk import write_json
 from jaxstages.early_stopping import EarlyStopping, early_stopping
 from jaxstages.evaluate import Report, make_evaluate, unigram_perplexity
+from jaxstages.fingerprint import params_sha256
 from jaxstages.metrics import MetricsWriter, plain, read_metrics
 from jaxstages.optim import make_schedule, path_matches
 from jaxstages.sharding import place_batch
-from jaxstages.start import Start, contract_of, find_start
+from jaxstages.signals import Stop, stop_signals, watchdog
+from jaxstages.start import Start, contract_of, data_of, find_start
 from jaxstages.step import make_train_step
 from jaxstages.types import Batch, Diverged, Interrupted, Sums, TrainState
 from jaxstages.verdict import Verdict, judge
 from jaxstages.workbench import Workbench
-from jaxstages.workdir import result_file, write_json
+from jaxstages.workdir import result_file
 
 SUMMED = ("nll", "weight", "correct")
+
+COMPILING = 10.0
+"""What compiles may take so many times the seconds of the watchdog."""
 
 
 class Placed(NamedTuple):
@@ -46,44 +51,32 @@ def train_stage(bench: Workbench) -> dict[str, Any] | None:
 
     Raises:
         ValueError: the start rules or the contract forbid it.
-        Diverged: the loss or the gradient is not finite.
-        Interrupted: SIGTERM or SIGINT; everything is saved.
+        Diverged: too many steps in a row were not finite.
+        Interrupted: asked to stop by a signal; everything is saved.
+        OSError: a save failed; those before it stand.
     """
     config, stop = bench.stage.loop, bench.stage.early_stopping
     stopping = early_stopping(mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta)
-    with Checkpoints(bench.stage_dir, config.keep) as checkpoints:
+    with Checkpoints(bench.stage_dir, config.keep) as checkpoints, stop_signals() as signals:
         start = find_start(bench, checkpoints, stopping)
         step = int(start.state.step)
-        with MetricsWriter(bench.stage_dir, step if start.carried else -1) as writer, _signals() as asked:
-            run = _Run(bench, start, checkpoints, writer, stopping)
+        with (
+            MetricsWriter(bench.stage_dir, step if start.carried else -1) as writer,
+            watchdog(config.hang_seconds) as alive,
+        ):
+            run = _Run(bench, start, checkpoints, writer, stopping, signals, alive)
             last = min(config.steps, config.stop_after or config.steps)
-            state, held = run.steps(start.state, step, last, asked)
-            checkpoints.wait()
+            state, held = run.steps(start.state, step, last)
+            checkpoints.check_last(held)
+            signals.unsaved = False
             if held < config.steps and not stopping.should_stop(run.stopping_state):
                 say(f"{bench.name}: stop_after={config.stop_after} reached; start again without it to go on", "yellow")
                 return None
-            result = run.finish(state, held)
-            if asked:
-                raise Interrupted(f"{bench.name}: interrupted after its end; start again to go on")
-            return result
+            return run.finish(state, held)
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT; the second one ends the process at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked:
-            signal.default_int_handler(number, frame)
-        asked.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class _Abandoned(Exception):
+    """An evaluation was left for a signal to stop; it is made when the run goes on."""
 
 
 class _Run:
@@ -96,81 +89,16 @@ class _Run:
         checkpoints: Checkpoints,
         writer: MetricsWriter,
         stopping: EarlyStopping,
+        signals: Stop,
+        alive: Callable[[float], None],
     ) -> None:
         self._bench, self._config = bench, bench.stage.loop
-        self._checkpoints, self._writer = checkpoints, writer
+        self._checkpoints, self._writer, self._signals, self._alive = checkpoints, writer, signals, alive
         self._stopping, self.stopping_state = stopping, start.stopping
         self._parent = start.parent
-        self._evaluate = make_evaluate(bench)
+        self._evaluate = make_evaluate(bench, self._between_batches)
         self._schedule = make_schedule(bench.stage.optim.schedule, self._config.steps)
-        self._saved_step = int(start.state.step)
-        # What a checkpoint carries over so that a resumed run's lines and totals are those of an unbroken one.
-        self._carried = start.carried or {
-            "tokens": 0,
-            "seconds": 0.0,
-            "interval": dict.fromkeys(SUMMED, 0.0),
-            "best": {},
-        }
-        self._note = ""
-
-    def steps(self, state: TrainState, first: int, last: int, asked: list[int]) -> tuple[TrainState, int]:
-        """Steps first .. last - 1, or fewer if early stopping acts; the state, and the step that it is at."""
-        bench, config = self._bench, self._config
-        optim = bench.stage.optim
-        train_step = jax.jit(
-            make_train_step(
-                bench.model.apply,
-                bench.tx,
-                seed=bench.recipe.seed,
-                accumulate=config.accumulate,
-                label_smoothing=optim.label_smoothing,
-                z_loss=optim.z_loss,
-                frozen=path_matches(optim.freeze, bench.shapes.params),
-            ),
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, bench.shapes), None),
-        )
-        if self._stopping.should_stop(self.stopping_state):
-            return state, first
-        if not first:
-            self._log_evaluation(0, self._evaluate(state.params, False), "")
-        progress = Progress(bench.name, config.steps, first)
-        pending: collections.deque[tuple[int, Sums, int]] = collections.deque()
-        self._restart_clock()
-        for k, placed in enumerate(prefetch(self._batch_at(), first, last), start=first):
-            state, sums = train_step(state, placed.batch)
-            pending.append((k + 1, sums, placed.tokens))
-            if k == first:  # compilation is not training time
-                jax.block_until_ready(sums)
-                self._restart_clock()
-            while len(pending) > 1:
-                self._read(*pending.popleft())
-            done = k + 1
-            progress.update(done, self._note)
-            evaluates = done % config.eval_every == 0 or done == config.steps
-            if not (evaluates or done % config.save_every == 0 or done == last or asked):
-                continue
-            while pending:  # what is saved must be known to be finite
-                self._read(*pending.popleft())
-            paused = time.monotonic()
-            improved = False
-            if evaluates:
-                progress.clear()
-                improved = self._evaluate_at(done, state)
-            stops = self._stopping.should_stop(self.stopping_state)
-            if improved or stops or done % config.save_every == 0 or done == last or asked:
-                self._save(done, state)
-            if asked:
-                self._checkpoints.wait()
-                raise Interrupted(f"{bench.name}: interrupted; saved at step {done}, start it again to go on")
-            if stops:
-                return state, done
-            self._clock += time.monotonic() - paused
-        return state, max(first, last)
-
-    def _batch_at(self) -> Callable[[int], Placed]:
-        bench = self._bench
-        batch = batches_by_step(
+        self._batches = batches_by_step(
             bench.train,
             batch_size=self._config.batch_size,
             seed=bench.recipe.seed,
@@ -178,48 +106,151 @@ class _Run:
             process=jax.process_index(),
             processes=jax.process_count(),
         )
+        step = int(start.state.step)
+        self._saved_step = step
+        # What a checkpoint carries over so that a resumed run's lines and totals are those of an unbroken one.
+        self._carried = start.carried or {
+            "tokens": 0,
+            "seconds": 0.0,
+            "interval": dict.fromkeys(SUMMED, 0.0),
+            "best": {},
+            "evaluated": 0,
+            "next_batch": self._batches.digest(step),
+        }
+        if self._carried["next_batch"] != self._batches.digest(step):
+            raise ValueError(
+                f"{bench.stage_dir}: batch {step} is not the one that its checkpoint was to go on with: the order of "
+                "the data has changed, with a version of grain for one. Install the versions of recipe.json, or take "
+                "another --workdir"
+            )
+        self._note = ""
 
-        def place(k: int) -> Placed:
-            rows = batch(k)
-            if not np.any(rows.weights_BL) and jax.process_count() == 1:
-                raise ValueError(
-                    f"batch {k} has no trained-on token; look at the data with `jaxstages inspect`, or raise "
-                    f"config.{bench.name}.loop.batch_size"
-                )
-            return Placed(place_batch(rows, bench.mesh), int(np.sum(rows.segments_BL > 0)) * jax.process_count())
+    def steps(self, state: TrainState, first: int, last: int) -> tuple[TrainState, int]:
+        """Steps first .. last - 1, or fewer if early stopping acts; the state, and the step that it is at."""
+        bench, config = self._bench, self._config
+        optim = bench.stage.optim
+        step_function = make_train_step(
+            bench.model.apply,
+            bench.tx,
+            seed=bench.recipe.seed,
+            accumulate=config.accumulate,
+            label_smoothing=optim.label_smoothing,
+            z_loss=optim.z_loss,
+            spike_sigma=optim.spike_sigma,
+            frozen=path_matches(optim.freeze, bench.shapes.params),
+        )
+        debug = jax.config.values["jax_debug_nans"]
+        train_step = jax.jit(
+            step_function,
+            donate_argnums=() if debug else 0,  # to find the operation, the step is run again
+            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, bench.shapes), None),
+        )
+        self._alive(COMPILING)
+        if not first:
+            self._log_evaluation(0, self._evaluate(state.params, False), "")
+        if self._stopping.should_stop(self.stopping_state) or self._border(first, state, last):
+            return state, first
+        progress = Progress(bench.name, config.steps, first)
+        pending: collections.deque[tuple[int, Sums, int]] = collections.deque()
+        self._restart_clock()
+        self._alive(COMPILING)
+        for k, placed in enumerate(prefetch(self._place, first, last), start=first):
+            try:
+                state, sums = train_step(state, placed.batch)
+            except FloatingPointError:
+                with jax.disable_jit():
+                    step_function(state, placed.batch)  # raises again, where it happens
+                raise
+            pending.append((k + 1, sums, placed.tokens))
+            if k == first:  # compilation is not training time
+                jax.block_until_ready(sums)
+                self._signals.unsaved = True
+                self._alive(1.0)
+                self._restart_clock()
+            while len(pending) > 1:
+                self._read(*pending.popleft())
+            self._alive(1.0)
+            self._checkpoints.poll()
+            done = k + 1
+            progress.update(done, self._note)
+            if not (self._signals.asked or self._due(done, last)):
+                continue
+            while pending:  # what is saved must be known to be finite
+                self._read(*pending.popleft())
+            paused = time.monotonic()
+            if self._evaluates(done):
+                progress.clear()
+            stops = self._border(done, state, last)
+            if stops:
+                return state, done
+            self._clock += time.monotonic() - paused
+        return state, max(first, last)
 
-        return place
+    def _evaluates(self, step: int) -> bool:
+        """Is an evaluation due at `step` that was not made yet (before a run was interrupted)?"""
+        due = step and (step % self._config.eval_every == 0 or step == self._config.steps)
+        return bool(due and self._carried["evaluated"] < step)
+
+    def _due(self, step: int, last: int) -> bool:
+        return self._evaluates(step) or step % self._config.save_every == 0 or step == last
+
+    def _border(self, step: int, state: TrainState, last: int) -> bool:
+        """What stands between two steps: evaluation, early stopping, a save. True if early stopping acts.
+
+        Raises:
+            Interrupted: asked to stop; everything is saved.
+        """
+        evaluates, improved = self._evaluates(step), False
+        if evaluates:
+            with contextlib.suppress(_Abandoned):
+                improved = self._evaluate_at(step, state)
+        asked = self._signals.asked
+        stops = self._stopping.should_stop(self.stopping_state)
+        if (improved or stops or asked or self._due(step, last)) and step != self._saved_step:
+            self._save(step, state)
+        if asked:
+            self._checkpoints.check_last(step)
+            raise Interrupted(f"{self._bench.name}: interrupted; saved at step {step}, start it again to go on")
+        return stops
+
+    def _between_batches(self) -> None:
+        self._alive(1.0)
+        if self._signals.asked:
+            raise _Abandoned
+
+    def _place(self, k: int) -> Placed:
+        rows = self._batches.batch(k)
+        if not np.any(rows.weights_BL) and jax.process_count() == 1:
+            raise ValueError(
+                f"batch {k} has no trained-on token; look at the data with `jaxstages inspect`, or raise "
+                f"config.{self._bench.name}.loop.batch_size"
+            )
+        tokens = int(np.sum(rows.segments_BL > 0)) * jax.process_count()
+        return Placed(place_batch(rows, self._bench.mesh), tokens)
 
     def _restart_clock(self) -> None:
         self._clock, self._clock_tokens = time.monotonic(), 0
 
     def _read(self, step: int, sums: Sums, tokens: int) -> None:
-        """Take in the sums of one step; raises Diverged where they are not finite."""
+        """Take in the sums of one step; raises Diverged where too many in a row are not finite."""
         values = {name: float(value) for name, value in jax.device_get(sums).items()}
         interval = self._carried["interval"]
-        for name in SUMMED:
-            interval[name] += values[name]
+        if values["applied"]:
+            for name in SUMMED:
+                interval[name] += values[name]
+        else:
+            self._report_skipped(step, values)
         self._carried["tokens"] += tokens
         self._clock_tokens += tokens
-        # With the update finite, the parameters after it are, which is what a save relies on.
-        if not all(math.isfinite(values[name]) for name in ("objective", "grad_norm", "update_norm")):
-            loss = values["nll"] / values["weight"]
-            stands = (
-                f"the checkpoint at step {self._saved_step} stands" if self._saved_step else "nothing was saved yet"
-            )
-            self._writer.write(step, "event", {"event": "not finite", "loss": loss, "grad_norm": values["grad_norm"]})
-            raise Diverged(
-                f"{self._bench.name}: loss {loss} and gradient norm {values['grad_norm']} at step {step} are not "
-                f"finite; {stands}. Halve peak_lr, or lengthen the warm-up"
-            )
         if step % self._config.log_every and step != self._config.steps:
             return
         seconds = max(time.monotonic() - self._clock, 1e-9)
-        loss, rate = interval["nll"] / interval["weight"], self._clock_tokens / seconds
+        weight = interval["weight"] or math.nan  # no step of the interval was applied: the loss is null
+        loss, rate = interval["nll"] / weight, self._clock_tokens / seconds
         self._carried["seconds"] += seconds
         line = {
             "loss": loss,
-            "token_accuracy": interval["correct"] / interval["weight"],
+            "token_accuracy": interval["correct"] / weight,
             "grad_norm": values["grad_norm"],
             "learning_rate": float(np.asarray(self._schedule(step - 1))),
             "tokens": self._carried["tokens"],
@@ -230,10 +261,36 @@ class _Run:
         self._note = f"loss {loss:.3f}  {rate:,.0f} tok/s"
         self._restart_clock()
 
+    def _report_skipped(self, step: int, values: dict[str, float]) -> None:
+        """Name the batch whose update was not applied; raises Diverged where it was one too many."""
+        streak, most = int(values["streak"]), self._bench.stage.optim.max_bad_steps
+        loss = values["nll"] / values["weight"]
+        numbers = f"loss {loss:.4g}, gradient {values['grad_norm']:.4g}, update {values['update_norm']:.4g}"
+        why = f"not finite, {streak} in a row" if streak else "a spike"
+        records = self._batches.where(step - 1)
+        norms = {name: values[name] for name in ("grad_norm", "update_norm")}
+        event = {"event": "step skipped", "why": why, "loss": loss, **norms, "records": records}
+        self._writer.write(step, "event", event)
+        say(
+            f"{self._bench.name}: step {step} skipped: {numbers} ({why}); batch {step - 1} "
+            f"is {', '.join(records[:3])} and {max(len(records) - 3, 0)} more, see metrics.jsonl",
+            "yellow",
+        )
+        if streak >= most:
+            stands = (
+                f"the checkpoint at step {self._saved_step} stands" if self._saved_step else "nothing was saved yet"
+            )
+            raise Diverged(
+                f"{self._bench.name}: {streak} steps in a row, up to step {step}, are not finite ({numbers}); "
+                f"{stands}. Halve peak_lr, "
+                "lengthen the warm-up, or find the operation with --debug_nans"
+            )
+
     def _evaluate_at(self, step: int, state: TrainState) -> bool:
         report = self._evaluate(state.params, True)
         stop = self._bench.stage.early_stopping
         value = report.metrics[stop.metric]
+        self._carried["evaluated"] = step
         self.stopping_state = self._stopping.update(self.stopping_state, value, step)
         improved = int(self.stopping_state.best_step) == step
         if improved:
@@ -259,13 +316,15 @@ class _Run:
         say(f"{self._bench.name}: eval at step {step}: {shown}{f'  ({mark})' if mark else ''}", "green")
 
     def _save(self, step: int, state: TrainState) -> None:
+        self._carried["next_batch"] = self._batches.digest(step)
         meta = contract_of(self._bench) | {
             "stage": self._bench.name,
             "parent": self._parent,
-            "data": [source.folder.name for source in self._bench.train],
+            "data": data_of(self._bench),
             "jax": jax.__version__,
             "carried": copy.deepcopy(self._carried),  # it is written while the loop goes on
         }
+        self._writer.sync()
         self._checkpoints.save(step, state, self.stopping_state, meta, int(self.stopping_state.best_step))
         self._saved_step = step
 
@@ -275,6 +334,8 @@ class _Run:
         best_step = int(self.stopping_state.best_step)
         if best_step < 0:
             raise Diverged(f"{bench.name}: {stop.metric} was never finite; halve peak_lr, or lengthen the warm-up")
+        if int(state.guard.skipped) >= step:
+            raise Diverged(f"{bench.name}: the updates of all {step} steps were skipped; see metrics.jsonl for why")
         best = state.params if best_step == step else read_params(bench.stage_dir, best_step, bench.shapes.params)
         lines = read_metrics(bench.stage_dir / "metrics.jsonl")
         verdict = _verdict(bench, lines)
@@ -286,6 +347,7 @@ class _Run:
             "best": self._carried["best"],
             "tokens": self._carried["tokens"],
             "seconds": self._carried["seconds"],
+            "skipped": int(state.guard.skipped),
             "params_sha256": params_sha256(best),
             "last_params_sha256": params_sha256(state.params),
             "parent": self._parent,

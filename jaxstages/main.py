@@ -9,6 +9,8 @@ commands:
   prepare    tokenizer and packed rows, made ahead of training
   inspect    a decoded batch with its trained-on tokens in colour, packing, shares   [--stage]
   evaluate   held-out scores of a stage's best checkpoint, or the matrix of all      [--stage]
+  checkpoints list | verify | diff STAGE/STEP STAGE/STEP
+             what a run has kept, whether it can be trusted, and how two differ     [--stage]
   generate   answers as JSON lines: --prompt=TEXT or --prompts=FILE.jsonl            [--stage --max_new_tokens
              --temperature --seed --out]
 
@@ -21,6 +23,7 @@ flags:
   --max_new_tokens=N       at most (default: the recipe's)
   --temperature=T          0, the default, takes the likeliest token
   --seed=S                 for temperatures above 0
+  --debug_nans             in training: end at the first operation that gives a NaN, and name it (slow)
 
 exit codes: 0 done; 2 change something and try again; 70 diverged, the last good checkpoint stands; 74 disk or storage
 failed; 75 interrupted after a complete save, start it again; 1 anything else
@@ -30,6 +33,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import traceback
 import typing
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,7 @@ import jax.numpy as jnp
 from absl import flags, logging
 from ml_collections import config_flags
 
+from jaxstages.commands.checkpoints import checkpoints
 from jaxstages.commands.evaluate import evaluate
 from jaxstages.commands.generate import Request, generate
 from jaxstages.commands.inspect import inspect
@@ -51,8 +56,9 @@ from jaxstages.config import STAGES, Recipe
 from jaxstages.types import Diverged, Interrupted
 
 FLAGS_OF = {
-    **dict.fromkeys(("run", "prepare", *STAGES), ()),
-    **dict.fromkeys(("inspect", "evaluate"), ("stage",)),
+    "prepare": (),
+    **dict.fromkeys(("run", *STAGES), ("debug_nans",)),
+    **dict.fromkeys(("inspect", "evaluate", "checkpoints"), ("stage",)),
     "generate": ("stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
 }
 """Command -> the flags that it takes beside --config and --workdir."""
@@ -68,6 +74,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of sampling", flag_values=values)
     flags.DEFINE_string("out", None, "where to write JSON lines", flag_values=values)
+    flags.DEFINE_bool("debug_nans", False, "end at the first operation that gives a NaN", flag_values=values)
     return config_flags.DEFINE_config_file(
         "config", None, "the recipe", lock_config=True, sys_argv=argv, flag_values=values
     )
@@ -86,14 +93,17 @@ def main(argv: list[str]) -> int:
         return _fail(70, str(error))
     except Interrupted as error:
         return _fail(75, str(error))
+    except FloatingPointError as error:
+        return _fail(70, f"--debug_nans: {str(error).splitlines()[0]} {_place_of(error)}")
     except OSError as error:
         return _fail(74, f"{error}; nothing that was saved before is lost")
     return 0
 
 
-def cli() -> None:
-    """The console script."""
-    sys.exit(main(sys.argv))
+def _place_of(error: BaseException) -> str:
+    """Where in our code, or a user's, an error comes from: the innermost frame that is no library's."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    return f"at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
 
 
 def _fail(code: int, text: str) -> int:
@@ -107,12 +117,16 @@ def _dispatch(argv: list[str]) -> None:
         near = difflib.get_close_matches(command, FLAGS_OF, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"unknown command {command!r}; {hint}known: {', '.join(FLAGS_OF)}")
-    values, given = _parse(command, argv)
+    values, given, words = _parse(command, argv)
     if values.workdir is None:
         raise ValueError(f"{command} needs --workdir=DIR, where the run lives")
     workdir = Path(values.workdir)
     logging.set_verbosity(logging.ERROR)
+    if command == "checkpoints":
+        checkpoints(workdir, values.stage, words)
+        return
     _check_numbers()
+    jax.config.update("jax_debug_nans", values.debug_nans)
     recipe = resolve_recipe(given, workdir)
     match command:
         case "run":
@@ -130,7 +144,8 @@ def _dispatch(argv: list[str]) -> None:
             train(recipe, workdir, stage)
 
 
-def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | None]:
+def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | None, list[str]]:
+    """The flags, the recipe that --config gives, and what stands beside the flags (only `checkpoints` takes that)."""
     values = flags.FlagValues()
     holder = define_flags(values, argv)
     for word in argv[2:]:
@@ -142,7 +157,7 @@ def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | No
         raise ValueError(f"the recipe's file can't be loaded: {type(error).__name__}: {error}") from error
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--config can't be set so: {error.args[0] if error.args else error}") from error
-    if len(rest) > 1:
+    if len(rest) > 1 and command != "checkpoints":
         raise ValueError(f"{rest[1]!r} is no flag; write --flag=value")
     for name in {name for names in FLAGS_OF.values() for name in names}:
         if values[name].present and name not in FLAGS_OF[command]:
@@ -153,7 +168,7 @@ def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | No
         raise ValueError(
             f"{named}: no such file, or its get_config() gives no Recipe; name one such as configs/demo.py"
         )
-    return values, recipe
+    return values, recipe, rest[1:]
 
 
 def _check_field(path: str) -> None:
@@ -180,7 +195,3 @@ def _check_numbers() -> None:
         raise ValueError(
             "this jaxlib computes wrong sums here; add --xla_cpu_experimental_ynn_fusion_type=-reduce to XLA_FLAGS"
         )
-
-
-if __name__ == "__main__":
-    cli()

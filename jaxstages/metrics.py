@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from tensorboardX import SummaryWriter
 
+from jaxstages.disk import write_text
 from jaxstages.types import Metrics
 
 
@@ -85,9 +87,7 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        fresh.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
@@ -98,6 +98,10 @@ class MetricsWriter:
         for name, value in line.items():
             if isinstance(value, int | float) and name not in ("step", "kind"):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def sync(self) -> None:
+        """What is written is on disk: called before a checkpoint that relies on it."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> "MetricsWriter":
         return self

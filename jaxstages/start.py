@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxstages import config as recipes
-from jaxstages.checkpoint import Checkpoints, params_sha256, read_meta, read_params, stored_shapes
+from jaxstages.checkpoint import Checkpoints, read_meta, read_params, stored_shapes
 from jaxstages.console import say
 from jaxstages.data.chat import TEMPLATE
+from jaxstages.disk import read_json
 from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
+from jaxstages.fingerprint import named_leaves, params_sha256
 from jaxstages.step import init_state
 from jaxstages.types import Params, TrainState
 from jaxstages.workbench import Workbench
-from jaxstages.workdir import checkpoints_folder, read_json, result_file
+from jaxstages.workdir import checkpoint_folder, checkpoints_folder, result_file
 
 CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_template")
 """What a stage's metadata must have in common with its parent's."""
@@ -55,12 +56,12 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
     Raises:
         ValueError: no rule applies, or the contract is broken; it says what to do.
     """
-    steps = checkpoints.steps()
-    if steps:
-        found = checkpoints.restore(steps[-1], bench.shapes, stopping.init())
+    found = checkpoints.restore_newest(bench.shapes, stopping.init())
+    if found is not None:
         _check_contract(bench.stage_dir, found.meta, contract_of(bench))
+        _check_data(bench, found.meta)
         check_lineage(bench.stage_dir, found.meta["parent"])
-        say(f"{bench.name}: resumes at step {steps[-1]} of {bench.stage.loop.steps}", "cyan")
+        say(f"{bench.name}: resumes at step {found.meta['step']} of {bench.stage.loop.steps}", "cyan")
         return Start(found.state, found.stopping, found.meta["parent"], found.meta["carried"])
     parent = parent_folder(bench)
     if parent is None:
@@ -101,7 +102,7 @@ def read_parent(folder: Path, target: Params, contract: dict[str, Any]) -> tuple
     """
     result = finished(folder)
     step = result["best_step"]
-    _check_contract(folder, read_meta(folder, step), contract)
+    _check_contract(folder, read_meta(checkpoint_folder(folder, step)), contract)
     params = read_params(folder, step, target)
     digest = params_sha256(params)
     if digest != result["params_sha256"]:
@@ -119,18 +120,38 @@ def finished(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"the parent {folder} {state}; run `jaxstages {folder.name}` with --workdir={folder.parent} first"
         )
-    return read_json(result_file(folder))
+    result = read_json(result_file(folder))
+    wanted = {"best_step": int, "params_sha256": str}
+    if not isinstance(result, dict) or any(not isinstance(result.get(name), kind) for name, kind in wanted.items()):
+        raise ValueError(f"{result_file(folder)} is damaged; remove it, and run `jaxstages {folder.name}` again")
+    return result
 
 
 def check_lineage(stage_dir: Path, parent: dict[str, Any] | None) -> None:
     """Raises ValueError if the parent that a stage began from has been trained anew since."""
     if parent is None or not result_file(Path(parent["path"])).exists():
         return
-    now = read_json(result_file(Path(parent["path"])))["params_sha256"]
+    now = finished(Path(parent["path"]))["params_sha256"]
     if now != parent["params_sha256"]:
         raise ValueError(
             f"{stage_dir} began from {parent['path']} with params_sha256 {parent['params_sha256'][:12]}…, which is now "
             f"{now[:12]}…; remove {stage_dir} to train it on from there"
+        )
+
+
+def data_of(bench: Workbench) -> dict[str, list[str]]:
+    """Fingerprints of the prepared rows that a checkpoint was trained on, and judged by."""
+    return {
+        "train": [source.folder.name for source in bench.train],
+        "held_out": [source.folder.name for source in bench.held_out],
+    }
+
+
+def _check_data(bench: Workbench, meta: dict[str, Any]) -> None:
+    if meta["data"] != data_of(bench):
+        raise ValueError(
+            f"{bench.stage_dir} was begun with other data: {meta['data']} there, {data_of(bench)} here (fingerprints "
+            "of prepared rows); put the files back as they were, or take another --workdir"
         )
 
 
@@ -157,7 +178,9 @@ def _from_scratch(bench: Workbench) -> Params:
 
 def _fresh_state(bench: Workbench, params: Params) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, bench.shapes)
-    return jax.jit(lambda p: init_state(p, bench.tx), out_shardings=shardings, donate_argnums=0)(params)
+    return jax.jit(
+        lambda p: init_state(p, bench.tx, bench.stage.optim.spike_window), out_shardings=shardings, donate_argnums=0
+    )(params)
 
 
 def _millions(params: Params) -> str:
@@ -166,11 +189,8 @@ def _millions(params: Params) -> str:
 
 def _report(bench: Workbench, parent: Path, lineage: dict[str, Any], params: Params) -> None:
     """Say what is inherited, and for each parameter that it was restored, or is new, or dropped."""
-    stored = stored_shapes((checkpoints_folder(parent) / str(lineage["step"]) / "params").absolute())
-    ours = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    stored = stored_shapes(read_meta(checkpoint_folder(parent, lineage["step"])))
+    ours = named_leaves(params)
     say(
         f"  inherited: tokenizer {bench.tokenizer.sha256[:12]}…, {bench.tokenizer.vocab_size} tokens, chat template, "
         f"model {bench.recipe.model.layers} layers x {bench.recipe.model.width}, "
@@ -178,6 +198,5 @@ def _report(bench: Workbench, parent: Path, lineage: dict[str, Any], params: Par
     )
     for path in sorted(stored.keys() | ours):
         fate = "restored" if path in stored and path in ours else "new" if path in ours else "dropped"
-        shape, dtype = stored.get(path) or (ours[path].shape, np.dtype(ours[path].dtype).name)
-        say(f"  {fate:8} {path}  {dtype}{list(shape)}")
+        say(f"  {fate:8} {path}  {stored[path] if path in stored else f'{ours[path].dtype}{list(ours[path].shape)}'}")
     say(f"  new: the optimizer's state, step 0; {_millions(params)} parameters restored")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxstages.guard import init_guard, judge
 from jaxstages.losses import cross_entropy_sums
 from jaxstages.types import Batch, Params, Sums, TrainState
 
@@ -18,9 +19,9 @@ Apply = Callable[[Params, Batch, Array | None], Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """Step 0 of a stage: parameters as they are, a fresh optimizer."""
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+def init_state(params: Params, tx: optax.GradientTransformation, spike_window: int = 1) -> TrainState:
+    """Step 0 of a stage: parameters as they are, a fresh optimizer and guard."""
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), init_guard(spike_window))
 
 
 def make_train_step(
@@ -31,13 +32,15 @@ def make_train_step(
     accumulate: int = 1,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    spike_sigma: float = 0.0,
     frozen: Params | None = None,
 ) -> TrainStep:
     """One optimizer update as `step(state, batch) -> (state, sums)`, to be jitted with the state donated.
 
     The gradient is that of the sum over all scored tokens, divided once by the weight of the whole batch: it is the
     same however the batch is split into parts, devices or hosts. The dropout key is a function of seed and step, so
-    nothing random is stored.
+    nothing random is stored. Where the guard (`guard.py`) does not apply the update, parameters and optimizer stay as
+    they are, bit for bit, and only the step counts on.
 
     Args:
         apply: `apply(params, batch, dropout_key) -> logits_BLV`.
@@ -45,7 +48,8 @@ def make_train_step(
         frozen: tree of bools like params; gradients of the true ones are 0, are not computed, and don't count in the
             norm. That they stay as they are is the optimizer's part.
 
-    Returns a step whose sums are those of `cross_entropy_sums`, "grad_norm" before clipping, and "update_norm".
+    Returns a step whose sums are those of `cross_entropy_sums`, "grad_norm" before clipping, "update_norm", "applied"
+    (1 or 0) and "streak" (steps in a row that were not finite).
     """
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Sums]:
@@ -79,10 +83,16 @@ def make_train_step(
         # A batch without a scored token is refused before it gets here; the floor only keeps its gradient at 0.
         weight = jnp.maximum(sums["weight"], 1e-6)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=sums["objective"] / weight)
+        mean_loss = sums["objective"] / weight
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=mean_loss)
         params: Any = optax.apply_updates(state.params, updates)  # optax's Params may be any tree, ours is a dict
         norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-        return TrainState(state.step + 1, params, opt_state), sums | norms
+        applied, guard = judge(state.guard, mean_loss, norms["grad_norm"], norms["update_norm"], spike_sigma)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(applied, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        verdict = {"applied": applied.astype(jnp.float32), "streak": guard.streak}
+        return TrainState(state.step + 1, params, opt_state, guard), sums | norms | verdict
 
     return step
 

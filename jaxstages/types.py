@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxstages.guard import GuardState
+
 Params = dict[str, Any]
 """Nested dict of arrays; a parameter's path is its keys joined by "/", such as `layers/attention/query/kernel`."""
 
@@ -46,6 +48,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: Params
     opt_state: Any
+    guard: GuardState
 
 
 class Model(NamedTuple):

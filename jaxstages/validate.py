@@ -25,9 +25,9 @@ CHOICES = {
 AT_LEAST_ONE = (
     *("context", "layers", "width", "ff_width", "heads", "kv_heads", "head_dim", "vocab_size", "max_bytes"),
     *("steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every", "keep", "max_new_tokens"),
-    *("plateau_patience", "plateau_window", "fsdp", "tensor"),
+    *("plateau_patience", "plateau_window", "fsdp", "tensor", "max_bad_steps", "spike_window"),
 )
-POSITIVE = ("peak_lr", "rope_theta", "muon_lr_factor", "plateau_factor")
+POSITIVE = ("peak_lr", "rope_theta", "muon_lr_factor", "plateau_factor", "hang_seconds")
 SHARES = ("holdout", "dropout", "max_bad_share", "beta1", "beta2", "label_smoothing", "end_factor", "decay_share")
 
 

@@ -130,7 +130,7 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
 
 def state_shapes(model: Model, tx: optax.GradientTransformationExtraArgs, stage: StageConfig, mesh: Mesh) -> TrainState:
     """The train state as shapes with shardings; the optimizer's state is split as its parameters are."""
-    state = jax.eval_shape(lambda key: init_state(model.init(key), tx), jax.random.key(0))
+    state = jax.eval_shape(lambda key: init_state(model.init(key), tx, stage.optim.spike_window), jax.random.key(0))
     check_patterns("optim.freeze", stage.optim.freeze, state.params)
     params = param_shardings(state.params, model.axes, mesh)
     shardings = like_params(state, state.params, params, mesh)

@@ -200,6 +200,7 @@ def test_lay_out_table() -> None:
 
 def test_pack_keeps_every_scored_target() -> None:
     examples = [example(2 + i % 14, i) for i in range(50)]
-    rows = pack(examples, 16)
+    rows, groups = pack(examples, 16)
+    assert sorted(i for group in groups for i in group) == list(range(50)) and len(groups) == len(rows)
     found = sorted(int(t) for row in rows for t in row[1][row[2].view(np.float32) > 0])
     assert found == sorted(int(t) for e in examples for t in e.ids[e.weights > 0])

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from jaxstages import config as recipes
+from jaxstages.disk import read_json
 from jaxstages.main import FLAGS_OF, main
 from jaxstages.metrics import read_metrics
 from jaxstages.validate import validate
-from jaxstages.workdir import read_json
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -112,7 +112,8 @@ def test_the_flags_are_frozen() -> None:
     values = flags.FlagValues()
     define_flags(values, [])
     assert set(values) == {
-        *("workdir", "config", "stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out")
+        *("workdir", "config", "stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
+        "debug_nans",
     }
 
 

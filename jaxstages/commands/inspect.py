@@ -29,9 +29,10 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
         keep_recipe(recipe, workdir)
         bench = open_workbench(recipe, stage or next(iter(recipes.stages(recipe))), workdir)
     console = Console(soft_wrap=True, highlight=False)
-    batch = batches_by_step(
+    batches = batches_by_step(
         bench.train, batch_size=bench.stage.loop.batch_size, seed=recipe.seed, weights=bench.stage.data.weights
-    )(0)
+    )
+    batch = batches.batch(0)
     total = len(batch.tokens_BL)
     console.print(f"{bench.name}: batch 0, {min(ROWS, total)} of its {total} rows", style="bold")
     for row in range(min(ROWS, total)):

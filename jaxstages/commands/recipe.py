@@ -6,8 +6,9 @@ from typing import Any
 
 from jaxstages import config as recipes
 from jaxstages.config import Recipe
+from jaxstages.disk import read_json, write_json
 from jaxstages.validate import validate
-from jaxstages.workdir import checkpoints_folder, read_json, result_file, tokenizer_file, write_json
+from jaxstages.workdir import checkpoints_folder, result_file, tokenizer_file
 
 FREE = (".loop.stop_after", ".loop.log_every", ".loop.keep", ".evaluation.batch_size")
 """What may change in a stage that has begun: it makes no other model, and no other score."""

@@ -6,10 +6,12 @@ from jaxstages import config as recipes
 from jaxstages.commands.recipe import keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.console import say
+from jaxstages.disk import read_json
 from jaxstages.report.matrix import stage_matrix
 from jaxstages.stages import finetune, instruct, pretrain
 from jaxstages.start import check_lineage
-from jaxstages.workdir import lock, read_json, result_file
+from jaxstages.workbench import cache_folder, open_tokenizer, prepare_stage
+from jaxstages.workdir import lock, result_file
 
 DRIVERS = {"pretrain": pretrain.run, "finetune": finetune.run, "instruct": instruct.run}
 
@@ -25,6 +27,9 @@ def train_all(recipe: Recipe, workdir: Path) -> None:
     """All stages of the recipe, one after the other, and then the stage matrix."""
     with lock(workdir):
         keep_recipe(recipe, workdir)
+        tokenizer, cache = open_tokenizer(recipe, workdir), cache_folder(recipe, workdir)
+        for stage in recipes.stages(recipe).values():  # bad data of a late stage is found now, not after hours
+            prepare_stage(stage, tokenizer, recipe.model.context, cache)
         for name in recipes.stages(recipe):
             if not _train(recipe, workdir, name):
                 return

@@ -67,7 +67,7 @@ def lay_out(examples: Sequence[Example], length: int) -> np.ndarray:
     return row
 
 
-def pack(examples: Sequence[Example], length: int) -> list[np.ndarray]:
-    """Rows of `length` slots that hold all examples."""
+def pack(examples: Sequence[Example], length: int) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Rows of `length` slots that hold all examples, and which examples each of them holds."""
     groups = best_fit([len(example.ids) - 1 for example in examples], length)
-    return [lay_out([examples[i] for i in group], length) for group in groups]
+    return [lay_out([examples[i] for i in group], length) for group in groups], groups

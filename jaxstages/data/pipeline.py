@@ -4,18 +4,28 @@ Nothing about the position is stored: a run that resumes at step k asks for batc
 """
 
 import concurrent.futures
+import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 
 from jaxstages.data.packing import FIELDS
-from jaxstages.data.prepare import Prepared
+from jaxstages.data.prepare import Prepared, evenly
 from jaxstages.types import Batch
 
-BatchAt = Callable[[int], Batch]
 T = TypeVar("T")
+
+
+class Batches(NamedTuple):
+    """batch: `batch(k)`, this host's rows of batch k. digest: `digest(k)`, SHA-256 of all of its rows, the same on any
+    host. where: `where(k)`, the records, `file:line`, that its rows hold."""
+
+    batch: Callable[[int], Batch]
+    digest: Callable[[int], str]
+    where: Callable[[int], list[str]]
 
 
 class _Rows:
@@ -26,16 +36,17 @@ class _Rows:
         # Any: Grain's class has another base on Windows, one without a length.
         self._records: Any = grain.sources.ArrayRecordDataSource([str(path) for path, rows in shards if rows])
         self._length = prepared.index["context"]
-        self._name = prepared.folder.name
+        self._folder = prepared.folder
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.frombuffer(self._records[index], np.int32).reshape(FIELDS, self._length)
-
-    def __repr__(self) -> str:
-        return f"Rows({self._name})"
+        try:
+            return np.frombuffer(self._records[index], np.int32).reshape(FIELDS, self._length)
+        except Exception as error:  # of whatever type array_record has for a broken checksum
+            folder = self._folder
+            raise ValueError(f"{folder} is damaged at row {index}: {error}; remove it, and it is made again") from error
 
 
 def to_batch(rows: Sequence[np.ndarray]) -> Batch:
@@ -52,6 +63,10 @@ def local_rows(batch_size: int, process: int, processes: int) -> range:
     return range(process * share, (process + 1) * share)
 
 
+def _place(source: int, row: int) -> tuple[int, int]:
+    return source, int(row)
+
+
 def batches_by_step(
     sources: Sequence[Prepared],
     *,
@@ -60,27 +75,36 @@ def batches_by_step(
     weights: Sequence[float] = (),
     process: int = 0,
     processes: int = 1,
-) -> BatchAt:
-    """`batch(k)`: this host's rows of batch k, k = 0, 1, ...
+) -> Batches:
+    """Batches k = 0, 1, ... of the training rows.
 
     Each source is shuffled by seed, anew in each pass; sources are mixed by weight (default: by their rows). Row i of
     batch k is row k * batch_size + i of that endless stream.
     """
+    rows = [_Rows(source) for source in sources]
     streams, shares = [], []
-    for number, (prepared, weight) in enumerate(
-        zip(sources, weights or [one.index["rows"] for one in sources], strict=True)
-    ):
+    for number, weight in enumerate(weights or [one.index["rows"] for one in sources]):
         if weight:
-            streams.append(grain.MapDataset.source(_Rows(prepared)).shuffle(seed=seed + number).repeat())
+            places = grain.MapDataset.range(len(rows[number])).map(functools.partial(_place, number))
+            streams.append(places.shuffle(seed=seed + number).repeat())
             shares.append(float(weight))
     # Any: to Grain a row may also be None, what a filter left out; nothing filters here.
     stream: Any = grain.MapDataset.mix(streams, weights=shares) if len(streams) > 1 else streams[0]
     mine = local_rows(batch_size, process, processes)
 
-    def batch(k: int) -> Batch:
-        return to_batch([stream[k * batch_size + i] for i in mine])
+    def places_of(k: int) -> list[tuple[int, int]]:
+        return [stream[k * batch_size + i] for i in range(batch_size)]
 
-    return batch
+    def batch(k: int) -> Batch:
+        return to_batch([rows[number][i] for number, i in places_of(k)[mine.start : mine.stop]])
+
+    def digest(k: int) -> str:
+        return hashlib.sha256(b"".join(rows[number][i].tobytes() for number, i in places_of(k))).hexdigest()
+
+    def where(k: int) -> list[str]:
+        return [record for number, i in places_of(k) for record in sources[number].where(i)]
+
+    return Batches(batch, digest, where)
 
 
 def batches_once(
@@ -88,9 +112,7 @@ def batches_once(
 ) -> Iterator[Batch]:
     """All held-out rows once, in order (`most` evenly spread ones if not 0); the last batch is filled with empty rows,
     whose weights are 0, so that every shape is the same and no row counts twice."""
-    rows = [(source, i) for source in map(_Rows, sources) for i in range(len(source))]
-    if most and len(rows) > most:
-        rows = [rows[i * len(rows) // most] for i in range(most)]
+    rows = evenly([(source, i) for source in map(_Rows, sources) for i in range(len(source))], most)
     mine = local_rows(batch_size, process, processes)
     length = sources[0].index["context"]
     empty = np.zeros((FIELDS, length), np.int32)

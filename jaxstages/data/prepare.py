@@ -1,29 +1,31 @@
 """Records -> packed rows on disk, once: tokenized in batches over all cores, cached by fingerprint, restartable.
 
 A cache is a folder named by the SHA-256 of all that its rows depend on. It holds a shard a block of records
-(`rows-00000.array_record`, `shard-00000.json`), and `index.json`, which is written last: without it the cache is not
-whole, and the next run goes on after the shards that are there.
+(`rows-00000.array_record`, `where-00000.txt` with the records of each row, `shard-00000.json`), `index.json`, and
+`MANIFEST.json`, which is written last: without it the cache is not whole, and the next run goes on after the shards
+that are there.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from jaxstages import manifest
 from jaxstages.config import DataConfig
 from jaxstages.console import Progress, say
 from jaxstages.data.packing import pack
 from jaxstages.data.sources import Item, Source
 from jaxstages.data.tasks import Question, asks, assemble, is_held_out, texts
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.workdir import read_json, write_json
+from jaxstages.disk import hold, put, read_json, write_json, write_text
 
-VERSION = 1
+VERSION = 2
 """Counts up when the same inputs give other rows."""
 
 BLOCK_CHARACTERS, BLOCK_RECORDS = 16_000_000, 50_000
@@ -33,6 +35,17 @@ SUMMED = ("records", "bad", "examples", "rows", "tokens", "scored", "cut_example
 
 MOST_NAMED = 5
 """Malformed records that are named; all of them are counted."""
+
+HASH_UP_TO = 2**20
+"""Bytes up to which the files of a cache are hashed whenever it is opened. Larger are the rows, which have checksums of
+their own, and whose sizes are compared."""
+
+T = TypeVar("T")
+
+
+def evenly(items: Sequence[T], most: int) -> Sequence[T]:
+    """`most` of the items, evenly spread; all of them if it is 0, or there are no more."""
+    return items if not most or len(items) <= most else [items[i * len(items) // most] for i in range(most)]
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,19 @@ class Prepared:
     def shards(self) -> list[Path]:
         return [_rows_file(self.folder, n) for n in range(self.index["shards"])]
 
-    def questions(self, most: int = 0) -> list[Question]:
-        """Held-out questions in the order of their records; `most` of them, evenly spread, if it is not 0."""
+    def questions(self) -> list[Question]:
+        """Held-out questions in the order of their records."""
         lines = (self.folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-        if most and len(lines) > most:
-            lines = [lines[i * len(lines) // most] for i in range(most)]
         return [Question(*json.loads(line)) for line in lines]
+
+    def where(self, row: int) -> list[str]:
+        """The records, `file:line`, whose examples row `row` holds."""
+        for shard, rows in enumerate(self.index["rows_of_shards"]):
+            if row < rows:
+                lines = _where_file(self.folder, shard).read_text(encoding="utf-8").split("\n")
+                return lines[row].split("\t")
+            row -= rows
+        raise IndexError(row)
 
     def target_counts(self) -> np.ndarray:
         """float64 [V]: loss weight of each token as a target, for the unigram baseline."""
@@ -72,22 +92,31 @@ def prepare(source: Source, part: str, config: DataConfig, tokenizer: Tokenizer,
     parts += [config.holdout, part] if config.holdout else [""]
     parts += [config.text] if config.task == "lm" else [config.prompt, config.target]
     folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-    if (folder / "index.json").exists():
-        return _usable(Prepared(folder, read_json(folder / "index.json")), config)
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = Progress(f"prepare {source.name} ({part}): records", source.records)
-    shards, records = 0, 0
-    for block in _blocks(source, part, config):
-        if not _shard_file(folder, shards).exists():
-            _write_shard(folder, shards, block, config, tokenizer, context)
-        shards, records = shards + 1, records + len(block)
-        progress.update(records)
-    write_json(folder / "index.json", _summarise(folder, shards, source.name, part, context))
+    with hold(folder.with_suffix(".lock"), wait=True):  # another run may be making the same rows
+        if not (folder / manifest.MANIFEST).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            progress = Progress(f"prepare {source.name} ({part}): records", source.records)
+            shards, records = 0, 0
+            for block in _blocks(source, part, config):
+                if not _shard_file(folder, shards).exists():
+                    _write_shard(folder, shards, block, config, tokenizer, context)
+                shards, records = shards + 1, records + len(block)
+                progress.update(records)
+            write_json(folder / "index.json", _summarise(folder, shards, source.name, part, context))
+            manifest.seal(folder)
+    try:
+        manifest.check(folder, HASH_UP_TO)
+    except manifest.Damaged as error:
+        raise ValueError(f"{error}; remove {folder}, and it is made again from {source.name}") from error
     return _usable(Prepared(folder, read_json(folder / "index.json")), config)
 
 
 def _rows_file(folder: Path, shard: int) -> Path:
     return folder / f"rows-{shard:05}.array_record"
+
+
+def _where_file(folder: Path, shard: int) -> Path:
+    return folder / f"where-{shard:05}.txt"
 
 
 def _shard_file(folder: Path, shard: int) -> Path:
@@ -142,27 +171,29 @@ def _write_shard(
         try:
             if item.record is None:
                 raise ValueError(item.fault)
-            kept.append((item.record, texts(item.record, config)))
+            kept.append((item.where, item.record, texts(item.record, config)))
         except ValueError as error:
             bad.append(f"{item.where}: {error}")
-    ids = iter(tokenizer.encode_batch([text for _, found in kept for text in found]))
+    ids = iter(tokenizer.encode_batch([text for _, _, found in kept for text in found]))
     encoded = [
         assemble(record, found, [next(ids) for _ in found], config.task, tokenizer.specials, context)
-        for record, found in kept
+        for _, record, found in kept
     ]
     examples = [example for one in encoded for example in one.examples]
-    rows = pack(examples, context)
+    places = [where for (where, _, _), one in zip(kept, encoded, strict=True) for _ in one.examples]
+    rows, groups = pack(examples, context)
     file = _rows_file(folder, shard)
     fresh = file.with_suffix(".tmp")
     writer = ArrayRecordWriter(str(fresh), "group_size:1")  # one record a group: read at random places
     for row in rows:
         writer.write(row.tobytes())
     writer.close()
-    fresh.replace(file)
+    put(fresh, file)
+    write_text(_where_file(folder, shard), "".join("\t".join(places[i] for i in group) + "\n" for group in groups))
     counts = np.zeros(tokenizer.vocab_size)
     for example in examples:
         np.add.at(counts, example.ids[1:], example.weights[1:])
-    np.save(folder / f"counts-{shard:05}.npy", counts)
+    _save_array(folder / f"counts-{shard:05}.npy", counts)
     statistics = {
         "records": len(block),
         "bad": len(bad),
@@ -178,21 +209,27 @@ def _write_shard(
     write_json(_shard_file(folder, shard), statistics)
 
 
+def _save_array(path: Path, array: np.ndarray) -> None:
+    fresh = path.with_suffix(".tmp.npy")
+    np.save(fresh, array)
+    put(fresh, path)
+
+
 def _summarise(folder: Path, shards: int, source: str, part: str, context: int) -> dict[str, Any]:
     """Add up the shards: the index, and beside it the questions and the counts of targets."""
     index: dict[str, Any] = {"source": source, "part": part, "context": context, "shards": shards}
     index |= dict.fromkeys((*SUMMED, "bad_named"), 0) | {"bad_named": [], "rows_of_shards": []}
-    counts = np.zeros(0)
-    with (folder / "questions.jsonl").open("w", encoding="utf-8") as questions:
-        for shard in range(shards):
-            found = read_json(_shard_file(folder, shard))
-            index |= {name: index[name] + found[name] for name in SUMMED}
-            index["bad_named"] = (index["bad_named"] + found["bad_named"])[:MOST_NAMED]
-            index["rows_of_shards"].append(found["rows"])
-            questions.writelines(json.dumps(question) + "\n" for question in found["questions"])
-            shard_counts = np.load(folder / f"counts-{shard:05}.npy")
-            counts = shard_counts if not shard else counts + shard_counts
-    np.save(folder / "target_counts.npy", counts)
+    counts, questions = np.zeros(0), []
+    for shard in range(shards):
+        found = read_json(_shard_file(folder, shard))
+        index |= {name: index[name] + found[name] for name in SUMMED}
+        index["bad_named"] = (index["bad_named"] + found["bad_named"])[:MOST_NAMED]
+        index["rows_of_shards"].append(found["rows"])
+        questions += [json.dumps(question) + "\n" for question in found["questions"]]
+        shard_counts = np.load(folder / f"counts-{shard:05}.npy")
+        counts = shard_counts if not shard else counts + shard_counts
+    write_text(folder / "questions.jsonl", "".join(questions))
+    _save_array(folder / "target_counts.npy", counts)
     return index
 
 

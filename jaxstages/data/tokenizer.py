@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxstages.config import TokenizerConfig
+from jaxstages.disk import write_text
 
 
 class Specials(NamedTuple):
@@ -132,8 +133,5 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path) ->
             backend.add_special_tokens([t for t in SPECIAL_TOKENS if backend.token_to_id(t) is None])
         case _:
             raise ValueError(f"tokenizer.kind={config.kind!r}; known: bpe, characters, file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(backend.to_str(pretty=True), encoding="utf-8")
-    fresh.replace(path)
+    write_text(path, backend.to_str(pretty=True))
     return load_tokenizer(path)

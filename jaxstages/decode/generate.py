@@ -79,12 +79,22 @@ def make_generate(
 
 
 def make_generate_all(
-    model: Model, sampling: Sampling, *, context: int, batch_size: int, mesh: Mesh, seed: int = 0
+    model: Model,
+    sampling: Sampling,
+    *,
+    context: int,
+    batch_size: int,
+    mesh: Mesh,
+    seed: int = 0,
+    between: Callable[[], None] = lambda: None,
 ) -> Callable[[Params, Sequence[Sequence[int]]], list[list[int]]]:
     """`generate_all(params, prompts)`: answers to all prompts, without the stop token and what follows it.
 
     It compiles once for each bucket of prompt length, however often it is called. The last batch is filled up, and its
     filling left out.
+
+    Args:
+        between: called before each batch.
 
     A prompt that leaves no room for `max_new_tokens` in the context loses its beginning.
 
@@ -105,6 +115,7 @@ def make_generate_all(
         slots = min(-(-max(map(len, cut)) // BUCKET) * BUCKET, room)
         answers: list[list[int]] = []
         for start in range(0, len(cut), batch_size):
+            between()
             chosen = cut[start : start + batch_size]
             prompts_BP = np.zeros((batch_size, slots), np.int32)
             lengths_B = np.ones(batch_size, np.int32)

@@ -26,11 +26,17 @@ def make_row_log_prob(model: Model) -> Callable[[Params, Batch], Float[Array, " 
 
 
 def make_likeliest(
-    model: Model, labels: Sequence[Sequence[int]], *, context: int, batch_size: int
+    model: Model,
+    labels: Sequence[Sequence[int]],
+    *,
+    context: int,
+    batch_size: int,
+    between: Callable[[], None] = lambda: None,
 ) -> Callable[[Params, Sequence[Sequence[int]]], list[int]]:
     """`likeliest(params, prompts)`: index of the likeliest label for each prompt; compiled once.
 
     Args:
+        between: called before each batch.
         labels: token ids of each, with the end token. A prompt that is too long with its label loses its beginning.
 
     Raises:
@@ -45,6 +51,7 @@ def make_likeliest(
         rows = [lay_out([_candidate(list(p), list(label), context)], context) for p in prompts for label in labels]
         scores: list[float] = []
         for start in range(0, len(rows), batch_size):
+            between()
             chosen = rows[start : start + batch_size]
             fill = [np.zeros_like(rows[0])] * (batch_size - len(chosen))
             scores += np.asarray(score(params, to_batch([*chosen, *fill])))[: len(chosen)].tolist()

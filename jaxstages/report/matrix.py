@@ -14,11 +14,11 @@ from jaxstages.config import Recipe
 from jaxstages.console import say
 from jaxstages.data.chat import chat_prompt, encode_chat
 from jaxstages.data.tasks import pair_prompt
+from jaxstages.disk import write_json
 from jaxstages.evaluate import make_answer, make_evaluate
 from jaxstages.metrics import plain
 from jaxstages.start import contract_of, finished, read_parent
 from jaxstages.workbench import Workbench, open_workbench
-from jaxstages.workdir import write_json
 
 
 def prompt_ids(bench: Workbench, text: str) -> list[int]:

@@ -1,0 +1,63 @@
+"""Files that are never half written: a kill, or a power cut, leaves the old one or the new one."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+
+def sync(path: Path) -> None:
+    """fsync a file; or a folder, which makes the names in it last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put(fresh: Path, path: Path) -> None:
+    """Give a file that is whole its final name, for good."""
+    sync(fresh)
+    fresh.replace(path)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.tmp")
+    fresh.write_text(text, encoding="utf-8")
+    put(fresh, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError, with the path, for a file that is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def hold(path: Path, wait: bool) -> IO[str]:
+    """Lock a file for as long as what this returns is open; the end of the process, however it ends, frees it.
+
+    Raises:
+        BlockingIOError: another process, which the file names, has it, and `wait` is off.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        raise
+    file.truncate(0)
+    file.write(f"{os.uname().nodename} pid {os.getpid()}")
+    file.flush()
+    return file

@@ -1,0 +1,90 @@
+"""Being asked to stop (SIGTERM, SIGINT, SLURM's SIGUSR1), and a watchdog for what hangs.
+
+Where nothing is unsaved the process ends at once with code 75: all files are written whole or not at all, so an end is
+as safe as a kill. In training it is noted, and the loop saves after the step. A thread does both, since Python's own
+handlers wait for whatever the main thread is doing in C++, and a compilation can take longer than the grace time.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+INTERRUPTED = 75
+ASKED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+SAME = 1.0
+"""Seconds in which a second signal is the first one again: launchers forward what the whole group got already."""
+
+
+class Stop:
+    """asked: a signal came. unsaved: there is work that an end would lose; set by who does that work."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.unsaved = False
+        self._first = 0.0
+
+    def note(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if not self.unsaved:
+            print(f"jaxstages: {name}: nothing is unsaved; start it again to go on", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()
+            print(f"jaxstages: {name}: saves after this step; once more ends at once", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._first > SAME:
+            print(
+                f"jaxstages: {name} again: ends without saving, the last checkpoint stands", file=sys.stderr, flush=True
+            )
+            os._exit(1)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """From here to the end of the block, signals reach the `Stop` that this gives; blocks may be nested."""
+    stop = Stop()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while got := os.read(reader, 1):
+            if got[0] in ASKED_BY:
+                stop.note(got[0])
+
+    thread = threading.Thread(target=watch, name="stop-signals", daemon=True)
+    thread.start()
+    before = {number: signal.signal(number, lambda *_: None) for number in ASKED_BY}
+    outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(outer)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writer)  # the thread reads an end of file
+        thread.join()
+        os.close(reader)
+
+
+@contextlib.contextmanager
+def watchdog(seconds: float) -> Iterator[Callable[[float], None]]:
+    """`alive(factor)`, called now and then, puts the end off: without a call for `seconds * factor` the stacks of all
+    threads are printed, and the process ends with code 1."""
+    last = float("-inf")
+
+    def alive(factor: float = 1.0) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if factor != 1.0 or now - last > min(1.0, seconds / 10):  # each call starts a thread
+            faulthandler.dump_traceback_later(seconds * factor, exit=True, file=2)
+            last = now
+
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
