@@ -27,3 +27,13 @@ hypothesis.settings.load_profile("steady")
 @pytest.fixture(autouse=True)
 def _no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much the tests under `reliability/` do: the defaults are for `make test`, `make soak` gives more."""
+    for name, count, what in (
+        ("kills", 10, "SIGKILLs at random instants"),
+        ("terms", 6, "SIGTERMs at random instants"),
+        ("seed", 0, "of what is random"),
+    ):
+        parser.addoption(f"--{name}", type=int, default=count, help=what)

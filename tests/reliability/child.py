@@ -1,0 +1,85 @@
+"""The program as a child process of these tests: it tells in shared memory what it is doing, and can be made to fail.
+
+The product has no hook for this: its functions are wrapped here, from outside. Slot 0 of the file that
+`JAXSTAGES_TEST_PHASES` names is the phase of the main thread, slot 1 that of a background thread, slots 2 and 3 the
+last step that was read (low and high byte).
+"""
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+PHASES = (
+    *("start", "import", "prepare", "restore", "hand-off", "compile", "step", "evaluate", "save", "commit", "cleanup"),
+    *("finish", "end"),
+)
+BACKGROUND = ("commit", "cleanup")
+
+
+def shared(path: str) -> mmap.mmap:
+    with Path(path).open("r+b") as file:
+        return mmap.mmap(file.fileno(), 4)
+
+
+def within(owner: Any, name: str, phase: str, slots: mmap.mmap) -> None:
+    """Wrap a function so that the phase stands in its slot for as long as it runs."""
+    function = getattr(owner, name)
+    slot = int(phase in BACKGROUND)
+
+    def wrapped(*args: Any, **named: Any) -> Any:
+        before, slots[slot] = slots[slot], PHASES.index(phase)
+        try:
+            return function(*args, **named)
+        finally:
+            slots[slot] = before
+
+    setattr(owner, name, wrapped)
+
+
+def tell_phases(slots: mmap.mmap) -> None:
+    from jax._src import compiler
+    from orbax.checkpoint._src.path import deleter
+
+    import jaxstages.checkpoint as checkpoint
+    import jaxstages.commands.train as train
+    import jaxstages.loop as loop
+    import jaxstages.start as start
+
+    within(train, "prepare_stage", "prepare", slots)
+    within(train, "open_tokenizer", "prepare", slots)
+    within(checkpoint.Checkpoints, "restore_newest", "restore", slots)
+    within(start, "read_params", "hand-off", slots)
+    within(compiler, "compile_or_get_cached", "compile", slots)
+    within(loop._Run, "steps", "step", slots)
+    within(loop._Run, "_evaluate_at", "evaluate", slots)
+    within(loop._Run, "finish", "finish", slots)
+    within(checkpoint.Checkpoints, "save", "save", slots)
+    within(checkpoint.Checkpoints, "_seal", "commit", slots)
+    within(checkpoint.shutil, "rmtree", "cleanup", slots)
+    within(deleter.StandardCheckpointDeleter, "delete_steps", "cleanup", slots)
+    within(train, "stage_matrix", "end", slots)
+    read = loop._Run._read
+
+    def noted(self: Any, step: int, sums: Any, tokens: int) -> None:
+        slots[2], slots[3] = step % 256, step // 256
+        read(self, step, sums, tokens)
+
+    loop._Run._read = noted
+
+
+def main() -> None:
+    from jaxstages import __main__ as door
+    from jaxstages.signals import stop_signals
+
+    slots = shared(os.environ["JAXSTAGES_TEST_PHASES"])
+    with stop_signals():  # as the door itself does, which is one import later here
+        slots[0] = PHASES.index("import")
+        import jaxstages.main  # noqa: F401
+
+        tell_phases(slots)
+        door.cli()
+
+
+if __name__ == "__main__":
+    main()
