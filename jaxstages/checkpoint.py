@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxstages import manifest
 from jaxstages.console import say
-from jaxstages.disk import read_json, sync
+from jaxstages.disk import make_folder, read_json, sync
 from jaxstages.early_stopping import EarlyStoppingState
 from jaxstages.fingerprint import fingerprint, named_leaves, not_finite
 from jaxstages.manifest import Damaged, quarantine
@@ -57,8 +57,7 @@ class Checkpoints:
         self._folder = checkpoints_folder(stage_dir).absolute()
         self._saving: int | None = None
         self._manager: ocp.CheckpointManager | None = None
-        self._folder.mkdir(parents=True, exist_ok=True)
-        sync(stage_dir)
+        make_folder(self._folder)
         self._sweep()
 
     def restore_newest(self, target: TrainState, stopping: EarlyStoppingState) -> Restored | None:
@@ -125,7 +124,9 @@ class Checkpoints:
             manager = self._open()
             manager.wait_until_finished()
             manager.check_for_errors()
-            sync(self._folder)
+            # What Orbax wrote after the seal, and the name of the folder.
+            for path in (*self._folder.glob(f"{self._saving}/*"), self._folder / str(self._saving), self._folder):
+                sync(path)
             # Orbax moves what it deletes here, and leaves it.
             shutil.rmtree(self._folder / TRASH, ignore_errors=True)
         self._saving = None

@@ -23,8 +23,16 @@ def put(fresh: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for good."""
+    fresh = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in fresh:
+        sync(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     fresh = path.with_name(f"{path.name}.tmp")
     fresh.write_text(text, encoding="utf-8")
     put(fresh, path)
@@ -50,7 +58,7 @@ def hold(path: Path, wait: bool) -> IO[str]:
     Raises:
         BlockingIOError: another process, which the file names, has it, and `wait` is off.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

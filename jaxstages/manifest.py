@@ -7,12 +7,12 @@ import shutil
 import time
 from pathlib import Path
 
-from jaxstages.disk import put, sync
+from jaxstages.disk import make_folder, put, sync
 
 MANIFEST = "MANIFEST.json"
 
 UNLISTED = (MANIFEST, f"{MANIFEST}.tmp", "_CHECKPOINT_METADATA", "commit_success.txt")
-"""Not in the manifest: itself, and what Orbax still writes after it."""
+"""At the top of the folder, and not in the manifest: itself, and what Orbax still writes after it."""
 
 
 class Damaged(ValueError):
@@ -63,7 +63,7 @@ def _listed(folder: Path) -> dict[str, list[int | str]]:
 
 def _files(folder: Path) -> dict[str, Path]:
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {str(path.relative_to(folder)): path for path in sorted(found) if path.name not in UNLISTED}
+    return {name: path for path in sorted(found) if (name := str(path.relative_to(folder))) not in UNLISTED}
 
 
 def _sha256(path: Path) -> str:
@@ -73,7 +73,7 @@ def _sha256(path: Path) -> str:
 
 def quarantine(path: Path, into: Path, reason: str) -> Path:
     """Move something damaged out of the way, and write down beside it why."""
-    into.mkdir(parents=True, exist_ok=True)
+    make_folder(into)
     kept = into / f"{path.name}.{time.time_ns()}"
     shutil.move(path, kept)
     kept.with_name(f"{kept.name}.reason").write_text(f"{reason}\n", encoding="utf-8")

@@ -34,6 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, count, what in (
         ("kills", 10, "SIGKILLs at random instants"),
         ("terms", 6, "SIGTERMs at random instants"),
+        ("faults", 60, "random faults in checkpoints"),
+        ("every", 12, "each how many-th crash point is gone on from"),
+        ("native", 6, "crash points inside native code"),
+        ("races", 2, "pairs of runs in one directory"),
         ("seed", 0, "of what is random"),
     ):
         parser.addoption(f"--{name}", type=int, default=count, help=what)

@@ -23,7 +23,7 @@ from jaxstages.data.packing import pack
 from jaxstages.data.sources import Item, Source
 from jaxstages.data.tasks import Question, asks, assemble, is_held_out, texts
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.disk import hold, put, read_json, write_json, write_text
+from jaxstages.disk import hold, make_folder, put, read_json, write_json, write_text
 
 VERSION = 2
 """Counts up when the same inputs give other rows."""
@@ -94,7 +94,7 @@ def prepare(source: Source, part: str, config: DataConfig, tokenizer: Tokenizer,
     folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
     with hold(folder.with_suffix(".lock"), wait=True):  # another run may be making the same rows
         if not (folder / manifest.MANIFEST).exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             progress = Progress(f"prepare {source.name} ({part}): records", source.records)
             shards, records = 0, 0
             for block in _blocks(source, part, config):

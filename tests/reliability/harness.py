@@ -34,16 +34,16 @@ def make_recipe(home: Path) -> Recipe:
     """Three stages with accumulation, a mixture, packing, several epochs, and early stopping on its way."""
     if not (home / "data").exists():
         write_data(home / "data")
+        text = (home / "data" / "text.jsonl").read_text().replace("colour", "color")
+        (home / "data" / "text2.jsonl").write_text(text)
     recipe = tiny_recipe(home / "data", steps=12)
     recipe.cache = str(home / "cache")
     for stage in recipes.stages(recipe).values():
-        stage.loop.accumulate, stage.loop.log_every = 2, 1
+        stage.loop.accumulate, stage.loop.log_every, stage.loop.batch_size = 2, 1, 16
         stage.loop.save_every, stage.loop.eval_every = SAVE_EVERY, 4
         stage.evaluation.metrics = ()
     recipe.pretrain.data.train = (*recipe.pretrain.data.train, str(home / "data" / "text2.jsonl"))
     recipe.pretrain.data.weights = (0.7, 0.3)
-    text = (home / "data" / "text.jsonl").read_text().replace("colour", "color")
-    (home / "data" / "text2.jsonl").write_text(text)
     # The best of the first evaluation stays the best: the stage stops at step 12, its third.
     recipe.instruct.early_stopping = EarlyStoppingConfig(metric="loss", patience=2, min_delta=1e6)
     recipe.instruct.loop.steps = 20

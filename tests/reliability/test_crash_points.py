@@ -1,0 +1,179 @@
+"""Every change of the file system is a place to be killed at, or to fail: each state restores to the same end.
+
+The run is made once with Python's file calls wrapped; before each of them the tree is copied as a kill would leave it.
+Calls inside TensorStore are killed, or fail, by strace.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxstages.commands.train import train_all
+from jaxstages.config import Recipe
+from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table
+
+CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync")
+
+
+@contextlib.contextmanager
+def before_each_call(hook: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """`hook(name, arguments)` runs before every change that Python makes to the file system, one at a time."""
+    one_at_a_time, inside = threading.RLock(), threading.local()
+
+    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **named: Any) -> Any:
+            with one_at_a_time:
+                if not getattr(inside, "hook", False):  # the hook's own calls are not the program's
+                    inside.hook = True
+                    try:
+                        hook(name, args)
+                    finally:
+                        inside.hook = False
+            return function(*args, **named)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CALLS:
+            patch.setattr(os, name, wrap(name, getattr(os, name)))
+        yield
+
+
+def short(home: Path) -> Recipe:
+    """Two stages of four steps with two saves each, one kept: a first save, a deletion, a hand-off."""
+    recipe = make_recipe(home)
+    recipe.instruct = None
+    recipe.prompts = ()
+    for stage in (recipe.pretrain, recipe.finetune):
+        stage.loop.steps, stage.loop.save_every, stage.loop.eval_every, stage.loop.keep = 4, 2, 4, 1
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each start compiles anew; a cache of compiled functions makes that quick."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [jax.config.values[name] for name in names]
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+def digest(folder: Path) -> str:
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "tensorboard" not in path.parts:
+            found.update(str(path).encode() + path.read_bytes())
+        elif path.is_dir():
+            found.update(str(path).encode())
+    return found.hexdigest()
+
+
+def test_a_kill_at_each_call_of_python(compiled: None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    home, states = tmp_path / "home", tmp_path / "states"
+    recipe, work = short(home), home / "work"
+    kept: dict[str, tuple[str, Path]] = {}
+    calls = Counter()
+
+    def keep(name: str, args: tuple[Any, ...]) -> None:
+        calls[name] += 1
+        before = digest(home)
+        if before not in kept:
+            folder = states / str(len(kept))
+            shutil.copytree(home, folder, symlinks=True)
+            kept[before] = (f"{name} {' '.join(map(str, args))}", folder)
+
+    with before_each_call(keep):
+        train_all(recipe, work)
+    expected = outcome(work)
+    every = request.config.getoption("--every")
+    tried = list(kept.values())[::every]
+    for what, folder in tried:
+        shutil.rmtree(home)
+        shutil.copytree(folder, home, symlinks=True)
+        train_all(recipe, work)
+        assert outcome(work) == expected, f"killed before {what}"
+        assert garbage(work) == [], f"killed before {what}"
+        assert [p for p in (home / "cache").rglob("*.tmp*") if p.is_file()] == [], f"killed before {what}"
+    print_table(f"{sum(calls.values())} calls, {len(kept)} different states, {len(tried)} gone on from", dict(calls))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_an_error_at_each_call_of_python(
+    compiled: None, tmp_path: Path, request: pytest.FixtureRequest, number: int
+) -> None:
+    """An OSError (code 74) or, in what Orbax does on its own account, success; the same bits when it is gone."""
+    home = tmp_path / "home"
+    recipe, work = short(home), home / "work"
+    count = 0
+
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        count += 1
+
+    with before_each_call(note):
+        train_all(recipe, work)
+    expected, ends = outcome(work), Counter()
+    every, total = request.config.getoption("--every") * 4, count
+    for chosen in range(1 + number % every, total, every):
+        shutil.rmtree(home)
+        make_recipe(home)
+        count, failed = 0, ""
+
+        def fail(name: str, args: tuple[Any, ...], at: int = chosen) -> None:
+            nonlocal count, failed
+            count += 1
+            if count >= at and not failed:
+                failed = f"{name} {' '.join(map(str, args))}"
+                raise OSError(number, os.strerror(number), str(args[0]))
+
+        with before_each_call(fail):
+            try:
+                train_all(recipe, work)
+                ends["not needed"] += 1
+            except OSError:
+                ends["code 74"] += 1
+        train_all(recipe, work)
+        assert outcome(work) == expected, f"failed at {failed}"
+        assert garbage(work) == [], f"failed at {failed}"
+    print_table(f"{errno.errorcode[number]} at {sum(ends.values())} of {total} calls", dict(ends))
+    assert ends["code 74"] > sum(ends.values()) // 2
+
+
+STRACE = shutil.which("strace")
+
+
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+@pytest.mark.parametrize("fault", ["signal=KILL", "error=ENOSPC", "error=EIO"])
+def test_native_calls(tmp_path: Path, request: pytest.FixtureRequest, fault: str) -> None:
+    """The K-th fsync, write or rename of a thread, whoever makes it, kills the run or fails."""
+    home = Home(tmp_path / "home", command=("pretrain",), more=("--config.pretrain.loop.steps=6",))
+    assert home.run(home.folder / "whole") == 0
+    expected, ends = outcome(home.folder / "whole"), Counter()
+    points = [(call, k) for call in ("fsync", "writev", "rename") for k in range(1, 41)]
+    chosen = points[:: max(1, len(points) * 3 // request.config.getoption("--native"))]
+    for call, k in chosen:
+        work = tmp_path / f"{call}{k}"
+        trace = ("strace", "-f", "-qq", "-o", "/dev/null", "--seccomp-bpf", "-e", f"trace={call}")
+        code = home.start(work, (*trace, "-e", f"inject={call}:{fault}:when={k}")).wait()
+        ends[f"{call}: {code}"] += 1
+        assert code in ((0, -signal.SIGKILL, 128 + signal.SIGKILL) if "KILL" in fault else (0, 74)), (call, k, code)
+        if code:
+            assert home.run(work) == 0
+        assert outcome(work) == expected, (call, k)
+        assert garbage(work) == []
+        shutil.rmtree(work)
+    print_table(f"{fault} at {len(chosen)} native calls", dict(ends))
