@@ -14,8 +14,10 @@ def cli() -> None:
         from jaxstages.main import main
 
         code = main(sys.argv)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:  # the disk of the log is full
+            code = code or 74
         # Everything is on disk. A signal during a slow farewell of the libraries must not turn success into failure.
         os._exit(code)
 

@@ -1,4 +1,4 @@
-"""Checkpoints, through Orbax: params/, train/ (optimizer, step, early stopping) and meta (JSON), and proof of them.
+"""Checkpoints, through Orbax: params/ and train/ (optimizer, step, early stopping); meta (JSON); and proof of them.
 
 Orbax notices neither a flipped bit in an array file nor a wrong dtype, takes an empty folder for a checkpoint, and
 tells of a failed save at the next one. So a checkpoint is sealed before it gets its name (`manifest.py`); what is read
@@ -8,7 +8,7 @@ step how the save is doing.
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -17,11 +17,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from jaxstages import manifest
+from jaxstages import hosts, manifest
 from jaxstages.console import say
-from jaxstages.disk import make_folder, read_json, sync
+from jaxstages.disk import make_folder, read_json, sync, write_json
 from jaxstages.early_stopping import EarlyStoppingState
-from jaxstages.fingerprint import fingerprint, named_leaves, not_finite
+from jaxstages.fingerprint import Fingerprint, begin_fingerprint, fingerprint, named_leaves
 from jaxstages.manifest import Damaged, quarantine
 from jaxstages.types import Diverged, Params, TrainState
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
@@ -56,9 +56,13 @@ class Checkpoints:
         self._stage_dir, self._keep, self._best = stage_dir, keep, _KeepBest()
         self._folder = checkpoints_folder(stage_dir).absolute()
         self._saving: int | None = None
+        self._meta: dict[str, Any] = {}
+        self._prints: Callable[[], Fingerprint]
         self._manager: ocp.CheckpointManager | None = None
-        make_folder(self._folder)
-        self._sweep()
+        if hosts.leads():
+            make_folder(self._folder)
+            self._sweep()
+        hosts.meet("checkpoints are swept")
 
     def restore_newest(self, target: TrainState, stopping: EarlyStoppingState) -> Restored | None:
         """The newest checkpoint that can be trusted, placed as `target` (shapes with shardings) says; None if the
@@ -67,17 +71,13 @@ class Checkpoints:
         Raises:
             ValueError: there are checkpoints, but none can be trusted, or one does not fit the recipe.
         """
-        for step in reversed(steps_of(self._stage_dir)):
+        while (step := hosts.from_leader(self._newest_whole() if hosts.leads() else 0)) >= 0:
             try:
                 found = _restore(self._folder / str(step), target, stopping)
-                best = found.meta["best_step"]
-                if best not in (-1, step):
-                    manifest.check(self._folder / str(best))
             except Damaged as error:
-                kept = quarantine(self._folder / str(step), quarantine_folder(self._stage_dir), str(error))
-                say(f"checkpoint {step} can't be trusted: {error}; moved to {kept}", "yellow")
+                self._distrust(step, error)
             else:
-                self._best.step = best
+                self._best.step = found.meta["best_step"]
                 return found
         quarantined = quarantine_folder(self._stage_dir)
         if quarantined.is_dir() and any(quarantined.iterdir()):
@@ -87,25 +87,39 @@ class Checkpoints:
             )
         return None
 
+    def _newest_whole(self) -> int:
+        """The newest step whose files, and those of its best step, are as they were written; -1 if there is none."""
+        for step in reversed(steps_of(self._stage_dir)):
+            try:
+                manifest.check(self._folder / str(step))
+                best = read_meta(self._folder / str(step))["best_step"]
+                if best not in (-1, step):
+                    manifest.check(self._folder / str(best))
+                return step
+            except Damaged as error:
+                self._distrust(step, error)
+        return -1
+
+    def _distrust(self, step: int, error: Damaged) -> None:
+        if hosts.leads():
+            kept = quarantine(self._folder / str(step), quarantine_folder(self._stage_dir), str(error))
+            say(f"checkpoint {step} can't be trusted: {error}; moved to {kept}", "yellow")
+
     def save(
         self, step: int, state: TrainState, stopping: EarlyStoppingState, meta: dict[str, Any], best_step: int
     ) -> None:
         """Write in the background; how it went, `poll` and `wait` say.
 
         Raises:
-            Diverged: a parameter is not finite; nothing is written.
             OSError: this save could not begin, or the one before has failed.
+            Diverged: the one before had a parameter that is not finite, and was not taken.
         """
         self.wait()
-        if bad := not_finite(state.params):
-            raise Diverged(f"step {step} is not saved: {', '.join(bad)} is not finite; the checkpoint before it stands")
         self._best.step = best_step
         train = _train_item(state, stopping)
         meta = meta | {"format": FORMAT, "step": step, "best_step": best_step}
-        meta["fingerprint"] = fingerprint({"params": state.params, "train": train})
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params), train=ocp.args.StandardSave(train), meta=ocp.args.JsonSave(meta)
-        )
+        self._meta, self._prints = meta, begin_fingerprint({"params": state.params, "train": train})
+        items = ocp.args.Composite(params=ocp.args.StandardSave(state.params), train=ocp.args.StandardSave(train))
         self._saving = step
         with self._as_storage_errors():
             if not self._open().save(step, args=items, force=True):
@@ -124,18 +138,21 @@ class Checkpoints:
             manager = self._open()
             manager.wait_until_finished()
             manager.check_for_errors()
-            # What Orbax wrote after the seal, and the name of the folder.
-            for path in (*self._folder.glob(f"{self._saving}/*"), self._folder / str(self._saving), self._folder):
-                sync(path)
-            # Orbax moves what it deletes here, and leaves it.
-            shutil.rmtree(self._folder / TRASH, ignore_errors=True)
+            if hosts.leads():
+                # What Orbax wrote after the seal, and the name of the folder.
+                for path in (*self._folder.glob(f"{self._saving}/*"), self._folder / str(self._saving), self._folder):
+                    sync(path)
+                # Orbax moves what it deletes here, and leaves it.
+                shutil.rmtree(self._folder / TRASH, ignore_errors=True)
         self._saving = None
 
     def check_last(self, step: int) -> None:
         """Read the files of the last save back; raises OSError if it is not there as it was written."""
         self.wait()
         with self._as_storage_errors():
-            manifest.check(self._folder / str(step))
+            if hosts.leads():
+                manifest.check(self._folder / str(step))
+        hosts.meet("the last save is checked")
 
     def _open(self) -> ocp.CheckpointManager:
         """Orbax's manager, made at the first save: it takes what it finds in the folder for checkpoints."""
@@ -151,8 +168,14 @@ class Checkpoints:
         return self._manager
 
     def _seal(self) -> None:
-        """Orbax calls this when all is written, and before the rename: an error here leaves no checkpoint."""
+        """Orbax calls this, in a thread, before the rename: an error here leaves no checkpoint."""
         (fresh,) = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        prints = self._prints()
+        if bad := [path for path in prints.not_finite if path.startswith("params/")]:
+            raise Diverged(
+                f"step {self._saving} is not saved: {', '.join(bad)} is not finite; the one before it stands"
+            )
+        write_json(fresh / "meta" / "metadata", self._meta | {"fingerprint": prints.digests})
         manifest.seal(fresh)
 
     def _sweep(self) -> None:
@@ -165,6 +188,9 @@ class Checkpoints:
         """Orbax tells of a full disk by whatever TensorStore raised, a ValueError for one."""
         try:
             yield
+        except Diverged:
+            self._saving = None
+            raise
         except Exception as error:
             step, self._saving = self._saving, None
             raise OSError(f"{self._folder}: saving step {step} failed: {str(error)[:300]}") from error
@@ -180,7 +206,8 @@ class Checkpoints:
             if self._manager is not None:
                 with contextlib.suppress(Exception):  # it is told already: by wait, or by the error under way
                     self._manager.close()
-            self._sweep()
+            if hosts.leads():
+                self._sweep()
 
 
 def steps_of(stage_dir: Path) -> list[int]:
@@ -200,13 +227,12 @@ def _train_item(state: TrainState, stopping: EarlyStoppingState) -> dict[str, An
 
 
 def _restore(folder: Path, target: TrainState, stopping: EarlyStoppingState) -> Restored:
-    """One checkpoint, whole. Raises Damaged where it is not as it was saved, ValueError where it does not fit."""
-    manifest.check(folder)
+    """A checkpoint whose files are whole. Raises Damaged where its values differ, ValueError where it does not fit."""
     meta = read_meta(folder)
     wanted = {"params": target.params, "train": _train_item(target, stopping)}
     _compare(folder, meta["fingerprint"], wanted)
     params, train = _read(folder / "params", target.params), _read(folder / "train", wanted["train"])
-    found = fingerprint({"params": params, "train": train})
+    found = fingerprint({"params": params, "train": train}).digests
     if found != meta["fingerprint"]:
         wrong = [path for path in found if found[path] != meta["fingerprint"][path]]
         raise Damaged(f"{folder} is damaged: {', '.join(wrong)} is not what was saved")
@@ -244,7 +270,7 @@ def read_params(stage_dir: Path, step: int, target: Params) -> Params:
     saved = {path: text for path, text in read_meta(folder)["fingerprint"].items() if path.startswith("params/")}
     _compare(folder, saved, {"params": target})
     params = _read(folder / "params", target)
-    if fingerprint({"params": params}) != saved:
+    if fingerprint({"params": params}).digests != saved:
         raise Damaged(f"{folder} is damaged: its parameters are not what was saved")
     return params
 

@@ -7,6 +7,7 @@ Plain (not frozen) dataclasses, so that `--config.pretrain.optim.schedule.peak_l
 import dataclasses
 import difflib
 import json
+import reprlib
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -218,24 +219,50 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def _has_type(value: Any, kind: Any) -> bool:
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_has_type(item, options[0]) for item in value)
+    if options:  # a stage, or None
+        return any(_has_type(value, option) for option in options)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def check_type(value: Any, kind: Any, path: str) -> None:
+    """Raises ValueError for a field's value that is not of its type."""
+    if not _has_type(value, kind):
+        wanted = str(getattr(kind, "__name__", kind))
+        wanted = "a tuple, such as ('one',)" if wanted.startswith("tuple") else wanted
+        raise ValueError(f"{path}={reprlib.repr(value)} is of type {type(value).__name__}; it must be {wanted}")
+
+
 def _from_dict(kind: Any, value: Any, path: str) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ValueError(f"{path}={value!r} must be an object with the fields of {kind.__name__}")
+            raise ValueError(f"{path}={reprlib.repr(value)} must be an object with the fields of {kind.__name__}")
         hints = typing.get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            if item.name not in value and item.default is item.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{path} has no {item.name!r}; add it")
         for name in value:
             if name not in hints:
                 near = difflib.get_close_matches(name, hints, n=1)
-                raise ValueError(f"unknown field {path}.{name}; " + (f"did you mean {near[0]}?" if near else ""))
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(hints)}"
+                raise ValueError(f"unknown field {path}.{reprlib.repr(name)[1:-1]}; {hint}")
         return kind(**{name: _from_dict(hints[name], item, f"{path}.{name}") for name, item in value.items()})
     options = typing.get_args(kind)
     if type(None) in options:
         return None if value is None else _from_dict(options[0], value, path)
-    return tuple(value) if typing.get_origin(kind) is tuple else value
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_from_dict(options[0], item, path) for item in value)
+    check_type(value, kind, path)
+    return float(str(value)) if kind is float else value  # by way of text, a whole number of any size gives a float
 
 
-def from_dict(value: dict[str, Any]) -> Recipe:
-    """What `to_dict` wrote, as a Recipe again. Raises ValueError for a field that this version does not know."""
+def from_dict(value: Any) -> Recipe:
+    """What `to_dict` wrote, as a Recipe again. Raises ValueError for what is no recipe, or a field that is unknown."""
     return _from_dict(Recipe, value, "recipe")
 
 

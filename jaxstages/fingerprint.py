@@ -1,12 +1,14 @@
 """Digests of arrays: two checkpoints, meshes or runs are the same when these are, bit for bit."""
 
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxstages import hosts
 from jaxstages.types import Params
 
 
@@ -21,14 +23,14 @@ def params_sha256(params: Params) -> str:
     digest = hashlib.sha256()
     for path, leaf in named_leaves(params).items():
         digest.update(path.encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        digest.update(np.ascontiguousarray(hosts.whole(leaf)).tobytes())
     return digest.hexdigest()
 
 
 @jax.jit
 def _leaf_print(x: jax.Array) -> jax.Array:
-    """Two 32-bit sums over a leaf's bits and places. Integer sums do not depend on their order, so the value is the
-    same on any mesh, and nothing is gathered."""
+    """Two 32-bit sums over a leaf's bits and places, and how many of its values are not finite, in one pass. Integer
+    sums do not depend on their order, so they are the same on any mesh, and nothing is gathered."""
     word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
     place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
@@ -37,25 +39,37 @@ def _leaf_print(x: jax.Array) -> jax.Array:
         stride *= bits.shape[dim]
     odd = jnp.sum(bits * (jnp.uint32(2) * place + jnp.uint32(1)), dtype=jnp.uint32)
     mixed = place * jnp.uint32(0x85EBCA6B) | jnp.uint32(1)
-    return jnp.stack([odd, jnp.sum((bits + place * jnp.uint32(0x9E3779B1)) * mixed, dtype=jnp.uint32)])
+    both = jnp.sum((bits + place * jnp.uint32(0x9E3779B1)) * mixed, dtype=jnp.uint32)
+    floats = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.stack([odd, both, jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32) if floats else jnp.zeros_like(odd)])
 
 
-def fingerprint(tree: Any) -> dict[str, str]:
-    """Path of each leaf -> digest of its values, dtype and shape, the same on any mesh."""
+class Fingerprint(NamedTuple):
+    """digests: path of each leaf -> its values, dtype and shape in short, the same on any mesh. not_finite: paths of
+    leaves that have a NaN or an infinity in them; those that are no device arrays are not looked at."""
+
+    digests: dict[str, str]
+    not_finite: list[str]
+
+
+def fingerprint(tree: Any) -> Fingerprint:
+    return begin_fingerprint(tree)()
+
+
+def begin_fingerprint(tree: Any) -> Callable[[], Fingerprint]:
+    """The same in two parts: the devices begin now, and nobody waits for them before what this returns is called."""
     leaves = named_leaves(tree)
-    prints = jax.device_get({path: _leaf_print(x) if isinstance(x, jax.Array) else x for path, x in leaves.items()})
-    return {
-        path: f"{np.asarray(prints[path]).tobytes().hex()} {np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-        for path, leaf in leaves.items()
-    }
+    begun = {path: _leaf_print(x) if isinstance(x, jax.Array) else x for path, x in leaves.items()}
+    kinds = {path: f"{np.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves.items()}
 
+    def fetch() -> Fingerprint:
+        digests, bad = {}, []
+        for path, words in jax.device_get(begun).items():
+            words = np.asarray(words)
+            if isinstance(begun[path], jax.Array):
+                words, count = words[:2], int(words[2])
+                bad += [path] * (count > 0)
+            digests[path] = f"{words.tobytes().hex()} {kinds[path]}"
+        return Fingerprint(digests, bad)
 
-@jax.jit
-def _finite(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
-
-
-def not_finite(params: Params) -> list[str]:
-    """Paths of parameters that have a NaN or an infinity in them."""
-    leaves = named_leaves(params)
-    return [path for path, fine in zip(leaves, np.asarray(_finite(list(leaves.values()))), strict=True) if not fine]
+    return fetch

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxstages import hosts
 from jaxstages.checkpoint import Checkpoints, read_params
 from jaxstages.console import Progress, say
 from jaxstages.data.pipeline import batches_by_step, prefetch
@@ -57,11 +58,14 @@ def train_stage(bench: Workbench) -> dict[str, Any] | None:
     """
     config, stop = bench.stage.loop, bench.stage.early_stopping
     stopping = early_stopping(mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta)
-    with Checkpoints(bench.stage_dir, config.keep) as checkpoints, stop_signals() as signals:
+    with (
+        Checkpoints(bench.stage_dir, config.keep) as checkpoints,
+        stop_signals(hosts.asked_together()) as signals,
+    ):
         start = find_start(bench, checkpoints, stopping)
         step = int(start.state.step)
         with (
-            MetricsWriter(bench.stage_dir, step if start.carried else -1) as writer,
+            MetricsWriter(bench.stage_dir, step if start.carried else -1, hosts.leads()) as writer,
             watchdog(config.hang_seconds) as alive,
         ):
             run = _Run(bench, start, checkpoints, writer, stopping, signals, alive)
@@ -124,6 +128,9 @@ class _Run:
                 "another --workdir"
             )
         self._note = ""
+        self._slack = COMPILING  # the first evaluation compiles
+        # A run that was interrupted in an evaluation makes it when it goes on; killed after that, once more.
+        self._there = [line for line in read_metrics(bench.stage_dir / "metrics.jsonl") if line["step"] == step]
 
     def steps(self, state: TrainState, first: int, last: int) -> tuple[TrainState, int]:
         """Steps first .. last - 1, or fewer if early stopping acts; the state, and the step that it is at."""
@@ -147,7 +154,10 @@ class _Run:
         )
         self._alive(COMPILING)
         if not first:
-            self._log_evaluation(0, self._evaluate(state.params, False), "")
+            try:
+                self._log_evaluation(0, self._report(state, False), "")
+            except _Abandoned:
+                raise Interrupted(f"{bench.name}: interrupted before its first step; start it again") from None
         if self._stopping.should_stop(self.stopping_state) or self._border(first, state, last):
             return state, first
         progress = Progress(bench.name, config.steps, first)
@@ -173,7 +183,7 @@ class _Run:
             self._checkpoints.poll()
             done = k + 1
             progress.update(done, self._note)
-            if not (self._signals.asked or self._due(done, last)):
+            if not (self._signals.poll() or self._due(done, last)):
                 continue
             while pending:  # what is saved must be known to be finite
                 self._read(*pending.popleft())
@@ -214,8 +224,8 @@ class _Run:
         return stops
 
     def _between_batches(self) -> None:
-        self._alive(1.0)
-        if self._signals.asked:
+        self._alive(self._slack)
+        if self._signals.poll():
             raise _Abandoned
 
     def _place(self, k: int) -> Placed:
@@ -252,7 +262,8 @@ class _Run:
             "loss": loss,
             "token_accuracy": interval["correct"] / weight,
             "grad_norm": values["grad_norm"],
-            "learning_rate": float(np.asarray(self._schedule(step - 1))),
+            # Of the optimizer's own count, which a skipped step does not advance.
+            "learning_rate": float(np.asarray(self._schedule(step - int(values["skipped"] + values["applied"])))),
             "tokens": self._carried["tokens"],
             "tokens_per_second": rate,
         }
@@ -286,8 +297,17 @@ class _Run:
                 "lengthen the warm-up, or find the operation with --debug_nans"
             )
 
+    def _report(self, state: TrainState, scores: bool) -> Report:
+        try:
+            return self._evaluate(state.params, scores)
+        except FloatingPointError:
+            with jax.disable_jit():
+                self._evaluate(state.params, scores)  # raises again, where it happens
+            raise
+
     def _evaluate_at(self, step: int, state: TrainState) -> bool:
-        report = self._evaluate(state.params, True)
+        report = self._report(state, True)
+        self._slack = 1.0
         stop = self._bench.stage.early_stopping
         value = report.metrics[stop.metric]
         self._carried["evaluated"] = step
@@ -304,14 +324,19 @@ class _Run:
                 f"the best, {best:.4g}, was at step {int(self.stopping_state.best_step)}"
             )
             say(f"{self._bench.name}: early stopping at step {step}: {reason}", "yellow")
-            self._writer.write(step, "event", {"event": "early_stopping", "reason": reason})
+            self._write_once(step, "event", {"event": "early_stopping", "reason": reason})
         return improved
 
+    def _write_once(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        line = {"step": step, "kind": kind} | {name: plain(value) for name, value in values.items()}
+        if line not in self._there:
+            self._writer.write(step, kind, values)
+
     def _log_evaluation(self, step: int, report: Report, mark: str) -> None:
-        self._writer.write(step, "eval", report.metrics)
+        self._write_once(step, "eval", report.metrics)
         bad = [name for name, value in report.metrics.items() if not math.isfinite(value)]
         if bad:
-            self._writer.write(step, "event", {"event": "not finite", "metrics": ", ".join(bad)})
+            self._write_once(step, "event", {"event": "not finite", "metrics": ", ".join(bad)})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items() if "/" not in name)
         say(f"{self._bench.name}: eval at step {step}: {shown}{f'  ({mark})' if mark else ''}", "green")
 
@@ -353,7 +378,9 @@ class _Run:
             "parent": self._parent,
             "verdict": verdict._asdict(),
         }
-        write_json(result_file(bench.stage_dir), {name: plain(value) for name, value in result.items()})
+        if hosts.leads():
+            write_json(result_file(bench.stage_dir), {name: plain(value) for name, value in result.items()})
+        hosts.meet(f"{bench.name} is finished")
         say(
             f"{bench.name}: {result['status']} at step {step}; best step {best_step}, {stop.metric} "
             f"{float(self.stopping_state.best):.4g}; params_sha256 {result['params_sha256'][:12]}…",

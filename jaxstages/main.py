@@ -23,15 +23,19 @@ flags:
   --max_new_tokens=N       at most (default: the recipe's)
   --temperature=T          0, the default, takes the likeliest token
   --seed=S                 for temperatures above 0
+  --coordinator=HOST:PORT, --processes=N, --process=I
+                           in training, one process of several: number 0 listens there for the others
   --debug_nans             in training: end at the first operation that gives a NaN, and name it (slow)
 
 exit codes: 0 done; 2 change something and try again; 70 diverged, the last good checkpoint stands; 74 disk or storage
 failed; 75 interrupted after a complete save, start it again; 1 anything else
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import traceback
 import typing
@@ -41,7 +45,6 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax: the compiler's notes are not for our users
 
 import jax
-import jax.numpy as jnp
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -51,13 +54,13 @@ from jaxstages.commands.generate import Request, generate
 from jaxstages.commands.inspect import inspect
 from jaxstages.commands.prepare import prepare_all
 from jaxstages.commands.recipe import resolve_recipe
-from jaxstages.commands.train import train, train_all
+from jaxstages.commands.train import Place, train, train_all
 from jaxstages.config import STAGES, Recipe
 from jaxstages.types import Diverged, Interrupted
 
 FLAGS_OF = {
     "prepare": (),
-    **dict.fromkeys(("run", *STAGES), ("debug_nans",)),
+    **dict.fromkeys(("run", *STAGES), ("debug_nans", *Place._fields)),
     **dict.fromkeys(("inspect", "evaluate", "checkpoints"), ("stage",)),
     "generate": ("stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
 }
@@ -74,6 +77,9 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of sampling", flag_values=values)
     flags.DEFINE_string("out", None, "where to write JSON lines", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many there are", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("process", None, "number of this one", flag_values=values, lower_bound=0)
     flags.DEFINE_bool("debug_nans", False, "end at the first operation that gives a NaN", flag_values=values)
     return config_flags.DEFINE_config_file(
         "config", None, "the recipe", lock_config=True, sys_argv=argv, flag_values=values
@@ -101,13 +107,16 @@ def main(argv: list[str]) -> int:
 
 
 def _place_of(error: BaseException) -> str:
-    """Where in our code, or a user's, an error comes from: the innermost frame that is no library's."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    """Where in our code, or a user's, an error comes from: the innermost frame that is no library's. An operation of a
+    gradient has no line of its own: JAX names the one that it is the gradient of in the error's cause."""
+    traces = [traceback.extract_tb(one.__traceback__) for one in (error.__cause__, error) if one is not None]
+    frames = next(ours for trace in traces if (ours := [f for f in trace if "site-packages" not in f.filename]))
     return f"at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
 
 
 def _fail(code: int, text: str) -> int:
-    print(f"jaxstages: {' '.join(text.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # of a log on a full disk: the code tells it
+        print(f"jaxstages: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return code
 
 
@@ -121,16 +130,15 @@ def _dispatch(argv: list[str]) -> None:
     if values.workdir is None:
         raise ValueError(f"{command} needs --workdir=DIR, where the run lives")
     workdir = Path(values.workdir)
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what fails in a library, we say in one line
     if command == "checkpoints":
         checkpoints(workdir, values.stage, words)
         return
-    _check_numbers()
     jax.config.update("jax_debug_nans", values.debug_nans)
     recipe = resolve_recipe(given, workdir)
     match command:
         case "run":
-            train_all(recipe, workdir)
+            train_all(recipe, workdir, _place(values))
         case "prepare":
             prepare_all(recipe, workdir)
         case "inspect":
@@ -141,7 +149,22 @@ def _dispatch(argv: list[str]) -> None:
             request = Request(*(getattr(values, name) for name in Request._fields))
             generate(recipe, workdir, values.stage, request)
         case stage:
-            train(recipe, workdir, stage)
+            train(recipe, workdir, stage, _place(values))
+
+
+def _place(values: flags.FlagValues) -> Place | None:
+    given: dict[str, Any] = {name: values[name].value for name in Place._fields}
+    if all(value is None for value in given.values()):
+        return None
+    for name, value in given.items():
+        if value is None:
+            raise ValueError(f"--{name} is missing; several processes need {', '.join(f'--{n}' for n in given)}")
+    place = Place(**given)
+    if place.process >= place.processes:
+        raise ValueError(f"--process={place.process} must be less than --processes={place.processes}")
+    if not re.fullmatch(r".+:\d{1,5}", place.coordinator):
+        raise ValueError(f"--coordinator={place.coordinator!r} must be HOST:PORT, such as 10.0.0.2:8476")
+    return place
 
 
 def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | None, list[str]]:
@@ -153,7 +176,7 @@ def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | No
             _check_field(word.removeprefix("--config.").partition("=")[0])
     try:
         rest = values([argv[0], *argv[2:]])
-    except (ImportError, SyntaxError, NameError) as error:
+    except (ImportError, SyntaxError, NameError, OSError, ArithmeticError, RuntimeError, AssertionError) as error:
         raise ValueError(f"the recipe's file can't be loaded: {type(error).__name__}: {error}") from error
     except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"--config can't be set so: {error.args[0] if error.args else error}") from error
@@ -185,13 +208,3 @@ def _check_field(path: str) -> None:
         seen = f"{seen}.{name}"
         options = [option for option in typing.get_args(hints[name]) if dataclasses.is_dataclass(option)]
         kind = options[0] if options else hints[name]
-
-
-def _check_numbers() -> None:
-    """Some jaxlib builds return wrong sums on CPU (jax#39103); a run that would be wrong does not start."""
-    rows = jnp.stack((jnp.arange(32769.0), jnp.zeros(32769), jnp.zeros(32769)), axis=1)
-    square = jax.vmap(lambda row: jnp.sum(jnp.square(jnp.eye(3) @ row)))
-    if float(jax.jit(square)(rows)[-1]) != 32768.0**2:
-        raise ValueError(
-            "this jaxlib computes wrong sums here; add --xla_cpu_experimental_ynn_fusion_type=-reduce to XLA_FLAGS"
-        )

@@ -80,10 +80,14 @@ def plain(value: Any) -> Any:
 class MetricsWriter:
     """`metrics.jsonl`, a JSON object a line with "step" and "kind" ("train", "eval" or "event"), and TensorBoard files.
 
-    Opened at `step`, it drops the lines of later steps: a run that is resumed from there writes them again.
+    Opened at `step`, it drops the lines of later steps: a run that is resumed from there writes them again. Of several
+    processes one `writes`.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
+        self._file, self._board = None, SummaryWriter(write_to_disk=False)
+        if not writes:
+            return
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -91,6 +95,8 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        if self._file is None:
+            return
         line = {"step": step, "kind": kind} | {name: plain(value) for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -100,13 +106,15 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """What is written is on disk: called before a checkpoint that relies on it."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._board.close()
 
 

@@ -22,12 +22,23 @@ SAME = 1.0
 
 
 class Stop:
-    """asked: a signal came. unsaved: there is work that an end would lose; set by who does that work."""
+    """asked: a signal came. unsaved: there is work that an end would lose; set by who does that work.
 
-    def __init__(self) -> None:
+    Args:
+        together: for several processes, a question that each of them must ask as often as the others.
+    """
+
+    def __init__(self, together: Callable[[], bool] | None = None) -> None:
         self.asked = False
         self.unsaved = False
+        self._together = together
         self._first = 0.0
+
+    def poll(self) -> bool:
+        """Asked for between two pieces of work: is it time to stop?"""
+        if self._together is not None and not self.asked:
+            self.asked = self._together()
+        return self.asked
 
     def note(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -45,9 +56,17 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """From here to the end of the block, signals reach the `Stop` that this gives; blocks may be nested."""
-    stop = Stop()
+def stop_signals(together: Callable[[], bool] | None = None) -> Iterator[Stop]:
+    """From here to the end of the block, signals reach the `Stop` that this gives; blocks may be nested. With
+    `together`, JAX has the signals, and the processes agree."""
+    stop = Stop(together)
+    if together is not None:
+        outer = signal.set_wakeup_fd(-1)
+        try:
+            yield stop
+        finally:
+            signal.set_wakeup_fd(outer)
+        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -75,14 +94,14 @@ def stop_signals() -> Iterator[Stop]:
 def watchdog(seconds: float) -> Iterator[Callable[[float], None]]:
     """`alive(factor)`, called now and then, puts the end off: without a call for `seconds * factor` the stacks of all
     threads are printed, and the process ends with code 1."""
-    last = float("-inf")
+    last, slack = float("-inf"), 0.0
 
     def alive(factor: float = 1.0) -> None:
-        nonlocal last
+        nonlocal last, slack
         now = time.monotonic()
-        if factor != 1.0 or now - last > min(1.0, seconds / 10):  # each call starts a thread
+        if factor != slack or now - last > min(1.0, seconds / 10):  # each call starts a thread
             faulthandler.dump_traceback_later(seconds * factor, exit=True, file=2)
-            last = now
+            last, slack = now, factor
 
     try:
         yield alive

@@ -8,6 +8,7 @@ Anything else raises. The contract: tokenizer, control tokens, architecture and 
 result is complete, and its parameters are those that its result names.
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +21,39 @@ from jaxstages.data.chat import TEMPLATE
 from jaxstages.disk import read_json
 from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
 from jaxstages.fingerprint import named_leaves, params_sha256
+from jaxstages.manifest import Damaged
 from jaxstages.step import init_state
 from jaxstages.types import Params, TrainState
 from jaxstages.workbench import Workbench
-from jaxstages.workdir import checkpoint_folder, checkpoints_folder, result_file
+from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, result_file
 
 CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_template")
 """What a stage's metadata must have in common with its parent's."""
+
+META: dict[str, tuple[type, ...]] = {
+    "tokenizer_sha256": (str,),
+    "vocab_size": (int,),
+    "special_ids": (list,),
+    "model": (dict,),
+    "chat_template": (str,),
+    "stage": (str,),
+    "step": (int,),
+    "best_step": (int,),
+    "fingerprint": (dict,),
+    "parent": (dict, type(None)),
+    "data": (dict,),
+    "carried": (dict,),
+}
+"""What the metadata of each checkpoint has, and of what types."""
+
+RESULT: dict[str, tuple[type, ...]] = {
+    "status": (str,),
+    "steps": (int,),
+    "best_step": (int,),
+    "params_sha256": (str,),
+    "parent": (dict, type(None)),
+}
+"""The same of `result.json`: what is read of it later."""
 
 
 class Start(NamedTuple):
@@ -58,6 +85,7 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
     """
     found = checkpoints.restore_newest(bench.shapes, stopping.init())
     if found is not None:
+        _check_meta(bench.stage_dir, found.meta["step"], found.meta)
         _check_contract(bench.stage_dir, found.meta, contract_of(bench))
         _check_data(bench, found.meta)
         check_lineage(bench.stage_dir, found.meta["parent"])
@@ -75,7 +103,11 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
 
 
 def parent_folder(bench: Workbench) -> Path | None:
-    """The folder of the stage that this one starts from; None means scratch."""
+    """The folder of the stage that this one starts from; None means scratch.
+
+    Raises:
+        ValueError: the first stage of a recipe has none, or it is to start from itself, or from a later one.
+    """
     match bench.stage.init_from:
         case "scratch":
             return None
@@ -91,6 +123,12 @@ def parent_folder(bench: Workbench) -> Path | None:
                 )
             return bench.workdir / names[place - 1]
         case path:
+            later = recipes.STAGES[recipes.STAGES.index(bench.name) :]
+            if Path(path).resolve() in [(bench.workdir / name).resolve() for name in later]:
+                raise ValueError(
+                    f"config.{bench.name}.init_from={path!r} is {bench.name} itself, or a stage after it; name a stage "
+                    "before it, or WORKDIR/STAGE of another run"
+                )
             return Path(path)
 
 
@@ -102,28 +140,43 @@ def read_parent(folder: Path, target: Params, contract: dict[str, Any]) -> tuple
     """
     result = finished(folder)
     step = result["best_step"]
-    _check_contract(folder, read_meta(checkpoint_folder(folder, step)), contract)
-    params = read_params(folder, step, target)
-    digest = params_sha256(params)
-    if digest != result["params_sha256"]:
-        raise ValueError(
-            f"{folder} at step {step} is damaged: params_sha256 is {digest[:12]}…, its result.json says "
-            f"{result['params_sha256'][:12]}…; train {folder.name} again"
-        )
+    try:
+        meta = read_meta(checkpoint_folder(folder, step))
+        _check_meta(folder, step, meta)
+        _check_contract(folder, meta, contract)
+        params = read_params(folder, step, target)
+        digest = params_sha256(params)
+        if digest != result["params_sha256"]:
+            raise Damaged(
+                f"{folder} at step {step} is damaged: params_sha256 is {digest[:12]}…, its result.json says "
+                f"{result['params_sha256'][:12]}…"
+            )
+    except Damaged as error:
+        moved = [path for path in sorted(quarantine_folder(folder).glob(f"{step}.*")) if path.is_dir()]
+        where = f" (it was moved to {moved[-1]})" if moved else ""
+        raise Damaged(f"{error}{where}; put a good copy there, or remove {folder} to train that stage anew") from error
     return params, {"path": str(folder), "step": step, "params_sha256": digest}
 
 
 def finished(folder: Path) -> dict[str, Any]:
     """The result of a finished stage. Raises ValueError, which says what to run, if there is none."""
-    if not result_file(folder).exists():
+    file = result_file(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the parent {folder} is no folder; name WORKDIR/STAGE of a run")
+    if not file.exists():
+        if folder.name not in recipes.STAGES:
+            raise ValueError(f"the parent {folder} is no finished stage, it has no {file.name}; name WORKDIR/STAGE")
         state = "is not finished" if checkpoints_folder(folder).exists() else "was not trained"
         raise ValueError(
             f"the parent {folder} {state}; run `jaxstages {folder.name}` with --workdir={folder.parent} first"
         )
-    result = read_json(result_file(folder))
-    wanted = {"best_step": int, "params_sha256": str}
-    if not isinstance(result, dict) or any(not isinstance(result.get(name), kind) for name, kind in wanted.items()):
-        raise ValueError(f"{result_file(folder)} is damaged; remove it, and run `jaxstages {folder.name}` again")
+    remedy = f"remove it, and run `jaxstages {folder.name}` again"
+    try:
+        result = read_json(file)
+    except (ValueError, IsADirectoryError) as error:
+        raise ValueError(f"{error}; {remedy}") from error
+    if wrong := _wrong(result, RESULT):
+        raise ValueError(f"{file} is damaged, it lacks {wrong}, or has it in another form; {remedy}")
     return result
 
 
@@ -151,19 +204,49 @@ def _check_data(bench: Workbench, meta: dict[str, Any]) -> None:
     if meta["data"] != data_of(bench):
         raise ValueError(
             f"{bench.stage_dir} was begun with other data: {meta['data']} there, {data_of(bench)} here (fingerprints "
-            "of prepared rows); put the files back as they were, or take another --workdir"
+            "of prepared rows); put the files, and the version of jaxstages, back, or take another --workdir"
         )
+
+
+def _wrong(found: Any, wanted: dict[str, tuple[type, ...]]) -> str:
+    """Names in `wanted` that a JSON object lacks, or has with another type (a bool is no int here)."""
+    values = found if isinstance(found, dict) else {}
+    return ", ".join(name for name, kinds in wanted.items() if name not in values or type(values[name]) not in kinds)
+
+
+def _check_meta(folder: Path, step: int, meta: Any) -> None:
+    """Raises Damaged for metadata that no checkpoint of ours has at `step`."""
+    place = checkpoint_folder(folder, step)
+    if wrong := _wrong(meta, META):
+        raise Damaged(f"{place} is no checkpoint of jaxstages: it lacks {wrong}, or has it in another form")
+    prints = meta["fingerprint"].values()
+    if not all(isinstance(text, str) and re.fullmatch(r"[0-9a-f]+ \w+\[[\d, ]*\]", text) for text in prints):
+        raise Damaged(f"{place} is no checkpoint of jaxstages: its fingerprint has another form")
+    if meta["step"] != step:
+        raise Damaged(f"{place} is damaged: it says that it is of step {meta['step']}, not {step}")
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"attention": {"heads": 4}} -> {"attention.heads": 4}."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return flat
 
 
 def _check_contract(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for name in CONTRACT:
-        if theirs.get(name) != ours[name]:
+        if theirs[name] != ours[name]:
             if isinstance(ours[name], dict):
-                old, new = theirs.get(name) or {}, ours[name]
-                parts = [f"{key} {old.get(key)!r} there, {new[key]!r} here" for key in new if old.get(key) != new[key]]
+                old, new = _flat(theirs[name]), _flat(ours[name])
+                parts = [
+                    f"{key} {old.get(key)!r} there, {new.get(key)!r} here"
+                    for key in old | new
+                    if old.get(key) != new.get(key)
+                ]
                 what = f"{name} differs: {'; '.join(parts)}"
             else:
-                what = f"{name} is {theirs.get(name)!r} there, {ours[name]!r} here"
+                what = f"{name} is {theirs[name]!r} there, {ours[name]!r} here"
             raise ValueError(
                 f"{folder} does not fit this recipe: {what}; use the recipe that it was trained with, or another "
                 "--workdir for a new run"

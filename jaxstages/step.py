@@ -49,7 +49,7 @@ def make_train_step(
             norm. That they stay as they are is the optimizer's part.
 
     Returns a step whose sums are those of `cross_entropy_sums`, "grad_norm" before clipping, "update_norm", "applied"
-    (1 or 0) and "streak" (steps in a row that were not finite).
+    (1 or 0), "skipped" (updates so far that were not applied) and "streak" (steps in a row that were not finite).
     """
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Sums]:
@@ -91,7 +91,7 @@ def make_train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(applied, new, old), (params, opt_state), (state.params, state.opt_state)
         )
-        verdict = {"applied": applied.astype(jnp.float32), "streak": guard.streak}
+        verdict = {"applied": applied.astype(jnp.float32), "skipped": guard.skipped, "streak": guard.streak}
         return TrainState(state.step + 1, params, opt_state, guard), sums | norms | verdict
 
     return step

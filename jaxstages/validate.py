@@ -3,10 +3,13 @@
 import dataclasses
 import difflib
 import math
+import re
+import reprlib
+import string
 import typing
 from typing import Any
 
-from jaxstages.config import TASKS, Recipe, StageConfig, stages
+from jaxstages.config import TASKS, Recipe, StageConfig, check_type, stages
 
 METRICS = ("bleu", "chrf", "exact_match", "accuracy", "macro_f1")
 CHOICES = {
@@ -26,17 +29,50 @@ AT_LEAST_ONE = (
     *("context", "layers", "width", "ff_width", "heads", "kv_heads", "head_dim", "vocab_size", "max_bytes"),
     *("steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every", "keep", "max_new_tokens"),
     *("plateau_patience", "plateau_window", "fsdp", "tensor", "max_bad_steps", "spike_window"),
+    "data",
 )
+AT_MOST = {
+    **dict.fromkeys(("layers", "heads", "kv_heads", "head_dim", "accumulate", "fsdp", "tensor"), 2**14),
+    **dict.fromkeys(("context", "width", "ff_width", "vocab_size", "batch_size", "max_new_tokens"), 2**20),
+    "spike_window": 2**20,
+    "max_bytes": 2**40,
+    "hang_seconds": 1e9,
+}
+"""More is a slip of the pen, which would end in a crash or without memory."""
+
+BELOW_ONE = ("beta1", "beta2", "dropout", "label_smoothing")
 POSITIVE = ("peak_lr", "rope_theta", "muon_lr_factor", "plateau_factor", "hang_seconds")
 SHARES = ("holdout", "dropout", "max_bad_share", "beta1", "beta2", "label_smoothing", "end_factor", "decay_share")
 
 
-def _check_field(path: str, name: str, value: Any) -> None:
-    owner = ".".join(path.split(".")[-2:])
-    if owner in CHOICES and value not in CHOICES[owner]:
-        near = difflib.get_close_matches(str(value), CHOICES[owner], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{path}={value!r}: {hint}known: {', '.join(CHOICES[owner])}")
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3e38
+"""What an int32 and a float32 hold, which numbers become on the device."""
+
+APPLIES = {
+    "tokenizer.path": ("kind", ("file",)),
+    "data.text": ("task", ("lm",)),
+    **dict.fromkeys(("data.prompt", "data.target"), ("task", ("seq2seq", "classify"))),
+    "schedule.end_factor": ("name", ("linear", "cosine", "wsd")),
+    "schedule.decay_share": ("name", ("wsd",)),
+    **{f"schedule.plateau_{name}": ("name", ("plateau",)) for name in ("factor", "patience", "window")},
+    "optim.muon_lr_factor": ("name", ("muon",)),
+}
+"""Owner and field -> the field beside it that it depends on, and for which of its values it is read."""
+
+
+def _check_text(path: str, name: str, value: str) -> None:
+    if re.search("[\0\ud800-\udfff]", value):
+        raise ValueError(f"{path}={reprlib.repr(value)} must be text, without NUL and what is not UTF-8")
+    try:
+        if name in ("text", "prompt", "target"):
+            list(string.Formatter().parse(value))
+        if name in ("no_decay", "freeze"):
+            re.compile(value)
+    except (ValueError, re.error) as error:
+        raise ValueError(f"{path}={reprlib.repr(value)}: {error}; mend it") from error
+
+
+def _check_number(path: str, name: str, value: int | float, most: int | float) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{path}={value} must be a finite number")
     if name in AT_LEAST_ONE and value < 1:
@@ -45,33 +81,44 @@ def _check_field(path: str, name: str, value: Any) -> None:
         raise ValueError(f"{path}={value} must be larger than 0")
     if name in SHARES and not 0 <= value <= 1:
         raise ValueError(f"{path}={value} must be between 0 and 1")
-    if name not in ("data", "seed") and isinstance(value, int | float) and value < 0:
+    if name in BELOW_ONE and value == 1:
+        raise ValueError(f"{path}={value} must be less than 1")
+    if value < 0:
         raise ValueError(f"{path}={value} must not be negative")
+    if value > most:
+        raise ValueError(f"{path}={value} must be at most {most}")
 
 
-def _has_type(value: Any, kind: Any) -> bool:
-    options = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_has_type(item, options[0]) for item in value)
-    if options:  # a stage, or None
-        return any(_has_type(value, option) for option in options)
-    if kind in (int, float):
-        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, kind)
+def _check_field(path: str, name: str, value: Any, largest: int | float) -> None:
+    owner = ".".join(path.split(".")[-2:])
+    if owner in CHOICES and value not in CHOICES[owner]:
+        near = difflib.get_close_matches(str(value), CHOICES[owner], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{path}={reprlib.repr(value)}: {hint}known: {', '.join(CHOICES[owner])}")
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, str):
+            _check_text(path, name, item)
+        elif isinstance(item, int | float):
+            _check_number(path, name, item, AT_MOST.get(name, largest))
 
 
 def _check_tree(config: Any, path: str) -> None:
     hints = typing.get_type_hints(type(config))
     for item in dataclasses.fields(config):
         value, where = getattr(config, item.name), f"{path}.{item.name}"
-        if not _has_type(value, hints[item.name]):
-            wanted = str(getattr(hints[item.name], "__name__", hints[item.name]))
-            wanted = "a tuple, such as ('one',)" if wanted.startswith("tuple") else wanted
-            raise ValueError(f"{where}={value!r} is of type {type(value).__name__}; it must be {wanted}")
+        check_type(value, hints[item.name], where)
+        key = ".".join(where.split(".")[-2:])
+        if key in APPLIES and value != item.default:
+            beside, readers = APPLIES[key]
+            if getattr(config, beside) not in readers:
+                raise ValueError(
+                    f"{where}={reprlib.repr(value)} does not apply to {beside}={getattr(config, beside)!r}; leave it "
+                    f"at {item.default!r}, or set {beside} to {' or '.join(map(repr, readers))}"
+                )
         if dataclasses.is_dataclass(value):
             _check_tree(value, where)
         elif not (where == "config.mesh.data" and value == -1):
-            _check_field(where, item.name, value)
+            _check_field(where, item.name, value, LARGEST_INT if hints[item.name] is int else LARGEST_FLOAT)
 
 
 def _check_stage(name: str, stage: StageConfig) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -95,6 +96,16 @@ def prepare_stage(
     return rows(data.train, "train"), rows(data.validation or data.train, "validation")
 
 
+def _check_numbers() -> None:
+    """Some jaxlib builds return wrong sums on CPU (jax#39103); a run that would be wrong does not start."""
+    rows = jnp.stack((jnp.arange(32769.0), jnp.zeros(32769), jnp.zeros(32769)), axis=1)
+    square = jax.vmap(lambda row: jnp.sum(jnp.square(jnp.eye(3) @ row)))
+    if float(jax.jit(square)(rows)[-1]) != 32768.0**2:
+        raise ValueError(
+            "this jaxlib computes wrong sums here; add --xla_cpu_experimental_ynn_fusion_type=-reduce to XLA_FLAGS"
+        )
+
+
 def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = True) -> Workbench:
     """Everything that stage `name` needs but its starting state; without data it serves to generate only.
 
@@ -105,6 +116,7 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
     if name not in known:
         raise ValueError(f"recipe {recipe.name!r} has no stage {name}; it has {', '.join(known)}")
     stage = known[name]
+    _check_numbers()
     mesh = make_mesh(recipe.mesh)
     check_batch_size(f"config.{name}.loop.batch_size", stage.loop.batch_size, stage.loop.accumulate, mesh)
     check_batch_size(f"config.{name}.evaluation.batch_size", stage.evaluation.batch_size, 1, mesh)

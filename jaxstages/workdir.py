@@ -1,5 +1,6 @@
 """The folder of a run: where things lie, and one run at a time."""
 
+import time
 from pathlib import Path
 from typing import IO
 
@@ -36,5 +37,6 @@ def lock(workdir: Path) -> IO[str]:
     try:
         return hold(workdir / "LOCK", wait=False)
     except BlockingIOError as error:
+        time.sleep(0.1)  # who has just got it is about to write its name over that of the one before
         holder = (workdir / "LOCK").read_text(encoding="utf-8") or "another process"
         raise ValueError(f"{workdir} is in use by {holder}; wait for it, or take another --workdir") from error

@@ -35,9 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("kills", 10, "SIGKILLs at random instants"),
         ("terms", 6, "SIGTERMs at random instants"),
         ("faults", 60, "random faults in checkpoints"),
-        ("every", 12, "each how many-th crash point is gone on from"),
-        ("native", 6, "crash points inside native code"),
+        ("every", 60, "each how many-th crash point is gone on from"),
+        ("native", 3, "crash points inside native code"),
         ("races", 2, "pairs of runs in one directory"),
+        ("pairs", 3, "SIGTERMs to two processes"),
+        ("fuzz", 300, "random recipes, and as many data files"),
         ("seed", 0, "of what is random"),
     ):
         parser.addoption(f"--{name}", type=int, default=count, help=what)

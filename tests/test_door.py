@@ -113,7 +113,7 @@ def test_the_flags_are_frozen() -> None:
     define_flags(values, [])
     assert set(values) == {
         *("workdir", "config", "stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
-        "debug_nans",
+        *("debug_nans", "coordinator", "processes", "process"),
     }
 
 

@@ -15,8 +15,8 @@ from jaxstages import manifest
 from jaxstages.checkpoint import read_meta, read_params, steps_of, stored_shapes
 from jaxstages.config import STAGES
 from jaxstages.console import say
-from jaxstages.disk import read_json
 from jaxstages.fingerprint import named_leaves
+from jaxstages.start import finished
 from jaxstages.types import Params
 from jaxstages.workdir import checkpoint_folder, quarantine_folder, result_file
 
@@ -49,7 +49,7 @@ def _list(folders: list[Path]) -> None:
         table.add_column(heading, justify="right" if heading in ("step", "tokens", "MB", "files") else "left")
     for folder in folders:
         steps = steps_of(folder)
-        finished = read_json(result_file(folder))["best_step"] if result_file(folder).exists() else None
+        handed_on = finished(folder)["best_step"] if result_file(folder).exists() else None
         for step in steps:
             try:
                 meta = read_meta(checkpoint_folder(folder, step))
@@ -57,7 +57,7 @@ def _list(folders: list[Path]) -> None:
                 table.add_row(folder.name, str(step), "damaged", "", "", "", str(error))
                 continue
             files = [path for path in checkpoint_folder(folder, step).rglob("*") if path.is_file()]
-            marks = ["handed on"] * (step == finished) + ["latest"] * (step == steps[-1])
+            marks = ["handed on"] * (step == handed_on) + ["latest"] * (step == steps[-1])
             best = ", ".join(f"{name} {value:.4g}" for name, value in meta["carried"]["best"].items() if value)
             size = sum(path.stat().st_size for path in files) / 1e6
             cells = (f"{meta['carried']['tokens']:,}", f"{size:.2f}", str(len(files)), best)

@@ -1,12 +1,14 @@
 """`generate`: prompts in, a JSON object a line out, by the best checkpoint of a stage."""
 
+import glob
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxstages import config as recipes
 from jaxstages.config import Recipe
+from jaxstages.data.sources import open_source
 from jaxstages.evaluate import make_answer
 from jaxstages.report.matrix import prompt_ids
 from jaxstages.start import contract_of, finished, read_parent
@@ -29,11 +31,18 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
     """Write {"prompt", "text", "tokens"} a line, tokens being those of the text, to `--out` or the standard output."""
     if (request.prompt is None) == (request.prompts is None):
         raise ValueError("generate needs --prompt=TEXT or --prompts=FILE.jsonl, one of them")
-    if request.temperature < 0:
-        raise ValueError(f"--temperature={request.temperature} must not be negative")
+    if request.temperature and not 1e-3 <= request.temperature <= 1e3:
+        raise ValueError(f"--temperature={request.temperature} must not be negative: 0, or from 0.001 to 1000")
     if request.max_new_tokens < 0:
         raise ValueError(f"--max_new_tokens={request.max_new_tokens} must be at least 1")
+    if not 0 <= request.seed < 2**32:
+        raise ValueError(f"--seed={request.seed} must be between 0 and {2**32 - 1}")
     prompts = [request.prompt] if request.prompt is not None else _read_prompts(Path(request.prompts or ""))
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt {prompt[:50]!r} is no text: {error}") from error
     name = stage or _last_finished(recipe, workdir)
     finished(workdir / name)
     bench = open_workbench(recipe, name, workdir, with_data=False)
@@ -62,15 +71,11 @@ def _last_finished(recipe: Recipe, workdir: Path) -> str:
 def _read_prompts(file: Path) -> list[str]:
     if not file.is_file():
         raise ValueError(f"--prompts={file}: no such file")
-    prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record: Any = json.loads(line) if line.strip() else {"prompt": ""}
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: not JSON: {error}") from error
-        prompt = record.get("prompt") if isinstance(record, dict) else None
+    prompts, wanted = [], 'wanted is {"prompt": "text"}'
+    for item in open_source(glob.escape(str(file)), file.parent).read():
+        prompt = item.record.get("prompt") if item.record is not None else None
         if not isinstance(prompt, str) or not prompt:
-            raise ValueError(f'{file}:{number}: wanted is {{"prompt": "text"}}')
+            raise ValueError(f"{item.where}: {item.fault or wanted}")
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"--prompts={file} has no line")

@@ -25,13 +25,20 @@ def resolve_recipe(given: Recipe | None, workdir: Path) -> Recipe:
     file = workdir / "recipe.json"
     if given is not None:
         validate(given)
-    if not file.exists():
+    if not file.is_file():
         if given is None:
             raise ValueError(f"{workdir} has no recipe.json; name a recipe with --config=configs/demo.py")
         return given
-    kept = recipes.from_dict(read_json(file)["recipe"])
-    if given is None:
-        return kept
+    content = read_json(file)
+    if not isinstance(content, dict) or "recipe" not in content:
+        raise ValueError(f'{file} is damaged: an object with "recipe" is wanted; name the recipe with --config=FILE')
+    try:
+        kept = recipes.from_dict(content["recipe"])
+        if given is None:
+            validate(kept)
+            return kept
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     begun = [name for name in recipes.STAGES if checkpoints_folder(workdir / name).exists()]
     shared = ["config.seed", "config.model"] if begun else []
     shared += ["config.tokenizer"] if tokenizer_file(workdir).exists() else []

@@ -1,44 +1,73 @@
 """`run`, `pretrain`, `finetune`, `instruct`: do what is not done, resume what is begun."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxstages import config as recipes
+from jaxstages import hosts
 from jaxstages.commands.recipe import keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.console import say
-from jaxstages.disk import read_json
 from jaxstages.report.matrix import stage_matrix
 from jaxstages.stages import finetune, instruct, pretrain
-from jaxstages.start import check_lineage
+from jaxstages.start import check_lineage, finished
+from jaxstages.types import Interrupted
 from jaxstages.workbench import cache_folder, open_tokenizer, prepare_stage
 from jaxstages.workdir import lock, result_file
 
 DRIVERS = {"pretrain": pretrain.run, "finetune": finetune.run, "instruct": instruct.run}
 
 
-def train(recipe: Recipe, workdir: Path, name: str) -> bool:
+class Place(NamedTuple):
+    """Which process this one is, of how many, and where (HOST:PORT) process 0 waits for the others."""
+
+    coordinator: str
+    processes: int
+    process: int
+
+
+def train(recipe: Recipe, workdir: Path, name: str, place: Place | None = None) -> bool:
     """One stage; False if `stop_after` ended it before its end."""
-    with lock(workdir):
-        keep_recipe(recipe, workdir)
+    with _ready(recipe, workdir, [name], place):
         return _train(recipe, workdir, name)
 
 
-def train_all(recipe: Recipe, workdir: Path) -> None:
+def train_all(recipe: Recipe, workdir: Path, place: Place | None = None) -> None:
     """All stages of the recipe, one after the other, and then the stage matrix."""
-    with lock(workdir):
-        keep_recipe(recipe, workdir)
-        tokenizer, cache = open_tokenizer(recipe, workdir), cache_folder(recipe, workdir)
-        for stage in recipes.stages(recipe).values():  # bad data of a late stage is found now, not after hours
-            prepare_stage(stage, tokenizer, recipe.model.context, cache)
-        for name in recipes.stages(recipe):
-            if not _train(recipe, workdir, name):
-                return
-        stage_matrix(recipe, workdir)
+    names = list(recipes.stages(recipe))
+    with _ready(recipe, workdir, names, place):
+        if all(_train(recipe, workdir, name) for name in names):
+            stage_matrix(recipe, workdir)
+
+
+@contextlib.contextmanager
+def _ready(recipe: Recipe, workdir: Path, names: list[str], place: Place | None) -> Iterator[None]:
+    """The run's lock, and the data of all stages prepared: what is bad in a late one is found now, not after hours.
+
+    Of several processes the first does that alone, and the others join it when it is done.
+    """
+    with contextlib.ExitStack() as held:
+        if place is None or place.process == 0:
+            held.enter_context(lock(workdir))
+            keep_recipe(recipe, workdir)
+            tokenizer, cache = open_tokenizer(recipe, workdir), cache_folder(recipe, workdir)
+            for name in names:
+                prepare_stage(recipes.stages(recipe)[name], tokenizer, recipe.model.context, cache)
+        if place is not None:
+            hosts.join(*place)
+        try:
+            yield
+        except Interrupted:  # so are the others
+            hosts.leave()
+            raise
+        hosts.leave()
 
 
 def _train(recipe: Recipe, workdir: Path, name: str) -> bool:
     if result_file(workdir / name).exists():
-        result = read_json(result_file(workdir / name))
+        result = finished(workdir / name)
         check_lineage(workdir / name, result["parent"])
         say(f"{name}: already {result['status']} at step {result['steps']}, best step {result['best_step']}", "cyan")
         return True

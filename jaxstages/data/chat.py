@@ -4,6 +4,7 @@ A turn is `<|role|> content <|end|>`. Control tokens are ids between encoded tex
 become one. Trained on are the assistant's contents and the end token after each, so that it learns to stop.
 """
 
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def check_messages(record: Record) -> list[dict[str, Any]]:
             raise ValueError(f'message {place + 1} is no {{"role", "content"}} with a text')
         role = message.get("role")
         if role not in ROLES:
-            raise ValueError(f"message {place + 1} has role {role!r}; known: {', '.join(ROLES)}")
+            raise ValueError(f"message {place + 1} has role {reprlib.repr(role)}; known: {', '.join(ROLES)}")
         if not message["content"].strip():
             raise ValueError(f"message {place + 1} ({role}) is empty")
         if role == "system" and place == 0:

@@ -20,21 +20,24 @@ from jaxstages import manifest
 from jaxstages.config import DataConfig
 from jaxstages.console import Progress, say
 from jaxstages.data.packing import pack
-from jaxstages.data.sources import Item, Source
+from jaxstages.data.sources import Item, Record, Source
 from jaxstages.data.tasks import Question, asks, assemble, is_held_out, texts
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.disk import hold, make_folder, put, read_json, write_json, write_text
 
-VERSION = 2
+VERSION = 3
 """Counts up when the same inputs give other rows."""
 
-BLOCK_CHARACTERS, BLOCK_RECORDS = 16_000_000, 50_000
-"""A shard is closed when it has this much text (or one record that has more), or this many records."""
+BLOCK_BYTES, BLOCK_RECORDS = 16_000_000, 50_000
+"""A shard is closed when its records take this much memory (or one that takes more), or when it has this many."""
+
+MOST_BYTES = 2**25
+"""A record that takes more is malformed."""
 
 SUMMED = ("records", "bad", "examples", "rows", "tokens", "scored", "cut_examples", "cut_tokens")
 
-MOST_NAMED = 5
-"""Malformed records that are named; all of them are counted."""
+MOST_NAMED, MOST_SAID = 5, 300
+"""Malformed records that are named, each with so many letters of its fault; all of them are counted."""
 
 HASH_UP_TO = 2**20
 """Bytes up to which the files of a cache are hashed whenever it is opened. Larger are the rows, which have checksums of
@@ -136,13 +139,31 @@ def _blocks(source: Source, part: str, config: DataConfig) -> Iterator[list[Item
     block: list[Item] = []
     size = 0
     for item in items_of(source, part, config):
+        taken = _size(item.record)
+        if taken > MOST_BYTES:
+            item, taken = Item(item.where, None, f"it takes {taken:,} bytes, more than {MOST_BYTES:,}"), 0
         block.append(item)
-        size += sum(len(value) for value in (item.record or {}).values() if isinstance(value, str))
-        if size >= BLOCK_CHARACTERS or len(block) >= BLOCK_RECORDS:
+        size += taken
+        if size >= BLOCK_BYTES or len(block) >= BLOCK_RECORDS:
             yield block
             block, size = [], 0
     if block:
         yield block
+
+
+def _size(record: Record | None) -> int:
+    """About how much memory a record takes: UTF-8 bytes of all its text, and 64 for each value, however deep."""
+    total, waiting = 0, [record] if record else []
+    while waiting:
+        value: Any = waiting.pop()
+        total += 64
+        if isinstance(value, str):
+            total += len(value.encode("utf-8", "surrogatepass"))
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+    return total
 
 
 def _side(item: Item, whole_text: bool, part: str, config: DataConfig) -> Item | None:
@@ -173,7 +194,7 @@ def _write_shard(
                 raise ValueError(item.fault)
             kept.append((item.where, item.record, texts(item.record, config)))
         except ValueError as error:
-            bad.append(f"{item.where}: {error}")
+            bad.append(f"{item.where}: {str(error)[:MOST_SAID]}")
     ids = iter(tokenizer.encode_batch([text for _, _, found in kept for text in found]))
     encoded = [
         assemble(record, found, [next(ids) for _ in found], config.task, tokenizer.specials, context)

@@ -16,12 +16,25 @@ import gzip
 import hashlib
 import importlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
+
+MOST_BYTES = 2**24
+"""Of a record in a file; a longer one is malformed, and never held in memory whole."""
+
+PIECE = 2**22
+"""Characters of a text file that make one record; a larger file is several."""
+
+KINDS = {".txt": "text", ".jsonl": "JSONL", ".gz": "gzip", ".parquet": "Parquet", ".array_record": "ArrayRecord"}
+
+FAULTS = (OSError, EOFError, zlib.error, RuntimeError, ValueError, LookupError, ArithmeticError, MemoryError)
+"""What the decoders raise for damaged files; an OSError with a number is the disk's all the same."""
 
 
 class Item(NamedTuple):
@@ -68,12 +81,12 @@ def open_source(name: str, data_dir: Path) -> Source:
 
 
 def _open_files(name: str) -> Source:
-    files = [Path(path) for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
-    if not files:
-        raise ValueError(f"no file matches {name!r} (looked from {Path.cwd()}); name a file or a pattern that does")
+    files = _matching(name)
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".gz": _read_jsonl}
     readers |= {".parquet": _read_parquet, ".array_record": _read_array_record}
     for file in files:
+        if re.search(r"[\t\n\r\ud800-\udfff]", str(file)):
+            raise ValueError(f"{str(file)!r}: a tab, a new line or what is not UTF-8 in a file's name; rename it")
         if file.suffix not in readers or (file.suffix == ".gz" and not file.name.endswith(".jsonl.gz")):
             raise ValueError(f"{file}: unknown kind of file; known: .txt .jsonl .jsonl.gz .parquet .array_record")
         if not file.stat().st_size:
@@ -81,43 +94,98 @@ def _open_files(name: str) -> Source:
 
     def read() -> Iterator[Item]:
         for file in files:
-            yield from readers[file.suffix](file)
+            with _named(file):
+                yield from readers[file.suffix](file)
 
     whole_text = all(file.suffix == ".txt" for file in files)
     return Source(name, read, _fingerprint(files), sum(map(_count, files)), whole_text)
 
 
+def _matching(name: str) -> list[Path]:
+    """The files of a path or pattern, in order."""
+    found: dict[Path, Path] = {}
+    for path in map(Path, glob.iglob(name, recursive=True)):
+        if path.is_file():
+            # Links to a folder above make `**` walk in circles, and read a file many times: stop at the first.
+            known = found.setdefault(path.resolve(), path)
+            if known != path:
+                raise ValueError(f"{name!r} matches one file twice, as {known} and {path}; remove the link to it")
+    if not found:
+        raise ValueError(f"no file matches {name!r} (looked from {Path.cwd()}); name a file or a pattern that does")
+    return sorted(found.values(), key=str)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """What the decoders make of a damaged file, as ValueError: it is the user's data, and no disk that fails."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ValueError(f"{file} can't be read: {error.strerror}; change its permissions") from error
+    except FAULTS as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file} is no whole {KINDS[file.suffix]} file: {said}") from error
+
+
 def _count(file: Path) -> int:
-    """Records of a file; lines for JSONL, blank ones included."""
-    match file.suffix:
-        case ".txt":
-            return 1
-        case ".parquet":
-            return _open_parquet(file).metadata.num_rows
-        case ".array_record":
-            return _open_array_record(file).num_records()
-        case _:
-            return sum(1 for _ in _lines(file))
+    """Records of a file; lines for JSONL, blank ones included; about how many for a large text."""
+    with _named(file):
+        match file.suffix:
+            case ".txt":
+                return 1 + file.stat().st_size // PIECE
+            case ".parquet":
+                return _open_parquet(file).metadata.num_rows
+            case ".array_record":
+                return _open_array_record(file).num_records()
+            case _:
+                return sum(1 for _ in _lines(file))
 
 
 def _fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as content:
+        with _named(file), file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 
 
+def _check_utf8(start: bytes) -> None:
+    """Raises ValueError for the first bytes of a file in UTF-16 or UTF-32, which may be valid UTF-8 full of NULs."""
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:4]:
+        raise ValueError("it begins like UTF-16; save it as UTF-8")
+
+
 def _read_text(file: Path) -> Iterator[Item]:
-    try:
-        yield Item(str(file), {"text": file.read_text(encoding="utf-8")})
-    except UnicodeDecodeError as error:
-        yield Item(str(file), None, f"not UTF-8: {error}")
+    with file.open("rb") as content:
+        _check_utf8(content.read(4))
+    line = 1
+    with file.open(encoding="utf-8-sig") as content:
+        try:
+            while text := content.read(PIECE):
+                yield Item(f"{file}:{line}" if line > 1 else str(file), {"text": text})
+                line += text.count("\n")
+        except UnicodeDecodeError as error:
+            yield Item(str(file), None, f"not UTF-8: {error}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Record:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return found
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 def _parse(where: str, line: bytes) -> Item:
+    if len(line) > MOST_BYTES:
+        return Item(where, None, f"longer than {MOST_BYTES:,} bytes")
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         return Item(where, None, f"not JSON: {error}")
     if not isinstance(record, dict):
@@ -127,30 +195,30 @@ def _parse(where: str, line: bytes) -> Item:
 
 def _read_jsonl(file: Path) -> Iterator[Item]:
     for number, line in enumerate(_lines(file), start=1):
-        if line.strip():
+        if number == 1:
+            _check_utf8(line)
+        if len(line) > MOST_BYTES or line.strip():
             yield _parse(f"{file}:{number}", line)
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-            yield from lines
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file} is no whole gzip file: {error}") from error
+    """Lines; of one that is too long only the beginning, which is more than `MOST_BYTES`."""
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+        while line := lines.readline(MOST_BYTES + 1):
+            yield line
+            while len(line) > MOST_BYTES and not line.endswith(b"\n"):
+                line = lines.readline(MOST_BYTES + 1)
 
 
 def _open_parquet(file: Path) -> Any:
     import pyarrow.parquet
 
-    try:
-        return pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file} is no Parquet file: {error}") from error
+    return pyarrow.parquet.ParquetFile(file, buffer_size=2**20)  # else it holds whole columns of a row group
 
 
 def _read_parquet(file: Path) -> Iterator[Item]:
     number = 0
-    for batch in _open_parquet(file).iter_batches():
+    for batch in _open_parquet(file).iter_batches(batch_size=100):
         for record in batch.to_pylist():
             number += 1
             yield Item(f"{file}:{number}", record)
@@ -159,10 +227,7 @@ def _read_parquet(file: Path) -> Iterator[Item]:
 def _open_array_record(file: Path) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    try:
-        return ArrayRecordReader(str(file))
-    except RuntimeError as error:
-        raise ValueError(f"{file} is no ArrayRecord file: {error}") from error
+    return ArrayRecordReader(str(file))
 
 
 def _read_array_record(file: Path) -> Iterator[Item]:

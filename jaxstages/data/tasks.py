@@ -108,9 +108,17 @@ def texts(record: Record, config: DataConfig) -> list[str]:
             found = [message["content"] for message in check_messages(record)]
         case _:
             raise ValueError(f"data.task={config.task!r}; known: lm, seq2seq, classify, chat")
-    for text in found:
+    for text in (*found, _kind(record)):
         text.encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
     return found
+
+
+def _kind(record: Record) -> str:
+    """By which the stage matrix groups questions."""
+    kind = record.get("kind", "")
+    if isinstance(kind, dict | list):
+        raise ValueError(f'field "kind" is a {type(kind).__name__}; it must be text')
+    return str(kind)
 
 
 def assemble(
@@ -130,7 +138,7 @@ def assemble(
         return _assemble_chat(record, ids, special, most)
     start = pair_prompt(ids[0], special)
     pair = np.concatenate([start, ids[1], [special.end_of_text]]).astype(np.int32)
-    question = Question(start, found[1], str(record.get("kind", "")))
+    question = Question(start, found[1], _kind(record))
     if len(pair) > most:
         return Encoded([], question, len(pair))
     return Encoded([Example(pair, _scored_after(len(start), len(pair)))], question, 0)
@@ -151,7 +159,7 @@ def _assemble_chat(record: Record, contents: list[np.ndarray], special: Specials
     ends = np.cumsum([len(turn) for turn in ids])
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     last = answers[-1]
-    question = Question(chat_prompt(ids[:last], special), messages[last]["content"], str(record.get("kind", "")))
+    question = Question(chat_prompt(ids[:last], special), messages[last]["content"], _kind(record))
     fitting = [n for n in answers if ends[n] <= most]
     if not fitting:
         return Encoded([], question, int(ends[-1]))

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,13 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|sep|>", "<|system|>", "<|user|>", "<|assis
 UNKNOWN = "<|unknown|>"
 """Only in a character tokenizer: a character that its training text did not have."""
 
+PIECE = 2**20
+"""Characters that are encoded at once: the library takes more than 100 bytes for each."""
+
+LONGEST_WORD, MOST_UNBROKEN = 2**10, 2**23
+"""Characters of a word that BPE learns from, and of all such words together: its time grows with the square of the one,
+its memory a hundredfold with the other, where text has no spaces (DNA, base64)."""
+
 
 class Tokenizer(NamedTuple):
     """backend: of the `tokenizers` library. sha256: of the `tokenizer.json` that it was read from."""
@@ -44,19 +52,26 @@ class Tokenizer(NamedTuple):
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """int32 ids of each text, over all cores. Control tokens that stand in a text are encoded as plain text."""
-        found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.int32) for encoding in found]
+        parts = [[np.zeros(0, np.int32)] for _ in texts]
+        for batch in _batches(_pieces(texts, PIECE)):
+            with _refused("this tokenizer can't encode the data; take another"):
+                found = self.backend.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+            for (text, _), encoding in zip(batch, found, strict=True):
+                parts[text].append(np.asarray(encoding.ids, np.int32))
+        return [np.concatenate(ids) for ids in parts]
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids; control tokens are left out."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        with _refused("this tokenizer can't decode; take another"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def show(self, ids: Sequence[int]) -> str:
         """Ids for people: control tokens by name. Ids are shown together, for a letter may be several tokens."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        with _refused("this tokenizer can't decode; take another"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray:
         """float32 [V]: UTF-8 bytes of text that each token stands for; 0 for control tokens."""
@@ -71,6 +86,56 @@ class Tokenizer(NamedTuple):
         return sizes
 
 
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """All that the library raises as ValueError: its only type is Exception, and a panic of its Rust code is none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _pieces(texts: Iterable[str], most: int) -> Iterator[tuple[int, str]]:
+    """Texts in pieces of at most `most` characters, each with the number of its text. Cut is before a space or new line
+    where there is one, for there our own tokenizers begin a word anyway."""
+    before_space = re.compile(r"(?s).*\S(?=[ \n])")
+    for number, text in enumerate(texts):
+        start = 0
+        while len(text) - start > most:
+            found = before_space.match(text, start, start + most + 1)
+            end = found.end() if found else start + most
+            yield number, text[start:end]
+            start = end
+        yield number, text[start:]
+
+
+def _words(texts: Iterable[str]) -> Iterator[str]:
+    """Pieces to learn from, without what would take too long or too much memory."""
+    unbroken = 0
+    for _, piece in _pieces(texts, LONGEST_WORD):
+        if len(piece) == LONGEST_WORD and not re.search(r"\s", piece):
+            unbroken += len(piece)
+            if unbroken > MOST_UNBROKEN:
+                continue
+        yield piece
+
+
+def _batches(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """As many pieces at a time as have `PIECE` characters."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for piece in pieces:
+        if batch and size + len(piece[1]) > PIECE:
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += len(piece[1])
+    if batch:
+        yield batch
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a `tokenizer.json` that has our control tokens.
 
@@ -79,16 +144,27 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such tokenizer; check config.tokenizer.path, or run `jaxstages prepare` first")
-    content = path.read_bytes()
-    try:
+    return _open(path.read_bytes(), path)
+
+
+def _parse(content: bytes, path: Path) -> tokenizers.Tokenizer:
+    with _refused(f"{path} can't be read as a tokenizer.json"):
         backend = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library's only type
-        raise ValueError(f"{path} can't be read as a tokenizer.json: {error}") from error
+    ids, size = backend.get_vocab(with_added_tokens=True).values(), backend.get_vocab_size(with_added_tokens=True)
+    if max(ids, default=0) >= max(size, 1):
+        raise ValueError(f"{path}: the ids of its {size} tokens reach {max(ids)}; they must be 0 to {size - 1}")
+    return backend
+
+
+def _open(content: bytes, path: Path) -> Tokenizer:
+    backend = _parse(content, path)
     found = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
     ids = [i for i in found if i is not None]
     if len(ids) < len(found):
         missing = [token for token, i in zip(SPECIAL_TOKENS, found, strict=True) if i is None]
         raise ValueError(f"{path} lacks the control tokens {', '.join(missing)}; let `jaxstages prepare` make it")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{path}: control tokens share an id: {dict(zip(SPECIAL_TOKENS, ids, strict=True))}")
     backend.encode_special_tokens = True  # a user's "<|end|>" is text, never control
     backend.no_padding()
     backend.no_truncation()
@@ -114,7 +190,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path) ->
                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                 show_progress=False,
             )
-            backend.train_from_iterator(texts, trainer)
+            backend.train_from_iterator(_words(texts), trainer)
         case "characters":
             letters = sorted(set().union(*map(set, texts)))
             vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, UNKNOWN, *letters])}
@@ -126,12 +202,12 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path) ->
             source = Path(config.path)
             if not source.is_file():
                 raise ValueError(f"config.tokenizer.path={config.path!r}: no such file")
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(source))
-            except Exception as error:  # the library's only type
-                raise ValueError(f"{source} can't be read as a tokenizer.json: {error}") from error
+            backend = _parse(source.read_bytes(), source)
             backend.add_special_tokens([t for t in SPECIAL_TOKENS if backend.token_to_id(t) is None])
         case _:
             raise ValueError(f"tokenizer.kind={config.kind!r}; known: bpe, characters, file")
-    write_text(path, backend.to_str(pretty=True))
-    return load_tokenizer(path)
+    content = backend.to_str(pretty=True)
+    # Before it is kept: one that can't be used must not stay in the workdir.
+    tokenizer = _open(content.encode(), Path(config.path or path))
+    write_text(path, content)
+    return tokenizer

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxstages import config as recipes
+from jaxstages import hosts
 from jaxstages.config import Recipe
 from jaxstages.console import say
 from jaxstages.data.chat import chat_prompt, encode_chat
@@ -74,7 +75,8 @@ def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
         "prompts": prompts,
         "signatures": sorted(signatures),
     }
-    write_json(workdir / "stage_matrix.json", matrix)
+    if hosts.leads():
+        write_json(workdir / "stage_matrix.json", matrix)
     _show(matrix)
     return matrix
 

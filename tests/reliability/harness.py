@@ -73,26 +73,34 @@ class Home:
         make_recipe(self.folder)
         (self.folder / "recipe.py").write_text(CONFIG)
 
-    def start(self, work: Path, prefix: tuple[str, ...] = (), **environment: str) -> "Child":
-        phases = work.parent / f"{work.name}.phases"
+    def start(
+        self,
+        work: Path,
+        prefix: tuple[str, ...] = (),
+        more: tuple[str, ...] = (),
+        log: Path | None = None,
+        **environment: str,
+    ) -> "Child":
+        log = log or work.with_name(f"{work.name}.log")
+        phases = self.folder / f"{work.name}{'.'.join(more[2:])}.phases"
         phases.write_bytes(bytes(4))
         env = os.environ | {"PYTHONPATH": str(ROOT), "JAXSTAGES_TEST_PHASES": str(phases), "COLUMNS": "300"}
         env["XLA_FLAGS"] = ""  # one device, as most users have
         if self.compile_cache:
             env |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
             env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
-        log = (work.parent / f"{work.name}.log").open("ab")
-        words = (*self.command, f"--config={self.folder}/recipe.py", f"--workdir={work}", *self.more)
+        output = log.open("ab")
+        words = (*self.command, f"--config={self.folder}/recipe.py", f"--workdir={work}", *self.more, *more)
         process = subprocess.Popen(
             [*prefix, sys.executable, str(ROOT / "tests" / "reliability" / "child.py"), *words],
             env=env | environment,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        log.close()
-        return Child(process, work, shared(str(phases)))
+        output.close()
+        return Child(process, log, shared(str(phases)), words)
 
     def run(self, work: Path, **environment: str) -> int:
         return self.start(work, **environment).wait()
@@ -101,8 +109,12 @@ class Home:
 @dataclass
 class Child:
     process: subprocess.Popen
-    work: Path
+    output: Path
     slots: Any
+    words: tuple[str, ...]
+
+    def running(self) -> bool:
+        return self.process.poll() is None
 
     @property
     def phases(self) -> list[str]:
@@ -126,7 +138,7 @@ class Child:
             self.process.wait()
 
     def log(self) -> str:
-        return (self.work.parent / f"{self.work.name}.log").read_text(errors="replace")[-3000:]
+        return self.output.read_text(errors="replace")[-3000:]
 
 
 def outcome(work: Path) -> dict[str, Any]:
@@ -139,7 +151,12 @@ def outcome(work: Path) -> dict[str, Any]:
         last = steps_of(work / stage)[-1]
         lines = read_metrics(work / stage / "metrics.jsonl")
         found[stage] = {name: result[name] for name in SAME} | {
-            "fingerprint": read_meta(checkpoint_folder(work / stage, last))["fingerprint"],
+            # Without early stopping's state: that of a run which was interrupted in its last evaluation is in the result.
+            "fingerprint": {
+                path: text
+                for path, text in read_meta(checkpoint_folder(work / stage, last))["fingerprint"].items()
+                if not path.startswith("train/early_stopping")
+            },
             "steps_kept": steps_of(work / stage),
             "lines": [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines],
         }

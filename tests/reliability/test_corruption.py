@@ -54,7 +54,7 @@ class Kept:
         step = found.meta["step"]
         assert found.meta == self.metas[step], "silently wrong metadata"
         train_item = {name: getattr(found.state, name) for name in ("opt_state", "step", "guard")}
-        prints = fingerprint({"params": found.state.params, "train": train_item})
+        prints = fingerprint({"params": found.state.params, "train": train_item}).digests
         assert all(self.metas[step]["fingerprint"][path] == value for path, value in prints.items()), "silently wrong"
         return step
 

@@ -2,11 +2,14 @@
 
 import random
 import signal
+import socket
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.reliability.harness import SAVE_EVERY, Home, Tally, garbage, outcome, print_table, torment
+from tests.reliability.harness import SAVE_EVERY, Child, Home, Tally, garbage, outcome, print_table, torment, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +60,56 @@ def test_asked_to_stop_at_random_instants(
     count, seed = request.config.getoption("--terms"), request.config.getoption("--seed")
     tally = stopped(home, whole, "term", signal.SIGTERM, count, tmp_path, seed)
     assert max(tally.redone, default=0) <= 1 and max(tally.seconds) < 25
+
+
+def start_pair(home: Home, work: Path) -> list[Child]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start_one(home, work, process, port) for process in range(2)]
+
+
+def start_one(home: Home, work: Path, process: int, port: int) -> Child:
+    return home.start(work, more=(f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={process}"))
+
+
+def ends_of(home: Home, work: Path, pair: list[Child]) -> list[int]:
+    """Exit codes of both. One that got its signal before it had joined ends alone; the other waits for it to be started
+    again, as a supervisor does."""
+    while any(child.process.poll() is None for child in pair):
+        time.sleep(0.05)
+        for process, child in enumerate(pair):
+            if child.process.poll() == 75 and "nothing is unsaved" in child.log() and pair[1 - process].running():
+                port = int(child.words[-3].rpartition(":")[2])
+                pair[process] = start_one(home, work, process, port)
+    return [child.wait() for child in pair]
+
+
+def test_two_processes_asked_to_stop(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A signal to one of them, or to both: both save the same step and end with code 75."""
+    home, dice = Home(tmp_path / "home", command=("pretrain",)), random.Random(request.config.getoption("--seed"))
+    assert ends_of(home, home.folder / "whole", start_pair(home, home.folder / "whole")) == [0, 0]
+    whole = outcome(home.folder / "whole")
+    count, sent, runs, codes, seconds, hits = request.config.getoption("--pairs"), 0, 0, Counter(), [], Counter()
+    work = tmp_path / "work0"
+    while sent < count:
+        pair = start_pair(home, work)
+        phase = dice.choice(("prepare", "restore", "compile", "step", "evaluate", "save", "commit", None))
+        if wait_for(pair[0], phase, dice.expovariate(20) if phase else dice.uniform(0, 6)):
+            hits.update(pair[0].phases)
+            began, victims = time.monotonic(), dice.choice(((0,), (1,), (0, 1)))
+            for victim in victims:
+                pair[victim].kill(signal.SIGTERM)
+            while pair[victims[0]].running():
+                time.sleep(0.02)
+            seconds.append(time.monotonic() - began)
+            sent += 1
+        ends = ends_of(home, work, pair)
+        codes[str(ends)] += 1
+        assert ends in ([75, 75], [0, 0]), f"{ends} in {hits}:\n{pair[0].log()}"
+        if ends == [0, 0]:
+            assert outcome(work) == whole
+            runs, work = runs + 1, tmp_path / f"work{runs + 1}"
+    assert ends_of(home, work, start_pair(home, work)) == [0, 0] and outcome(work) == whole
+    print_table(f"two processes: {sent} signals", {"codes": codes, "phases": hits, "longest, s": max(seconds)})
+    assert max(seconds) < 25

@@ -1,0 +1,100 @@
+"""Several processes as one program: who writes, who waits, and how all of them agree to stop."""
+
+import contextlib
+import functools
+import itertools
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+LOST_AFTER = 30
+"""Seconds without a sign of life after which a host counts as lost, and the others end."""
+
+
+def join(coordinator: str, processes: int, process: int) -> None:
+    """Become process `process` of `processes`; process 0 listens at `coordinator` (HOST:PORT), and nowhere else.
+
+    From here on JAX takes SIGTERM, and `asked_together` tells of it. What the others would say a second time is not
+    shown.
+    """
+    if process:
+        _wait_for(coordinator)
+    # An end between the first word to the others and the last would leave them with an error: signals wait so long.
+    early: list[int] = []
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        heartbeat_timeout_seconds=LOST_AFTER,
+        coordinator_bind_address=coordinator if process == 0 else None,
+    )
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    if early:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def _wait_for(coordinator: str) -> None:
+    """Until process 0, which prepares the data first, listens."""
+    host, _, port = coordinator.rpartition(":")
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+            return
+        time.sleep(0.2)
+
+
+def leads() -> bool:
+    """Does this process write what is written once?"""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    return jax.process_count() > 1
+
+
+def meet(name: str) -> None:
+    """Wait until every process is here."""
+    if several():
+        multihost_utils.sync_global_devices(name)
+
+
+def from_leader(value: int) -> int:
+    """The leader's value, in every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if several() else value
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """All of an array, wherever its parts lie."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(jax.device_get(array))
+
+
+@functools.cache
+def _polls() -> Iterator[int]:
+    """JAX wants a number that grows with each question, and the same one in every process."""
+    return itertools.count(1)
+
+
+def asked_together() -> Callable[[], bool] | None:
+    """`asked()`, for several processes, each of which must ask as often as the others: has one of them got a signal?
+    All get the same answer to the same question. None where there is one process."""
+    return (lambda: multihost_utils.reached_preemption_sync_point(next(_polls()))) if several() else None
+
+
+def leave() -> None:
+    """The others may still be reading: nobody goes before all are done."""
+    if several():
+        jax.distributed.shutdown()

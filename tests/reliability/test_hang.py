@@ -1,0 +1,186 @@
+"""What hangs is ended with the stacks of all threads, what is slow is not; and each signal ends a run as it should."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxstages.checkpoint import steps_of
+from tests.reliability.harness import ROOT, Home, outcome
+
+SCRIPT = """
+import hashlib
+import os
+import time
+
+from jaxstages import __main__ as door
+from jaxstages.signals import stop_signals
+
+
+def mark(text):
+    os.write(1, f"<{text}>".encode())
+
+
+def busy_in_c():
+    # For minutes, without the GIL, and no signal cuts it short: as a compilation, or a step that waits for the device.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+
+def sleeps_for_ever():
+    while True:
+        time.sleep(1)
+
+
+with stop_signals():  # as the door itself does, before the slow imports
+    from jax._src import compiler
+
+    import jaxstages.loop as loop
+    import jaxstages.main
+
+    place, read, compile_any = loop._Run._place, loop._Run._read, compiler.compile_or_get_cached
+
+    def placed(self, k):
+        PLACE
+        return place(self, k)
+
+    def noted(self, step, *more):
+        read(self, step, *more)
+        READ
+
+    def compiled(backend, computation, *more, **named):
+        if "jit_step" in str(computation.operation.attributes["sym_name"]):
+            COMPILE
+        return compile_any(backend, computation, *more, **named)
+
+    loop._Run._place, loop._Run._read, compiler.compile_or_get_cached = placed, noted, compiled
+    door.cli()
+"""
+"""The program; before a batch is made, after a step is read, and before the step or the evaluation is compiled it does
+what a test puts there."""
+
+
+@dataclass
+class Run:
+    process: subprocess.Popen
+    log: Path
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, mark: str) -> None:
+        end = time.monotonic() + 60
+        while f"<{mark}>" not in self.text():
+            assert self.process.poll() is None and time.monotonic() < end, f"no <{mark}>:\n{self.text()}"
+            time.sleep(0.01)
+
+    def ends(self, seconds: float = 90) -> int:
+        """The exit code; fails if there is none within `seconds`."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"still there after {seconds} s:\n{self.text()}") from None
+
+    def signal(self, number: int, seconds: float = 90) -> int:
+        self.process.send_signal(number)
+        return self.ends(seconds)
+
+
+class Lab:
+    """Runs of the first stage of one recipe, which share data and compiled functions."""
+
+    def __init__(self, folder: Path) -> None:
+        Home(folder)
+        self.folder = folder
+
+    def start(self, name: str, hang: float = 600, place: str = "pass", read: str = "pass", comp: str = "pass") -> Run:
+        """In workdir `name`; the statements are put where SCRIPT says."""
+        script, log = self.folder / f"{name}.py", self.folder / f"{name}.log"
+        script.write_text(SCRIPT.replace("PLACE", place).replace("READ", read).replace("COMPILE", comp))
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+        environment["XLA_FLAGS"] = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        words = (f"--config={self.folder}/recipe.py", f"--workdir={self.folder / name}")
+        more = f"--config.pretrain.loop.hang_seconds={hang}"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, str(script), "pretrain", *words, more],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return Run(process, log)
+
+    def newest(self, name: str) -> int:
+        return steps_of(self.folder / name / "pretrain")[-1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("hang"))
+
+
+@pytest.fixture(scope="module")
+def slow(lab: Lab) -> dict[str, Any]:
+    """What a run comes to whose compilations take longer than the watchdog's seconds, and so do its steps in all."""
+    run = lab.start("slow", hang=3, place="time.sleep(0.35 if k else 0)", comp="time.sleep(3.5)")
+    assert run.ends() == 0, run.text()
+    return outcome(lab.folder / "slow")
+
+
+def test_a_slow_run_is_not_ended(slow: dict[str, Any]) -> None:
+    assert slow["pretrain"]["status"] == "completed" and slow["pretrain"]["steps"] * 0.35 > 3
+
+
+@pytest.mark.usefixtures("slow")  # for what it has compiled
+def test_a_hang_is_ended_with_the_stacks_of_all_threads(lab: Lab) -> None:
+    run = lab.start("hang", hang=3, place='if k == 7:\n            mark("hangs")\n            sleeps_for_ever()')
+    run.wait_for("hangs")
+    assert run.ends(13) == 1
+    text = run.text()
+    assert "Timeout (0:00:03)!" in text and text.count("hread 0x") > 2
+    assert "in sleeps_for_ever" in text and "in prefetch" in text and "in train_stage" in text
+    assert lab.newest("hang") in (3, 6), "what was saved before stands"
+
+
+ASKED = "if step == {step}:\n            mark('there')\n            while not self._signals.asked: time.sleep(0.01)"
+
+
+def test_each_signal_ends_a_run_as_it_should_and_it_goes_on_to_the_same(lab: Lab, slow: dict[str, Any]) -> None:
+    for number, step in ((signal.SIGINT, 4), (signal.SIGUSR1, 7)):
+        run = lab.start("signals", read=ASKED.format(step=step))
+        run.wait_for("there")
+        assert run.signal(number) == 75, run.text()
+        assert f"{signal.Signals(number).name}: saves after this step" in run.text()
+        assert f"pretrain: interrupted; saved at step {lab.newest('signals')}, start it again to go on" in run.text()
+        assert lab.newest("signals") - step in (0, 1)
+    saved = lab.newest("signals")
+
+    run = lab.start("signals", comp="mark('there'); busy_in_c()")
+    run.wait_for("there")
+    assert run.signal(signal.SIGTERM, 2) == 75, run.text()
+    assert "SIGTERM: nothing is unsaved; start it again to go on" in run.text()
+
+    run = lab.start("signals", read=f"if step == {saved + 2}: mark('there'); busy_in_c()")
+    run.wait_for("there")
+    run.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    run.process.send_signal(signal.SIGTERM)  # as launchers forward what the whole group got already
+    time.sleep(1.2)
+    assert run.process.poll() is None, run.text()
+    assert run.signal(signal.SIGTERM, 2) == 1, run.text()
+    assert "SIGTERM again: ends without saving, the last checkpoint stands" in run.text()
+
+    run = lab.start("signals")
+    assert run.ends() == 0, run.text()
+    assert outcome(lab.folder / "signals") == slow
