@@ -1,8 +1,11 @@
 # Two commands: `make demo` trains all three stages, `make test` runs the tests. Both make .venv first if it is missing.
+# `make soak` runs the long tier of the reliability tests, for hours; SOAK="--kills=50 --seed=1" on the command line changes the counts.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-control test check lock clean
+SOAK := --kills=500 --terms=200 --pairs=200 --faults=2000 --every=1 --native=120 --fuzz=20000 --races=50
+
+.PHONY: demo demo-control test soak check lock clean
 
 .venv: requirements.lock pyproject.toml
 	rm -rf .venv
@@ -19,6 +22,10 @@ demo-control: .venv  ## the demo's fine-tuning from scratch with the same budget
 
 test: .venv check
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+
+soak: .venv  ## the reliability tests, with counts for days of trust
+	JAXSTAGES_TEST_FIGURES=soak.txt $(BIN)/python -m pytest tests/reliability -n 2 --dist loadfile $(SOAK)
+	cat soak.txt
 
 check: .venv  ## lint and types
 	$(BIN)/ruff check .

@@ -7,12 +7,18 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from jaxstages.signals import end_at_once
+
+PATIENCE = 5
+"""Seconds that a signal waits for a process to have joined the others."""
 
 LOST_AFTER = 30
 """Seconds without a sign of life after which a host counts as lost, and the others end."""
@@ -26,10 +32,21 @@ def join(coordinator: str, processes: int, process: int) -> None:
     """
     if process:
         _wait_for(coordinator)
-    # An end between the first word to the others and the last would leave them with an error: signals wait so long.
-    early: list[int] = []
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, lambda number, _: early.append(number))
+    # An end between the first word to the others and the last would leave them with an error: a signal waits so long.
+    joined = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        if not os.read(reader, 1):
+            return
+        if joined.wait(PATIENCE):
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX has it now, and all will know
+        else:
+            end_at_once("asked to stop before the others were there")
+
+    threading.Thread(target=watch, name="join", daemon=True).start()
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         coordinator,
@@ -40,8 +57,9 @@ def join(coordinator: str, processes: int, process: int) -> None:
     )
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    if early:
-        os.kill(os.getpid(), signal.SIGTERM)
+    signal.set_wakeup_fd(-1)
+    joined.set()
+    os.close(writer)
     if process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
 

@@ -91,8 +91,8 @@ class MetricsWriter:
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._file = path.open("a")
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         if self._file is None:

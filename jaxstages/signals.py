@@ -21,6 +21,11 @@ SAME = 1.0
 """Seconds in which a second signal is the first one again: launchers forward what the whole group got already."""
 
 
+def end_at_once(why: str) -> None:
+    print(f"jaxstages: {why}: nothing is unsaved; start it again to go on", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
+
+
 class Stop:
     """asked: a signal came. unsaved: there is work that an end would lose; set by who does that work.
 
@@ -43,8 +48,7 @@ class Stop:
     def note(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self.unsaved:
-            print(f"jaxstages: {name}: nothing is unsaved; start it again to go on", file=sys.stderr, flush=True)
-            os._exit(INTERRUPTED)
+            end_at_once(name)
         if not self.asked:
             self.asked, self._first = True, time.monotonic()
             print(f"jaxstages: {name}: saves after this step; once more ends at once", file=sys.stderr, flush=True)

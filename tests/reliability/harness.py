@@ -100,7 +100,7 @@ class Home:
             start_new_session=True,
         )
         output.close()
-        return Child(process, log, shared(str(phases)), words)
+        return Child(process, work, log, shared(str(phases)), words)
 
     def run(self, work: Path, **environment: str) -> int:
         return self.start(work, **environment).wait()
@@ -109,6 +109,7 @@ class Home:
 @dataclass
 class Child:
     process: subprocess.Popen
+    work: Path
     output: Path
     slots: Any
     words: tuple[str, ...]
@@ -151,16 +152,28 @@ def outcome(work: Path) -> dict[str, Any]:
         last = steps_of(work / stage)[-1]
         lines = read_metrics(work / stage / "metrics.jsonl")
         found[stage] = {name: result[name] for name in SAME} | {
-            # Without early stopping's state: that of a run which was interrupted in its last evaluation is in the result.
+            # Not early stopping's state: of a run that was interrupted in its last evaluation, the result has it.
             "fingerprint": {
                 path: text
                 for path, text in read_meta(checkpoint_folder(work / stage, last))["fingerprint"].items()
                 if not path.startswith("train/early_stopping")
             },
-            "steps_kept": steps_of(work / stage),
             "lines": [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines],
         }
     return found
+
+
+def unlike(found: Any, expected: Any, path: str = "") -> list[str]:
+    """Where two outcomes differ."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return [
+            line
+            for key in sorted(found.keys() | expected.keys())
+            for line in unlike(found.get(key), expected.get(key), f"{path}/{key}")
+        ]
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        return unlike(dict(enumerate(found)), dict(enumerate(expected)), path)
+    return [] if found == expected else [f"{path}: {found} and not {expected}"]
 
 
 def garbage(work: Path) -> list[str]:
@@ -259,4 +272,9 @@ def damage(file: Path, kind: str, dice: random.Random, other: Path | None = None
 
 
 def print_table(title: str, values: dict[str, Any]) -> None:
-    print(f"\n{title}: {json.dumps(values, default=str)}")
+    """A figure of a test: shown with `-s`, and kept in the file that `JAXSTAGES_TEST_FIGURES` names."""
+    line = f"{title}: {json.dumps(values, default=str)}"
+    print(f"\n{line}")
+    if kept := os.environ.get("JAXSTAGES_TEST_FIGURES"):
+        with Path(kept).open("a") as file:
+            file.write(f"{line}\n")

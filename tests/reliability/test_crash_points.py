@@ -21,7 +21,7 @@ import pytest
 
 from jaxstages.commands.train import train_all
 from jaxstages.config import Recipe
-from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table
+from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, unlike
 
 CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync")
 
@@ -72,13 +72,19 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         jax.config.update(name, value)
 
 
+def copy_if_there(source: str, target: str) -> None:
+    """Native threads go on while the tree is copied: a file of theirs may be gone meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy2(source, target)
+
+
 def digest(folder: Path) -> str:
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "tensorboard" not in path.parts:
-            found.update(str(path).encode() + path.read_bytes())
-        elif path.is_dir():
+        if "tensorboard" not in path.parts:
             found.update(str(path).encode())
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                found.update(path.read_bytes())
     return found.hexdigest()
 
 
@@ -93,7 +99,7 @@ def test_a_kill_at_each_call_of_python(compiled: None, tmp_path: Path, request: 
         before = digest(home)
         if before not in kept:
             folder = states / str(len(kept))
-            shutil.copytree(home, folder, symlinks=True)
+            shutil.copytree(home, folder, symlinks=True, copy_function=copy_if_there)
             kept[before] = (f"{name} {' '.join(map(str, args))}", folder)
 
     with before_each_call(keep):
@@ -105,7 +111,7 @@ def test_a_kill_at_each_call_of_python(compiled: None, tmp_path: Path, request: 
         shutil.rmtree(home)
         shutil.copytree(folder, home, symlinks=True)
         train_all(recipe, work)
-        assert outcome(work) == expected, f"killed before {what}"
+        assert unlike(outcome(work), expected) == [], f"killed before {what}"
         assert garbage(work) == [], f"killed before {what}"
         assert [p for p in (home / "cache").rglob("*.tmp*") if p.is_file()] == [], f"killed before {what}"
     print_table(f"{sum(calls.values())} calls, {len(kept)} different states, {len(tried)} gone on from", dict(calls))
@@ -147,7 +153,7 @@ def test_an_error_at_each_call_of_python(
             except OSError:
                 ends["code 74"] += 1
         train_all(recipe, work)
-        assert outcome(work) == expected, f"failed at {failed}"
+        assert unlike(outcome(work), expected) == [], f"failed at {failed}"
         assert garbage(work) == [], f"failed at {failed}"
     print_table(f"{errno.errorcode[number]} at {sum(ends.values())} of {total} calls", dict(ends))
     assert ends["code 74"] > sum(ends.values()) // 2
@@ -173,7 +179,7 @@ def test_native_calls(tmp_path: Path, request: pytest.FixtureRequest, fault: str
         assert code in ((0, -signal.SIGKILL, 128 + signal.SIGKILL) if "KILL" in fault else (0, 74)), (call, k, code)
         if code:
             assert home.run(work) == 0
-        assert outcome(work) == expected, (call, k)
+        assert unlike(outcome(work), expected) == [], (call, k)
         assert garbage(work) == []
         shutil.rmtree(work)
     print_table(f"{fault} at {len(chosen)} native calls", dict(ends))

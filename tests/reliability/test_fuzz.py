@@ -32,6 +32,7 @@ from jaxstages.data.sources import open_source
 from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
 from jaxstages.validate import validate
 from jaxstages.workbench import open_tokenizer
+from tests.reliability.harness import print_table
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -126,7 +127,7 @@ def outcome(case: str, run: Callable[[], object]) -> str:
 
 def report(name: str, counts: Counter[str], start: float, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
-        print("\n" + json.dumps({"test": name, "seconds": round(time.monotonic() - start, 1), **sorted_counts(counts)}))
+        print_table(name, {"seconds": round(time.monotonic() - start, 1), **sorted_counts(counts)})
 
 
 def sorted_counts(counts: Counter[str]) -> dict[str, int]:
@@ -675,5 +676,5 @@ def test_memory_is_bounded(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     with capsys.disabled():
-        print("\n" + json.dumps({"test": f"memory, {kind}", "seconds": round(time.monotonic() - start, 1), **found}))
+        print_table(f"memory, {kind}", {"seconds": round(time.monotonic() - start, 1), **found})
     assert said in found["said"] and found["peak"] < 1500, found

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.harness import SAVE_EVERY, Child, Home, Tally, garbage, outcome, print_table, torment, wait_for
+from tests.reliability.harness import (
+    SAVE_EVERY,
+    Child,
+    Home,
+    Tally,
+    garbage,
+    outcome,
+    print_table,
+    torment,
+    unlike,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +43,7 @@ def stopped(home: Home, whole: dict, name: str, number: int, count: int, tmp_pat
         work = tmp_path / f"{name}{runs}"
         sent += torment(home, work, number, dice, tally, min(count - sent, dice.randint(3, 12)))
         found = outcome(work)
-        assert found == whole, f"run {runs} of seed {seed} ended otherwise; see {work}"
+        assert unlike(found, whole) == [], f"run {runs} of seed {seed} ended otherwise; see {work}"
         assert garbage(work) == []
         runs += 1
     print_table(
@@ -76,7 +87,9 @@ def start_one(home: Home, work: Path, process: int, port: int) -> Child:
 def ends_of(home: Home, work: Path, pair: list[Child]) -> list[int]:
     """Exit codes of both. One that got its signal before it had joined ends alone; the other waits for it to be started
     again, as a supervisor does."""
-    while any(child.process.poll() is None for child in pair):
+    end = time.monotonic() + 120
+    while any(child.running() for child in pair):
+        assert time.monotonic() < end, f"hangs in {pair[0].phases} and {pair[1].phases}:\n{pair[0].log()}"
         time.sleep(0.05)
         for process, child in enumerate(pair):
             if child.process.poll() == 75 and "nothing is unsaved" in child.log() and pair[1 - process].running():
@@ -100,7 +113,7 @@ def test_two_processes_asked_to_stop(tmp_path: Path, request: pytest.FixtureRequ
             began, victims = time.monotonic(), dice.choice(((0,), (1,), (0, 1)))
             for victim in victims:
                 pair[victim].kill(signal.SIGTERM)
-            while pair[victims[0]].running():
+            while pair[victims[0]].running() and time.monotonic() < began + 25:
                 time.sleep(0.02)
             seconds.append(time.monotonic() - began)
             sent += 1
@@ -108,8 +121,8 @@ def test_two_processes_asked_to_stop(tmp_path: Path, request: pytest.FixtureRequ
         codes[str(ends)] += 1
         assert ends in ([75, 75], [0, 0]), f"{ends} in {hits}:\n{pair[0].log()}"
         if ends == [0, 0]:
-            assert outcome(work) == whole
+            assert unlike(outcome(work), whole) == []
             runs, work = runs + 1, tmp_path / f"work{runs + 1}"
-    assert ends_of(home, work, start_pair(home, work)) == [0, 0] and outcome(work) == whole
+    assert ends_of(home, work, start_pair(home, work)) == [0, 0] and unlike(outcome(work), whole) == []
     print_table(f"two processes: {sent} signals", {"codes": codes, "phases": hits, "longest, s": max(seconds)})
     assert max(seconds) < 25
