@@ -1,5 +1,6 @@
 """Runs of a tiny recipe in child processes, how they ended, and what makes two of them the same."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,15 +9,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
 from jaxstages import config as recipes
+from jaxstages import workbench
 from jaxstages.checkpoint import read_meta, steps_of
 from jaxstages.config import EarlyStoppingConfig, Recipe
 from jaxstages.disk import read_json
 from jaxstages.metrics import read_metrics
+from jaxstages.sharding import make_mesh
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder
 from tests.reliability.child import PHASES, shared
 from tests.tiny import recipe as tiny_recipe
@@ -161,6 +169,28 @@ def outcome(work: Path) -> dict[str, Any]:
             "lines": [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines],
         }
     return found
+
+
+@contextlib.contextmanager
+def quick_runs(folder: Path) -> Iterator[None]:
+    """One device, and compiled functions that are kept in `folder`: a run here then takes a second."""
+    cache = {
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: jax.config.values[name] for name in cache}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workbench, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        try:
+            for name, value in cache.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
 
 
 def unlike(found: Any, expected: Any, path: str = "") -> list[str]:

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from jaxstages.commands.train import train
 from jaxstages.disk import read_json
 from jaxstages.early_stopping import early_stopping
 from jaxstages.fingerprint import fingerprint, params_sha256
+from jaxstages.manifest import UNLISTED
 from jaxstages.start import contract_of, read_parent
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
-from tests.reliability.harness import damage, make_recipe, print_table
+from tests.reliability.harness import damage, make_recipe, print_table, quick_runs
 
 KINDS = ("flip", "truncate", "zero", "delete", "swap")
 
@@ -60,8 +62,9 @@ class Kept:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
-    return Kept(tmp_path_factory.mktemp("kept"))
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    with quick_runs(tmp_path_factory.mktemp("compiled")):
+        yield Kept(tmp_path_factory.mktemp("kept"))
 
 
 def harm(kept: Kept, stage_dir: Path, step: int, file: Path, kind: str, dice: random.Random) -> bool:
@@ -88,10 +91,12 @@ def test_each_file_of_the_newest_checkpoint(kept: Kept, tmp_path: Path, kind: st
             continue
         step = kept.restored(stage_dir)
         ends["benign" if step == newest else "fell back"] += 1
-        assert step == newest or any(quarantine_folder(stage_dir).glob(f"{newest}.*.reason"))
+        if step == newest:  # Orbax's marker files, written after the seal, are read by nobody
+            assert str(file) in UNLISTED[2:], f"{file} was damaged, and the checkpoint believed"
+        else:
+            assert any(quarantine_folder(stage_dir).glob(f"{newest}.*.reason"))
     print_table(f"{kind}: each file", dict(ends))
-    # Orbax's two marker files, written after the seal, are read by nobody.
-    assert ends["benign"] <= 2 and ends["fell back"] > 20
+    assert ends["fell back"] > 10
 
 
 def test_random_damage(kept: Kept, tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -147,7 +152,7 @@ def test_all_bad_is_refused_and_never_begun_afresh(kept: Kept, tmp_path: Path) -
     assert len(list(quarantine_folder(stage_dir).glob("*.reason"))) == len(kept.steps)
 
 
-def test_a_checkpoint_whose_best_is_damaged_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_checkpoint_whose_best_is_damaged_is_not_gone_on_from(kept: Kept, tmp_path: Path) -> None:
     """Its run would end without the parameters that it has to hand on."""
     kept = Kept(tmp_path, min_delta=1e6)  # the first evaluation stays the best
     best = kept.metas[kept.steps[-1]]["best_step"]

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from jaxstages.commands.train import train_all
 from jaxstages.config import Recipe
-from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, unlike
+from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, quick_runs, unlike
 
 CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync")
 
@@ -61,15 +60,9 @@ def short(home: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Each start compiles anew; a cache of compiled functions makes that quick."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [jax.config.values[name] for name in names]
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with quick_runs(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 def copy_if_there(source: str, target: str) -> None:
@@ -88,7 +81,7 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def test_a_kill_at_each_call_of_python(compiled: None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_kill_at_each_call_of_python(quick: None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     home, states = tmp_path / "home", tmp_path / "states"
     recipe, work = short(home), home / "work"
     kept: dict[str, tuple[str, Path]] = {}
@@ -119,7 +112,7 @@ def test_a_kill_at_each_call_of_python(compiled: None, tmp_path: Path, request: 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_an_error_at_each_call_of_python(
-    compiled: None, tmp_path: Path, request: pytest.FixtureRequest, number: int
+    quick: None, tmp_path: Path, request: pytest.FixtureRequest, number: int
 ) -> None:
     """An OSError (code 74) or, in what Orbax does on its own account, success; the same bits when it is gone."""
     home = tmp_path / "home"

@@ -20,8 +20,8 @@ from jaxstages.fingerprint import fingerprint
 from jaxstages.signals import Stop
 from jaxstages.types import Batch, Interrupted, Params
 from jaxstages.workdir import checkpoint_folder
-from tests.reliability.harness import make_recipe, outcome
-from tests.reliability.test_nonfinite import quick_runs, small_model
+from tests.reliability.harness import make_recipe, outcome, quick_runs
+from tests.reliability.test_nonfinite import small_model
 
 
 def dropout(x_BLD: jax.Array, batch: Batch, key: jax.Array | None) -> jax.Array:
@@ -49,7 +49,7 @@ def base(home: Path) -> Recipe:
 def result_of(work: Path) -> dict[str, Any]:
     """What must be the same; which checkpoints there are besides the last and the best depends on the stops."""
     found = outcome(work)["pretrain"]
-    kept = found.pop("steps_kept")
+    kept = steps_of(work / "pretrain")
     assert {found["steps"], found["best_step"]} <= set(kept)
     carried = read_meta(checkpoint_folder(work / "pretrain", kept[-1]))["carried"]
     carried.pop("seconds")
