@@ -261,14 +261,16 @@ def torment(home: Home, work: Path, number: int, dice: random.Random, tally: Tal
             delay = dice.uniform(0, 6.0) if phase is None else dice.expovariate(1 / 0.02)
             if wait_for(child, phase, delay):
                 hit, step, began = child.phases, child.step, time.monotonic()
+                stage, _ = stage_and_step(work)
                 child.kill(number)
                 code = child.wait()
                 tally.codes[code] += 1
                 tally.seconds.append(time.monotonic() - began)
                 sent += 1
                 tally.hits.update(hit)
-                if "step" in hit or "evaluate" in hit or "save" in hit:
-                    tally.redone.append(max(step - stage_and_step(work)[1], 0))
+                now, saved = stage_and_step(work)
+                if now == stage and {"step", "evaluate", "save"} & {*hit}:  # else it was the last step of its stage
+                    tally.redone.append(max(step - saved, 0))
                 expected = {signal.SIGKILL: (-9,), signal.SIGTERM: (75, 0)}[number]
                 assert code in expected, f"code {code} after signal {number} in {hit}:\n{child.log()}"
                 if code == 0:
