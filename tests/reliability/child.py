@@ -59,13 +59,17 @@ def tell_phases(slots: mmap.mmap) -> None:
     within(checkpoint.shutil, "rmtree", "cleanup", slots)
     within(deleter.StandardCheckpointDeleter, "delete_steps", "cleanup", slots)
     within(train, "stage_matrix", "end", slots)
-    read = loop._Run._read
+    read, steps = loop._Run._read, loop._Run.steps
 
     def noted(self: Any, step: int, sums: Any, tokens: int) -> None:
         slots[2], slots[3] = step % 256, step // 256
         read(self, step, sums, tokens)
 
-    loop._Run._read = noted
+    def begun(self: Any, state: Any, first: int, last: int) -> Any:
+        slots[2], slots[3] = first % 256, first // 256
+        return steps(self, state, first, last)
+
+    loop._Run._read, loop._Run.steps = noted, begun
 
 
 def main() -> None:
