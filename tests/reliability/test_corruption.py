@@ -131,7 +131,8 @@ def stray(stage_dir: Path, dice: random.Random) -> bool:
             if not (folder / "800").exists():
                 (folder / "800").symlink_to(sorted(folder.iterdir())[0].name)
         case 2:
-            shutil.copytree(next(folder.iterdir()), folder / "007", dirs_exist_ok=True)
+            whole = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+            shutil.copytree(next(p for p in whole if p.name != "007"), folder / "007", dirs_exist_ok=True)
         case 3:
             (folder / str(10**30)).mkdir(exist_ok=True)
         case _:
