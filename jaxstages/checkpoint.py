@@ -21,7 +21,7 @@ from jaxstages import hosts, manifest
 from jaxstages.console import say
 from jaxstages.disk import make_folder, read_json, sync, write_json
 from jaxstages.early_stopping import EarlyStoppingState
-from jaxstages.fingerprint import Fingerprint, begin_fingerprint, fingerprint, named_leaves
+from jaxstages.fingerprint import Fingerprint, begin_fingerprint, fingerprint, kind_of, named_leaves, saved_kind
 from jaxstages.manifest import Damaged, quarantine
 from jaxstages.types import Diverged, Params, TrainState
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
@@ -286,7 +286,7 @@ def _read(folder: Path, target: Any) -> Any:
 def stored_shapes(meta: dict[str, Any]) -> dict[str, str]:
     """Path of each parameter in a checkpoint -> dtype and shape, such as "float32[16, 32]"."""
     return {
-        path.removeprefix("params/"): text.split(" ", 1)[1]
+        path.removeprefix("params/"): saved_kind(text)
         for path, text in meta["fingerprint"].items()
         if path.startswith("params/")
     }
@@ -294,8 +294,8 @@ def stored_shapes(meta: dict[str, Any]) -> dict[str, str]:
 
 def _compare(folder: Path, saved: dict[str, str], target: Any) -> None:
     """Raises ValueError where shapes and dtypes of a checkpoint are not those of the recipe; nothing is read."""
-    stored = {path: text.split(" ", 1)[1] for path, text in saved.items()}
-    wanted = {path: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in named_leaves(target).items()}
+    stored = {path: saved_kind(text) for path, text in saved.items()}
+    wanted = {path: kind_of(leaf) for path, leaf in named_leaves(target).items()}
     lines = [
         f"{path}: checkpoint {stored[path]}, recipe {wanted[path]}"
         for path in sorted(stored.keys() & wanted)

@@ -18,6 +18,16 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves))
 
 
+def kind_of(leaf: Any) -> str:
+    """dtype and shape, such as "float32[16, 32]"."""
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def saved_kind(digest: str) -> str:
+    """The same, of a leaf whose digest a checkpoint has."""
+    return digest.split(" ", 1)[1]
+
+
 def params_sha256(params: Params) -> str:
     """SHA-256 over the parameters' bytes, in sorted order of their paths."""
     digest = hashlib.sha256()
@@ -60,7 +70,7 @@ def begin_fingerprint(tree: Any) -> Callable[[], Fingerprint]:
     """The same in two parts: the devices begin now, and nobody waits for them before what this returns is called."""
     leaves = named_leaves(tree)
     begun = {path: _leaf_print(x) if isinstance(x, jax.Array) else x for path, x in leaves.items()}
-    kinds = {path: f"{np.dtype(x.dtype).name}{list(x.shape)}" for path, x in leaves.items()}
+    kinds = {path: kind_of(x) for path, x in leaves.items()}  # a leaf may be donated before they are wanted
 
     def fetch() -> Fingerprint:
         digests, bad = {}, []

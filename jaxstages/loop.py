@@ -112,6 +112,7 @@ class _Run:
         )
         step = int(start.state.step)
         self._saved_step = step
+        next_batch = self._batches.digest(step)
         # What a checkpoint carries over so that a resumed run's lines and totals are those of an unbroken one.
         self._carried = start.carried or {
             "tokens": 0,
@@ -119,9 +120,9 @@ class _Run:
             "interval": dict.fromkeys(SUMMED, 0.0),
             "best": {},
             "evaluated": 0,
-            "next_batch": self._batches.digest(step),
+            "next_batch": next_batch,
         }
-        if self._carried["next_batch"] != self._batches.digest(step):
+        if self._carried["next_batch"] != next_batch:
             raise ValueError(
                 f"{bench.stage_dir}: batch {step} is not the one that its checkpoint was to go on with: the order of "
                 "the data has changed, with a version of grain for one. Install the versions of recipe.json, or take "
@@ -175,7 +176,6 @@ class _Run:
             if k == first:  # compilation is not training time
                 jax.block_until_ready(sums)
                 self._signals.unsaved = True
-                self._alive(1.0)
                 self._restart_clock()
             while len(pending) > 1:
                 self._read(*pending.popleft())
@@ -210,8 +210,8 @@ class _Run:
         Raises:
             Interrupted: asked to stop; everything is saved.
         """
-        evaluates, improved = self._evaluates(step), False
-        if evaluates:
+        improved = False
+        if self._evaluates(step):
             with contextlib.suppress(_Abandoned):
                 improved = self._evaluate_at(step, state)
         asked = self._signals.asked
@@ -293,8 +293,7 @@ class _Run:
             )
             raise Diverged(
                 f"{self._bench.name}: {streak} steps in a row, up to step {step}, are not finite ({numbers}); "
-                f"{stands}. Halve peak_lr, "
-                "lengthen the warm-up, or find the operation with --debug_nans"
+                f"{stands}. Halve peak_lr, lengthen the warm-up, or find the operation with --debug_nans"
             )
 
     def _report(self, state: TrainState, scores: bool) -> Report:

@@ -20,7 +20,7 @@ from jaxstages.console import say
 from jaxstages.data.chat import TEMPLATE
 from jaxstages.disk import read_json
 from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
-from jaxstages.fingerprint import named_leaves, params_sha256
+from jaxstages.fingerprint import kind_of, named_leaves, params_sha256
 from jaxstages.manifest import Damaged
 from jaxstages.step import init_state
 from jaxstages.types import Params, TrainState
@@ -281,5 +281,5 @@ def _report(bench: Workbench, parent: Path, lineage: dict[str, Any], params: Par
     )
     for path in sorted(stored.keys() | ours):
         fate = "restored" if path in stored and path in ours else "new" if path in ours else "dropped"
-        say(f"  {fate:8} {path}  {stored[path] if path in stored else f'{ours[path].dtype}{list(ours[path].shape)}'}")
+        say(f"  {fate:8} {path}  {stored[path] if path in stored else kind_of(ours[path])}")
     say(f"  new: the optimizer's state, step 0; {_millions(params)} parameters restored")

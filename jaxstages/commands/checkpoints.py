@@ -15,12 +15,10 @@ from jaxstages import manifest
 from jaxstages.checkpoint import read_meta, read_params, steps_of, stored_shapes
 from jaxstages.config import STAGES
 from jaxstages.console import say
-from jaxstages.fingerprint import named_leaves
+from jaxstages.fingerprint import named_leaves, saved_kind
 from jaxstages.start import finished
 from jaxstages.types import Params
 from jaxstages.workdir import checkpoint_folder, quarantine_folder, result_file
-
-ACTIONS = ("list", "verify", "diff")
 
 
 def checkpoints(workdir: Path, stage: str | None, words: Sequence[str]) -> None:
@@ -98,8 +96,8 @@ def _diff(workdir: Path, one: str, other: str) -> None:
             change = "new" if old is None else "gone"
         elif old == new:
             change = "same"
-        elif old.split(" ", 1)[1] != new.split(" ", 1)[1]:
-            change = f"{old.split(' ', 1)[1]} -> {new.split(' ', 1)[1]}"
+        elif saved_kind(old) != saved_kind(new):
+            change = f"{saved_kind(old)} -> {saved_kind(new)}"
         elif path.startswith("params/"):
             before, after = params[0][name].astype(jnp.float32), params[1][name].astype(jnp.float32)
             change = f"{float(jnp.linalg.norm(after - before) / jnp.maximum(jnp.linalg.norm(before), 1e-30)):.3%}"
