@@ -7,6 +7,7 @@ step how the save is doing.
 """
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxstages import hosts, manifest
 from jaxstages.console import say
-from jaxstages.disk import make_folder, read_json, sync, write_json
+from jaxstages.disk import Form, make_folder, read_json, sync, write_json
 from jaxstages.early_stopping import EarlyStoppingState
 from jaxstages.fingerprint import Fingerprint, begin_fingerprint, fingerprint, kind_of, named_leaves, saved_kind
 from jaxstages.manifest import Damaged, quarantine
@@ -28,6 +29,23 @@ from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_
 
 FORMAT = 1
 """Of what is written here; counts up when older versions can't read it."""
+
+META: Form = {
+    "format": (int,),
+    "stage": (str,),
+    "step": (int,),
+    "best_step": (int,),
+    "fingerprint": (dict,),
+    "tokenizer_sha256": (str,),
+    "vocab_size": (int,),
+    "special_ids": (list,),
+    "model": (dict,),
+    "chat_template": (str,),
+    "parent": (dict, type(None)),
+    "data": (dict,),
+    "carried": (dict,),
+}
+"""What a checkpoint says of itself."""
 
 TRASH = "trash"
 
@@ -248,13 +266,19 @@ def read_meta(folder: Path) -> dict[str, Any]:
         Damaged: it can't be read.
         ValueError: a newer version wrote it.
     """
+    file = folder / "meta" / "metadata"
     try:
-        meta = read_json(folder / "meta" / "metadata")
-        made_by = int(meta["format"])
-    except (ValueError, TypeError, KeyError) as error:
+        made_by = read_json(file, {"format": (int,)})["format"]
+        meta: dict[str, Any] = read_json(file, META if made_by <= FORMAT else None)
+    except ValueError as error:
         raise Damaged(f"{folder} is damaged, or no checkpoint of jaxstages: {error}") from error
     if made_by > FORMAT:
         raise ValueError(f"{folder} has format {made_by}, this version reads up to {FORMAT}; install a newer jaxstages")
+    prints = meta["fingerprint"].values()
+    if not all(isinstance(text, str) and re.fullmatch(r"[0-9a-f]+ \w+\[[\d, ]*\]", text) for text in prints):
+        raise Damaged(f"{folder} is no checkpoint of jaxstages: its fingerprint has another form")
+    if str(meta["step"]) != folder.name:
+        raise Damaged(f"{folder} is damaged: it says that it is of step {meta['step']}, not {folder.name}")
     return meta
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,14 +43,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def read_json(path: Path) -> Any:
-    """Raises ValueError, with the path, for a file that is missing or no JSON."""
+Form = Mapping[str, tuple[type, ...]]
+"""What a JSON object must have, and of which types; a bool is no int."""
+
+
+def read_json(path: Path, form: Form | None = None) -> Any:
+    """Raises ValueError, with the path, for a file that is missing, no JSON, or no object of that form."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    found = value if isinstance(value, dict) else {}
+    if wrong := [name for name, types in (form or {}).items() if name not in found or type(found[name]) not in types]:
+        raise ValueError(f"{path} is damaged, it lacks {', '.join(wrong)}, or has it in another form")
+    return value
 
 
 def hold(path: Path, wait: bool) -> IO[str]:

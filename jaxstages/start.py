@@ -8,7 +8,6 @@ Anything else raises. The contract: tokenizer, control tokens, architecture and 
 result is complete, and its parameters are those that its result names.
 """
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from jaxstages import config as recipes
 from jaxstages.checkpoint import Checkpoints, read_meta, read_params, stored_shapes
 from jaxstages.console import say
 from jaxstages.data.chat import TEMPLATE
-from jaxstages.disk import read_json
+from jaxstages.disk import Form, read_json
 from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
 from jaxstages.fingerprint import kind_of, named_leaves, params_sha256
 from jaxstages.manifest import Damaged
@@ -30,30 +29,14 @@ from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_
 CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_template")
 """What a stage's metadata must have in common with its parent's."""
 
-META: dict[str, tuple[type, ...]] = {
-    "tokenizer_sha256": (str,),
-    "vocab_size": (int,),
-    "special_ids": (list,),
-    "model": (dict,),
-    "chat_template": (str,),
-    "stage": (str,),
-    "step": (int,),
-    "best_step": (int,),
-    "fingerprint": (dict,),
-    "parent": (dict, type(None)),
-    "data": (dict,),
-    "carried": (dict,),
-}
-"""What the metadata of each checkpoint has, and of what types."""
-
-RESULT: dict[str, tuple[type, ...]] = {
+RESULT: Form = {
     "status": (str,),
     "steps": (int,),
     "best_step": (int,),
     "params_sha256": (str,),
     "parent": (dict, type(None)),
 }
-"""The same of `result.json`: what is read of it later."""
+"""What is read later of a stage's `result.json`."""
 
 
 class Start(NamedTuple):
@@ -85,7 +68,6 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
     """
     found = checkpoints.restore_newest(bench.shapes, stopping.init())
     if found is not None:
-        _check_meta(bench.stage_dir, found.meta["step"], found.meta)
         _check_contract(bench.stage_dir, found.meta, contract_of(bench))
         _check_data(bench, found.meta)
         check_lineage(bench.stage_dir, found.meta["parent"])
@@ -142,7 +124,6 @@ def read_parent(folder: Path, target: Params, contract: dict[str, Any]) -> tuple
     step = result["best_step"]
     try:
         meta = read_meta(checkpoint_folder(folder, step))
-        _check_meta(folder, step, meta)
         _check_contract(folder, meta, contract)
         params = read_params(folder, step, target)
         digest = params_sha256(params)
@@ -172,23 +153,22 @@ def finished(folder: Path) -> dict[str, Any]:
         )
     remedy = f"remove it, and run `jaxstages {folder.name}` again"
     try:
-        result = read_json(file)
-    except (ValueError, IsADirectoryError) as error:
+        return read_json(file, RESULT)
+    except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from error
-    if wrong := _wrong(result, RESULT):
-        raise ValueError(f"{file} is damaged, it lacks {wrong}, or has it in another form; {remedy}")
-    return result
 
 
 def check_lineage(stage_dir: Path, parent: dict[str, Any] | None) -> None:
     """Raises ValueError if the parent that a stage began from has been trained anew since."""
-    if parent is None or not result_file(Path(parent["path"])).exists():
+    if parent is None:
         return
-    now = finished(Path(parent["path"]))["params_sha256"]
-    if now != parent["params_sha256"]:
+    # The run may have been moved, or is called from another folder: its parent then lies beside it.
+    places = (Path(parent["path"]), stage_dir.parent / Path(parent["path"]).name)
+    now = [finished(place)["params_sha256"] for place in places if result_file(place).exists()]
+    if now and parent["params_sha256"] not in now:
         raise ValueError(
             f"{stage_dir} began from {parent['path']} with params_sha256 {parent['params_sha256'][:12]}…, which is now "
-            f"{now[:12]}…; remove {stage_dir} to train it on from there"
+            f"{now[0][:12]}…; remove {stage_dir} to train it on from there"
         )
 
 
@@ -206,24 +186,6 @@ def _check_data(bench: Workbench, meta: dict[str, Any]) -> None:
             f"{bench.stage_dir} was begun with other data: {meta['data']} there, {data_of(bench)} here (fingerprints "
             "of prepared rows); put the files, and the version of jaxstages, back, or take another --workdir"
         )
-
-
-def _wrong(found: Any, wanted: dict[str, tuple[type, ...]]) -> str:
-    """Names in `wanted` that a JSON object lacks, or has with another type (a bool is no int here)."""
-    values = found if isinstance(found, dict) else {}
-    return ", ".join(name for name, kinds in wanted.items() if name not in values or type(values[name]) not in kinds)
-
-
-def _check_meta(folder: Path, step: int, meta: Any) -> None:
-    """Raises Damaged for metadata that no checkpoint of ours has at `step`."""
-    place = checkpoint_folder(folder, step)
-    if wrong := _wrong(meta, META):
-        raise Damaged(f"{place} is no checkpoint of jaxstages: it lacks {wrong}, or has it in another form")
-    prints = meta["fingerprint"].values()
-    if not all(isinstance(text, str) and re.fullmatch(r"[0-9a-f]+ \w+\[[\d, ]*\]", text) for text in prints):
-        raise Damaged(f"{place} is no checkpoint of jaxstages: its fingerprint has another form")
-    if meta["step"] != step:
-        raise Damaged(f"{place} is damaged: it says that it is of step {meta['step']}, not {step}")
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

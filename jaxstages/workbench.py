@@ -1,6 +1,7 @@
 """What a stage works with, made from its part of the recipe: mesh, tokenizer, model, optimizer and prepared data."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +95,13 @@ def prepare_stage(
         return [prepare(open_source(name, cache), part, data, tokenizer, context, cache) for name in names]
 
     return rows(data.train, "train"), rows(data.validation or data.train, "validation")
+
+
+def prepare_stages(recipe: Recipe, workdir: Path, names: Iterable[str]) -> dict[str, list[Prepared]]:
+    """The tokenizer, and all rows of each stage, made where they are not there yet."""
+    tokenizer, cache = open_tokenizer(recipe, workdir), cache_folder(recipe, workdir)
+    stages, context = recipes.stages(recipe), recipe.model.context
+    return {name: [*itertools.chain(*prepare_stage(stages[name], tokenizer, context, cache))] for name in names}
 
 
 def _check_numbers() -> None:

@@ -1,6 +1,8 @@
 """The command line as a user meets it: exit codes, one-line errors, help, generate, inspect, a kill."""
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from jaxstages import config as recipes
+from jaxstages.checkpoint import steps_of
 from jaxstages.disk import read_json
 from jaxstages.main import FLAGS_OF, main
 from jaxstages.metrics import read_metrics
 from jaxstages.validate import validate
+from jaxstages.workdir import checkpoint_folder
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -143,6 +147,39 @@ def test_evaluate_prints_one_json_object(home: Path, capsys: pytest.CaptureFixtu
     found = json.loads(capsys.readouterr().out)
     best = read_json(home / "work" / "finetune" / "result.json")["best"]
     assert found["bleu"] == pytest.approx(best["bleu"]) and found["loss"] == pytest.approx(best["loss"], rel=1e-6)
+
+
+def test_checkpoints_are_listed_verified_and_compared(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = f"--workdir={tmp_path / 'work'}"
+    shutil.copytree(home / "work", tmp_path / "work")
+    stage_dir = tmp_path / "work" / "finetune"
+    one, other = (f"finetune/{step}" for step in steps_of(stage_dir)[-2:])
+    assert call("checkpoints", "list", work) == 0
+    out = capsys.readouterr().out
+    assert out.count("latest") == 3 and out.count("handed on") == 3
+
+    assert call("checkpoints", "diff", one, other, work) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"params/embedding +│ +\d+\.\d+%", out) and re.search(r"train/step +│ +differs", out)
+    assert call("checkpoints", "diff", one, one, work) == 0
+    out = capsys.readouterr().out
+    assert out.count("same") > 10 and "differs" not in out and "%" not in out
+
+    assert call("checkpoints", "verify", work) == 0
+    assert f"{other}: every file is as it was written" in capsys.readouterr().out
+    file = next((checkpoint_folder(stage_dir, int(other.split("/")[1])) / "params").rglob("d/*"))
+    file.write_bytes(b"0" * file.stat().st_size)
+    assert call("checkpoints", "verify", "--stage=finetune", work) == 2
+    said = capsys.readouterr()
+    assert f"{other}: {file.resolve()} is damaged" in said.out.replace("\n", "") and "1 of" in said.err
+    assert call("checkpoints", "diff", one, other, work) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert call("checkpoints", "list", f"--workdir={tmp_path}/none") == 2
+    assert "has no checkpoint; is it a run's --workdir?" in capsys.readouterr().err
+    assert call("checkpoints", "diff", one, "finetune/77", work) == 2
+    assert "no checkpoint 'finetune/77'" in capsys.readouterr().err
 
 
 def test_prepare_then_run_uses_the_cache(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

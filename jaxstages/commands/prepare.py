@@ -8,24 +8,19 @@ from rich.table import Table
 from jaxstages import config as recipes
 from jaxstages.commands.recipe import keep_recipe
 from jaxstages.config import Recipe
-from jaxstages.workbench import cache_folder, open_tokenizer, prepare_stage
+from jaxstages.workbench import prepare_stages
 from jaxstages.workdir import lock
 
 
 def prepare_all(recipe: Recipe, workdir: Path) -> None:
     with lock(workdir):
         keep_recipe(recipe, workdir)
-        tokenizer = open_tokenizer(recipe, workdir)
         table = Table(title=f"prepared rows of {recipe.model.context} slots", title_justify="left")
         for heading in ("stage", "source", "part", "records", "bad", "rows", "tokens", "filled", "trained on", "cut"):
             words = heading in ("stage", "source", "part")
             table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
-        for name, stage in recipes.stages(recipe).items():
-            for prepared in (
-                part
-                for side in prepare_stage(stage, tokenizer, recipe.model.context, cache_folder(recipe, workdir))
-                for part in side
-            ):
+        for name, parts in prepare_stages(recipe, workdir, recipes.stages(recipe)).items():
+            for prepared in parts:
                 index = prepared.index
                 table.add_row(
                     name,

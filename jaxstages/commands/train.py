@@ -14,7 +14,7 @@ from jaxstages.report.matrix import stage_matrix
 from jaxstages.stages import finetune, instruct, pretrain
 from jaxstages.start import check_lineage, finished
 from jaxstages.types import Interrupted
-from jaxstages.workbench import cache_folder, open_tokenizer, prepare_stage
+from jaxstages.workbench import prepare_stages
 from jaxstages.workdir import lock, result_file
 
 DRIVERS = {"pretrain": pretrain.run, "finetune": finetune.run, "instruct": instruct.run}
@@ -52,9 +52,7 @@ def _ready(recipe: Recipe, workdir: Path, names: list[str], place: Place | None)
         if place is None or place.process == 0:
             held.enter_context(lock(workdir))
             keep_recipe(recipe, workdir)
-            tokenizer, cache = open_tokenizer(recipe, workdir), cache_folder(recipe, workdir)
-            for name in names:
-                prepare_stage(recipes.stages(recipe)[name], tokenizer, recipe.model.context, cache)
+            prepare_stages(recipe, workdir, names)
         if place is not None:
             hosts.join(*place)
         try:

@@ -78,7 +78,7 @@ class Prepared:
 
     def target_counts(self) -> np.ndarray:
         """float64 [V]: loss weight of each token as a target, for the unigram baseline."""
-        return np.load(self.folder / "target_counts.npy")
+        return _load_array(self.folder / "target_counts.npy")
 
 
 def prepare(source: Source, part: str, config: DataConfig, tokenizer: Tokenizer, context: int, cache: Path) -> Prepared:
@@ -236,6 +236,13 @@ def _save_array(path: Path, array: np.ndarray) -> None:
     put(fresh, path)
 
 
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}; remove {path.parent}, and it is made again") from error
+
+
 def _summarise(folder: Path, shards: int, source: str, part: str, context: int) -> dict[str, Any]:
     """Add up the shards: the index, and beside it the questions and the counts of targets."""
     index: dict[str, Any] = {"source": source, "part": part, "context": context, "shards": shards}
@@ -247,7 +254,7 @@ def _summarise(folder: Path, shards: int, source: str, part: str, context: int) 
         index["bad_named"] = (index["bad_named"] + found["bad_named"])[:MOST_NAMED]
         index["rows_of_shards"].append(found["rows"])
         questions += [json.dumps(question) + "\n" for question in found["questions"]]
-        shard_counts = np.load(folder / f"counts-{shard:05}.npy")
+        shard_counts = _load_array(folder / f"counts-{shard:05}.npy")
         counts = shard_counts if not shard else counts + shard_counts
     write_text(folder / "questions.jsonl", "".join(questions))
     _save_array(folder / "target_counts.npy", counts)

@@ -46,8 +46,7 @@ def tell_phases(slots: mmap.mmap) -> None:
     import jaxstages.loop as loop
     import jaxstages.start as start
 
-    within(train, "prepare_stage", "prepare", slots)
-    within(train, "open_tokenizer", "prepare", slots)
+    within(train, "prepare_stages", "prepare", slots)
     within(checkpoint.Checkpoints, "restore_newest", "restore", slots)
     within(start, "read_params", "hand-off", slots)
     within(compiler, "compile_or_get_cached", "compile", slots)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from jaxstages import manifest
 from jaxstages.checkpoint import Checkpoints, read_meta, steps_of
 from jaxstages.commands.train import train
-from jaxstages.disk import read_json
+from jaxstages.disk import read_json, write_json
 from jaxstages.early_stopping import early_stopping
 from jaxstages.fingerprint import fingerprint, params_sha256
 from jaxstages.manifest import UNLISTED
@@ -97,6 +98,18 @@ def test_each_file_of_the_newest_checkpoint(kept: Kept, tmp_path: Path, kind: st
             assert any(quarantine_folder(stage_dir).glob(f"{newest}.*.reason"))
     print_table(f"{kind}: each file", dict(ends))
     assert ends["fell back"] > 10
+
+
+@pytest.mark.parametrize("name", ["best_step", "fingerprint", "carried"])
+def test_metadata_of_another_form_under_a_manifest_that_fits(kept: Kept, tmp_path: Path, name: str) -> None:
+    stage_dir, newest = kept.copy(tmp_path / "copy"), kept.steps[-1]
+    meta = dict(kept.metas[newest])
+    del meta[name]
+    write_json(checkpoint_folder(stage_dir, newest) / "meta" / "metadata", meta)
+    manifest.seal(checkpoint_folder(stage_dir, newest))
+    assert kept.restored(stage_dir) == kept.steps[-2]
+    (reason,) = quarantine_folder(stage_dir).glob(f"{newest}.*.reason")
+    assert f"it lacks {name}" in reason.read_text()
 
 
 def test_random_damage(kept: Kept, tmp_path: Path, request: pytest.FixtureRequest) -> None:
