@@ -61,6 +61,9 @@ def stopped(home: Home, whole: dict, name: str, number: int, count: int, tmp_pat
 def test_killed_at_random_instants(home: Home, whole: dict, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     count, seed = request.config.getoption("--kills"), request.config.getoption("--seed")
     tally = stopped(home, whole, "kill", signal.SIGKILL, count, tmp_path, seed)
+    if count >= 500:
+        phases = ("import", "prepare", "restore", "hand-off", "compile", "step", "save", "commit", "cleanup")
+        assert min(tally.hits[phase] for phase in phases) >= 5, "a phase was hardly hit; take more --kills"
     # A save begins when the one before is on disk: two intervals are lost only where a kill hits the second of them.
     assert max(tally.redone, default=0) <= 2 * SAVE_EVERY
 
