@@ -92,7 +92,12 @@ def ends_of(home: Home, work: Path, pair: list[Child]) -> list[int]:
     again, as a supervisor does."""
     end = time.monotonic() + 120
     while any(child.running() for child in pair):
-        assert time.monotonic() < end, f"hangs in {pair[0].phases} and {pair[1].phases}:\n{pair[0].log()}"
+        if time.monotonic() > end:
+            phases = [child.phases for child in pair]
+            for child in pair:
+                child.kill(signal.SIGABRT)  # prints the stacks of all threads
+                child.wait()
+            pytest.fail(f"hangs in {phases[0]} and {phases[1]}:\n{pair[0].log()}")
         time.sleep(0.05)
         for process, child in enumerate(pair):
             if child.process.poll() == 75 and "nothing is unsaved" in child.log() and pair[1 - process].running():
