@@ -431,8 +431,9 @@ def test_parameters_that_are_not_finite_are_never_written(tmp_path: Path) -> Non
     """However they came about: the guard is not the only one who looks."""
     tx = frail_optimizer()
     good, stopping = fresh_state(tx), early_stopping().init()
+    meta = {name: types[0]() for name, types in META.items()}  # of the right form, and empty
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(1, good, stopping, {}, 1)
+        checkpoints.save(1, good, stopping, meta, 1)
         checkpoints.check_last(1)
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         params = good.params | {"bias": good.params["bias"].at[3].set(bad)}
@@ -440,7 +441,7 @@ def test_parameters_that_are_not_finite_are_never_written(tmp_path: Path) -> Non
             Checkpoints(tmp_path, keep=2) as checkpoints,
             pytest.raises(Diverged, match=r"step 2 is not saved: .*bias is not finite; the .* before it stands"),
         ):
-            checkpoints.save(2, good._replace(params=params), stopping, {}, 2)
+            checkpoints.save(2, good._replace(params=params), stopping, meta, 2)
             checkpoints.wait()
     assert [path.name for path in checkpoints_folder(tmp_path).iterdir()] == ["1"]
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), good)
