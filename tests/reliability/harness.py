@@ -92,7 +92,12 @@ class Home:
         log = log or work.with_name(f"{work.name}.log")
         phases = self.folder / f"{work.name}{'.'.join(more[2:])}.phases"
         phases.write_bytes(bytes(4))
-        env = os.environ | {"PYTHONPATH": str(ROOT), "JAXSTAGES_TEST_PHASES": str(phases), "COLUMNS": "300", "PYTHONFAULTHANDLER": "1"}
+        env = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "JAXSTAGES_TEST_PHASES": str(phases),
+            "COLUMNS": "300",
+            "PYTHONFAULTHANDLER": "1",
+        }
         env["XLA_FLAGS"] = ""  # one device, as most users have
         if self.compile_cache:
             env |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}

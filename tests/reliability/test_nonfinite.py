@@ -16,7 +16,7 @@ import pytest
 
 from jaxstages import main as door
 from jaxstages import workbench
-from jaxstages.checkpoint import Checkpoints, read_params, steps_of
+from jaxstages.checkpoint import META, Checkpoints, read_params, steps_of
 from jaxstages.commands.recipe import keep_recipe
 from jaxstages.commands.train import train
 from jaxstages.config import MeshConfig, OptimConfig, Recipe, ScheduleConfig
