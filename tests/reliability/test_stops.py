@@ -115,6 +115,9 @@ def test_two_processes_asked_to_stop(tmp_path: Path, request: pytest.FixtureRequ
     work = tmp_path / "work0"
     while sent < count:
         pair = start_pair(home, work)
+        for child in pair:  # before that, Python is starting, and nothing of ours could know of a signal
+            while child.running() and not child.phases:
+                time.sleep(0.0005)
         phase = dice.choice(("prepare", "restore", "compile", "step", "evaluate", "save", "commit", None))
         if wait_for(pair[0], phase, dice.expovariate(20) if phase else dice.uniform(0, 6)):
             hits.update(pair[0].phases)
