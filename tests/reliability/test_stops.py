@@ -94,8 +94,9 @@ def ends_of(home: Home, work: Path, pair: list[Child]) -> list[int]:
     while any(child.running() for child in pair):
         if time.monotonic() > end:
             phases = [child.phases for child in pair]
-            for child in pair:
+            for child in pair:  # both, before one of them hears of the other's end
                 child.kill(signal.SIGABRT)  # prints the stacks of all threads
+            for child in pair:
                 child.wait()
             pytest.fail(f"hangs in {phases[0]} and {phases[1]}:\n{pair[0].log()}")
         time.sleep(0.05)
