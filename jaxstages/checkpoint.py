@@ -67,6 +67,15 @@ class _KeepBest:
         return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Orbax asks JAX at each save, by the number of its step. JAX takes the last number it was asked with for how
+        far a process is, and `hosts.asked_together` counts otherwise: the processes would stop at different places,
+        and wait for each other for ever."""
+        del step
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one stage: the latest `keep`, and the best. The run's lock must be held."""
 
@@ -76,7 +85,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._meta: dict[str, Any] = {}
         self._prints: Callable[[], Fingerprint]
-        self._manager: ocp.CheckpointManager | None = None
+        self._manager: _Manager | None = None
         if hosts.leads():
             make_folder(self._folder)
             self._sweep()
@@ -172,7 +181,7 @@ class Checkpoints:
                 manifest.check(self._folder / str(step))
         hosts.meet("the last save is checked")
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> _Manager:
         """Orbax's manager, made at the first save: it takes what it finds in the folder for checkpoints."""
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
@@ -182,7 +191,7 @@ class Checkpoints:
                 todelete_subdir=TRASH,  # a kill in the middle of a deletion leaves no half checkpoint in the list
                 async_options=ocp.AsyncOptions(timeout_secs=600, post_finalization_callback=self._seal),
             )
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = _Manager(self._folder, options=options)
         return self._manager
 
     def _seal(self) -> None:

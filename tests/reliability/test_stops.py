@@ -7,8 +7,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import jax.numpy as jnp
+import optax
 import pytest
+from jax.experimental import multihost_utils
 
+from jaxstages.checkpoint import Checkpoints, steps_of
+from jaxstages.early_stopping import early_stopping
+from jaxstages.step import init_state
 from tests.reliability.harness import (
     SAVE_EVERY,
     Child,
@@ -74,6 +80,16 @@ def test_asked_to_stop_at_random_instants(
     count, seed = request.config.getoption("--terms"), request.config.getoption("--seed")
     tally = stopped(home, whole, "term", signal.SIGTERM, count, tmp_path, seed)
     assert max(tally.redone, default=0) <= 1 and max(tally.seconds) < 25
+
+
+def test_a_save_does_not_ask_whether_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax would, by its own numbers: processes that ask by others would then be told to stop at different places."""
+    asked: list[int] = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    state = init_state({"table": jnp.ones(3)}, optax.sgd(0.1))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, state, early_stopping().init(), {}, 1)
+    assert steps_of(tmp_path) == [1] and asked == []
 
 
 def start_pair(home: Home, work: Path) -> list[Child]:
