@@ -120,6 +120,16 @@ def _fail(code: int, text: str) -> int:
     return code
 
 
+def _check_workdir(workdir: Path) -> None:
+    """Raises ValueError unless it is a folder, or can become one."""
+    try:
+        there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long, for one
+        raise ValueError(f"--workdir={str(workdir)[:100]}: {error.strerror}; name another folder") from error
+    if not there.is_dir():
+        raise ValueError(f"--workdir={workdir}: {there} is no folder; name another")
+
+
 def _dispatch(argv: list[str]) -> None:
     command = argv[1]
     if command not in FLAGS_OF:
@@ -130,6 +140,7 @@ def _dispatch(argv: list[str]) -> None:
     if values.workdir is None:
         raise ValueError(f"{command} needs --workdir=DIR, where the run lives")
     workdir = Path(values.workdir)
+    _check_workdir(workdir)
     logging.set_verbosity(logging.FATAL)  # what fails in a library, we say in one line
     if command == "checkpoints":
         checkpoints(workdir, values.stage, words)

@@ -61,6 +61,8 @@ OPTIM = "--config.pretrain.optim"
     [
         (("trian",), "unknown command 'trian'; did you mean"),
         (("run",), "run needs --workdir=DIR"),
+        (("run", f"--workdir={'9' * 3000}", "--config={}/tiny.py"), "999: File name too long; name another folder"),
+        (("run", "--workdir={}/tiny.py/x", "--config={}/tiny.py"), "tiny.py is no folder; name another"),
         (("run", "--workdir=new"), "new has no recipe.json; name a recipe with --config="),
         (("run", "--workdir=new", "--config=nowhere.py"), "nowhere.py"),
         ((*NEW, f"{OPTIM}.clip_nrom=1"), f"unknown field {OPTIM}.clip_nrom; did you mean {OPTIM}.clip_norm?"),
