@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-SOAK := --kills=500 --terms=200 --pairs=200 --faults=2000 --every=1 --native=120 --fuzz=20000 --races=50
+SOAK := --kills=500 --terms=200 --pairs=200 --faults=2000 --every=1 --errors=1 --native=120 --fuzz=20000 --races=50
 
 .PHONY: demo demo-control test soak check lock clean
 

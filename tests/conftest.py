@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("terms", 6, "SIGTERMs at random instants"),
         ("faults", 60, "random faults in checkpoints"),
         ("every", 60, "each how many-th crash point is gone on from"),
+        ("errors", 240, "each how many-th call fails"),
         ("native", 3, "crash points inside native code"),
         ("races", 2, "pairs of runs in one directory"),
         ("pairs", 3, "SIGTERMs to two processes"),

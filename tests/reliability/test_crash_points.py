@@ -128,7 +128,7 @@ def test_an_error_at_each_call_of_python(
     with before_each_call(note):
         train_all(recipe, work)
     expected, ends = outcome(work), Counter()
-    every, total = request.config.getoption("--every") * 4, count
+    every, total = request.config.getoption("--errors"), count
     for chosen in range(1 + number % every, total, every):
         shutil.rmtree(home)
         make_recipe(home)
