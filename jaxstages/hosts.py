@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from jaxstages.signals import end_at_once
@@ -113,6 +114,12 @@ def asked_together() -> Callable[[], bool] | None:
 
 
 def leave() -> None:
-    """The others may still be reading: nobody goes before all are done."""
+    """The others may still be reading: nobody goes before all are done.
+
+    Not by jax.distributed.shutdown(): that first ends the agreement on where to stop. One that a signal began in the
+    last second would be waited for by a process whose peers have left it already: for three minutes, or for ever.
+    """
     if several():
-        jax.distributed.shutdown()
+        client = distributed.global_state.client
+        assert client is not None, "several processes have joined"
+        client.shutdown()

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -284,6 +285,13 @@ def torment(home: Home, work: Path, number: int, dice: random.Random, tally: Tal
         code = child.wait()
         assert code == 0, f"code {code} without a signal:\n{child.log()}"
         return sent
+
+
+def free_port() -> int:
+    """One that nobody on this machine listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def damage(file: Path, kind: str, dice: random.Random, other: Path | None = None) -> None:

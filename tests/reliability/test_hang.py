@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jaxstages.checkpoint import steps_of
-from tests.reliability.harness import ROOT, Home, outcome
+from tests.reliability.harness import ROOT, Home, free_port, outcome
 
 SCRIPT = """
 import hashlib
@@ -184,3 +184,43 @@ def test_each_signal_ends_a_run_as_it_should_and_it_goes_on_to_the_same(lab: Lab
     run = lab.start("signals")
     assert run.ends() == 0, run.text()
     assert outcome(lab.folder / "signals") == slow
+
+
+LEAVES = """
+import os, signal, sys, time
+import jax
+from jaxstages import hosts
+
+process, port = int(sys.argv[1]), sys.argv[2]
+jax.config.update("jax_enable_preemption_service", process == 0)  # 1 will never hear that 0 was asked to stop
+hosts.join(f"127.0.0.1:{port}", 2, process)
+hosts.meet("both are here")
+if process == 0:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2)  # JAX looks once a second, and begins to agree with the others
+hosts.meet("both are done")
+hosts.leave()
+os._exit(75)
+"""
+
+
+def test_an_agreement_that_the_others_never_join_keeps_nobody(tmp_path: Path) -> None:
+    """As a signal in the last second of a run begins one, while the others leave."""
+    script, port = tmp_path / "leaves.py", str(free_port())
+    script.write_text(LEAVES)
+    with (tmp_path / "log").open("wb") as log:
+        pair = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(process), port],
+                env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            for process in range(2)
+        ]
+    try:
+        assert [Run(process, tmp_path / "log").ends(60) for process in pair] == [75, 75]
+    finally:
+        for process in pair:
+            process.kill()
+            process.wait()

@@ -2,7 +2,6 @@
 
 import random
 import signal
-import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +19,7 @@ from tests.reliability.harness import (
     Child,
     Home,
     Tally,
+    free_port,
     garbage,
     outcome,
     print_table,
@@ -93,9 +93,7 @@ def test_a_save_does_not_ask_whether_to_stop(tmp_path: Path, monkeypatch: pytest
 
 
 def start_pair(home: Home, work: Path) -> list[Child]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [start_one(home, work, process, port) for process in range(2)]
 
 
