@@ -120,6 +120,8 @@ def leave() -> None:
     last second would be waited for by a process whose peers have left it already: for three minutes, or for ever.
     """
     if several():
-        client = distributed.global_state.client
-        assert client is not None, "several processes have joined"
-        client.shutdown()
+        state = distributed.global_state
+        assert state.client is not None, "several processes have joined"
+        state.client.shutdown()
+        if state.service is not None:
+            state.service.shutdown()  # answers what the others still have to hear
