@@ -4,12 +4,14 @@ import faulthandler
 import os
 import sys
 
+from jaxstages.allocator import keep_freed_memory
 from jaxstages.signals import stop_signals
 
 
 def cli() -> None:
     """The console script."""
     faulthandler.enable()
+    keep_freed_memory()
     with stop_signals():
         from jaxstages.main import main
 

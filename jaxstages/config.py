@@ -51,8 +51,9 @@ class ModelConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     norm: str = "rmsnorm"
     """ "rmsnorm" or "layernorm"."""
+    norm_eps: float = 1e-6
     activation: str = "swiglu"
-    """ "swiglu", "geglu", "gelu" or "relu2"."""
+    """ "swiglu", "geglu", "gelu" (by tanh), "gelu_erf" (exact) or "relu2"."""
     tied_head: bool = True
     bias: bool = False
     dropout: float = 0.0

@@ -197,18 +197,20 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _check_contract(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    # A field of the model that the checkpoint's version did not have yet: it did what is the default now.
+    theirs = theirs | {"model": _flat(recipes.to_dict(recipes.ModelConfig())) | _flat(theirs["model"])}
+    ours = ours | {"model": _flat(ours["model"])}
     for name in CONTRACT:
-        if theirs[name] != ours[name]:
-            if isinstance(ours[name], dict):
-                old, new = _flat(theirs[name]), _flat(ours[name])
+        old, new = theirs[name], ours[name]
+        if old != new:
+            what = f"{name} is {old!r} there, {new!r} here"
+            if isinstance(new, dict):
                 parts = [
                     f"{key} {old.get(key)!r} there, {new.get(key)!r} here"
                     for key in old | new
                     if old.get(key) != new.get(key)
                 ]
                 what = f"{name} differs: {'; '.join(parts)}"
-            else:
-                what = f"{name} is {theirs[name]!r} there, {ours[name]!r} here"
             raise ValueError(
                 f"{folder} does not fit this recipe: {what}; use the recipe that it was trained with, or another "
                 "--workdir for a new run"

@@ -16,7 +16,7 @@ CHOICES = {
     "tokenizer.kind": ("bpe", "characters", "file"),
     "attention.position": ("rope", "learned"),
     "model.norm": ("rmsnorm", "layernorm"),
-    "model.activation": ("swiglu", "geglu", "gelu", "relu2"),
+    "model.activation": ("swiglu", "geglu", "gelu", "gelu_erf", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
     "data.task": TASKS,
     "schedule.name": ("constant", "linear", "cosine", "wsd", "rsqrt", "plateau"),
@@ -41,7 +41,7 @@ AT_MOST = {
 """More is a slip of the pen, which would end in a crash or without memory."""
 
 BELOW_ONE = ("beta1", "beta2", "dropout", "label_smoothing")
-POSITIVE = ("peak_lr", "rope_theta", "muon_lr_factor", "plateau_factor", "hang_seconds")
+POSITIVE = ("peak_lr", "norm_eps", "rope_theta", "muon_lr_factor", "plateau_factor", "hang_seconds")
 SHARES = ("holdout", "dropout", "max_bad_share", "beta1", "beta2", "label_smoothing", "end_factor", "decay_share")
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "jaxstages"
 
 FLOORS = [
-    {"__init__", "types", "guard", "disk", "signals", "hosts", "config", "world"},
+    {"__init__", "types", "guard", "disk", "signals", "hosts", "allocator", "config", "world"},
     {
         *("losses", "optim", "early_stopping", "sharding", "metrics", "console", "workdir", "verdict", "validate"),
         *("manifest", "fingerprint"),
-        *("data.sources", "data.tokenizer", "models.attention", "models.lora"),
+        *("data.sources", "data.tokenizer", "models.primitives", "models.attention", "models.lora"),
     },
     {"models.transformer", "data.chat", "data.tasks", "data.packing"},
     {"step", "checkpoint", "data.prepare", "data.pipeline", "decode"},
@@ -24,6 +24,7 @@ FLOORS = [
 
 SAME_FLOOR = {"data.tasks": {"data.chat"}, "data.packing": {"data.tasks"}, "decode.label": {"data.pipeline"}}
 SAME_FLOOR |= {"data.pipeline": {"data.prepare"}, "start": {"workbench"}, "evaluate": {"workbench"}}
+SAME_FLOOR |= {"models.attention": {"models.primitives"}}
 SAME_FLOOR |= {"__main__": {"main"}, "types": {"guard"}, "hosts": {"signals"}}
 """What may look sideways: a module to its neighbour that stands, in the table of DESIGN, before it."""
 

@@ -1,14 +1,38 @@
 """Attention behind one function, and what it may see.
 
-Legend: B batch, L query length, S key length or cache slots, H query heads, G key/value heads, K head dim.
+Legend: B batch, L query length, S key length or cache slots, H query heads, G key/value heads, R = H / G query heads
+that share a key/value head, K head dim, T queries of a block.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxstages.models.primitives import row_sum
 
-def packed_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B 1 L L"]:
+BLOCK = 128
+"""Queries of a block on CPU: keys after its last query are left out."""
+
+TILE = 2**18
+"""Scores that are looked at together on CPU: 1 MiB of float32, what a core's own cache holds."""
+
+HIDDEN = -1e30
+"""The score of a key that may not be seen. Finite, for inf - inf is NaN."""
+
+
+class Reach(NamedTuple):
+    """What queries see beside causality and segments. window: so many keys back, itself among them; 0 is no limit.
+    softcap: scores are `softcap * tanh(score / softcap)`, 0 leaves them (Gemma 2, 2024)."""
+
+    window: int = 0
+    softcap: float = 0.0
+
+
+def packed_mask(segments_BL: Int[Array, "B L"], window: int = 0) -> Bool[Array, "B 1 L L"]:
     """True where a query (third dim) may see a key (fourth dim): not later, and of the same segment.
 
     | row of segments 1 1 2 | sees                |
@@ -18,26 +42,162 @@ def packed_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B 1 L L"]:
 
     Padding (segment 0) sees padding before it, so that no softmax is over nothing.
     """
-    length = segments_BL.shape[1]
-    causal_LL = jnp.tril(jnp.ones((length, length), bool))
-    same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
-    return (same_BLL & causal_LL[None])[:, None]
+    return _seen(segments_BL, range(segments_BL.shape[1]), range(segments_BL.shape[1]), window)[:, None]
 
 
-def cache_mask(positions_BL: Int[Array, "B L"], slots: int) -> Bool[Array, "B 1 L S"]:
+def _seen(segments_BL: Array, queries: range, keys: range, window: int) -> Bool[Array, "B T S"]:
+    back_TS = jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
+    near_TS = (back_TS >= 0) & (back_TS < window) if window else back_TS >= 0
+    ours, theirs = segments_BL[:, queries.start : queries.stop], segments_BL[:, keys.start : keys.stop]
+    return (ours[:, :, None] == theirs[:, None, :]) & near_TS[None]
+
+
+def cache_mask(positions_BL: Int[Array, "B L"], slots: int, window: int = 0) -> Bool[Array, "B 1 L S"]:
     """While decoding, keys lie in the slot of their position: a query sees the slots up to its own position."""
-    return (jnp.arange(slots)[None, None, :] <= positions_BL[:, :, None])[:, None]
+    back_BLS = positions_BL[:, :, None] - jnp.arange(slots)[None, None, :]
+    return ((back_BLS >= 0) & (back_BLS < window) if window else back_BLS >= 0)[:, None]
 
 
 def attend(
     query_BLHK: Float[Array, "B L H K"],
+    key_BLGK: Float[Array, "B L G K"],
+    value_BLGK: Float[Array, "B L G K"],
+    segments_BL: Int[Array, "B L"],
+    reach: Reach,
+    platform: str,
+) -> Float[Array, "B L H K"]:
+    """Causal scaled dot-product attention within segments; each group of H/G query heads shares a key/value head
+    (Ainslie et al. 2023)."""
+    if platform == "cpu":
+        return _attend_in_tiles(query_BLHK, key_BLGK, value_BLGK, segments_BL, reach)
+    return attend_masked(query_BLHK, key_BLGK, value_BLGK, packed_mask(segments_BL, reach.window), reach.softcap)
+
+
+def attend_masked(
+    query_BLHK: Float[Array, "B L H K"],
     key_BSGK: Float[Array, "B S G K"],
     value_BSGK: Float[Array, "B S G K"],
     mask_B1LS: Bool[Array, "B 1 L S"],
+    softcap: float = 0.0,
 ) -> Float[Array, "B L H K"]:
-    """Scaled dot-product attention; each group of H/G query heads shares a key/value head (Ainslie et al. 2023)."""
-    with jax.numpy_dtype_promotion("standard"):  # inside, jax takes bfloat16 up to float32 for the softmax
-        return jax.nn.dot_product_attention(query_BLHK, key_BSGK, value_BSGK, mask=mask_B1LS)
+    """The formula as it stands, with all scores at once: for decoding, and what the faster ways are tested against."""
+    query_BGRLK = _split_heads(query_BLHK, key_BSGK.shape[2])
+    scores = jnp.einsum("BGRLK,BSGK->BGRLS", query_BGRLK, key_BSGK, preferred_element_type=jnp.float32)
+    scores, _ = _cap(scores * query_BLHK.shape[-1] ** -0.5, softcap)
+    shares = jax.nn.softmax(jnp.where(mask_B1LS[:, :, None], scores, HIDDEN), axis=-1).astype(value_BSGK.dtype)
+    return _join_heads(jnp.einsum("BGRLS,BSGK->BGRLK", shares, value_BSGK)).astype(query_BLHK.dtype)
+
+
+def _split_heads(x_BLHK: Array, groups: int) -> Float[Array, "B G R L K"]:
+    batch, length, heads, head_dim = x_BLHK.shape
+    return x_BLHK.reshape(batch, length, groups, heads // groups, head_dim).transpose(0, 2, 3, 1, 4)
+
+
+def _join_heads(x_BGRLK: Array) -> Float[Array, "B L H K"]:
+    batch, groups, shared, length, head_dim = x_BGRLK.shape
+    return x_BGRLK.transpose(0, 3, 1, 2, 4).reshape(batch, length, groups * shared, head_dim)
+
+
+def _cap(scores: Array, softcap: float) -> tuple[Array, Array | None]:
+    """Capped scores, and their derivative (None is 1)."""
+    if not softcap:
+        return scores, None
+    tanh = jnp.tanh(scores / softcap)
+    return softcap * tanh, 1.0 - jnp.square(tanh)
+
+
+# On CPU, as in FlashAttention (Dao et al. 2022), but in plain operations: tile by tile, with what lies in the masked
+# half left out; kept is one number a query, from which the backward pass makes the shares again.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_in_tiles(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
+    return _tiles_forward(query, key, value, segments, reach)[0]
+
+
+def _tiles_forward(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> tuple[Array, Any]:
+    forward = functools.partial(_rows_forward, reach=reach)
+    out, lse = _rows_by_rows(forward, query.shape, (query, key, value, segments))
+    return out, (query, key, value, segments, out, lse)
+
+
+def _tiles_backward(reach: Reach, saved: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+    backward = functools.partial(_rows_backward, reach=reach)
+    return *_rows_by_rows(backward, saved[0].shape, (*saved, d_out)), None
+
+
+_attend_in_tiles.defvjp(_tiles_forward, _tiles_backward)
+
+
+def _rows_by_rows(rows: Callable[..., Any], shape: tuple[int, ...], arrays: tuple[Array, ...]) -> Any:
+    """`rows(*arrays)`, for as many rows of the batch at once as have no more than a tile of scores."""
+    batch, length, heads, _ = shape
+    at_once = max(TILE // (heads * min(BLOCK, length) * length), 1)
+    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= at_once)
+    if parts == 1:
+        return rows(*arrays)
+    split = [array.reshape(parts, batch // parts, *array.shape[1:]) for array in arrays]
+    found = jax.lax.map(lambda part: rows(*part), split)
+    return jax.tree.map(lambda array: array.reshape(batch, *array.shape[2:]), found)
+
+
+def _blocks(length: int, window: int) -> list[tuple[range, range]]:
+    """Queries of each block, and the keys that any of them may see."""
+    found = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        found.append((range(start, stop), range(max(start - window + 1, 0) if window else 0, stop)))
+    return found
+
+
+def _scores(
+    query_BGRTK: Array, key_BGSK: Array, segments_BL: Array, queries: range, keys: range, reach: Reach
+) -> tuple[Array, Array | None]:
+    raw = jnp.einsum("BGRTK,BGSK->BGRTS", query_BGRTK, key_BGSK, preferred_element_type=jnp.float32)
+    capped, slope = _cap(raw * query_BGRTK.shape[-1] ** -0.5, reach.softcap)
+    return jnp.where(_seen(segments_BL, queries, keys, reach.window)[:, None, None], capped, HIDDEN), slope
+
+
+def _rows_forward(query: Array, key: Array, value: Array, segments: Array, *, reach: Reach) -> tuple[Array, Array]:
+    """Outputs, and the log of the sum of the exponentials of each query's scores."""
+    query, key, value = _split_heads(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    outs, lses = [], []
+    for queries, keys in _blocks(segments.shape[1], reach.window):
+        part, span = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
+        scores, _ = _scores(query[..., part, :], key[..., span, :], segments, queries, keys, reach)
+        most = jnp.max(scores, axis=-1, keepdims=True)
+        powers = jnp.exp(scores - most)
+        total = row_sum(powers, "cpu")
+        mixed = jnp.einsum(
+            "BGRTS,BGSK->BGRTK", powers.astype(value.dtype), value[..., span, :], preferred_element_type=jnp.float32
+        )
+        outs.append(mixed / total)
+        lses.append(most + jnp.log(total))
+    return _join_heads(jnp.concatenate(outs, axis=3)).astype(query.dtype), jnp.concatenate(lses, axis=3)
+
+
+def _rows_backward(
+    query: Array, key: Array, value: Array, segments: Array, out: Array, lse: Array, d_out: Array, *, reach: Reach
+) -> tuple[Array, Array, Array]:
+    groups, dtype, scale = key.shape[2], query.dtype, query.shape[-1] ** -0.5
+    along = row_sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), "cpu")
+    along, d_out, query = (_split_heads(x, groups) for x in (along, d_out, query))
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    d_queries = []
+    d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    for queries, keys in _blocks(segments.shape[1], reach.window):
+        part, span = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
+        scores, slope = _scores(query[..., part, :], key[..., span, :], segments, queries, keys, reach)
+        shares = jnp.exp(scores - lse[..., part, :])
+        d_shares = product("BGRTK,BGSK->BGRTS", d_out[..., part, :], value[..., span, :])
+        d_scores = shares * (d_shares - along[..., part, :]) * scale
+        d_scores = (d_scores if slope is None else d_scores * slope).astype(dtype)
+        d_queries.append(product("BGRTS,BGSK->BGRTK", d_scores, key[..., span, :]))
+        d_key = d_key.at[..., span, :].add(product("BGRTS,BGRTK->BGSK", d_scores, query[..., part, :]))
+        d_value = d_value.at[..., span, :].add(product("BGRTS,BGRTK->BGSK", shares.astype(dtype), d_out[..., part, :]))
+    d_query = _join_heads(jnp.concatenate(d_queries, axis=3))
+    return d_query.astype(dtype), d_key.swapaxes(1, 2).astype(dtype), d_value.swapaxes(1, 2).astype(dtype)
 
 
 def rotate(x_BLHK: Float[Array, "B L H K"], positions_BL: Int[Array, "B L"], theta: float) -> Float[Array, "B L H K"]:

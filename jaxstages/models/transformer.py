@@ -5,6 +5,7 @@ N layers (stacked), S cache slots.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxstages.config import ModelConfig
-from jaxstages.models.attention import attend, cache_mask, packed_mask, rotate
+from jaxstages.models.attention import Reach, attend, attend_masked, cache_mask, rotate
+from jaxstages.models.primitives import last_dim, linear, normalize
 from jaxstages.types import Batch, Model, Params
 
 Cache = tuple[Array, Array]
@@ -23,20 +25,36 @@ def _kernel(*names: str, scale: float = 0.02) -> Any:
     return nn.with_partitioning(nn.initializers.normal(scale), names)
 
 
-def _norm(config: ModelConfig, name: str, x: Array, axis: str = "norm") -> Array:
+class Norm(nn.Module):
     """Normalise the last dim; statistics and scale are float32 whatever the activations are."""
-    scale = nn.with_partitioning(nn.initializers.ones, (axis,))
-    if config.norm == "layernorm":
-        bias = nn.with_partitioning(nn.initializers.zeros, (axis,))
-        norm = nn.LayerNorm(use_bias=config.bias, scale_init=scale, bias_init=bias, name=name)
-    else:
-        norm = nn.RMSNorm(scale_init=scale, name=name)
-    return norm(x.astype(jnp.float32)).astype(x.dtype)
+
+    config: ModelConfig
+    platform: str
+    axis: str = "norm"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        layernorm = self.config.norm == "layernorm"
+        scale: Any = self.param("scale", nn.with_partitioning(nn.initializers.ones, (self.axis,)), x.shape[-1:])
+        normed = normalize(x, scale, layernorm, self.config.norm_eps, self.platform)
+        if not (layernorm and self.config.bias):
+            return normed
+        bias: Any = self.param("bias", nn.with_partitioning(nn.initializers.zeros, (self.axis,)), x.shape[-1:])
+        return normed + last_dim(bias, x.ndim).astype(x.dtype)
 
 
-def _project(config: ModelConfig, name: str, features: Any, names: tuple[str, ...], scale: float = 0.02) -> Any:
+def _project(
+    config: ModelConfig, platform: str, name: str, features: Any, names: tuple[str, ...], scale: float = 0.02
+) -> Any:
     """A linear map of the last dim (or, for the attention's output, of the last two)."""
     inputs = len(names) - (len(features) if isinstance(features, tuple) else 1)
+
+    def dot_general(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None) -> Array:
+        del dimension_numbers, precision  # the last dims of x with the first of the kernel
+        flat_IO = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
+        out = linear(x.reshape(*x.shape[: x.ndim - inputs], flat_IO.shape[0]), flat_IO, platform)
+        return out.reshape(*out.shape[:-1], *kernel.shape[inputs:])
+
     return nn.DenseGeneral(
         features,
         axis=tuple(range(-inputs, 0)),
@@ -44,6 +62,7 @@ def _project(config: ModelConfig, name: str, features: Any, names: tuple[str, ..
         dtype=jnp.dtype(config.dtype),
         kernel_init=_kernel(*names, scale=scale),
         bias_init=nn.with_partitioning(nn.initializers.zeros, names[inputs:]),
+        dot_general=dot_general,
         name=name,
     )
 
@@ -52,75 +71,88 @@ class Attention(nn.Module):
     """Attention over the row, or, with a cache, over the cache after this call's keys are written to it."""
 
     config: ModelConfig
+    platform: str
 
     @nn.compact
-    def __call__(self, x_BLD: Array, positions_BL: Array, mask: Array, cache: Cache | None) -> tuple[Array, Any]:
+    def __call__(
+        self, x_BLD: Array, positions_BL: Array, segments_BL: Array | None, cache: Cache | None
+    ) -> tuple[Array, Any]:
         config, part = self.config, self.config.attention
-        query = _project(config, "query", (part.heads, part.head_dim), ("embed", "heads", "head_dim"))(x_BLD)
-        key = _project(config, "key", (part.kv_heads, part.head_dim), ("embed", "kv_heads", "head_dim"))(x_BLD)
-        value = _project(config, "value", (part.kv_heads, part.head_dim), ("embed", "kv_heads", "head_dim"))(x_BLD)
+        project = functools.partial(_project, config, self.platform)
+        query = project("query", (part.heads, part.head_dim), ("embed", "heads", "head_dim"))(x_BLD)
+        key = project("key", (part.kv_heads, part.head_dim), ("embed", "kv_heads", "head_dim"))(x_BLD)
+        value = project("value", (part.kv_heads, part.head_dim), ("embed", "kv_heads", "head_dim"))(x_BLD)
         if part.qk_norm:
-            query = _norm(config, "query_norm", query, "head_dim")
-            key = _norm(config, "key_norm", key, "head_dim")
+            query = Norm(config, self.platform, "head_dim", name="query_norm")(query)
+            key = Norm(config, self.platform, "head_dim", name="key_norm")(key)
         if part.position == "rope":
             query = rotate(query, positions_BL, part.rope_theta)
             key = rotate(key, positions_BL, part.rope_theta)
-        if cache is not None:
+        if cache is None:
+            assert segments_BL is not None, "a row without a cache has segments"
+            mixed_BLHK = attend(query, key, value, segments_BL, Reach(), self.platform)
+        else:
             rows = jnp.arange(x_BLD.shape[0])[:, None]
             key = cache[0].at[rows, positions_BL].set(key.astype(cache[0].dtype))
             value = cache[1].at[rows, positions_BL].set(value.astype(cache[1].dtype))
             cache = (key, value)
-        mixed_BLHK = attend(query, key, value, mask)
+            mixed_BLHK = attend_masked(query, key, value, cache_mask(positions_BL, key.shape[1]))
         scale = 0.02 / (2 * config.layers) ** 0.5  # what adds to the residual stream starts small (Radford et al. 2019)
-        out = _project(config, "out", config.width, ("heads", "head_dim", "embed"), scale)(mixed_BLHK)
+        out = project("out", config.width, ("heads", "head_dim", "embed"), scale)(mixed_BLHK)
         return out, cache
 
 
 class FeedForward(nn.Module):
     config: ModelConfig
+    platform: str
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
         config = self.config
-        hidden = _project(config, "up", config.ff_width, ("embed", "ff"))(x_BLD)
+        project = functools.partial(_project, config, self.platform)
+        hidden = project("up", config.ff_width, ("embed", "ff"))(x_BLD)
         match config.activation:
             case "swiglu" | "geglu":  # Shazeer 2020
-                gate = _project(config, "gate", config.ff_width, ("embed", "ff"))(x_BLD)
+                gate = project("gate", config.ff_width, ("embed", "ff"))(x_BLD)
                 hidden = hidden * (nn.silu(gate) if config.activation == "swiglu" else nn.gelu(gate))
-            case "gelu":
-                hidden = nn.gelu(hidden)
+            case "gelu" | "gelu_erf":  # Hendrycks & Gimpel 2016; by tanh, or exact
+                hidden = nn.gelu(hidden, approximate=config.activation == "gelu")
             case "relu2":  # So et al. 2021
                 hidden = jnp.square(nn.relu(hidden))
             case _:
-                raise ValueError(f"model.activation={config.activation!r}; known: swiglu, geglu, gelu, relu2")
+                raise ValueError(f"model.activation={config.activation!r}; known: swiglu, geglu, gelu, gelu_erf, relu2")
         scale = 0.02 / (2 * config.layers) ** 0.5
-        return _project(config, "down", config.width, ("ff", "embed"), scale)(hidden)
+        return project("down", config.width, ("ff", "embed"), scale)(hidden)
 
 
 class Layer(nn.Module):
     """One layer, in the shape that `nn.scan` wants: (carry, what is scanned) -> (carry, what is stacked)."""
 
     config: ModelConfig
+    platform: str
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x_BLD: Array, cache: Cache | None, positions_BL: Array, mask: Array) -> tuple[Array, Any]:
-        config = self.config
+    def __call__(
+        self, x_BLD: Array, cache: Cache | None, positions_BL: Array, segments_BL: Array | None
+    ) -> tuple[Array, Any]:
+        config, platform = self.config, self.platform
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
-        normed = _norm(config, "attention_norm", x_BLD)
-        mixed, cache = Attention(config, name="attention")(normed, positions_BL, mask, cache)
+        normed = Norm(config, platform, name="attention_norm")(x_BLD)
+        mixed, cache = Attention(config, platform, name="attention")(normed, positions_BL, segments_BL, cache)
         x_BLD = x_BLD + drop(mixed)
-        normed = _norm(config, "ff_norm", x_BLD)
-        return x_BLD + drop(FeedForward(config, name="ff")(normed)), cache
+        normed = Norm(config, platform, name="ff_norm")(x_BLD)
+        return x_BLD + drop(FeedForward(config, platform, name="ff")(normed)), cache
 
 
 class Transformer(nn.Module):
     config: ModelConfig
     vocab: int
+    platform: str
 
     @nn.compact
     def __call__(
-        self, tokens_BL: Array, positions_BL: Array, mask: Array, cache: Any, deterministic: bool
+        self, tokens_BL: Array, positions_BL: Array, segments_BL: Array | None, cache: Any, deterministic: bool
     ) -> tuple[Array, Any]:
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -139,9 +171,9 @@ class Transformer(nn.Module):
             length=config.layers,
             unroll=config.layers if config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, deterministic, name="layers")
-        x_BLD, cache = layers(x_BLD, cache, positions_BL, mask)
-        x_BLD = _norm(config, "final_norm", x_BLD)
+        )(config, self.platform, deterministic, name="layers")
+        x_BLD, cache = layers(x_BLD, cache, positions_BL, segments_BL)
+        x_BLD = Norm(config, self.platform, name="final_norm")(x_BLD)
         if config.tied_head:
             head_VD = embedding_VD
         else:
@@ -151,16 +183,19 @@ class Transformer(nn.Module):
         return logits, cache
 
 
-def make_model(config: ModelConfig, vocab: int) -> Model:
+def make_model(config: ModelConfig, vocab: int, platform: str | None = None) -> Model:
     """The transformer of `config` over `vocab` tokens. Parameters are float32; activations are `config.dtype`.
 
     A position beyond `config.context` has no learned embedding; callers keep within it.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu", which the functions are to run on; None is jax's own default.
     """
-    module = Transformer(config, vocab)
+    module = Transformer(config, vocab, platform or jax.default_backend())
 
     def boxed(key: Array) -> Params:
         row = jnp.zeros((1, 2), jnp.int32)
-        variables: Any = module.init(key, row, row, packed_mask(row), None, True)  # a dict, if Flax's type says more
+        variables: Any = module.init(key, row, row, row, None, True)  # a dict, if Flax's type says more
         return variables["params"]
 
     def init(key: Array) -> Params:
@@ -172,7 +207,7 @@ def make_model(config: ModelConfig, vocab: int) -> Model:
             {"params": params},
             batch.tokens_BL,
             batch.positions_BL,
-            packed_mask(batch.segments_BL),
+            batch.segments_BL,
             None,
             rngs is None,
             rngs=rngs,
@@ -185,9 +220,8 @@ def make_model(config: ModelConfig, vocab: int) -> Model:
         return empty(), empty()
 
     def decode(params: Params, tokens_BL: Array, positions_BL: Array, cache: Cache) -> tuple[Array, Cache]:
-        mask = cache_mask(positions_BL, cache[0].shape[2])
         # Any: Flax's type also has the variables that `mutable` would return.
-        found: Any = module.apply({"params": params}, tokens_BL, positions_BL, mask, cache, True)
+        found: Any = module.apply({"params": params}, tokens_BL, positions_BL, None, cache, True)
         return found
 
     axes = jax.tree.map(

@@ -1,0 +1,109 @@
+"""Hand-written gradients against those of the plain formulas, in float64 where the bound is on the error itself."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxstages.models import attention
+from jaxstages.models.attention import Reach, attend, attend_masked, packed_mask
+from jaxstages.models.primitives import linear, normalize, row_sum
+
+BOUND = 2e-6
+"""Largest error of an output or a gradient, relative to the largest value in it, in float32 against float64."""
+
+
+def close(found: object, expected: object, bound: float = BOUND) -> None:
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for one, other in pairs:
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        assert np.abs(one - other).max() <= bound * np.abs(other).max(), np.abs(one - other).max() / np.abs(other).max()
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 24), (24, 8), (7, 7)])
+def test_linear(platform: str, inputs: int, outputs: int) -> None:
+    """Both orders of the kernel's gradient, over any leading dims."""
+    x, kernel, d_out = normal(0, 3, 5, inputs), normal(1, inputs, outputs), normal(2, 3, 5, outputs)
+    out, back = jax.vjp(lambda x, kernel: linear(x, kernel, platform), x, kernel)
+    wide = [np.asarray(array, np.float64) for array in (x, kernel, d_out)]
+    d_kernel = wide[0].reshape(-1, inputs).T @ wide[2].reshape(-1, outputs)
+    close((out, *back(d_out)), (wide[0] @ wide[1], wide[2] @ wide[1].T, d_kernel))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_normalize(platform: str, centred: bool) -> None:
+    x, scale, d_out = 3 + normal(0, 4, 6, 32), normal(1, 32), normal(2, 4, 6, 32)
+
+    def formula(x: jax.Array, scale: jax.Array) -> jax.Array:
+        shifted = x - jnp.mean(x, axis=-1, keepdims=True) if centred else x
+        return shifted / jnp.sqrt(jnp.mean(shifted**2, axis=-1, keepdims=True) + 1e-5) * scale[None, None]
+
+    out, back = jax.vjp(lambda x, scale: normalize(x, scale, centred, 1e-5, platform), x, scale)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(array, jnp.float64) for array in (x, scale, d_out)]
+        expected, expected_back = jax.vjp(formula, *wide[:2])
+        close((out, *back(d_out)), (expected, *expected_back(wide[2])), 5e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_bfloat16_goes_through_float32(platform: str) -> None:
+    """Of 512 equal bfloat16 numbers, a sum in bfloat16 would stop growing at 256 times the first."""
+    ones = jnp.ones((2, 512), jnp.bfloat16)
+    assert normalize(ones * 3, jnp.ones(512), False, 1e-6, platform).dtype == jnp.bfloat16
+    close(normalize(ones * 3, jnp.ones(512), False, 0.0, platform), ones, 1e-2)
+    close(row_sum(jnp.ones((2, 512)), platform), np.full((2, 1), 512.0))
+
+
+SHAPES = {"heads": (4, 4), "grouped": (6, 2), "one key head": (4, 1)}
+REACHES = {"causal": Reach(), "window": Reach(window=5), "softcap": Reach(softcap=2.0), "both": Reach(11, 3.0)}
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("reach", REACHES.values(), ids=REACHES)
+def test_attention_in_tiles(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, reach: Reach) -> None:
+    """Several blocks, the last of them shorter, and several groups of rows, over packed rows with padding."""
+    batch, length, head_dim = 4, 27, 8
+    monkeypatch.setattr(attention, "BLOCK", 10)
+    monkeypatch.setattr(attention, "TILE", 2 * heads * 10 * length)
+    segments = np.asarray([[1] * 27, [1] * 4 + [2] * 20 + [0] * 3, [1] * 13 + [2] * 14, [1] * 9 + [2] * 9 + [3] * 9])
+    query, d_out = normal(0, batch, length, heads, head_dim), normal(3, batch, length, heads, head_dim)
+    key, value = normal(1, batch, length, kv_heads, head_dim), normal(2, batch, length, kv_heads, head_dim)
+    out, back = jax.vjp(lambda *qkv: attend(*qkv, jnp.asarray(segments, jnp.int32), reach, "cpu"), query, key, value)
+    with jax.enable_x64(True):
+        mask = packed_mask(jnp.asarray(segments), reach.window)
+        wide = [jnp.asarray(array, jnp.float64) for array in (query, key, value, d_out)]
+        expected, expected_back = jax.vjp(lambda *qkv: formula(*qkv, mask, reach.softcap), *wide[:3])
+        close((out, *back(d_out)), (expected, *expected_back(wide[3])))
+        close(attend_masked(query, key, value, mask, reach.softcap), expected)
+
+
+def formula(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, softcap: float) -> jax.Array:
+    """Each head by itself."""
+    shared = query.shape[2] // key.shape[2]
+    outs = []
+    for head in range(query.shape[2]):
+        scores = jnp.einsum("blk,bsk->bls", query[:, :, head], key[:, :, head // shared]) / query.shape[3] ** 0.5
+        scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
+        shares = jax.nn.softmax(jnp.where(mask[:, 0], scores, -1e300), axis=-1)
+        outs.append(jnp.einsum("bls,bsk->blk", shares, value[:, :, head // shared]))
+    return jnp.stack(outs, axis=2)
+
+
+def test_what_is_looked_at_together_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (normal(seed, 6, 16, 2, 8) for seed in range(3))
+    segments = jnp.ones((6, 16), jnp.int32)
+    found = []
+    for tile, block in itertools.product((1, 2 * 16 * 16 * 2, 2**20), (4, 16, 128)):
+        monkeypatch.setattr(attention, "TILE", tile)
+        monkeypatch.setattr(attention, "BLOCK", block)
+        found.append(attend(query, key, value, segments, Reach(), "cpu"))
+    for other in found[1:]:
+        close(other, found[0])
