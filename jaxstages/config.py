@@ -146,6 +146,8 @@ class LoopConfig:
     """Rows in one optimizer step, over all devices and hosts."""
     accumulate: int = 1
     """Parts that the batch is split into; the loss and gradient do not depend on it."""
+    loss_tile: int = 0
+    """Positions of each row whose logits exist at once, which saves memory where the vocabulary is large; 0 is all."""
     eval_every: int = 100
     save_every: int = 100
     log_every: int = 10

@@ -35,7 +35,8 @@ def make_evaluate(bench: Workbench, between: Callable[[], None] = lambda: None) 
         between: called before each batch; what it raises ends the evaluation.
     """
     stage, config = bench.stage, bench.stage.evaluation
-    eval_step = jax.jit(make_eval_step(bench.model.apply, jnp.asarray(bench.tokenizer.token_bytes())))
+    token_bytes_V = jnp.asarray(bench.tokenizer.token_bytes())
+    eval_step = jax.jit(make_eval_step(bench.model.headless, token_bytes_V, stage.loop.loss_tile))
     questions = evenly([q for source in bench.held_out for q in source.questions()], config.max_examples)
     scored = bool(config.metrics and questions)
     classify = make_classify(bench, between) if scored and stage.data.task == "classify" else None

@@ -138,12 +138,13 @@ class _Run:
         bench, config = self._bench, self._config
         optim = bench.stage.optim
         step_function = make_train_step(
-            bench.model.apply,
+            bench.model.headless,
             bench.tx,
             seed=bench.recipe.seed,
             accumulate=config.accumulate,
             label_smoothing=optim.label_smoothing,
             z_loss=optim.z_loss,
+            loss_tile=config.loss_tile,
             spike_sigma=optim.spike_sigma,
             frozen=path_matches(optim.freeze, bench.shapes.params),
         )

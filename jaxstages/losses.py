@@ -1,36 +1,59 @@
 """The loss: token-weighted cross-entropy as sums, which are divided once, at the end.
 
-Legend: B batch, L length, V vocab.
+Legend: B batch, L length, D width, V vocab, T positions of a tile.
 """
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxstages.types import Sums
+from jaxstages.types import Headless, Sums
 
 
 def cross_entropy_sums(
-    logits_BLV: Float[Array, "B L V"],
+    outputs: Float[Array, "B L V"] | Headless,
     targets_BL: Int[Array, "B L"],
     weights_BL: Float[Array, "B L"],
     *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    tile: int = 0,
 ) -> Sums:
     """Weighted sums over tokens of the negative log-likelihood and of what is minimised.
 
     Args:
-        logits_BLV: any float dtype; the softmax is in float32.
+        outputs: logits of any float dtype; the softmax is in float32. Or `Headless`, what they are made from: then they
+            are formed here, and their gradient at the same time, in three matmuls.
         targets_BL: token ids in [0, V).
         weights_BL: how much each target counts; 0 leaves it out, also where its logits are not finite.
         label_smoothing: share of the target's probability that is spread evenly over V (Szegedy et al. 2016).
         z_loss: factor of `log(sum(exp(logits)))**2`, which keeps logits from drifting (PaLM, Chowdhery et al. 2022).
+        tile: of `Headless`, logits of so many positions of each row exist at once, or of a few less, so that the tiles
+            are equal; 0 is all of them. Saves memory, and costs some time.
 
     Returns:
-        "nll" in nats; "objective", which is nll unless smoothing or z-loss are on; "correct", where the target has
-        the largest logit; "weight", the sum of weights that all of them are to be divided by.
+        "nll" in nats; "objective", which is nll unless smoothing or z-loss are on, and the only one that gradients are
+        taken of; "correct", where the target has the largest logit; "weight", the sum of weights that all of them are
+        to be divided by.
     """
+    if isinstance(outputs, Headless):
+        length = targets_BL.shape[1]
+        at_once = max(n for n in range(1, min(tile or length, length) + 1) if length % n == 0)
+        head = (*outputs, targets_BL, weights_BL)
+        sums: Any = _headless_sums(*head, label_smoothing, z_loss, at_once)
+    else:
+        sums, _ = _sums_of_logits(outputs, targets_BL, weights_BL, label_smoothing, z_loss)
+    aside = {name: jax.lax.stop_gradient(value) for name, value in sums.items() if name != "objective"}
+    return aside | {"objective": sums["objective"]}
+
+
+def _sums_of_logits(
+    logits_BLV: Array, targets_BL: Array, weights_BL: Array, label_smoothing: float, z_loss: float
+) -> tuple[Sums, Array]:
+    """The sums, and the log of the sum of the exponentials of each token's logits."""
     logits_BLV = logits_BLV.astype(jnp.float32)
     lse_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
     target_logits_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
@@ -47,9 +70,86 @@ def cross_entropy_sums(
         # Selection, not only multiplication: 0 * inf would be NaN.
         return jnp.sum(jnp.where(weights_BL > 0, values_BL * weights_BL, 0.0))
 
-    return {
-        "nll": total(nll_BL),
-        "objective": total(objective_BL),
-        "correct": total(correct_BL),
-        "weight": jnp.sum(weights_BL),
-    }
+    sums = {"nll": total(nll_BL), "objective": total(objective_BL), "correct": total(correct_BL)}
+    return sums | {"weight": jnp.sum(weights_BL)}, lse_BL
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _headless_sums(
+    hidden_BLD: Array, head_VD: Array, targets: Array, weights: Array, smoothing: float, z_loss: float, tile: int
+) -> Sums:
+    return _tile_by_tile(hidden_BLD, head_VD, targets, weights, smoothing, z_loss, tile, False)[0]
+
+
+def _headless_forward(
+    hidden_BLD: Array, head_VD: Array, targets: Array, weights: Array, smoothing: float, z_loss: float, tile: int
+) -> tuple[Sums, Any]:
+    return _tile_by_tile(hidden_BLD, head_VD, targets, weights, smoothing, z_loss, tile, True)
+
+
+def _headless_backward(smoothing: float, z_loss: float, tile: int, gradients: Any, d_sums: Sums) -> Any:
+    d_hidden, d_head = gradients
+    scaled = [(d.astype(jnp.float32) * d_sums["objective"]).astype(d.dtype) for d in (d_hidden, d_head)]
+    return *scaled, None, None
+
+
+_headless_sums.defvjp(_headless_forward, _headless_backward)
+
+
+def _tile_by_tile(
+    hidden_BLD: Array,
+    head_VD: Array,
+    targets_BL: Array,
+    weights_BL: Array,
+    smoothing: float,
+    z_loss: float,
+    tile: int,
+    differentiate: bool,
+) -> tuple[Sums, tuple[Array, Array] | None]:
+    """The sums and, made in the same pass, the objective's gradients by hidden and head (as in Liger's fused linear
+    cross-entropy, Hsu et al. 2024, but with the tiles along the row, so that each device keeps its own rows)."""
+    dtype, vocab = hidden_BLD.dtype, head_VD.shape[0]
+
+    def one(part: tuple[Array, Array, Array]) -> tuple[Sums, Any]:
+        hidden_BTD, targets_BT, weights_BT = part
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD.astype(dtype), preferred_element_type=jnp.float32)
+        sums, lse_BT = _sums_of_logits(logits_BTV, targets_BT, weights_BT, smoothing, z_loss)
+        if not differentiate:
+            return sums, None
+        shares_BTV = jnp.exp(logits_BTV - lse_BT[..., None])
+        # Of z * lse**2 the gradient is 2 * z * lse times the shares, which is how the lse's own gradient comes in.
+        slope_BT = 1.0 + 2.0 * z_loss * lse_BT if z_loss else jnp.ones_like(lse_BT)
+        is_target = targets_BT[..., None] == jnp.arange(vocab)[None, None, :]
+        wanted_BTV = jnp.where(is_target, 1.0 - smoothing, 0.0) + smoothing / vocab
+        d_logits = (shares_BTV * slope_BT[..., None] - wanted_BTV) * weights_BT[..., None]
+        # Operands of the model's dtype: float32 ones would take the matmuls off the fast path of accelerators.
+        d_logits = jnp.where(weights_BT[..., None] > 0, d_logits, 0.0).astype(dtype)
+        d_hidden_BTD = jnp.einsum("BTV,VD->BTD", d_logits, head_VD.astype(dtype))
+        return sums, (d_hidden_BTD, _head_gradient(d_logits, hidden_BTD))
+
+    length = targets_BL.shape[1]
+    if tile == length:
+        sums, gradients = one((hidden_BLD, targets_BL, weights_BL))
+        return sums, gradients and (gradients[0], gradients[1].astype(head_VD.dtype))
+
+    def split(x: Array) -> Array:
+        return x.reshape(x.shape[0], length // tile, tile, *x.shape[2:]).swapaxes(0, 1)
+
+    def add(total: Any, part: Any) -> tuple[Any, Any]:
+        sums, gradients = one(part)
+        if gradients is None:
+            return jax.tree.map(jnp.add, total, (sums, None)), None
+        return jax.tree.map(jnp.add, total, (sums, gradients[1])), gradients[0]
+
+    zero = dict.fromkeys(("nll", "objective", "correct", "weight"), jnp.zeros(()))
+    start = (zero, jnp.zeros(head_VD.shape, jnp.float32) if differentiate else None)
+    (sums, d_head), d_hiddens = jax.lax.scan(add, start, tuple(map(split, (hidden_BLD, targets_BL, weights_BL))))
+    if d_head is None:
+        return sums, None
+    return sums, (d_hiddens.swapaxes(0, 1).reshape(hidden_BLD.shape), d_head.astype(head_VD.dtype))
+
+
+def _head_gradient(d_logits_BTV: Array, hidden_BTD: Array) -> Float[Array, "V D"]:
+    """Summed in float32, over tokens. Both operands lie as they are: flattened, neither is copied."""
+    flat_MV, flat_MD = (x.reshape(-1, x.shape[-1]) for x in (d_logits_BTV, hidden_BTD))
+    return jax.lax.dot_general(flat_MV, flat_MD, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from jaxstages.guard import init_guard, judge
 from jaxstages.losses import cross_entropy_sums
-from jaxstages.types import Batch, Params, Sums, TrainState
+from jaxstages.types import Batch, Headless, Params, Sums, TrainState
 
-Apply = Callable[[Params, Batch, Array | None], Array]
+Apply = Callable[[Params, Batch, Array | None], Array | Headless]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
 
 
@@ -32,6 +32,7 @@ def make_train_step(
     accumulate: int = 1,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    loss_tile: int = 0,
     spike_sigma: float = 0.0,
     frozen: Params | None = None,
 ) -> TrainStep:
@@ -43,7 +44,7 @@ def make_train_step(
     they are, bit for bit, and only the step counts on.
 
     Args:
-        apply: `apply(params, batch, dropout_key) -> logits_BLV`.
+        apply: `apply(params, batch, dropout_key)` gives logits_BLV, or `Headless`, what they are made from.
         accumulate: parts that the batch is split into, one after the other, to save memory; divides B.
         frozen: tree of bools like params; gradients of the true ones are 0, are not computed, and don't count in the
             norm. That they stay as they are is the optimizer's part.
@@ -55,9 +56,13 @@ def make_train_step(
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Sums]:
         if frozen is not None:
             params = jax.tree.map(lambda p, stays: jax.lax.stop_gradient(p) if stays else p, params, frozen)
-        logits_BLV = apply(params, batch, key)
         sums = cross_entropy_sums(
-            logits_BLV, batch.targets_BL, batch.weights_BL, label_smoothing=label_smoothing, z_loss=z_loss
+            apply(params, batch, key),
+            batch.targets_BL,
+            batch.weights_BL,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            tile=loss_tile,
         )
         return sums["objective"], sums
 
@@ -97,12 +102,14 @@ def make_train_step(
     return step
 
 
-def make_eval_step(apply: Apply, token_bytes_V: Float[Array, " V"] | None = None) -> Callable[[Params, Batch], Sums]:
+def make_eval_step(
+    apply: Apply, token_bytes_V: Float[Array, " V"] | None = None, loss_tile: int = 0
+) -> Callable[[Params, Batch], Sums]:
     """Sums over one batch without dropout, `eval_step(params, batch) -> sums`; with `token_bytes_V` (UTF-8 bytes of
     each token) also "bytes", the text that was scored, for bits per byte."""
 
     def step(params: Params, batch: Batch) -> Sums:
-        sums = cross_entropy_sums(apply(params, batch, None), batch.targets_BL, batch.weights_BL)
+        sums = cross_entropy_sums(apply(params, batch, None), batch.targets_BL, batch.weights_BL, tile=loss_tile)
         if token_bytes_V is not None:
             sums["bytes"] = jnp.sum(jnp.where(batch.weights_BL > 0, token_bytes_V[batch.targets_BL], 0.0))
         return sums

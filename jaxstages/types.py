@@ -51,11 +51,19 @@ class TrainState(NamedTuple):
     guard: GuardState
 
 
+class Headless(NamedTuple):
+    """What logits are made from, `hidden_BLD @ head_VD.T`, where they need not all exist at once."""
+
+    hidden_BLD: Float[Array, "B L D"]
+    head_VD: Float[Array, "V D"]
+
+
 class Model(NamedTuple):
     """A language model as pure functions, made the way optax makes a GradientTransformation.
 
     init: `init(key) -> params`.
     apply: `apply(params, batch, dropout_key) -> logits_BLV`; `dropout_key=None` turns dropout off.
+    headless: `headless(params, batch, dropout_key)`, the same without the last matmul.
     axes: tree like params whose leaves are tuples of logical axis names, one a dim ("embed", "heads", ...).
     init_cache: `init_cache(batch_size, slots) -> cache`, the empty key/value cache for decoding.
     decode: `decode(params, tokens_BL, positions_BL, cache) -> (logits_BLV, cache)`; keys and values are written
@@ -64,6 +72,7 @@ class Model(NamedTuple):
 
     init: Callable[[PRNGKeyArray], Params]
     apply: Callable[[Params, Batch, PRNGKeyArray | None], Float[Array, "B L V"]]
+    headless: Callable[[Params, Batch, PRNGKeyArray | None], Headless]
     axes: Params
     init_cache: Callable[[int, int], Any]
     decode: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[Float[Array, "B L V"], Any]]

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxstages.losses import cross_entropy_sums
+from jaxstages.types import Headless
 
 
 def _case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,3 +60,87 @@ def test_low_precision_logits_are_reduced_in_float32() -> None:
     )
     assert low["nll"].dtype == jnp.float32
     np.testing.assert_allclose(low["nll"], high["nll"], rtol=1e-6)
+
+
+OPTIONS = {"plain": {}, "smoothing": {"label_smoothing": 0.1}, "z-loss": {"z_loss": 0.01}}
+OPTIONS["both"] = OPTIONS["smoothing"] | OPTIONS["z-loss"]
+
+
+def _headless_case(vocab: int = 11) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(1)
+    hidden, head = rng.normal(size=(3, 6, 4)), rng.normal(size=(vocab, 4))
+    weights = rng.integers(0, 3, (3, 6)) / 2
+    targets = jnp.asarray(rng.integers(0, vocab, (3, 6)), jnp.int32)
+    return *(jnp.asarray(x, jnp.float32) for x in (hidden, head)), targets, jnp.asarray(weights, jnp.float32)
+
+
+@pytest.mark.parametrize("tile", [0, 1, 2, 4, 6])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_headless_is_the_same_loss_and_gradient(options: dict[str, float], tile: int) -> None:
+    """Within 2e-6 of the largest value, of the formula over all logits in float64; a tile of 4 becomes one of 3."""
+    hidden, head, targets, weights = _headless_case()
+
+    def ours(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, object]:
+        sums = cross_entropy_sums(Headless(hidden, head), targets, weights, tile=tile, **options)
+        return 3.0 * sums["objective"], sums  # the factor comes back in the gradient
+
+    (_, sums), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
+    alone = cross_entropy_sums(Headless(hidden, head), targets, weights, tile=tile, **options)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(x, jnp.float64) for x in (hidden, head)]
+
+        def formula(hidden: jax.Array, head: jax.Array) -> jax.Array:
+            logits = hidden @ head.T
+            log_z = jax.nn.logsumexp(logits, axis=-1)
+            log_shares = logits - log_z[..., None]
+            smoothing = options.get("label_smoothing", 0.0)
+            wanted = optax.smooth_labels(jax.nn.one_hot(targets, head.shape[0], dtype=jnp.float64), smoothing)
+            objective = -jnp.sum(wanted * log_shares, axis=-1) + options.get("z_loss", 0.0) * log_z**2
+            return jnp.sum(objective * weights.astype(jnp.float64))
+
+        value, expected = jax.value_and_grad(lambda *x: 3.0 * formula(*x), argnums=(0, 1))(*wide)
+    np.testing.assert_allclose(3.0 * sums["objective"], value, rtol=2e-6)
+    for one, other in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6 * np.abs(np.asarray(other)).max(), rtol=0)
+    from_logits = cross_entropy_sums(hidden @ head.T, targets, weights, **options)
+    assert sums.keys() == from_logits.keys()
+    for name in sums:
+        np.testing.assert_allclose(sums[name], from_logits[name], rtol=2e-6)
+        np.testing.assert_allclose(alone[name], sums[name], rtol=1e-6)
+
+
+def test_masked_infinity_does_not_poison_a_headless_gradient() -> None:
+    hidden, head, targets, weights = _headless_case()
+    hidden, weights = hidden.at[0, 0].set(jnp.nan), weights.at[0, 0].set(0.0)
+    for tile in (0, 2):
+        gradient = jax.grad(
+            lambda x, tile=tile: cross_entropy_sums(Headless(x, head), targets, weights, tile=tile)["objective"]
+        )(hidden)
+        assert np.isfinite(gradient).all()
+
+
+def test_only_the_objective_has_a_gradient() -> None:
+    hidden, head, targets, weights = _headless_case()
+    for name in ("nll", "correct", "weight"):
+        gradient = jax.grad(lambda x, name=name: cross_entropy_sums(Headless(x, head), targets, weights)[name])(hidden)
+        assert not np.any(gradient)
+
+
+def test_memory_of_a_tile_does_not_grow_with_the_row() -> None:
+    """Temporary bytes of loss and gradient, by the compiler's own count, with a vocabulary of 4,096."""
+
+    def temporary(length: int, tile: int) -> int:
+        shapes = [((2, length, 8), jnp.float32), ((4096, 8), jnp.float32), ((2, length), jnp.int32)]
+        hidden, head, targets = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+        weights = jax.ShapeDtypeStruct((2, length), jnp.float32)
+
+        def objective(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+            return cross_entropy_sums(Headless(hidden, head), targets, weights, tile=tile)["objective"]
+
+        compiled = jax.jit(jax.grad(objective, argnums=(0, 1))).lower(hidden, head, targets, weights).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 2 * 4096 * 4  # bytes of one position of both rows
+    assert temporary(128, 0) > 128 * logits
+    assert temporary(128, 8) < 128 * logits / 4
+    assert temporary(128, 8) - temporary(64, 8) < 64 * logits / 10

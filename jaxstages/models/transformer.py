@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxstages.config import ModelConfig
 from jaxstages.models.attention import Reach, attend, attend_masked, cache_mask, rotate
 from jaxstages.models.primitives import last_dim, linear, normalize
-from jaxstages.types import Batch, Model, Params
+from jaxstages.types import Batch, Headless, Model, Params
 
 Cache = tuple[Array, Array]
 
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(
         self, tokens_BL: Array, positions_BL: Array, segments_BL: Array | None, cache: Any, deterministic: bool
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Headless, Any]:
         config = self.config
         dtype = jnp.dtype(config.dtype)
         embedding_VD = self.param("embedding", _kernel("vocab", "embed"), (self.vocab, config.width))
@@ -174,13 +174,16 @@ class Transformer(nn.Module):
         )(config, self.platform, deterministic, name="layers")
         x_BLD, cache = layers(x_BLD, cache, positions_BL, segments_BL)
         x_BLD = Norm(config, self.platform, name="final_norm")(x_BLD)
-        if config.tied_head:
-            head_VD = embedding_VD
-        else:
-            head_VD = self.param("head", _kernel("vocab", "embed"), (self.vocab, config.width))
-        # float32 out of low-precision operands: the softmax needs the range.
-        logits = jnp.einsum("BLD,VD->BLV", x_BLD, head_VD.astype(dtype), preferred_element_type=jnp.float32)
-        return logits, cache
+        head: Any = embedding_VD
+        if not config.tied_head:
+            head = self.param("head", _kernel("vocab", "embed"), (self.vocab, config.width))
+        return Headless(x_BLD, head), cache
+
+
+def _logits(hidden_BLD: Array, head_VD: Array) -> Float[Array, "B L V"]:
+    """float32 out of low-precision operands: the softmax needs the range."""
+    head_VD = head_VD.astype(hidden_BLD.dtype)
+    return jnp.einsum("BLD,VD->BLV", hidden_BLD, head_VD, preferred_element_type=jnp.float32)
 
 
 def make_model(config: ModelConfig, vocab: int, platform: str | None = None) -> Model:
@@ -201,9 +204,9 @@ def make_model(config: ModelConfig, vocab: int, platform: str | None = None) -> 
     def init(key: Array) -> Params:
         return nn.unbox(boxed(key))
 
-    def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
+    def headless(params: Params, batch: Batch, dropout_key: Array | None) -> Headless:
         rngs = None if dropout_key is None or not config.dropout else {"dropout": dropout_key}
-        logits_BLV, _ = module.apply(
+        found, _ = module.apply(
             {"params": params},
             batch.tokens_BL,
             batch.positions_BL,
@@ -212,7 +215,10 @@ def make_model(config: ModelConfig, vocab: int, platform: str | None = None) -> 
             rngs is None,
             rngs=rngs,
         )
-        return logits_BLV
+        return found
+
+    def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
+        return _logits(*headless(params, batch, dropout_key))
 
     def init_cache(batch_size: int, slots: int) -> Cache:
         shape = (config.layers, batch_size, slots, config.attention.kv_heads, config.attention.head_dim)
@@ -222,14 +228,14 @@ def make_model(config: ModelConfig, vocab: int, platform: str | None = None) -> 
     def decode(params: Params, tokens_BL: Array, positions_BL: Array, cache: Cache) -> tuple[Array, Cache]:
         # Any: Flax's type also has the variables that `mutable` would return.
         found: Any = module.apply({"params": params}, tokens_BL, positions_BL, None, cache, True)
-        return found
+        return _logits(*found[0]), found[1]
 
     axes = jax.tree.map(
         lambda leaf: leaf.names,
         jax.eval_shape(boxed, jax.random.key(0)),
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
-    return Model(init=init, apply=apply, axes=axes, init_cache=init_cache, decode=decode)
+    return Model(init=init, apply=apply, headless=headless, axes=axes, init_cache=init_cache, decode=decode)
 
 
 def count_params(params: Params) -> int:
