@@ -4,7 +4,7 @@ import faulthandler
 import os
 import sys
 
-from jaxstages.allocator import keep_freed_memory
+from jaxstages.process import keep_compiled, keep_freed_memory
 from jaxstages.signals import stop_signals
 
 
@@ -15,6 +15,8 @@ def cli() -> None:
     with stop_signals():
         from jaxstages.main import main
 
+        if told := keep_compiled():
+            print(f"jaxstages: {told}", file=sys.stderr)
         code = main(sys.argv)
         try:
             sys.stdout.flush()

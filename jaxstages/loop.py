@@ -7,6 +7,7 @@ resumed run needs to write the same numbers is in the checkpoint.
 import collections
 import contextlib
 import copy
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -176,6 +177,7 @@ class _Run:
             pending.append((k + 1, sums, placed.tokens))
             if k == first:  # compilation is not training time
                 jax.block_until_ready(sums)
+                gc.freeze()  # what is there stays there: the collector need not look at it between steps
                 self._signals.unsaved = True
                 self._restart_clock()
             while len(pending) > 1:

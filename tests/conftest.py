@@ -1,5 +1,6 @@
 """Strict numbers for every test: eight virtual devices, dtype and rank promotion raise, warnings are errors."""
 
+import atexit
 import os
 
 # Before jax starts its backend. Tests are about values, not speed: the compiler's fast preset halves their time.
@@ -8,11 +9,18 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
 )
 
+import shutil
+import tempfile
+
 import hypothesis
 import jax
 import pytest
 
 import jaxstages  # noqa: F401  (sets the XLA flags that it needs)
+
+# Child processes keep what they compile here, not in the home of who runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxstages-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

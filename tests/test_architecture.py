@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "jaxstages"
 
 FLOORS = [
-    {"__init__", "types", "guard", "disk", "signals", "hosts", "allocator", "config", "world"},
+    {"__init__", "types", "guard", "disk", "signals", "hosts", "process", "config", "world"},
     {
         *("losses", "optim", "early_stopping", "sharding", "metrics", "console", "workdir", "verdict", "validate"),
         *("manifest", "fingerprint"),

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one-line errors, help, generate, inspect, a kill."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -246,6 +247,26 @@ def test_killed_in_each_stage_and_terminated_it_ends_in_the_same_bits(home: Path
         curves = [read_metrics(tmp_path / name / stage / "metrics.jsonl") for name in ("whole", "killed")]
         losses = [[(line["step"], line["kind"], line.get("loss")) for line in curve] for curve in curves]
         assert losses[0] == losses[1], stage
+
+
+def test_the_second_process_finds_what_the_first_has_compiled(home: Path, tmp_path: Path) -> None:
+    def call_door(command: str, work: str) -> str:
+        words = (command, f"--config={home}/tiny.py:2", f"--workdir={tmp_path / work}")
+        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+        door = [sys.executable, "-m", "jaxstages", *words]
+        return subprocess.run(door, env=env, stderr=subprocess.PIPE, text=True, check=True).stderr
+
+    def kept() -> set[Path]:
+        return {*(tmp_path / "cache").rglob("*-cache")}
+
+    assert "not kept" not in call_door("pretrain", "one")
+    first = kept()
+    call_door("pretrain", "two")
+    assert len(first) > 20 and kept() == first, "the same run compiles nothing again"
+    (folder,) = (tmp_path / "cache" / "jaxstages").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert f"compiled functions are not kept: others may write to {folder}" in call_door("prepare", "one")
 
 
 def test_the_recipes_of_the_project_are_valid() -> None:

@@ -1,0 +1,61 @@
+"""What the process keeps, so that it need not be had again: freed memory, and compiled functions."""
+
+import ctypes
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_NEVER, _TWO_GIB = -1, 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """From now on freed memory stays in the process, for the next step to use; False where malloc is not glibc's.
+
+    XLA:CPU takes the temporary buffer of a step from malloc, and glibc gets what is large from the kernel each time:
+    fresh pages, a fault for each 4 KiB of them, which took a fifth of a step's CPU time in nanoGPT's CPU setting.
+
+    To be called before other threads start: blocks above 64 MiB come from the heap only in malloc's first arena.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    settings = ((_M_ARENA_MAX, 1), (_M_TRIM_THRESHOLD, _NEVER), (_M_MMAP_THRESHOLD, _TWO_GIB))
+    return [mallopt(name, value) for name, value in settings] == [1, 1, 1]
+
+
+def keep_compiled() -> str:
+    """Compiled functions are kept in the user's cache folder, and found there by the next process: what to say, if they
+    can't be. `JAX_COMPILATION_CACHE_DIR` names another folder, or, empty, none.
+
+    What lies in such a folder is run, so it must be the user's alone. It has a name of its own for each kind of
+    processor, for machine code of one may not run on another, and home folders are shared.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return ""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "jaxstages" / f"compiled-{_processor()}"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError) as error:
+        return f"compiled functions are not kept: {error}; set JAX_COMPILATION_CACHE_DIR to a folder of yours"
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        return f"compiled functions are not kept: others may write to {folder}; remove it, or chmod 700"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # By default only what took a second is kept: a start has a hundred smaller ones.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return ""
+
+
+def _processor() -> str:
+    """A short name of what the processor can do."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    told = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(" ".join([os.uname().machine, *sorted(told.split())]).encode()).hexdigest()[:8]
