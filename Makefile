@@ -3,9 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+BENCH := --rows=C1,C2,C3
 SOAK := --kills=500 --terms=200 --pairs=200 --faults=2000 --every=1 --errors=1 --native=120 --fuzz=20000 --races=50
 
-.PHONY: demo demo-control test soak check lock clean
+.PHONY: demo demo-control test soak bench check lock clean
 
 .venv: requirements.lock pyproject.toml
 	rm -rf .venv
@@ -26,6 +27,10 @@ test: .venv check
 soak: .venv  ## the reliability tests, with counts for days of trust
 	JAXSTAGES_TEST_FIGURES=soak.txt $(BIN)/python -m pytest tests/reliability -n 2 --dist loadfile $(SOAK)
 	cat soak.txt
+
+bench:  ## side by side with the peers, on an idle machine; PYTHON has the extra `bench`, BENCH may name --nanogpt=DIR
+	$(PYTHON) benchmarks/run.py $(BENCH)
+	$(PYTHON) benchmarks/report.py
 
 check: .venv  ## lint and types
 	$(BIN)/ruff check .

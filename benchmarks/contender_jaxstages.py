@@ -1,0 +1,94 @@
+"""jaxstages: its model, optimizer and train step, jitted with the state donated.
+
+python benchmarks/contender_jaxstages.py --row=C1 --weights=FILE --tokens=FILE --steps=300 --warmup=3
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from contender import Recorder, contender_flags, print_check, print_result
+from rows import Row
+from safetensors.numpy import load_file
+from tokens import Batches
+from weights import from_gpt2, model_config
+
+from jaxstages.config import OptimConfig, ScheduleConfig
+from jaxstages.models.transformer import count_params, make_model
+from jaxstages.optim import make_optimizer
+from jaxstages.process import keep_freed_memory
+from jaxstages.step import init_state, make_train_step
+from jaxstages.types import Batch
+
+
+def optim_config(row: Row) -> OptimConfig:
+    """The row's optimizer as jaxstages' recipe says it; the embeddings are decayed, as in nanoGPT."""
+    return OptimConfig(
+        schedule=ScheduleConfig(name="constant", peak_lr=row.learning_rate, warmup_steps=0),
+        beta1=row.beta1,
+        beta2=row.beta2,
+        weight_decay=row.weight_decay,
+        clip_norm=row.clip_norm,
+        no_decay=("scale",),
+    )
+
+
+def gradient_as_state() -> optax.GradientTransformationExtraArgs:
+    """An optimizer that changes nothing and keeps the gradient it was given as its state."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:  # as optax's type has it
+        return jax.tree.map(jnp.zeros_like, updates), updates
+
+    return optax.GradientTransformationExtraArgs(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+def main() -> None:
+    keep_freed_memory()  # as jaxstages' own command does, before XLA's threads start
+    flags = contender_flags(__doc__).parse_args()
+    row: Row = flags.row
+    model = make_model(model_config(row), row.vocab)
+    tx = make_optimizer(optim_config(row), flags.warmup + flags.steps, model.axes)
+    if flags.check:
+        tx = gradient_as_state()
+    params = jax.tree.map(jnp.array, from_gpt2(load_file(flags.weights), row))
+    parameters = count_params(params)
+    state = init_state(params, tx)
+    del params
+    step = jax.jit(make_train_step(model.headless, tx), donate_argnums=0)
+    shape = (row.batch, row.context)
+    weights_BL, segments_BL = jnp.ones(shape), jnp.ones(shape, jnp.int32)
+    positions_BL = jnp.broadcast_to(jnp.arange(row.context), shape)
+    batches = Batches(flags.tokens, row)
+
+    def batch(k: int) -> Batch:
+        tokens_BL: Any  # numpy's arrays, which the jitted step takes over
+        targets_BL: Any
+        tokens_BL, targets_BL = (part.astype(np.int32) for part in batches[k])
+        return Batch(tokens_BL, targets_BL, weights_BL, segments_BL, positions_BL)
+
+    if flags.check:
+        state, sums = step(state, batch(0))
+        squares = [np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(state.opt_state)]
+        print_check(parameters, float(sums["nll"]) / float(sums["weight"]), float(np.sqrt(np.sum(squares))))
+        return
+    recorder = Recorder(flags.warmup, flags.steps, lambda: jax.block_until_ready(state))
+    recorder.begin()
+    for k in range(recorder.total):
+        state, sums = step(state, batch(k))
+        recorder.step_done(sums["nll"])
+    recorder.losses = [float(nll) / row.tokens_per_step for nll in recorder.losses]
+    stats = jax.devices()[0].memory_stats() if row.device == "gpu" else None
+    print_result(
+        row,
+        recorder,
+        framework="jax",
+        parameters=parameters,
+        packages=("jax", "jaxlib", "jaxstages", "optax", "flax", "numpy"),
+        peak_device_bytes=stats["peak_bytes_in_use"] if stats else None,
+    )
+
+
+if __name__ == "__main__":
+    main()
