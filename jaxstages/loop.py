@@ -193,8 +193,7 @@ class _Run:
             paused = time.monotonic()
             if self._evaluates(done):
                 progress.clear()
-            stops = self._border(done, state, last)
-            if stops:
+            if self._border(done, state, last):
                 return state, done
             self._clock += time.monotonic() - paused
         return state, max(first, last)
