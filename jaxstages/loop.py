@@ -7,7 +7,6 @@ resumed run needs to write the same numbers is in the checkpoint.
 import collections
 import contextlib
 import copy
-import gc
 import math
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from jaxstages.evaluate import Report, make_evaluate, unigram_perplexity
 from jaxstages.fingerprint import params_sha256
 from jaxstages.metrics import MetricsWriter, plain, read_metrics
 from jaxstages.optim import make_schedule, path_matches
+from jaxstages.process import freeze_objects
 from jaxstages.sharding import place_batch
 from jaxstages.signals import Stop, stop_signals, watchdog
 from jaxstages.start import Start, contract_of, data_of, find_start
@@ -177,7 +177,7 @@ class _Run:
             pending.append((k + 1, sums, placed.tokens))
             if k == first:  # compilation is not training time
                 jax.block_until_ready(sums)
-                gc.freeze()  # what is there stays there: the collector need not look at it between steps
+                freeze_objects()
                 self._signals.unsaved = True
                 self._restart_clock()
             while len(pending) > 1:

@@ -42,14 +42,14 @@ def packed_mask(segments_BL: Int[Array, "B L"], window: int = 0) -> Bool[Array, 
 
     Padding (segment 0) sees padding before it, so that no softmax is over nothing.
     """
-    return _seen(segments_BL, range(segments_BL.shape[1]), range(segments_BL.shape[1]), window)[:, None]
+    row = slice(0, segments_BL.shape[1])
+    return _seen(segments_BL, row, row, window)[:, None]
 
 
-def _seen(segments_BL: Array, queries: range, keys: range, window: int) -> Bool[Array, "B T S"]:
+def _seen(segments_BL: Array, queries: slice, keys: slice, window: int) -> Bool[Array, "B T S"]:
     back_TS = jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
     near_TS = (back_TS >= 0) & (back_TS < window) if window else back_TS >= 0
-    ours, theirs = segments_BL[:, queries.start : queries.stop], segments_BL[:, keys.start : keys.stop]
-    return (ours[:, :, None] == theirs[:, None, :]) & near_TS[None]
+    return (segments_BL[:, queries, None] == segments_BL[:, None, keys]) & near_TS[None]
 
 
 def cache_mask(positions_BL: Int[Array, "B L"], slots: int, window: int = 0) -> Bool[Array, "B 1 L S"]:
@@ -141,17 +141,17 @@ def _rows_by_rows(rows: Callable[..., Any], shape: tuple[int, ...], arrays: tupl
     return jax.tree.map(lambda array: array.reshape(batch, *array.shape[2:]), found)
 
 
-def _blocks(length: int, window: int) -> list[tuple[range, range]]:
+def _blocks(length: int, window: int) -> list[tuple[slice, slice]]:
     """Queries of each block, and the keys that any of them may see."""
     found = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        found.append((range(start, stop), range(max(start - window + 1, 0) if window else 0, stop)))
+        found.append((slice(start, stop), slice(max(start - window + 1, 0) if window else 0, stop)))
     return found
 
 
 def _scores(
-    query_BGRTK: Array, key_BGSK: Array, segments_BL: Array, queries: range, keys: range, reach: Reach
+    query_BGRTK: Array, key_BGSK: Array, segments_BL: Array, queries: slice, keys: slice, reach: Reach
 ) -> tuple[Array, Array | None]:
     raw = jnp.einsum("BGRTK,BGSK->BGRTS", query_BGRTK, key_BGSK, preferred_element_type=jnp.float32)
     capped, slope = _cap(raw * query_BGRTK.shape[-1] ** -0.5, reach.softcap)
@@ -163,13 +163,12 @@ def _rows_forward(query: Array, key: Array, value: Array, segments: Array, *, re
     query, key, value = _split_heads(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
     outs, lses = [], []
     for queries, keys in _blocks(segments.shape[1], reach.window):
-        part, span = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
-        scores, _ = _scores(query[..., part, :], key[..., span, :], segments, queries, keys, reach)
+        scores, _ = _scores(query[..., queries, :], key[..., keys, :], segments, queries, keys, reach)
         most = jnp.max(scores, axis=-1, keepdims=True)
         powers = jnp.exp(scores - most)
         total = row_sum(powers, "cpu")
         mixed = jnp.einsum(
-            "BGRTS,BGSK->BGRTK", powers.astype(value.dtype), value[..., span, :], preferred_element_type=jnp.float32
+            "BGRTS,BGSK->BGRTK", powers.astype(value.dtype), value[..., keys, :], preferred_element_type=jnp.float32
         )
         outs.append(mixed / total)
         lses.append(most + jnp.log(total))
@@ -187,15 +186,16 @@ def _rows_backward(
     d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     for queries, keys in _blocks(segments.shape[1], reach.window):
-        part, span = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
-        scores, slope = _scores(query[..., part, :], key[..., span, :], segments, queries, keys, reach)
-        shares = jnp.exp(scores - lse[..., part, :])
-        d_shares = product("BGRTK,BGSK->BGRTS", d_out[..., part, :], value[..., span, :])
-        d_scores = shares * (d_shares - along[..., part, :]) * scale
+        scores, slope = _scores(query[..., queries, :], key[..., keys, :], segments, queries, keys, reach)
+        shares = jnp.exp(scores - lse[..., queries, :])
+        d_shares = product("BGRTK,BGSK->BGRTS", d_out[..., queries, :], value[..., keys, :])
+        d_scores = shares * (d_shares - along[..., queries, :]) * scale
         d_scores = (d_scores if slope is None else d_scores * slope).astype(dtype)
-        d_queries.append(product("BGRTS,BGSK->BGRTK", d_scores, key[..., span, :]))
-        d_key = d_key.at[..., span, :].add(product("BGRTS,BGRTK->BGSK", d_scores, query[..., part, :]))
-        d_value = d_value.at[..., span, :].add(product("BGRTS,BGRTK->BGSK", shares.astype(dtype), d_out[..., part, :]))
+        d_queries.append(product("BGRTS,BGSK->BGRTK", d_scores, key[..., keys, :]))
+        d_key = d_key.at[..., keys, :].add(product("BGRTS,BGRTK->BGSK", d_scores, query[..., queries, :]))
+        d_value = d_value.at[..., keys, :].add(
+            product("BGRTS,BGRTK->BGSK", shares.astype(dtype), d_out[..., queries, :])
+        )
     d_query = _join_heads(jnp.concatenate(d_queries, axis=3))
     return d_query.astype(dtype), d_key.swapaxes(1, 2).astype(dtype), d_value.swapaxes(1, 2).astype(dtype)
 
