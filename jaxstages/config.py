@@ -148,6 +148,9 @@ class LoopConfig:
     """Parts that the batch is split into; the loss and gradient do not depend on it."""
     loss_tile: int = 0
     """Positions of each row whose logits exist at once, which saves memory where the vocabulary is large; 0 is all."""
+    remat: str = "none"
+    """What the backward pass computes again to save memory: "none", "dots" (all but matrix products), "offload" (these
+    are kept in the host's memory), "full", or "auto", the least that fits the device. On CPU without model.unroll."""
     eval_every: int = 100
     save_every: int = 100
     log_every: int = 10

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxstages import hosts
 from jaxstages.checkpoint import Checkpoints, read_params
+from jaxstages.compilation import compile_step
 from jaxstages.console import Progress, say
 from jaxstages.data.pipeline import batches_by_step, prefetch
 from jaxstages.disk import write_json
@@ -24,12 +25,11 @@ from jaxstages.early_stopping import EarlyStopping, early_stopping
 from jaxstages.evaluate import Report, make_evaluate, unigram_perplexity
 from jaxstages.fingerprint import params_sha256
 from jaxstages.metrics import MetricsWriter, plain, read_metrics
-from jaxstages.optim import make_schedule, path_matches
+from jaxstages.optim import make_schedule
 from jaxstages.process import freeze_objects
 from jaxstages.sharding import place_batch
 from jaxstages.signals import Stop, stop_signals, watchdog
 from jaxstages.start import Start, contract_of, data_of, find_start
-from jaxstages.step import make_train_step
 from jaxstages.types import Batch, Diverged, Interrupted, Sums, TrainState
 from jaxstages.verdict import Verdict, judge
 from jaxstages.workbench import Workbench
@@ -136,34 +136,16 @@ class _Run:
 
     def steps(self, state: TrainState, first: int, last: int) -> tuple[TrainState, int]:
         """Steps first .. last - 1, or fewer if early stopping acts; the state, and the step that it is at."""
-        bench, config = self._bench, self._config
-        optim = bench.stage.optim
-        step_function = make_train_step(
-            bench.model.headless,
-            bench.tx,
-            seed=bench.recipe.seed,
-            accumulate=config.accumulate,
-            label_smoothing=optim.label_smoothing,
-            z_loss=optim.z_loss,
-            loss_tile=config.loss_tile,
-            spike_sigma=optim.spike_sigma,
-            frozen=path_matches(optim.freeze, bench.shapes.params),
-        )
-        debug = jax.config.values["jax_debug_nans"]
-        train_step = jax.jit(
-            step_function,
-            donate_argnums=() if debug else 0,  # to find the operation, the step is run again
-            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, bench.shapes), None),
-        )
+        step_function, train_step = compile_step(self._bench)
         self._alive(COMPILING)
         if not first:
             try:
                 self._log_evaluation(0, self._report(state, False), "")
             except _Abandoned:
-                raise Interrupted(f"{bench.name}: interrupted before its first step; start it again") from None
+                raise Interrupted(f"{self._bench.name}: interrupted before its first step; start it again") from None
         if self._stopping.should_stop(self.stopping_state) or self._border(first, state, last):
             return state, first
-        progress = Progress(bench.name, config.steps, first)
+        progress = Progress(self._bench.name, self._config.steps, first)
         pending: collections.deque[tuple[int, Sums, int]] = collections.deque()
         self._restart_clock()
         self._alive(COMPILING)

@@ -112,7 +112,7 @@ def _tile_by_tile(
 
     def one(part: tuple[Array, Array, Array]) -> tuple[Sums, Any]:
         hidden_BTD, targets_BT, weights_BT = part
-        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD.astype(dtype), preferred_element_type=jnp.float32)
+        logits_BTV = Headless(hidden_BTD, head_VD).logits()
         sums, lse_BT = _sums_of_logits(logits_BTV, targets_BT, weights_BT, smoothing, z_loss)
         if not differentiate:
             return sums, None

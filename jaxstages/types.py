@@ -7,6 +7,7 @@ F feed-forward, V vocab, N layers (stacked), S cache slots, R LoRA rank, A accum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxstages.guard import GuardState
@@ -52,10 +53,15 @@ class TrainState(NamedTuple):
 
 
 class Headless(NamedTuple):
-    """What logits are made from, `hidden_BLD @ head_VD.T`, where they need not all exist at once."""
+    """What logits are made from, where they need not all exist at once."""
 
     hidden_BLD: Float[Array, "B L D"]
     head_VD: Float[Array, "V D"]
+
+    def logits(self) -> Float[Array, "B L V"]:
+        """`hidden @ head.T`: float32 out of the hidden layer's own dtype, for the softmax needs the range."""
+        head_VD = self.head_VD.astype(self.hidden_BLD.dtype)
+        return jnp.einsum("BLD,VD->BLV", self.hidden_BLD, head_VD, preferred_element_type=jnp.float32)
 
 
 class Model(NamedTuple):

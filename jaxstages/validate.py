@@ -22,6 +22,7 @@ CHOICES = {
     "schedule.name": ("constant", "linear", "cosine", "wsd", "rsqrt", "plateau"),
     "optim.name": ("adamw", "adafactor", "lion", "muon", "sgd"),
     "early_stopping.mode": ("min", "max"),
+    "loop.remat": ("none", "dots", "offload", "full", "auto"),
 }
 """Owner and field -> what it may be."""
 

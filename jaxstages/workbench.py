@@ -11,12 +11,15 @@ import optax
 from jax.sharding import Mesh
 
 from jaxstages import config as recipes
-from jaxstages.config import Recipe, StageConfig
+from jaxstages import hosts
+from jaxstages.config import ModelConfig, Recipe, StageConfig
 from jaxstages.console import say
 from jaxstages.data.prepare import Prepared, items_of, prepare
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import texts
 from jaxstages.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from jaxstages.models.attention import Attend
+from jaxstages.models.kernels import Shape, choose_attend, machine_of
 from jaxstages.models.transformer import make_model
 from jaxstages.optim import check_patterns, make_optimizer
 from jaxstages.sharding import check_batch_size, like_params, make_mesh, param_shardings
@@ -26,7 +29,8 @@ from jaxstages.workdir import tokenizer_file
 
 
 class Workbench(NamedTuple):
-    """shapes: the train state as shapes with shardings, which nothing is computed for."""
+    """attend: what the model attends with. shapes: the train state as shapes with shardings; nothing is computed for
+    them."""
 
     name: str
     recipe: Recipe
@@ -34,6 +38,7 @@ class Workbench(NamedTuple):
     workdir: Path
     mesh: Mesh
     tokenizer: Tokenizer
+    attend: Attend | None
     model: Model
     tx: optax.GradientTransformationExtraArgs
     shapes: TrainState
@@ -129,10 +134,11 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
     check_batch_size(f"config.{name}.loop.batch_size", stage.loop.batch_size, stage.loop.accumulate, mesh)
     check_batch_size(f"config.{name}.evaluation.batch_size", stage.evaluation.batch_size, 1, mesh)
     tokenizer = open_tokenizer(recipe, workdir)
-    model = make_model(recipe.model, tokenizer.vocab_size)
-    tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
     cache = cache_folder(recipe, workdir)
     train, held_out = prepare_stage(stage, tokenizer, recipe.model.context, cache) if with_data else ([], [])
+    attend = _attend(recipe.model, mesh, [*train, *held_out])
+    model = make_model(recipe.model, tokenizer.vocab_size, attend=attend)
+    tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
     return Workbench(
         name=name,
         recipe=recipe,
@@ -140,12 +146,34 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
         workdir=workdir,
         mesh=mesh,
         tokenizer=tokenizer,
+        attend=attend,
         model=model,
         tx=tx,
         shapes=state_shapes(model, tx, stage, mesh),
         train=train,
         held_out=held_out,
     )
+
+
+def _attend(config: ModelConfig, mesh: Mesh, rows: list[Prepared]) -> Attend | None:
+    """The fastest attention for these rows, on this machine; None without rows, for then nothing attends over them."""
+    if not rows:
+        return None
+    part = config.attention
+    shape = Shape(
+        length=config.context,
+        heads=part.heads,
+        kv_heads=part.kv_heads,
+        head_dim=part.head_dim,
+        dtype=config.dtype,
+        runs=max(prepared.index["most_segments"] for prepared in rows) + 1,  # and padding
+    )
+    choice = choose_attend(shape, mesh, machine_of(jax.local_devices()[0]))
+    if not hosts.agree(choice.said):
+        raise ValueError(f"{choice.said}: the hosts differ in this; give all of them the same GPUs, jax and drivers")
+    if jax.default_backend() != "cpu":
+        say(choice.said)
+    return choice.attend
 
 
 def state_shapes(model: Model, tx: optax.GradientTransformationExtraArgs, stage: StageConfig, mesh: Mesh) -> TrainState:

@@ -10,11 +10,19 @@ FLOORS = [
     {
         *("losses", "optim", "early_stopping", "sharding", "metrics", "console", "workdir", "verdict", "validate"),
         *("manifest", "fingerprint"),
-        *("data.sources", "data.tokenizer", "models.primitives", "models.attention", "models.lora"),
+        *(
+            "data.sources",
+            "data.tokenizer",
+            "models.primitives",
+            "models.activations",
+            "models.attention",
+            "models.kernels",
+            "models.lora",
+        ),
     },
     {"models.transformer", "data.chat", "data.tasks", "data.packing"},
     {"step", "checkpoint", "data.prepare", "data.pipeline", "decode"},
-    {"workbench", "start", "evaluate"},
+    {"workbench", "start", "evaluate", "compilation"},
     {"loop"},
     {"stages"},
     {"interop", "report", "plan", "serve", "commands"},
@@ -23,8 +31,13 @@ FLOORS = [
 """Floor 0 first. A name stands for a module, or for a folder with all that is in it."""
 
 SAME_FLOOR = {"data.tasks": {"data.chat"}, "data.packing": {"data.tasks"}, "decode.label": {"data.pipeline"}}
-SAME_FLOOR |= {"data.pipeline": {"data.prepare"}, "start": {"workbench"}, "evaluate": {"workbench"}}
-SAME_FLOOR |= {"models.attention": {"models.primitives"}}
+SAME_FLOOR |= {
+    "data.pipeline": {"data.prepare"},
+    "start": {"workbench"},
+    "evaluate": {"workbench"},
+    "compilation": {"workbench"},
+}
+SAME_FLOOR |= {"models.attention": {"models.primitives"}, "models.kernels": {"models.attention"}}
 SAME_FLOOR |= {"__main__": {"main"}, "types": {"guard"}, "hosts": {"signals"}}
 """What may look sideways: a module to its neighbour that stands, in the table of DESIGN, before it."""
 

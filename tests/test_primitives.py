@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxstages.models import attention
-from jaxstages.models.attention import Reach, attend, attend_masked, packed_mask
+from jaxstages.models.activations import KNOWN, activate
+from jaxstages.models.attention import Reach, attend_in_tiles, attend_masked, packed_mask
 from jaxstages.models.primitives import linear, normalize, row_sum
 
 BOUND = 2e-6
@@ -53,6 +54,29 @@ def test_normalize(platform: str, centred: bool) -> None:
         close((out, *back(d_out)), (expected, *expected_back(wide[2])), 5e-6)
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_activation(name: str) -> None:
+    """Value and slope, near 0 and far out on both sides."""
+    formulas = {
+        "swiglu": lambda x: x / (1 + jnp.exp(-x)),
+        "geglu": lambda x: x / 2 * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x**3))),
+        "gelu_erf": lambda x: x / 2 * (1 + jax.scipy.special.erf(x / 2**0.5)),
+        "relu2": lambda x: jnp.where(x > 0, x, 0) ** 2,
+    }
+    formula = formulas["geglu" if name == "gelu" else name]
+    x = jnp.concatenate([jnp.linspace(-9, 9, 4001), 0.01 * normal(0, 1000)])
+    out, back = jax.vjp(lambda x: activate(name, x), x)
+    with jax.enable_x64(True):
+        expected, expected_back = jax.vjp(formula, jnp.asarray(x, jnp.float64))
+        ones = jnp.ones(x.shape, jnp.float64)
+        for one, other in ((out, expected), (back(jnp.ones_like(x))[0], expected_back(ones)[0])):
+            error = np.abs(np.asarray(one, np.float64) - np.asarray(other)) / np.maximum(
+                np.maximum(np.abs(x), np.abs(other)), 1
+            )
+            assert error.max() < 1e-6, (name, float(x[error.argmax()]), error.max())
+    assert activate(name, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_bfloat16_goes_through_float32(platform: str) -> None:
     """Of 512 equal bfloat16 numbers, a sum in bfloat16 would stop growing at 256 times the first."""
@@ -76,7 +100,7 @@ def test_attention_in_tiles(monkeypatch: pytest.MonkeyPatch, heads: int, kv_head
     segments = np.asarray([[1] * 27, [1] * 4 + [2] * 20 + [0] * 3, [1] * 13 + [2] * 14, [1] * 9 + [2] * 9 + [3] * 9])
     query, d_out = normal(0, batch, length, heads, head_dim), normal(3, batch, length, heads, head_dim)
     key, value = normal(1, batch, length, kv_heads, head_dim), normal(2, batch, length, kv_heads, head_dim)
-    out, back = jax.vjp(lambda *qkv: attend(*qkv, jnp.asarray(segments, jnp.int32), reach, "cpu"), query, key, value)
+    out, back = jax.vjp(lambda *qkv: attend_in_tiles(*qkv, jnp.asarray(segments, jnp.int32), reach), query, key, value)
     with jax.enable_x64(True):
         mask = packed_mask(jnp.asarray(segments), reach.window)
         wide = [jnp.asarray(array, jnp.float64) for array in (query, key, value, d_out)]
@@ -104,6 +128,6 @@ def test_what_is_looked_at_together_does_not_matter(monkeypatch: pytest.MonkeyPa
     for tile, block in itertools.product((1, 2 * 16 * 16 * 2, 2**20), (4, 16, 128)):
         monkeypatch.setattr(attention, "TILE", tile)
         monkeypatch.setattr(attention, "BLOCK", block)
-        found.append(attend(query, key, value, segments, Reach(), "cpu"))
+        found.append(attend_in_tiles(query, key, value, segments, Reach()))
     for other in found[1:]:
         close(other, found[0])

@@ -1,4 +1,4 @@
-"""Attention behind one function, and what it may see.
+"""Attention: what it may see, the formula, and the way of CPUs. `kernels.py` has those of accelerators.
 
 Legend: B batch, L query length, S key length or cache slots, H query heads, G key/value heads, R = H / G query heads
 that share a key/value head, K head dim, T queries of a block.
@@ -58,18 +58,13 @@ def cache_mask(positions_BL: Int[Array, "B L"], slots: int, window: int = 0) -> 
     return ((back_BLS >= 0) & (back_BLS < window) if window else back_BLS >= 0)[:, None]
 
 
-def attend(
-    query_BLHK: Float[Array, "B L H K"],
-    key_BLGK: Float[Array, "B L G K"],
-    value_BLGK: Float[Array, "B L G K"],
-    segments_BL: Int[Array, "B L"],
-    reach: Reach,
-    platform: str,
-) -> Float[Array, "B L H K"]:
-    """Causal scaled dot-product attention within segments; each group of H/G query heads shares a key/value head
-    (Ainslie et al. 2023)."""
-    if platform == "cpu":
-        return _attend_in_tiles(query_BLHK, key_BLGK, value_BLGK, segments_BL, reach)
+Attend = Callable[[Array, Array, Array, Array, Reach], Array]
+"""`attend(query_BLHK, key_BLGK, value_BLGK, segments_BL, reach) -> [B, L, H, K]`: causal scaled dot-product attention
+within segments; each group of H/G query heads shares a key/value head (Ainslie et al. 2023)."""
+
+
+def attend_packed(query_BLHK: Array, key_BLGK: Array, value_BLGK: Array, segments_BL: Array, reach: Reach) -> Array:
+    """`Attend` by the formula, on any platform."""
     return attend_masked(query_BLHK, key_BLGK, value_BLGK, packed_mask(segments_BL, reach.window), reach.softcap)
 
 
@@ -110,8 +105,14 @@ def _cap(scores: Array, softcap: float) -> tuple[Array, Array | None]:
 # half left out; kept is one number a query, from which the backward pass makes the shares again.
 
 
+def attend_in_tiles(query_BLHK: Array, key_BLGK: Array, value_BLGK: Array, segments_BL: Array, reach: Reach) -> Array:
+    """`Attend` on CPU."""
+    out: Any = _in_tiles(query_BLHK, key_BLGK, value_BLGK, segments_BL, reach)
+    return out
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_in_tiles(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
+def _in_tiles(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
     return _tiles_forward(query, key, value, segments, reach)[0]
 
 
@@ -126,7 +127,7 @@ def _tiles_backward(reach: Reach, saved: Any, d_out: Array) -> tuple[Array, Arra
     return *_rows_by_rows(backward, saved[0].shape, (*saved, d_out)), None
 
 
-_attend_in_tiles.defvjp(_tiles_forward, _tiles_backward)
+_in_tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
 def _rows_by_rows(rows: Callable[..., Any], shape: tuple[int, ...], arrays: tuple[Array, ...]) -> Any:

@@ -1,0 +1,99 @@
+"""The train step of a stage, compiled: for its mesh, with its options, and with as much recomputation as memory needs.
+
+| `loop.remat` | kept of each layer for the backward pass    | costs                            |
+| none         | all                                         | memory                           |
+| dots         | what matrix products give                   | elementwise operations again     |
+| offload      | the same, in the host's memory              | copies there and back            |
+| full         | its input                                   | the layer's forward pass again   |
+| auto         | the first of none, dots, full that fits     | a compilation for each one tried |
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxstages.console import say
+from jaxstages.models.transformer import make_model
+from jaxstages.optim import path_matches
+from jaxstages.sharding import batch_sharding
+from jaxstages.step import TrainStep, make_train_step
+from jaxstages.types import Batch
+from jaxstages.workbench import Workbench
+
+LADDER = ("none", "dots", "full")
+"""Of "auto": each saves more memory than the one before, and takes more time."""
+
+SHARE = 0.92
+"""Of the memory that a step may take; the rest is for what a compiler's count leaves out."""
+
+
+def compile_step(bench: Workbench) -> tuple[TrainStep, Any]:
+    """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated."""
+    asked = bench.stage.loop.remat
+    if asked != "auto":
+        return _jitted(bench, asked)
+    limit = _memory_of(bench.mesh.devices.flat[0])
+    rung, found, need = _first_that_fits(bench, limit)
+    say(f"{bench.name}: remat {rung}: a step takes {need / 2**30:.2f} of {limit / 2**30:.2f} GiB a device", "cyan")
+    if need > SHARE * limit:
+        say(f"{bench.name}: that may be too much; lower loop.batch_size, or raise loop.accumulate", "yellow")
+    return found
+
+
+def _first_that_fits(bench: Workbench, limit: int) -> tuple[str, tuple[TrainStep, Any], int]:
+    for rung in LADDER:
+        found = _jitted(bench, rung)
+        need = _bytes(found[1].lower(bench.shapes, _batch_shapes(bench)).compile())
+        if need <= SHARE * limit or rung == LADDER[-1]:
+            return rung, found, need
+    raise AssertionError("the last one is returned")
+
+
+def _jitted(bench: Workbench, remat: str) -> tuple[TrainStep, Any]:
+    config, optim = bench.stage.loop, bench.stage.optim
+    model = make_model(bench.recipe.model, bench.tokenizer.vocab_size, attend=bench.attend, remat=remat)
+    step = make_train_step(
+        model.headless,
+        bench.tx,
+        seed=bench.recipe.seed,
+        accumulate=config.accumulate,
+        label_smoothing=optim.label_smoothing,
+        z_loss=optim.z_loss,
+        loss_tile=config.loss_tile,
+        spike_sigma=optim.spike_sigma,
+        frozen=path_matches(optim.freeze, bench.shapes.params),
+    )
+    debug = jax.config.values["jax_debug_nans"]
+    jitted = jax.jit(
+        step,
+        donate_argnums=() if debug else 0,  # to find the operation, the step is run again
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, bench.shapes), None),
+    )
+    return step, jitted
+
+
+def _batch_shapes(bench: Workbench) -> Batch:
+    shape = (bench.stage.loop.batch_size, bench.recipe.model.context)
+
+    def field(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(bench.mesh))
+
+    return Batch(field(jnp.int32), field(jnp.int32), field(jnp.float32), field(jnp.int32), field(jnp.int32))
+
+
+def _bytes(compiled: Any) -> int:
+    """What a device needs at once: arguments and results, which share memory where they are donated, and the rest."""
+    found = compiled.memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return held + found.temp_size_in_bytes
+
+
+def _memory_of(device: Any) -> int:
+    """Bytes that this process may take on the device; on CPU what the machine has left."""
+    stats = device.memory_stats()
+    if stats:
+        return stats["bytes_limit"]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -1,0 +1,91 @@
+"""The feed-forward's nonlinearities, each with its slope: the backward pass is one product and computes nothing again.
+
+What is kept for it, the slope, takes the place of the input, which nothing else needs. Derived by JAX, it would be
+several arrays (the input, the power or tanh, their products), and a second error function or tanh.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Activation(NamedTuple):
+    """compute: the function's value and slope. gates: it is taken of a gate, which multiplies (Shazeer 2020)."""
+
+    compute: Callable[[Array], tuple[Array, Array]]
+    gates: bool = False
+
+
+def _gelu(x: Array) -> tuple[Array, Array]:
+    """`x * Phi(x)`, Phi the normal distribution's (Hendrycks & Gimpel 2016).
+
+    Phi and its density share one power: Phi(-|x|) is the power times a polynomial in 1 / (1 + p |x|), to 1e-7
+    (Abramowitz & Stegun 1964, 7.1.26; halved, and with |x| / sqrt(2) for their x).
+    """
+    power = jnp.exp(-0.5 * jnp.square(x))
+    t = 1.0 / (1.0 + (0.3275911 * 0.5**0.5) * jnp.abs(x))
+    polynomial = 0.0
+    for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        polynomial = (polynomial + 0.5 * factor) * t
+    tail = polynomial * power
+    below = jnp.where(x < 0, tail, 1.0 - tail)
+    return x * below, below + x * power * (2.0 * jnp.pi) ** -0.5
+
+
+def _gelu_by_tanh(x: Array) -> tuple[Array, Array]:
+    """GPT-2's form of it: Phi(x) as `(1 + tanh(sqrt(2 / pi) * (x + 0.044715 x**3))) / 2`."""
+    root, cubic = (2.0 / jnp.pi) ** 0.5, 0.044715
+    tanh = jnp.tanh(root * (x + cubic * x * jnp.square(x)))
+    below = 0.5 + 0.5 * tanh
+    inner_slope = root * (1.0 + 3.0 * cubic * jnp.square(x))
+    return x * below, below + 0.5 * x * (1.0 - jnp.square(tanh)) * inner_slope
+
+
+def _silu(x: Array) -> tuple[Array, Array]:
+    """`x * sigmoid(x)` (Elfwing et al. 2017)."""
+    share = jax.nn.sigmoid(x)
+    return x * share, share + x * share * (1.0 - share)
+
+
+def _relu2(x: Array) -> tuple[Array, Array]:
+    """`max(x, 0)**2` (So et al. 2021)."""
+    positive = jnp.maximum(x, 0.0)
+    return jnp.square(positive), 2.0 * positive
+
+
+KNOWN = {
+    "swiglu": Activation(_silu, gates=True),
+    "geglu": Activation(_gelu_by_tanh, gates=True),
+    "gelu": Activation(_gelu_by_tanh),
+    "gelu_erf": Activation(_gelu),
+    "relu2": Activation(_relu2),
+}
+"""By the recipe's name."""
+
+
+def activate(name: str, x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """The function `name` of `KNOWN`, elementwise; in float32, whatever x is."""
+    out: Any = _activate(name, x)
+    return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _activate(name: str, x: Array) -> Array:
+    return _forward(name, x)[0]
+
+
+def _forward(name: str, x: Array) -> tuple[Array, Array]:
+    out, slope = KNOWN[name].compute(x.astype(jnp.float32))
+    return out.astype(x.dtype), slope.astype(x.dtype)
+
+
+def _backward(name: str, slope: Array, d_out: Array) -> tuple[Array]:
+    del name
+    return (slope * d_out,)
+
+
+_activate.defvjp(_forward, _backward)

@@ -1,0 +1,248 @@
+"""Fused attention of the accelerators' makers: which kernel takes a shape, and the check that it is right, before use.
+
+Legend: B batch, L length, H query heads, G key/value heads, K head dim, M runs (stretches of one segment) of a row.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Int
+
+from jaxstages.models.attention import Attend, Reach, attend_in_tiles, attend_packed, packed_mask
+
+AT_MOST = 4.0
+"""A kernel may be so many times as far from float32 as the plain formula in the same dtype is. A wrong mask is off by
+some hundred times."""
+
+ROWS = PartitionSpec(("data", "fsdp"))
+HEADS = PartitionSpec(("data", "fsdp"), None, "tensor", None)
+
+
+class Machine(NamedTuple):
+    """platform: "cpu", "gpu" or "tpu". capability: of an NVIDIA GPU, 9.0 being Hopper; 0 elsewhere."""
+
+    platform: str
+    capability: float = 0.0
+
+
+class Shape(NamedTuple):
+    """What a kernel has to take. runs: the most of any row, padding's among them."""
+
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    runs: int
+    reach: Reach = Reach()
+
+
+class Kernel(NamedTuple):
+    """lacks: `lacks(machine, shape)`, why it can't be used there, "" if it can. make: `make(shape)`, the attention."""
+
+    name: str
+    lacks: Callable[[Machine, Shape], str]
+    make: Callable[[Shape], Attend]
+
+
+class Choice(NamedTuple):
+    """attend: what the model is made with. said: which it is, and why no faster one."""
+
+    attend: Attend
+    said: str
+
+
+def machine_of(device: Any) -> Machine:
+    """Of one of `jax.devices()`."""
+    capability = getattr(device, "compute_capability", 0) if "nvidia" in device.device_kind.lower() else 0
+    return Machine(device.platform, float(capability))
+
+
+def run_lengths(segments_BL: Int[Array, "B L"], runs: int) -> tuple[Int[Array, "B M"], Int[Array, "B M+1"], Array]:
+    """Length and first slot of each run of a row, -1 where there is no more, and the number of runs, [B].
+
+    | segments 1 1 2 0, M 4 | lengths 2 1 1 -1 | starts 0 2 3 -1 -1 |
+    """
+    new_BL = jnp.concatenate([jnp.ones_like(segments_BL[:, :1]), jnp.diff(segments_BL) != 0], axis=1, dtype=jnp.int32)
+    run_BL = jnp.cumsum(new_BL, axis=1) - 1
+    rows = jnp.arange(segments_BL.shape[0])[:, None]
+    lengths_BM = jnp.zeros((segments_BL.shape[0], runs), jnp.int32).at[rows, run_BL].add(1, mode="drop")
+    starts_BM = jnp.where(lengths_BM > 0, jnp.cumsum(lengths_BM, axis=1) - lengths_BM, -1)
+    last = jnp.full((segments_BL.shape[0], 1), -1, jnp.int32)
+    return jnp.where(lengths_BM > 0, lengths_BM, -1), jnp.concatenate([starts_BM, last], axis=1), run_BL[:, -1] + 1
+
+
+def _cudnn_packed(shape: Shape) -> Attend:
+    """Each run is a sequence of its own to cuDNN, which is what a packed row means."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # the public function takes no segments (jax#29731)
+
+    def attend(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
+        lengths, starts, count = run_lengths(segments, shape.runs)
+        # With fewer key than query heads, jax up to 0.11.0 goes wrong in packed rows (jax#39521): all get their own.
+        key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+        out: Any = cudnn.dot_product_attention(
+            *(query, key, value, None, None, lengths, lengths, starts, starts),
+            scale=query.shape[-1] ** -0.5,
+            mask_type=cudnn.MaskType.PADDING_CAUSAL,
+            sliding_window_length=reach.window or None,
+        )
+        # Never silently wrong: a row of more runs than were counted on makes the loss NaN, and the step is refused.
+        return jnp.where((count > shape.runs)[:, None, None, None], jnp.nan, out)
+
+    return attend
+
+
+def _cudnn_masked(shape: Shape) -> Attend:
+    """The mask as a bias, one number a pair of slots: read from memory, but scores are not written to it."""
+    del shape
+
+    def attend(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
+        mask = packed_mask(segments, reach.window)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+
+    return attend
+
+
+def _splash(shape: Shape, interpret: bool = False) -> Attend:
+    """Block-sparse flash attention; blocks in the masked half are skipped."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    block = next(size for size in (1024, 512, 256, 128) if shape.length % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        use_fused_bwd_kernel=True,
+    )
+
+    def attend(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
+        square = (shape.length, shape.length)
+        mask = masks.LocalMask(square, (reach.window - 1, 0), 0) if reach.window else masks.CausalMask(square)
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([mask] * query.shape[2]),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=reach.softcap or None,
+            interpret=interpret,
+        )
+        query = (query * query.shape[-1] ** -0.5).astype(query.dtype)
+        out: Any = jax.vmap(kernel)(
+            *(x.swapaxes(1, 2) for x in (query, key, value)), splash.SegmentIds(segments, segments)
+        )
+        return out.swapaxes(1, 2)
+
+    return attend
+
+
+def _cudnn_lacks(machine: Machine, shape: Shape, capability: float) -> str:
+    if machine.platform != "gpu" or not machine.capability:
+        return "is for NVIDIA GPUs"
+    if machine.capability < capability:
+        return f"needs compute capability {capability}, this GPU has {machine.capability}"
+    if shape.dtype != "bfloat16":
+        return f"takes bfloat16, model.dtype is {shape.dtype}"
+    if shape.head_dim % 8 or shape.head_dim > (256 if machine.capability >= 9 else 128):
+        return f"does not take head_dim={shape.head_dim}"
+    if shape.length % 2:
+        return f"takes an even length, context is {shape.length}"
+    return "has no soft cap" if shape.reach.softcap else ""
+
+
+def _splash_lacks(machine: Machine, shape: Shape) -> str:
+    if machine.platform != "tpu":
+        return "is for TPUs"
+    return f"takes a multiple of 128 as length, context is {shape.length}" if shape.length % 128 else ""
+
+
+KERNELS = (
+    Kernel("cuDNN, packed", functools.partial(_cudnn_lacks, capability=9.0), _cudnn_packed),
+    Kernel("cuDNN with a mask", functools.partial(_cudnn_lacks, capability=8.0), _cudnn_masked),
+    Kernel("splash attention", _splash_lacks, _splash),
+)
+"""Fastest first."""
+
+
+def choose_attend(shape: Shape, mesh: Mesh, machine: Machine, kernels: tuple[Kernel, ...] = KERNELS) -> Choice:
+    """The fastest attention that takes the shape, and was found right here and now; the plain formula if none is."""
+    if machine.platform == "cpu":
+        return Choice(attend_in_tiles, "attention: in blocks")
+    why = []
+    for kernel in kernels:
+        lack = kernel.lacks(machine, shape) or _fails(kernel, shape, jax.local_devices()[0])
+        if not lack:
+            return Choice(_over(mesh, kernel.make(shape), shape), "; ".join([f"attention: {kernel.name}", *why]))
+        if "is for" not in lack:
+            why.append(f"{kernel.name} {lack}")
+    return Choice(attend_packed, "; ".join(["attention: the plain formula, which keeps all scores", *why]))
+
+
+def _over(mesh: Mesh, attend: Attend, shape: Shape) -> Attend:
+    """Each device attends with its own rows and heads. A shape of another kind (to learn the parameters' shapes, one
+    row of two tokens is enough) takes the plain formula."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def over(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
+        if query.shape[1] != shape.length or query.shape[0] % rows:
+            return attend_packed(query, key, value, segments, reach)
+        local: Any = jax.shard_map(
+            lambda query, key, value, segments: attend(query, key, value, segments, reach),
+            mesh=mesh,
+            in_specs=(HEADS, HEADS, HEADS, ROWS),
+            out_specs=HEADS,
+            check_vma=False,  # kernels don't say how their outputs vary over the mesh
+        )
+        return local(query, key, value, segments)
+
+    return over
+
+
+@functools.cache
+def _fails(kernel: Kernel, shape: Shape, device: Any) -> str:
+    """What is wrong with the kernel's outputs or gradients, on random rows of every kind; "" if nothing."""
+    rng = np.random.default_rng(0)
+    groups = min(shape.kv_heads, 2)  # two of them show what all would
+    heads = [groups * shape.heads // shape.kv_heads, groups, groups, groups * shape.heads // shape.kv_heads]
+    arrays = [rng.normal(size=(3, shape.length, n, shape.head_dim)) for n in heads]
+    segments = np.zeros((3, shape.length), np.int32)
+    segments[0] = 1
+    for row in (1, 2):  # with padding, and without
+        cuts = rng.choice(np.arange(1, shape.length), min(shape.runs, shape.length) - 1, replace=False)
+        marks = np.zeros(shape.length, np.int32)
+        marks[cuts] = 1
+        number = np.cumsum(marks) + 1
+        segments[row] = np.where((row == 1) & (number == number[-1]) & (number[-1] > 1), 0, number)
+
+    def compute(attend: Attend, dtype: Any) -> list[np.ndarray]:
+        query, key, value, d_out = (jax.device_put(jnp.asarray(x, shape.dtype).astype(dtype), device) for x in arrays)
+
+        def both(query: Array, key: Array, value: Array, d_out: Array) -> Any:
+            def here(query: Array, key: Array, value: Array) -> Array:
+                return attend(query, key, value, jnp.asarray(segments), shape.reach)
+
+            out, back = jax.vjp(here, query, key, value)
+            return out, *back(d_out)
+
+        return [np.asarray(x, np.float64) for x in jax.jit(both)(query, key, value, d_out)]
+
+    with jax.default_matmul_precision("highest"):
+        exact = compute(attend_packed, jnp.float32)
+    usual = compute(attend_packed, shape.dtype)
+    try:
+        found = compute(kernel.make(shape), shape.dtype)
+    except Exception as error:  # of whatever kind: the plain formula is there
+        return f"fails here: {(str(error).splitlines() or [repr(error)])[0][:200]}"
+    for name, one, plain, true in zip(("output", "d_query", "d_key", "d_value"), found, usual, exact, strict=True):
+        error, allowed = (np.abs(x - true).max() / np.abs(true).max() for x in (one, plain))
+        if not error <= AT_MOST * allowed + 1e-5:
+            return (
+                f"is wrong here: its {name} is off by {error:.2g} of the largest value, the formula's by {allowed:.2g}"
+            )
+    return ""

@@ -1,0 +1,103 @@
+"""Recomputation: the same gradient for less memory, and the first of the ladder that fits."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxstages import compilation
+from jaxstages.compilation import LADDER, compile_step
+from jaxstages.config import ModelConfig
+from jaxstages.models.transformer import REMAT, make_model
+from jaxstages.step import init_state
+from jaxstages.workbench import Workbench, open_workbench, prepare_stages
+from tests.tiny import VOCAB, example, mixed_batch, model_config, packed_batch, recipe, write_data
+
+
+def gradient(config: ModelConfig, remat: str) -> tuple[dict, int]:
+    """And the bytes that the compiler counts for what exists between forward and backward pass."""
+    model, batch = make_model(config, VOCAB, remat=remat), mixed_batch(8)
+
+    def loss(params: dict) -> jax.Array:
+        return model.apply(params, batch, None)[..., 0].sum()
+
+    step = jax.jit(jax.grad(loss)).lower(model.init(jax.random.key(0))).compile()
+    return step(model.init(jax.random.key(0))), step.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_less_memory_for_the_same_gradient(unroll: bool) -> None:
+    config = model_config(layers=2 if unroll else 6, unroll=unroll)
+    found = {remat: gradient(config, remat) for remat in LADDER}
+    for remat in LADDER[1:]:
+        jax.tree.map(
+            lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
+            found[remat][0],
+            found["none"][0],
+        )
+    sizes = [found[remat][1] for remat in LADDER]
+    # XLA:CPU brings what is computed again forward where it can, and then it must keep it: out of a loop it can.
+    assert unroll or sizes[0] > 1.1 * sizes[1] > 1.2 * sizes[2], sizes
+
+
+def test_offload_is_lowered_for_gpu() -> None:
+    """CPU has one memory; the copies to the host's and back are in the program for a GPU."""
+    model, batch = make_model(model_config(layers=2), VOCAB, remat="offload"), mixed_batch(8)
+    step = jax.jit(jax.grad(lambda params: model.apply(params, batch, None)[..., 0].sum()))
+    text = step.trace(jax.eval_shape(model.init, jax.random.key(0))).lower(lowering_platforms=("cuda",)).as_text()
+    assert "pinned_host" in text
+    assert set(REMAT) == {*LADDER[1:], "offload"}
+
+
+@pytest.fixture(scope="module")
+def needed(bench: Workbench) -> int:
+    """Bytes of the step that keeps all."""
+    _, step = compilation._jitted(bench, "none")
+    return compilation._bytes(step.lower(bench.shapes, compilation._batch_shapes(bench)).compile())
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    folder = tmp_path_factory.mktemp("compilation")
+    write_data(folder)
+    tiny = recipe(folder)
+    assert tiny.pretrain is not None
+    tiny.model.layers, tiny.pretrain.loop.remat = 6, "auto"
+    prepare_stages(tiny, folder, ["pretrain"])
+    return open_workbench(tiny, "pretrain", folder)
+
+
+@pytest.mark.parametrize(("share", "rung"), [(2.0, "none"), (0.97, "dots"), (0.1, "full")])
+def test_auto_takes_the_first_that_fits(
+    bench: Workbench,
+    needed: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    share: float,
+    rung: str,
+) -> None:
+    """Of what the step needs without recomputation, so much is there."""
+    monkeypatch.setattr(compilation, "_memory_of", lambda device: int(needed * share / compilation.SHARE))
+    compile_step(bench)
+    said = capsys.readouterr()
+    assert f"remat {rung}: a step takes" in said.out + said.err
+    assert ("lower loop.batch_size" in said.out + said.err) == (rung == "full")
+
+
+def test_memory_of_this_machine(bench: Workbench) -> None:
+    """More than the step takes, less than 64 TiB."""
+    assert 2**26 < compilation._memory_of(bench.mesh.devices.flat[0]) < 2**46
+    state = init_state(bench.model.init(jax.random.key(0)), bench.tx)
+    _, step = compile_step(bench)
+    assert int(step(state, packed_batch([[example(40, r)] for r in range(8)], 64))[0].step) == 1
+
+
+def test_unknown_is_refused_at_the_door(tmp_path: Path) -> None:
+    from jaxstages.validate import validate
+
+    tiny = recipe(tmp_path)
+    assert tiny.pretrain is not None
+    tiny.pretrain.loop.remat = "some"
+    with pytest.raises(ValueError, match="none, dots, offload, full, auto"):
+        validate(tiny)

@@ -1,0 +1,205 @@
+"""The accelerators' kernels, as far as they can be tried without one: the choice, the check, the mask, the lowering."""
+
+import functools
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from jaxstages.config import MeshConfig
+from jaxstages.models import kernels
+from jaxstages.models.attention import Attend, Reach, attend_in_tiles, attend_packed
+from jaxstages.models.kernels import KERNELS, Kernel, Machine, Shape, choose_attend, run_lengths
+from jaxstages.sharding import make_mesh
+
+SHAPE = Shape(length=256, heads=8, kv_heads=2, head_dim=64, dtype="bfloat16", runs=5)
+SMALL = SHAPE._replace(length=24, head_dim=16, dtype="float32")
+HOPPER, AMPERE, TPU = Machine("gpu", 9.0), Machine("gpu", 8.0), Machine("tpu")
+
+
+def usable(machine: Machine, shape: Shape) -> list[str]:
+    return [kernel.name for kernel in KERNELS if not kernel.lacks(machine, shape)]
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "names"),
+    [
+        (HOPPER, {}, ["cuDNN, packed", "cuDNN with a mask"]),
+        (AMPERE, {}, ["cuDNN with a mask"]),
+        (HOPPER, {"head_dim": 256}, ["cuDNN, packed", "cuDNN with a mask"]),
+        (AMPERE, {"head_dim": 256}, []),
+        (HOPPER, {"head_dim": 60}, []),
+        (HOPPER, {"length": 255}, []),
+        (HOPPER, {"dtype": "float32"}, []),
+        (HOPPER, {"reach": Reach(softcap=50.0)}, []),
+        (HOPPER, {"reach": Reach(window=64)}, ["cuDNN, packed", "cuDNN with a mask"]),
+        (Machine("gpu", 7.5), {}, []),
+        (Machine("gpu"), {}, []),  # of another maker
+        (TPU, {}, ["splash attention"]),
+        (TPU, {"length": 250}, []),
+        (TPU, {"reach": Reach(64, 50.0)}, ["splash attention"]),
+    ],
+)
+def test_which_kernel_takes_what(machine: Machine, changes: dict, names: list[str]) -> None:
+    assert usable(machine, SHAPE._replace(**changes)) == names
+
+
+def one_device() -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def kernel(name: str, attend: Attend) -> Kernel:
+    return Kernel(name, lambda machine, shape: "", lambda shape: attend)
+
+
+def of_one_segment(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
+    return attend_packed(q, k, v, jnp.ones_like(segments), reach)
+
+
+@jax.custom_vjp
+def twice_back(x: jax.Array) -> jax.Array:
+    return x
+
+
+twice_back.defvjp(lambda x: (x, None), lambda _, d_x: (2.0 * d_x,))
+
+
+def wrong_gradient(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
+    return attend_packed(q, twice_back(k), v, segments, reach)
+
+
+def nan_in_padding(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
+    return jnp.where(segments[..., None, None] == 0, jnp.nan, attend_packed(q, k, v, segments, reach))
+
+
+def fails(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
+    raise NotImplementedError("no such kernel in this version\nand more")
+
+
+@pytest.mark.parametrize(
+    ("attend", "said"),
+    [
+        (of_one_segment, "the plain formula.*one is wrong here: its output is off by"),
+        (wrong_gradient, "the plain formula.*one is wrong here: its d_key is off by"),
+        (nan_in_padding, "the plain formula.*one is wrong here: its output is off by nan"),
+        (fails, "the plain formula.*one fails here: no such kernel in this version$"),
+    ],
+)
+def test_a_kernel_that_is_wrong_here_is_not_used(attend: Attend, said: str) -> None:
+    """The next one is taken; without one, the formula, and it is said."""
+    second = kernel("two", attend_in_tiles)
+    choice = choose_attend(SMALL, one_device(), HOPPER, (kernel("one", attend), second))
+    assert choice.said.startswith("attention: two; one ")
+    choice = choose_attend(SMALL, one_device(), HOPPER, (kernel("one", attend),))
+    assert choice.attend is attend_packed
+    assert re.search(said, choice.said), choice.said
+
+
+def test_the_check_is_made_once() -> None:
+    calls = []
+
+    def counted(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
+        calls.append(q.shape)
+        return attend_packed(q, k, v, segments, reach)
+
+    one = kernel("one", counted)
+    for _ in range(2):
+        assert choose_attend(SMALL, one_device(), HOPPER, (one,)).said == "attention: one"
+    assert len(calls) == 1
+
+
+def test_on_cpu_and_without_a_kernel() -> None:
+    assert choose_attend(SMALL, one_device(), Machine("cpu")).attend is attend_in_tiles
+    choice = choose_attend(SMALL, one_device(), HOPPER)
+    assert choice.attend is attend_packed
+    assert "cuDNN, packed takes bfloat16, model.dtype is float32" in choice.said and "splash" not in choice.said
+
+
+def arrays(shape: Shape, batch: int) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(0)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    rows = [jnp.asarray(rng.normal(size=(batch, shape.length, n, shape.head_dim)), shape.dtype) for n in heads]
+    segments = np.sort(rng.integers(1, 4, (batch, shape.length)), axis=1).astype(np.int32)
+    return *rows, jnp.asarray(segments)
+
+
+def test_each_device_attends_with_its_own_rows_and_heads() -> None:
+    """Over rows and heads of a mesh of eight, and with a batch that the mesh does not divide, or another length."""
+    mesh, seen = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
+        seen.append((q.shape, k.shape, segments.shape))
+        return attend_packed(q, k, v, segments, reach)
+
+    shape = SMALL._replace(runs=4)
+    attend = choose_attend(shape, mesh, HOPPER, (kernel("one", local),)).attend
+    seen.clear()
+    for batch, length in ((8, 24), (3, 24), (8, 20)):
+        values = arrays(shape._replace(length=length), batch)
+        found = jax.jit(functools.partial(attend, reach=Reach()))(*values)
+        np.testing.assert_allclose(found, attend_packed(*values, Reach()), rtol=1e-5, atol=1e-6)
+    assert seen == [((2, 24, 4, 16), (2, 24, 1, 16), (2, 24))]
+
+
+def test_run_lengths() -> None:
+    """Of each stretch of one segment, padding's too; what is too many is counted."""
+    segments = jnp.asarray([[1, 1, 2, 0, 0], [1, 1, 1, 1, 1], [1, 2, 3, 4, 0]], jnp.int32)
+    lengths, starts, count = run_lengths(segments, 4)
+    assert lengths.tolist() == [[2, 1, 2, -1], [5, -1, -1, -1], [1, 1, 1, 1]]
+    assert starts.tolist() == [[0, 2, 3, -1, -1], [0, -1, -1, -1, -1], [0, 1, 2, 3, -1]]
+    assert count.tolist() == [3, 1, 5]
+
+
+REACHES = {"causal": Reach(), "window": Reach(window=100), "softcap": Reach(softcap=2.0)}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("reach", REACHES.values(), ids=REACHES)
+def test_splash_attention_sees_what_the_formula_sees(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, reach: Reach
+) -> None:
+    """The TPU kernel, interpreted: outputs and gradients, packed rows, grouped heads."""
+    shape = Shape(128, 4, kv_heads, 64, "float32", 4, reach)
+    monkeypatch.setattr(kernels, "AT_MOST", 20.0)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        interpreted = Kernel("splash", KERNELS[2].lacks, functools.partial(kernels._splash, interpret=True))
+        assert kernels._fails(interpreted, shape, jax.devices()[0]) == ""
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if there were a Hopper GPU with cuDNN 9.8: enough to lower for it."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 90800)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    return
+
+
+def lowered(name: str, platform: str, shape: Shape) -> str:
+    made = next(one for one in KERNELS if one.name == name).make(shape)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return jnp.sum(made(q, k, v, segments, shape.reach).astype(jnp.float32))
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays(shape, 2))
+    return step.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.usefixtures("with_cudnn")
+def test_cudnn_is_lowered_without_a_gpu(kv_heads: int) -> None:
+    """Forward and backward are cuDNN's calls, with no array of all scores beside them."""
+    text = lowered("cuDNN, packed", "cuda", SHAPE._replace(kv_heads=kv_heads))
+    assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
+    assert "PADDING_CAUSAL" in text and "x256x256" not in text
+    text = lowered("cuDNN with a mask", "cuda", SHAPE._replace(kv_heads=kv_heads))
+    assert "__cudnn$fmhaScaleBiasSoftmax" in text and "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
+
+
+def test_splash_attention_is_lowered_without_a_tpu() -> None:
+    text = lowered("splash attention", "tpu", SHAPE._replace(head_dim=128))
+    assert text.count("tpu_custom_call") >= 2 and "x256x256" not in text
