@@ -5,6 +5,8 @@ that share a key/value head, K head dim, T queries of a block.
 """
 
 import functools
+import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +21,9 @@ BLOCK = 128
 
 TILE = 2**18
 """Scores that are looked at together on CPU: 1 MiB of float32, what a core's own cache holds."""
+
+LANES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Parts of the batch that are attended to side by side on CPU: the cores of this process."""
 
 HIDDEN = -1e30
 """The score of a key that may not be seen. Finite, for inf - inf is NaN."""
@@ -131,15 +136,24 @@ _in_tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
 def _rows_by_rows(rows: Callable[..., Any], shape: tuple[int, ...], arrays: tuple[Array, ...]) -> Any:
-    """`rows(*arrays)`, for as many rows of the batch at once as have no more than a tile of scores."""
+    """`rows(*arrays)`, in as many lanes as there are cores, each for as many rows of the batch at once as have no more
+    than a tile of scores. XLA:CPU runs what does not depend on each other side by side, but a batch of small products
+    in one thread."""
     batch, length, heads, _ = shape
+    lanes = math.gcd(batch, LANES)
     at_once = max(TILE // (heads * min(BLOCK, length) * length), 1)
-    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= at_once)
-    if parts == 1:
-        return rows(*arrays)
-    split = [array.reshape(parts, batch // parts, *array.shape[1:]) for array in arrays]
-    found = jax.lax.map(lambda part: rows(*part), split)
-    return jax.tree.map(lambda array: array.reshape(batch, *array.shape[2:]), found)
+    lane = batch // lanes
+    parts = next(n for n in range(1, lane + 1) if lane % n == 0 and lane // n <= at_once)
+
+    def one(arrays: list[Array]) -> Any:
+        if parts == 1:
+            return rows(*arrays)
+        split = [array.reshape(parts, lane // parts, *array.shape[1:]) for array in arrays]
+        found = jax.lax.map(lambda part: rows(*part), split)
+        return jax.tree.map(lambda array: array.reshape(lane, *array.shape[2:]), found)
+
+    found = [one([array[start : start + lane] for array in arrays]) for start in range(0, batch, lane)]
+    return jax.tree.map(lambda *lanes: jnp.concatenate(lanes), *found)
 
 
 def _blocks(length: int, window: int) -> list[tuple[slice, slice]]:
