@@ -129,5 +129,17 @@ def test_what_is_looked_at_together_does_not_matter(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(attention, "TILE", tile)
         monkeypatch.setattr(attention, "BLOCK", block)
         found.append(attend_in_tiles(query, key, value, segments, Reach()))
+    for lanes, tile in itertools.product((2, 3, 6), (1, 2**20)):
+        monkeypatch.setattr(attention, "TILE", tile)
+        monkeypatch.setattr(attention, "_lanes", lambda batch, lanes=lanes: lanes)
+        found.append(attend_in_tiles(query, key, value, segments, Reach()))
     for other in found[1:]:
         close(other, found[0])
+
+
+def test_rows_that_lie_on_several_devices_have_no_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be sent to each other."""
+    monkeypatch.setattr(attention, "LANES", 4)
+    assert attention._lanes(6) == 1 < jax.device_count()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert attention._lanes(6) == 2

@@ -23,7 +23,7 @@ TILE = 2**18
 """Scores that are looked at together on CPU: 1 MiB of float32, what a core's own cache holds."""
 
 LANES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-"""Parts of the batch that are attended to side by side on CPU: the cores of this process."""
+"""Parts of the batch that one device attends to side by side on CPU: the cores of this process."""
 
 HIDDEN = -1e30
 """The score of a key that may not be seen. Finite, for inf - inf is NaN."""
@@ -140,7 +140,7 @@ def _rows_by_rows(rows: Callable[..., Any], shape: tuple[int, ...], arrays: tupl
     than a tile of scores. XLA:CPU runs what does not depend on each other side by side, but a batch of small products
     in one thread."""
     batch, length, heads, _ = shape
-    lanes = math.gcd(batch, LANES)
+    lanes = _lanes(batch)
     at_once = max(TILE // (heads * min(BLOCK, length) * length), 1)
     lane = batch // lanes
     parts = next(n for n in range(1, lane + 1) if lane % n == 0 and lane // n <= at_once)
@@ -154,6 +154,11 @@ def _rows_by_rows(rows: Callable[..., Any], shape: tuple[int, ...], arrays: tupl
 
     found = [one([array[start : start + lane] for array in arrays]) for start in range(0, batch, lane)]
     return jax.tree.map(lambda *lanes: jnp.concatenate(lanes), *found)
+
+
+def _lanes(batch: int) -> int:
+    """Several devices, or processes, have their own rows already: lanes would send them to each other."""
+    return math.gcd(batch, LANES) if jax.device_count() == 1 else 1
 
 
 def _blocks(length: int, window: int) -> list[tuple[slice, slice]]:
