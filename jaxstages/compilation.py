@@ -53,7 +53,9 @@ def _first_that_fits(bench: Workbench, limit: int) -> tuple[str, tuple[TrainStep
 
 def _jitted(bench: Workbench, remat: str) -> tuple[TrainStep, Any]:
     config, optim = bench.stage.loop, bench.stage.optim
-    model = make_model(bench.recipe.model, bench.tokenizer.vocab_size, attend=bench.attend, remat=remat)
+    model = bench.model
+    if remat != "none":
+        model = make_model(bench.recipe.model, bench.tokenizer.vocab_size, attend=bench.attend, remat=remat)
     step = make_train_step(
         model.headless,
         bench.tx,
