@@ -166,7 +166,7 @@ def _attend(config: ModelConfig, mesh: Mesh, rows: list[Prepared]) -> Attend | N
         kv_heads=part.kv_heads,
         head_dim=part.head_dim,
         dtype=config.dtype,
-        runs=max(prepared.index["most_segments"] for prepared in rows) + 1,  # and padding
+        runs=max(prepared.most_segments() for prepared in rows) + 1,  # and padding
     )
     choice = choose_attend(shape, mesh, machine_of(jax.local_devices()[0]))
     if not hosts.agree(choice.said):

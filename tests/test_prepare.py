@@ -201,6 +201,7 @@ def test_a_cache_that_was_cut_short_is_never_taken_for_whole(tmp_path: Path, tok
     whole = prepared(tmp_path, tokenizer)
     assert whole.index["shards"] == 3
     expected = [batch.tokens_BL.tolist() for batch in all_rows(whole)]
+    assert whole.most_segments() == max(int(batch.segments_BL.max()) for batch in all_rows(whole)) > 1
     kept = whole.folder / "shard-00000.json"
     stamp = kept.stat().st_mtime_ns
     for name in ("MANIFEST.json", "index.json", "shard-00001.json", "rows-00002.array_record", "shard-00002.json"):

@@ -25,8 +25,8 @@ from jaxstages.data.tasks import Question, asks, assemble, is_held_out, texts
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.disk import hold, make_folder, put, read_json, write_json, write_text
 
-VERSION = 4
-"""Counts up when the same inputs give other rows, or the index says more of them."""
+VERSION = 3
+"""Counts up when the same inputs give other rows."""
 
 BLOCK_BYTES, BLOCK_RECORDS = 16_000_000, 50_000
 """A shard is closed when its records take this much memory (or one that takes more), or when it has this many."""
@@ -75,6 +75,11 @@ class Prepared:
                 return lines[row].split("\t")
             row -= rows
         raise IndexError(row)
+
+    def most_segments(self) -> int:
+        """Examples in the row that has the most."""
+        files = (_where_file(self.folder, shard) for shard in range(self.index["shards"]))
+        return max(line.count("\t") + 1 for file in files for line in file.read_text(encoding="utf-8").split("\n"))
 
     def target_counts(self) -> np.ndarray:
         """float64 [V]: loss weight of each token as a target, for the unigram baseline."""
@@ -225,7 +230,6 @@ def _write_shard(
         "scored": float(counts.sum()),
         "cut_examples": sum(one.lost > 0 for one in encoded),
         "cut_tokens": sum(one.lost for one in encoded),
-        "most_segments": max(map(len, groups), default=0),
         "questions": [one.question for one in encoded if one.question is not None],
     }
     write_json(_shard_file(folder, shard), statistics)
@@ -248,14 +252,12 @@ def _summarise(folder: Path, shards: int, source: str, part: str, context: int) 
     """Add up the shards: the index, and beside it the questions and the counts of targets."""
     index: dict[str, Any] = {"source": source, "part": part, "context": context, "shards": shards}
     index |= dict.fromkeys((*SUMMED, "bad_named"), 0) | {"bad_named": [], "rows_of_shards": []}
-    index["most_segments"] = 0
     counts, questions = np.zeros(0), []
     for shard in range(shards):
         found = read_json(_shard_file(folder, shard))
         index |= {name: index[name] + found[name] for name in SUMMED}
         index["bad_named"] = (index["bad_named"] + found["bad_named"])[:MOST_NAMED]
         index["rows_of_shards"].append(found["rows"])
-        index["most_segments"] = max(index["most_segments"], found["most_segments"])
         questions += [json.dumps(question) + "\n" for question in found["questions"]]
         shard_counts = _load_array(folder / f"counts-{shard:05}.npy")
         counts = shard_counts if not shard else counts + shard_counts
