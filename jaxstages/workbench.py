@@ -156,8 +156,10 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
 
 
 def _attend(config: ModelConfig, mesh: Mesh, rows: list[Prepared]) -> Attend | None:
-    """The fastest attention for these rows, on this machine; None without rows, for then nothing attends over them."""
-    if not rows:
+    """The fastest attention for these rows, on this machine; None, the model's own, on CPU, which has no other, and
+    without rows, for then nothing attends over them."""
+    machine = machine_of(jax.local_devices()[0])
+    if not rows or machine.platform == "cpu":
         return None
     part = config.attention
     shape = Shape(
@@ -168,11 +170,10 @@ def _attend(config: ModelConfig, mesh: Mesh, rows: list[Prepared]) -> Attend | N
         dtype=config.dtype,
         runs=max(prepared.most_segments() for prepared in rows) + 1,  # and padding
     )
-    choice = choose_attend(shape, mesh, machine_of(jax.local_devices()[0]))
+    choice = choose_attend(shape, mesh, machine)
     if not hosts.agree(choice.said):
         raise ValueError(f"{choice.said}: the hosts differ in this; give all of them the same GPUs, jax and drivers")
-    if jax.default_backend() != "cpu":
-        say(choice.said)
+    say(choice.said)
     return choice.attend
 
 
