@@ -22,10 +22,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxstages import config as recipes
 from jaxstages import workbench
 from jaxstages.checkpoint import read_meta, steps_of
-from jaxstages.config import EarlyStoppingConfig, Recipe
+from jaxstages.config import EarlyStoppingConfig, ModelConfig, Recipe
 from jaxstages.disk import read_json
 from jaxstages.metrics import read_metrics
+from jaxstages.models.attention import Attend
+from jaxstages.models.transformer import make_model
 from jaxstages.sharding import make_mesh
+from jaxstages.types import Model
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder
 from tests.reliability.child import PHASES, shared
 from tests.tiny import recipe as tiny_recipe
@@ -179,14 +182,24 @@ def outcome(work: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quick_runs(folder: Path) -> Iterator[None]:
-    """One device, and compiled functions that are kept in `folder`: a run here then takes a second."""
+    """One device, each model traced once, and compiled functions that are kept in `folder`: a run takes seconds."""
     cache = {
         "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
     before = {name: jax.config.values[name] for name in cache}
+    made: dict[str, Model] = {}
+
+    def traced_once(config: ModelConfig, vocab: int, *, attend: Attend | None) -> Model:
+        key = f"{config} {vocab}"
+        if key not in made:
+            model = make_model(config, vocab, attend=attend)
+            made[key] = model._replace(init=jax.jit(model.init), headless=jax.jit(model.headless))
+        return made[key]
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workbench, "make_model", traced_once)
         patch.setattr(workbench, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         try:
             for name, value in cache.items():
