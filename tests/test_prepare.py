@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,49 @@ def test_a_cache_that_was_cut_short_is_never_taken_for_whole(tmp_path: Path, tok
     again = prepared(tmp_path, tokenizer)
     assert [batch.tokens_BL.tolist() for batch in all_rows(again)] == expected
     assert kept.stat().st_mtime_ns == stamp, "the whole shard was not made again"
+
+
+def test_shards_that_are_made_side_by_side_are_those_made_one_by_one(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch
+) -> None:
+    monkeypatch.setattr(preparing, "BLOCK_RECORDS", 7)
+    monkeypatch.setattr(preparing, "MOST_WORKERS", 1)
+    expected = prepared(tmp_path, tokenizer)
+    kept = {path.name: path.read_bytes() for path in expected.folder.iterdir()}
+    shutil.rmtree(expected.folder)
+    monkeypatch.setattr(preparing, "MOST_WORKERS", 4)
+    monkeypatch.setattr(preparing.os, "cpu_count", lambda: 4)
+    together, write = threading.Barrier(4, timeout=60), preparing._write_shard
+
+    def wait_for_the_others(folder: Path, shard: int, *rest) -> None:
+        if shard < 4:
+            together.wait()
+        write(folder, shard, *rest)
+
+    monkeypatch.setattr(preparing, "_write_shard", wait_for_the_others)
+    found = prepared(tmp_path, tokenizer)
+    assert {path.name: path.read_bytes() for path in found.folder.iterdir()} == kept
+    assert found.index["shards"] == 9
+
+
+def test_an_error_in_a_shard_ends_the_others_and_the_next_run_goes_on(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch
+) -> None:
+    monkeypatch.setattr(preparing, "BLOCK_RECORDS", 7)
+    made, write = [], preparing._write_shard
+
+    def fail_once(folder: Path, shard: int, *rest) -> None:
+        made.append(shard)
+        if shard == 2 and made.count(2) == 1:
+            raise OSError(28, "No space left on device")
+        write(folder, shard, *rest)
+
+    monkeypatch.setattr(preparing, "_write_shard", fail_once)
+    with pytest.raises(OSError, match="No space left"):
+        prepared(tmp_path, tokenizer)
+    before = list(made)
+    assert prepared(tmp_path, tokenizer).index["records"] == len(RECORDS)
+    assert len(before) < 9 and sorted(made) == sorted([*range(9), 2])
 
 
 def test_batch_k_is_a_function_of_k_and_hosts_share_it(tmp_path: Path, tokenizer: Tokenizer) -> None:

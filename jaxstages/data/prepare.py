@@ -6,8 +6,11 @@ A cache is a folder named by the SHA-256 of all that its rows depend on. It hold
 that are there.
 """
 
+import collections
+import concurrent.futures
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,9 @@ VERSION = 3
 
 BLOCK_BYTES, BLOCK_RECORDS = 16_000_000, 50_000
 """A shard is closed when its records take this much memory (or one that takes more), or when it has this many."""
+
+MOST_WORKERS = 8
+"""Shards that are made at once: more would only wait for Python, and each holds a block in memory."""
 
 MOST_BYTES = 2**25
 """A record that takes more is malformed."""
@@ -103,13 +109,7 @@ def prepare(source: Source, part: str, config: DataConfig, tokenizer: Tokenizer,
     with hold(folder.with_suffix(".lock"), wait=True):  # another run may be making the same rows
         if not (folder / manifest.MANIFEST).exists():
             make_folder(folder)
-            progress = Progress(f"prepare {source.name} ({part}): records", source.records)
-            shards, records = 0, 0
-            for block in _blocks(source, part, config):
-                if not _shard_file(folder, shards).exists():
-                    _write_shard(folder, shards, block, config, tokenizer, context)
-                shards, records = shards + 1, records + len(block)
-                progress.update(records)
+            shards = _write_shards(folder, source, part, config, tokenizer, context)
             write_json(folder / "index.json", _summarise(folder, shards, source.name, part, context))
             manifest.seal(folder)
     try:
@@ -188,6 +188,38 @@ def _side(item: Item, whole_text: bool, part: str, config: DataConfig) -> Item |
     return item if held_out == (part == "validation") else None
 
 
+def _write_shards(
+    folder: Path, source: Source, part: str, config: DataConfig, tokenizer: Tokenizer, context: int
+) -> int:
+    """A shard for each block, where it is not there yet, a few at a time; how many there are.
+
+    Threads are enough: the tokenizer, which takes most of the time, holds no lock of Python's.
+    """
+    progress = Progress(f"prepare {source.name} ({part}): records", source.records)
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    shards, records = 0, 0
+    begun: collections.deque[tuple[int, concurrent.futures.Future[None] | None]] = collections.deque()
+
+    def finish_first() -> None:
+        nonlocal records
+        size, done = begun.popleft()
+        if done is not None:
+            done.result()
+        records += size
+        progress.update(records)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for shards, block in enumerate(_blocks(source, part, config), start=1):
+            there = _shard_file(folder, shards - 1).exists()
+            task = (folder, shards - 1, block, config, tokenizer, context)
+            begun.append((len(block), None if there else pool.submit(_write_shard, *task)))
+            if len(begun) > workers:
+                finish_first()
+        while begun:
+            finish_first()
+    return shards
+
+
 def _write_shard(
     folder: Path, shard: int, block: list[Item], config: DataConfig, tokenizer: Tokenizer, context: int
 ) -> None:
@@ -217,8 +249,10 @@ def _write_shard(
     put(fresh, file)
     write_text(_where_file(folder, shard), "".join("\t".join(places[i] for i in group) + "\n" for group in groups))
     counts = np.zeros(tokenizer.vocab_size)
-    for example in examples:
-        np.add.at(counts, example.ids[1:], example.weights[1:])
+    if examples:
+        targets = np.concatenate([example.ids[1:] for example in examples])
+        weights = np.concatenate([example.weights[1:] for example in examples])
+        counts = np.bincount(targets, weights, minlength=tokenizer.vocab_size)
     _save_array(folder / f"counts-{shard:05}.npy", counts)
     statistics = {
         "records": len(block),
