@@ -19,7 +19,8 @@ from jaxstages import hosts
 from jaxstages.checkpoint import Checkpoints, read_params
 from jaxstages.compilation import compile_step
 from jaxstages.console import Progress, say
-from jaxstages.data.pipeline import batches_by_step, prefetch
+from jaxstages.data.pipeline import batches_by_step
+from jaxstages.data.prefetch import prefetch
 from jaxstages.disk import write_json
 from jaxstages.early_stopping import EarlyStopping, early_stopping
 from jaxstages.evaluate import Report, make_evaluate, unigram_perplexity
@@ -149,7 +150,7 @@ class _Run:
         pending: collections.deque[tuple[int, Sums, int]] = collections.deque()
         self._restart_clock()
         self._alive(COMPILING)
-        for k, placed in enumerate(prefetch(self._place, first, last), start=first):
+        for k, placed in enumerate(prefetch(self._place, range(first, last)), start=first):
             try:
                 state, sums = train_step(state, placed.batch)
             except FloatingPointError:

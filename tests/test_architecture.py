@@ -13,6 +13,7 @@ FLOORS = [
         *(
             "data.sources",
             "data.tokenizer",
+            "data.prefetch",
             "models.primitives",
             "models.activations",
             "models.attention",

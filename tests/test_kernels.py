@@ -22,7 +22,7 @@ HOPPER, AMPERE, TPU = Machine("gpu", 9.0), Machine("gpu", 8.0), Machine("tpu")
 
 
 def usable(machine: Machine, shape: Shape) -> list[str]:
-    return [kernel.name for kernel in KERNELS if not kernel.lacks(machine, shape)]
+    return [k.name for k in KERNELS if k.platform == machine.platform and not k.lacks(machine, shape)]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def one_device() -> jax.sharding.Mesh:
 
 
 def kernel(name: str, attend: Attend) -> Kernel:
-    return Kernel(name, lambda machine, shape: "", lambda shape: attend)
+    return Kernel(name, HOPPER.platform, lambda machine, shape: "", lambda shape: attend)
 
 
 def of_one_segment(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
@@ -112,8 +112,7 @@ def test_the_check_is_made_once() -> None:
     assert len(calls) == 1
 
 
-def test_on_cpu_and_without_a_kernel() -> None:
-    assert choose_attend(SMALL, one_device(), Machine("cpu")).attend is attend_in_tiles
+def test_without_a_kernel_it_is_the_formula_and_says_why() -> None:
     choice = choose_attend(SMALL, one_device(), HOPPER)
     assert choice.attend is attend_packed
     assert "cuDNN, packed takes bfloat16, model.dtype is float32" in choice.said and "splash" not in choice.said
@@ -166,7 +165,7 @@ def test_splash_attention_sees_what_the_formula_sees(
     shape = Shape(128, 4, kv_heads, 64, "float32", 4, reach)
     monkeypatch.setattr(kernels, "AT_MOST", 20.0)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        interpreted = Kernel("splash", KERNELS[2].lacks, functools.partial(kernels._splash, interpret=True))
+        interpreted = Kernel("splash", "tpu", KERNELS[2].lacks, functools.partial(kernels._splash, interpret=True))
         assert kernels._fails(interpreted, shape, jax.devices()[0]) == ""
 
 

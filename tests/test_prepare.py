@@ -12,7 +12,8 @@ import pytest
 
 from jaxstages.config import DataConfig, TokenizerConfig
 from jaxstages.data import prepare as preparing
-from jaxstages.data.pipeline import batches_by_step, batches_once, local_rows, prefetch
+from jaxstages.data.pipeline import batches_by_step, batches_once, local_rows
+from jaxstages.data.prefetch import prefetch
 from jaxstages.data.prepare import Prepared, prepare
 from jaxstages.data.sources import open_source
 from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
@@ -303,7 +304,7 @@ def test_hosts_must_divide_the_batch() -> None:
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
-    assert list(prefetch(lambda k: k * k, 3, 9)) == [k * k for k in range(3, 9)]
+    assert list(prefetch(lambda k: k * k, range(3, 9))) == [k * k for k in range(3, 9)]
 
     def broken(k: int) -> int:
         if k == 2:
@@ -311,7 +312,7 @@ def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
         return k
 
     with pytest.raises(ValueError, match="bad batch"):
-        list(prefetch(broken, 0, 5))
+        list(prefetch(broken, range(5)))
 
 
 def test_questions_are_kept_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -3,11 +3,10 @@
 Nothing about the position is stored: a run that resumes at step k asks for batch k. Legend: B batch, L length.
 """
 
-import concurrent.futures
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -15,8 +14,6 @@ import numpy as np
 from jaxstages.data.packing import FIELDS
 from jaxstages.data.prepare import Prepared, evenly
 from jaxstages.types import Batch
-
-T = TypeVar("T")
 
 
 class Batches(NamedTuple):
@@ -119,14 +116,3 @@ def batches_once(
     for start in range(0, len(rows), batch_size):
         chosen = [rows[start + i] if start + i < len(rows) else None for i in mine]
         yield to_batch([entry[0][entry[1]] if entry else empty for entry in chosen])
-
-
-def prefetch(batch: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
-    """batch(start) .. batch(stop - 1); while one is used, a thread loads (and places) the next `ahead`."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(batch, k) for k in range(start, min(start + ahead, stop))]
-        for k in range(start, stop):
-            found = waiting.pop(0).result()
-            if k + ahead < stop:
-                waiting.append(pool.submit(batch, k + ahead))
-            yield found

@@ -6,8 +6,6 @@ A cache is a folder named by the SHA-256 of all that its rows depend on. It hold
 that are there.
 """
 
-import collections
-import concurrent.futures
 import hashlib
 import json
 import os
@@ -23,6 +21,7 @@ from jaxstages import manifest
 from jaxstages.config import DataConfig
 from jaxstages.console import Progress, say
 from jaxstages.data.packing import pack
+from jaxstages.data.prefetch import prefetch
 from jaxstages.data.sources import Item, Record, Source
 from jaxstages.data.tasks import Question, asks, assemble, is_held_out, texts
 from jaxstages.data.tokenizer import Tokenizer
@@ -195,28 +194,19 @@ def _write_shards(
 
     Threads are enough: the tokenizer, which takes most of the time, holds no lock of Python's.
     """
+
+    def make(numbered: tuple[int, list[Item]]) -> int:
+        shard, block = numbered
+        if not _shard_file(folder, shard).exists():
+            _write_shard(folder, shard, block, config, tokenizer, context)
+        return len(block)
+
     progress = Progress(f"prepare {source.name} ({part}): records", source.records)
     workers = min(os.cpu_count() or 1, MOST_WORKERS)
     shards, records = 0, 0
-    begun: collections.deque[tuple[int, concurrent.futures.Future[None] | None]] = collections.deque()
-
-    def finish_first() -> None:
-        nonlocal records
-        size, done = begun.popleft()
-        if done is not None:
-            done.result()
-        records += size
+    for size in prefetch(make, enumerate(_blocks(source, part, config)), ahead=workers, workers=workers):
+        shards, records = shards + 1, records + size
         progress.update(records)
-
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for shards, block in enumerate(_blocks(source, part, config), start=1):
-            there = _shard_file(folder, shards - 1).exists()
-            task = (folder, shards - 1, block, config, tokenizer, context)
-            begun.append((len(block), None if there else pool.submit(_write_shard, *task)))
-            if len(begun) > workers:
-                finish_first()
-        while begun:
-            finish_first()
     return shards
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from jaxstages.models.attention import Attend, Reach, attend_in_tiles, attend_packed, packed_mask
+from jaxstages.models.attention import Attend, Reach, attend_packed, packed_mask
 
 AT_MOST = 4.0
 """A kernel may be so many times as far from float32 as the plain formula in the same dtype is. A wrong mask is off by
@@ -43,9 +43,11 @@ class Shape(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """lacks: `lacks(machine, shape)`, why it can't be used there, "" if it can. make: `make(shape)`, the attention."""
+    """lacks: `lacks(machine, shape)`, why it can't be used on this machine of its platform, "" if it can.
+    make: `make(shape)`, the attention."""
 
     name: str
+    platform: str
     lacks: Callable[[Machine, Shape], str]
     make: Callable[[Shape], Attend]
 
@@ -97,9 +99,8 @@ def _cudnn_packed(shape: Shape) -> Attend:
     return attend
 
 
-def _cudnn_masked(shape: Shape) -> Attend:
+def _cudnn_masked(_shape: Shape) -> Attend:
     """The mask as a bias, one number a pair of slots: read from memory, but scores are not written to it."""
-    del shape
 
     def attend(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
         mask = packed_mask(segments, reach.window)
@@ -115,11 +116,7 @@ def _splash(shape: Shape, interpret: bool = False) -> Attend:
 
     block = next(size for size in (1024, 512, 256, 128) if shape.length % size == 0)
     sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        use_fused_bwd_kernel=True,
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
     )
 
     def attend(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
@@ -143,7 +140,7 @@ def _splash(shape: Shape, interpret: bool = False) -> Attend:
 
 
 def _cudnn_lacks(machine: Machine, shape: Shape, capability: float) -> str:
-    if machine.platform != "gpu" or not machine.capability:
+    if not machine.capability:
         return "is for NVIDIA GPUs"
     if machine.capability < capability:
         return f"needs compute capability {capability}, this GPU has {machine.capability}"
@@ -156,31 +153,26 @@ def _cudnn_lacks(machine: Machine, shape: Shape, capability: float) -> str:
     return "has no soft cap" if shape.reach.softcap else ""
 
 
-def _splash_lacks(machine: Machine, shape: Shape) -> str:
-    if machine.platform != "tpu":
-        return "is for TPUs"
+def _splash_lacks(_machine: Machine, shape: Shape) -> str:
     return f"takes a multiple of 128 as length, context is {shape.length}" if shape.length % 128 else ""
 
 
 KERNELS = (
-    Kernel("cuDNN, packed", functools.partial(_cudnn_lacks, capability=9.0), _cudnn_packed),
-    Kernel("cuDNN with a mask", functools.partial(_cudnn_lacks, capability=8.0), _cudnn_masked),
-    Kernel("splash attention", _splash_lacks, _splash),
+    Kernel("cuDNN, packed", "gpu", functools.partial(_cudnn_lacks, capability=9.0), _cudnn_packed),
+    Kernel("cuDNN with a mask", "gpu", functools.partial(_cudnn_lacks, capability=8.0), _cudnn_masked),
+    Kernel("splash attention", "tpu", _splash_lacks, _splash),
 )
 """Fastest first."""
 
 
 def choose_attend(shape: Shape, mesh: Mesh, machine: Machine, kernels: tuple[Kernel, ...] = KERNELS) -> Choice:
-    """The fastest attention that takes the shape, and was found right here and now; the plain formula if none is."""
-    if machine.platform == "cpu":
-        return Choice(attend_in_tiles, "attention: in blocks")
+    """The fastest kernel that takes the shape, and was found right here and now; the plain formula if none is."""
     why = []
-    for kernel in kernels:
+    for kernel in (kernel for kernel in kernels if kernel.platform == machine.platform):
         lack = kernel.lacks(machine, shape) or _fails(kernel, shape, jax.local_devices()[0])
         if not lack:
             return Choice(_over(mesh, kernel.make(shape), shape), "; ".join([f"attention: {kernel.name}", *why]))
-        if "is for" not in lack:
-            why.append(f"{kernel.name} {lack}")
+        why.append(f"{kernel.name} {lack}")
     return Choice(attend_packed, "; ".join(["attention: the plain formula, which keeps all scores", *why]))
 
 
@@ -215,9 +207,7 @@ def _fails(kernel: Kernel, shape: Shape, device: Any) -> str:
     segments[0] = 1
     for row in (1, 2):  # with padding, and without
         cuts = rng.choice(np.arange(1, shape.length), min(shape.runs, shape.length) - 1, replace=False)
-        marks = np.zeros(shape.length, np.int32)
-        marks[cuts] = 1
-        number = np.cumsum(marks) + 1
+        number = np.isin(np.arange(shape.length), cuts).cumsum() + 1
         segments[row] = np.where((row == 1) & (number == number[-1]) & (number[-1] > 1), 0, number)
 
     def compute(attend: Attend, dtype: Any) -> list[np.ndarray]:
