@@ -60,6 +60,7 @@ ROWS = {
         Row(name="C1", layers=4, heads=4, width=128, context=64, batch=12, vocab=65, steps=300),
         Row(name="C2", layers=6, heads=6, width=384, context=256, batch=16, vocab=65, steps=20),
         Row(name="C3", layers=12, heads=12, width=768, context=256, batch=4, vocab=50304, steps=5, warmup=2),
+        Row(name="C4", layers=8, heads=6, width=384, context=512, batch=8, vocab=16384, steps=10),
         Row(
             name="G1", layers=12, heads=12, width=768, context=1024, batch=64, vocab=50304,
             steps=50, warmup=5, dtype="bfloat16", device="gpu",

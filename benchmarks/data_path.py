@@ -1,0 +1,229 @@
+"""From text to batches: tokenize-and-pack, and loading, beside datasets with tokenizers and the way of nanoGPT.
+
+    python benchmarks/data_path.py --megabytes=50 --rounds=4
+
+All take the same JSON lines and the same tokenizer.json, and end with tokens on disk, each in a fresh process with
+empty caches, in turn (A B C C B A). Clocked is the work itself, without imports. Prints JSON, and keeps it in
+OUT/data.json.
+
+* jaxstages: `prepare`, packed rows with segments and positions, sealed, and `batches_by_step`
+* datasets: `map` in batches over all cores, texts joined and cut to rows as in transformers' language-modelling script,
+  and a torch DataLoader over them
+* nanogpt: `map` a document at a time over all cores, then one array file, as in its openwebtext/prepare.py, and its
+  `get_batch` of random slices. Its tokenizer is tiktoken's; here it is the same as for the others.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import busy_share, facts, wait_until_idle
+
+HERE = Path(__file__).resolve().parent
+CONTEXT, BATCH = 256, 16
+"""Of row C2."""
+
+BATCHES = 300
+"""That are loaded under the clock."""
+
+
+def write_documents(path: Path, megabytes: float) -> None:
+    """JSON lines of text: words by Zipf's law, lengths log-normal, some hundred words each."""
+    draw = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    words = ["".join(draw.choice(letters, n)) for n in draw.integers(2, 10, 20_000)]
+    written = 0
+    with path.open("w") as file:
+        while written < megabytes * 1e6:
+            count = int(np.clip(draw.lognormal(5.5, 1.0), 5, 5000))
+            text = " ".join(words[i] for i in draw.zipf(1.3, count) % len(words))
+            written += file.write(json.dumps({"text": text}) + "\n")
+
+
+def timed(name: str, work: Callable[[], Any], found: dict[str, float]) -> Any:
+    start = time.perf_counter()
+    result = work()
+    found[name] = time.perf_counter() - start
+    return result
+
+
+def jaxstages(documents: Path, tokenizer: Path, folder: Path, found: dict[str, Any]) -> None:
+    from jaxstages.config import DataConfig
+    from jaxstages.data.pipeline import batches_by_step
+    from jaxstages.data.prepare import prepare
+    from jaxstages.data.sources import open_source
+    from jaxstages.data.tokenizer import load_tokenizer
+
+    config, loaded = DataConfig(task="lm", train=(str(documents),)), load_tokenizer(tokenizer)
+    rows = timed(
+        "prepare",
+        lambda: prepare(open_source(str(documents), folder), "train", config, loaded, CONTEXT, folder),
+        found,
+    )
+    batch = batches_by_step([rows], batch_size=BATCH, seed=0).batch
+    batch(0)
+    timed("load", lambda: [batch(k) for k in range(1, BATCHES + 1)], found)
+    found |= {"tokens": rows.index["tokens"], "slots_used": rows.index["tokens"] / (rows.index["rows"] * CONTEXT)}
+
+
+def encoder(tokenizer: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(tokenizer))
+
+
+def datasets(documents: Path, tokenizer: Path, folder: Path, found: dict[str, Any]) -> None:
+    import torch
+    from datasets import load_dataset
+
+    backend, end = encoder(tokenizer), 0
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"ids": [[end, *one.ids] for one in backend.encode_batch_fast(batch["text"], add_special_tokens=False)]}
+
+    def join(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        line = [i for ids in batch["ids"] for i in ids]
+        whole = len(line) // CONTEXT * CONTEXT
+        return {"ids": [line[start : start + CONTEXT] for start in range(0, whole, CONTEXT)]}
+
+    def prepare() -> Any:
+        data = load_dataset("json", data_files=str(documents), split="train", cache_dir=str(folder))
+        cores = os.cpu_count()
+        data = data.map(tokenize, batched=True, num_proc=cores, remove_columns=["text"])
+        return data.map(join, batched=True, num_proc=cores)
+
+    data = timed("prepare", prepare, found)
+    found["tokens"] = len(data) * CONTEXT
+    loader = torch.utils.data.DataLoader(data.with_format("torch"), batch_size=BATCH, shuffle=True)
+    batches = iter(loader)
+    next(batches)
+    timed("load", lambda: [next(batches) for _ in range(BATCHES)], found)
+
+
+def nanogpt(documents: Path, tokenizer: Path, folder: Path, found: dict[str, Any]) -> None:
+    import torch
+    from datasets import load_dataset
+
+    backend, end = encoder(tokenizer), 0
+
+    def process(example: dict[str, str]) -> dict[str, Any]:
+        ids = [*backend.encode(example["text"], add_special_tokens=False).ids, end]
+        return {"ids": ids, "len": len(ids)}
+
+    def prepare() -> int:
+        data = load_dataset("json", data_files=str(documents), split="train", cache_dir=str(folder))
+        data = data.map(process, remove_columns=["text"], num_proc=os.cpu_count())
+        line = np.memmap(folder / "train.bin", np.uint16, "w+", shape=(int(np.sum(data["len"], dtype=np.uint64)),))
+        start = 0
+        for n in range(1024):
+            piece = data.shard(num_shards=1024, index=n, contiguous=True).with_format("numpy")
+            ids = np.concatenate(piece["ids"])
+            line[start : start + len(ids)] = ids
+            start += len(ids)
+        line.flush()
+        return start
+
+    found["tokens"] = timed("prepare", prepare, found)
+
+    def get_batch() -> Any:
+        line = np.memmap(folder / "train.bin", np.uint16, "r")
+        places = torch.randint(len(line) - CONTEXT, (BATCH,))
+        inputs = torch.stack([torch.from_numpy(line[i : i + CONTEXT].astype(np.int64)) for i in places])
+        targets = torch.stack([torch.from_numpy(line[i + 1 : i + 1 + CONTEXT].astype(np.int64)) for i in places])
+        return inputs, targets
+
+    get_batch()
+    timed("load", lambda: [get_batch() for _ in range(BATCHES)], found)
+
+
+CONTENDERS = {function.__name__: function for function in (jaxstages, datasets, nanogpt)}
+
+
+def start(name: str, documents: Path, tokenizer: Path) -> dict[str, Any]:
+    """Figures of one contender in a fresh process."""
+    folder = Path(tempfile.mkdtemp(dir=documents.parent))
+    command = [sys.executable, str(HERE / "data_path.py"), f"--child={name}"]
+    command += [f"--documents={documents}", f"--tokenizer={tokenizer}", f"--folder={folder}"]
+    environment = {**os.environ, "HF_HOME": str(folder), "HF_DATASETS_OFFLINE": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    shutil.rmtree(folder)
+    if process.returncode:
+        raise SystemExit(f"{name}: {process.stderr}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def over(ours: list[float], theirs: list[float]) -> list[float]:
+    """Least, median and largest ratio, round by round."""
+    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return [round(f(pairs), 3) for f in (min, statistics.median, max)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=50.0)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--folder", type=Path, default=None, help="where to work; default: a temporary folder")
+    parser.add_argument("--busy", action="store_true", help="do not wait until the machine is idle")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    for name in ("child", "documents", "tokenizer"):
+        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.child:
+        found: dict[str, Any] = {}
+        CONTENDERS[flags.child](Path(flags.documents), Path(flags.tokenizer), flags.folder, found)
+        found["prepare tokens/s"] = found["tokens"] / found["prepare"]
+        found["load tokens/s"] = BATCHES * BATCH * CONTEXT / found["load"]
+        print(json.dumps(found))
+        return
+    from jaxstages.config import TokenizerConfig
+    from jaxstages.data.tokenizer import make_tokenizer
+
+    machine, folder = facts(), Path(tempfile.mkdtemp(dir=flags.folder))
+    documents, tokenizer = folder / "documents.jsonl", folder / "tokenizer.json"
+    write_documents(documents, flags.megabytes)
+    with documents.open() as file:
+        texts = (json.loads(line)["text"] for _, line in zip(range(5000), file, strict=False))
+        make_tokenizer(TokenizerConfig(kind="bpe", vocab_size=flags.vocab), texts, tokenizer)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    busy = []
+    for number in range(flags.rounds):
+        for name in [*CONTENDERS][:: -1 if number % 2 else 1]:
+            busy.append(round(busy_share() if flags.busy else wait_until_idle(), 3))
+            runs[name].append(start(name, documents, tokenizer))
+            speeds = ", ".join(f"{what} {runs[name][-1][what]:,.0f}" for what in ("prepare tokens/s", "load tokens/s"))
+            print(f"round {number} {name}: {speeds}", file=sys.stderr, flush=True)
+    shutil.rmtree(folder)
+    ratios = {
+        f"{what}, jaxstages / {name}, min median max": over(
+            [run[what] for run in runs["jaxstages"]], [run[what] for run in runs[name]]
+        )
+        for what in ("prepare tokens/s", "load tokens/s")
+        for name in runs
+        if name != "jaxstages"
+    }
+    result = {
+        "command": f"python benchmarks/data_path.py --megabytes={flags.megabytes:g} --rounds={flags.rounds}",
+        "machine": machine,
+        "busy_before": busy,
+        **ratios,
+        "slots used": runs["jaxstages"][0]["slots_used"],
+        "runs": runs,
+    }
+    flags.out.mkdir(parents=True, exist_ok=True)
+    (flags.out / "data.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name not in ("machine", "runs")}))
+
+
+if __name__ == "__main__":
+    main()
