@@ -7,8 +7,8 @@ empty caches, in turn (A B C C B A). Clocked is the work itself, without imports
 OUT/data.json.
 
 * jaxstages: `prepare`, packed rows with segments and positions, sealed, and `batches_by_step`
-* datasets: `map` in batches over all cores, texts joined and cut to rows as in transformers' language-modelling script,
-  and a torch DataLoader over them
+* datasets: `map` in batches over all cores, texts joined and cut to rows with mask and labels, and a torch DataLoader
+  with the default collator: the way of transformers' run_clm.py
 * nanogpt: `map` a document at a time over all cores, then one array file, as in its openwebtext/prepare.py, and its
   `get_batch` of random slices. Its tokenizer is tiktoken's; here it is the same as for the others.
 """
@@ -85,16 +85,20 @@ def encoder(tokenizer: Path) -> Any:
 def datasets(documents: Path, tokenizer: Path, folder: Path, found: dict[str, Any]) -> None:
     import torch
     from datasets import load_dataset
+    from transformers import default_data_collator
 
     backend, end = encoder(tokenizer), 0
+    columns = ("input_ids", "attention_mask", "labels")
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"ids": [[end, *one.ids] for one in backend.encode_batch_fast(batch["text"], add_special_tokens=False)]}
+        ids = [[end, *one.ids] for one in backend.encode_batch_fast(batch["text"], add_special_tokens=False)]
+        return {"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids]}
 
     def join(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        line = [i for ids in batch["ids"] for i in ids]
-        whole = len(line) // CONTEXT * CONTEXT
-        return {"ids": [line[start : start + CONTEXT] for start in range(0, whole, CONTEXT)]}
+        lines = {name: [i for one in batch[name] for i in one] for name in columns[:2]}
+        starts = range(0, len(lines["input_ids"]) // CONTEXT * CONTEXT, CONTEXT)
+        rows = {name: [line[start : start + CONTEXT] for start in starts] for name, line in lines.items()}
+        return {**rows, "labels": [list(row) for row in rows["input_ids"]]}
 
     def prepare() -> Any:
         data = load_dataset("json", data_files=str(documents), split="train", cache_dir=str(folder))
@@ -104,7 +108,7 @@ def datasets(documents: Path, tokenizer: Path, folder: Path, found: dict[str, An
 
     data = timed("prepare", prepare, found)
     found["tokens"] = len(data) * CONTEXT
-    loader = torch.utils.data.DataLoader(data.with_format("torch"), batch_size=BATCH, shuffle=True)
+    loader = torch.utils.data.DataLoader(data, batch_size=BATCH, shuffle=True, collate_fn=default_data_collator)
     batches = iter(loader)
     next(batches)
     timed("load", lambda: [next(batches) for _ in range(BATCHES)], found)
