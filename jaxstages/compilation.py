@@ -77,12 +77,10 @@ def _jitted(bench: Workbench, remat: str) -> tuple[TrainStep, Any]:
 
 
 def _batch_shapes(bench: Workbench) -> Batch:
-    shape = (bench.stage.loop.batch_size, bench.recipe.model.context)
-
-    def field(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(bench.mesh))
-
-    return Batch(field(jnp.int32), field(jnp.int32), field(jnp.float32), field(jnp.int32), field(jnp.int32))
+    shape, rows = (bench.stage.loop.batch_size, bench.recipe.model.context), batch_sharding(bench.mesh)
+    dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
+    fields: Any = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes)
+    return Batch(*fields)
 
 
 def _bytes(compiled: Any) -> int:
@@ -94,8 +92,7 @@ def _bytes(compiled: Any) -> int:
 
 def _memory_of(device: Any) -> int:
     """Bytes that this process may take on the device; on CPU what the machine has left."""
-    stats = device.memory_stats()
-    if stats:
+    if stats := device.memory_stats():
         return stats["bytes_limit"]
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

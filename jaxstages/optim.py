@@ -1,11 +1,13 @@
 """Learning-rate schedules and optimizers, all of them optax's; what is frozen or decayed is chosen by path."""
 
+import functools
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 from optax import contrib
 
 from jaxstages.config import OptimConfig, ScheduleConfig
@@ -93,6 +95,12 @@ def _muon_dims(axes: Params) -> Params:
     return jax.tree.map(one, axes, is_leaf=lambda node: isinstance(node, tuple))
 
 
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """Euclidean norm of all leaves together, in float32. As products: a sum of squares is a scalar loop on CPU."""
+    dot = functools.partial(jnp.tensordot, precision="highest", preferred_element_type=jnp.float32)
+    return jnp.sqrt(sum((dot(leaf, leaf, leaf.ndim) for leaf in jax.tree.leaves(tree)), jnp.zeros(())))
+
+
 def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.GradientTransformationExtraArgs:
     """Clip, then the named optimizer under its schedule, decay and freezing by path.
 
@@ -100,7 +108,7 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
         steps: of the whole stage, for the schedule.
         axes: `Model.axes`, from which Muon learns which parameters are matrices.
 
-    The update takes `value=loss`, which only the plateau schedule reads.
+    The update takes `value=loss`, which only the plateau schedule reads, and may take the `grad_norm` to clip by.
     """
     schedule = make_schedule(config.schedule, steps)
 
@@ -135,7 +143,8 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
         case _:
             raise ValueError(f"optim.name={config.name!r}; known: adamw, adafactor, lion, muon, sgd")
 
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    # Clipping is in `update`, below; in the state its place stays, for checkpoints have it.
+    parts = [optax.identity()] if config.clip_norm else []
     parts.append(core)
     if config.schedule.name == "plateau":
         parts.append(
@@ -150,7 +159,10 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
         parts.append(optax.masked(optax.set_to_zero(), frozen))
     chain = optax.with_extra_args_support(optax.chain(*parts))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **extra: Any) -> Any:
+        if config.clip_norm:  # by global norm (Pascanu et al. 2013)
+            scale = jnp.minimum(1.0, config.clip_norm / (global_norm(updates) if grad_norm is None else grad_norm))
+            updates = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), updates)
         # optax's own arithmetic mixes int counts with floats, and ranks; ours stays strict under test.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return chain.update(updates, state, params, **extra)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxstages.guard import init_guard, judge
 from jaxstages.losses import cross_entropy_sums
+from jaxstages.optim import global_norm
 from jaxstages.types import Batch, Headless, Params, Sums, TrainState
 
 Apply = Callable[[Params, Batch, Array | None], Array | Headless]
@@ -87,12 +88,13 @@ def make_train_step(
             (grads, sums), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))
         # A batch without a scored token is refused before it gets here; the floor only keeps its gradient at 0.
         weight = jnp.maximum(sums["weight"], 1e-6)
+        grad_norm = global_norm(grads) / weight
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         mean_loss = sums["objective"] / weight
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=mean_loss)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=mean_loss, grad_norm=grad_norm)
         params: Any = optax.apply_updates(state.params, updates)  # optax's Params may be any tree, ours is a dict
-        norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-        applied, guard = judge(state.guard, mean_loss, norms["grad_norm"], norms["update_norm"], spike_sigma)
+        norms = {"grad_norm": grad_norm, "update_norm": global_norm(updates)}
+        applied, guard = judge(state.guard, mean_loss, grad_norm, norms["update_norm"], spike_sigma)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(applied, new, old), (params, opt_state), (state.params, state.opt_state)
         )

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxstages.config import OptimConfig, ScheduleConfig
+from jaxstages.config import MeshConfig, OptimConfig, ScheduleConfig
 from jaxstages.models.transformer import make_model
-from jaxstages.optim import check_patterns, make_optimizer, make_schedule
+from jaxstages.optim import check_patterns, global_norm, make_optimizer, make_schedule
+from jaxstages.sharding import make_mesh
 from jaxstages.step import init_state, make_train_step
 from tests.tiny import VOCAB, mixed_batch, model_config
 
@@ -124,5 +126,24 @@ def test_clipping_bounds_the_global_norm() -> None:
     )
     tx = make_optimizer(config, 10, {"w": ("norm",)})
     params = {"w": jnp.ones(4)}
-    updates, _ = tx.update({"w": jnp.full(4, 10.0)}, tx.init(params), params, value=jnp.float32(0.0))
-    assert float(optax.tree.norm(updates)) == pytest.approx(0.5)
+    for grads, norm in ((jnp.full(4, 10.0), 0.5), (jnp.full(4, 0.1), 0.2), (jnp.zeros(4), 0.0)):
+        for known in ({}, {"grad_norm": jnp.sqrt(jnp.sum(grads**2))}):
+            updates, _ = tx.update({"w": grads}, tx.init(params), params, value=jnp.float32(0.0), **known)
+            assert float(optax.tree.norm(updates)) == pytest.approx(norm)
+    updates, _ = tx.update({"w": jnp.full(4, jnp.inf)}, tx.init(params), params, value=jnp.float32(0.0))
+    assert not np.isfinite(updates["w"]).any(), "a gradient that is not finite must stay so, for the guard to see"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_global_norm_is_that_of_float64(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    tree = {str(shape): jnp.asarray(rng.normal(size=shape), dtype) for shape in ((), (7,), (30, 5), (3, 200, 41))}
+    exact = np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in tree.values()))
+    assert float(jax.jit(global_norm)(tree)) == pytest.approx(exact, rel=2e-6)
+
+
+def test_the_global_norm_of_what_is_split_over_devices_gathers_nothing() -> None:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    leaf = jax.ShapeDtypeStruct((3, 64, 8), "float32", sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    program = jax.jit(global_norm).lower({"w": leaf}).compile().as_text()
+    assert "all-reduce" in program and "all-gather" not in program

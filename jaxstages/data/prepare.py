@@ -238,11 +238,9 @@ def _write_shard(
     writer.close()
     put(fresh, file)
     write_text(_where_file(folder, shard), "".join("\t".join(places[i] for i in group) + "\n" for group in groups))
-    counts = np.zeros(tokenizer.vocab_size)
-    if examples:
-        targets = np.concatenate([example.ids[1:] for example in examples])
-        weights = np.concatenate([example.weights[1:] for example in examples])
-        counts = np.bincount(targets, weights, minlength=tokenizer.vocab_size)
+    targets = np.concatenate([np.zeros(0, np.int32), *(example.ids[1:] for example in examples)])
+    weights = np.concatenate([np.zeros(0), *(example.weights[1:] for example in examples)])
+    counts = np.bincount(targets, weights, minlength=tokenizer.vocab_size)
     _save_array(folder / f"counts-{shard:05}.npy", counts)
     statistics = {
         "records": len(block),

@@ -214,10 +214,8 @@ def _fails(kernel: Kernel, shape: Shape, device: Any) -> str:
         query, key, value, d_out = (jax.device_put(jnp.asarray(x, shape.dtype).astype(dtype), device) for x in arrays)
 
         def both(query: Array, key: Array, value: Array, d_out: Array) -> Any:
-            def here(query: Array, key: Array, value: Array) -> Array:
-                return attend(query, key, value, jnp.asarray(segments), shape.reach)
-
-            out, back = jax.vjp(here, query, key, value)
+            packed = jnp.asarray(segments)
+            out, back = jax.vjp(lambda q, k, v: attend(q, k, v, packed, shape.reach), query, key, value)
             return out, *back(d_out)
 
         return [np.asarray(x, np.float64) for x in jax.jit(both)(query, key, value, d_out)]
@@ -232,7 +230,5 @@ def _fails(kernel: Kernel, shape: Shape, device: Any) -> str:
     for name, one, plain, true in zip(("output", "d_query", "d_key", "d_value"), found, usual, exact, strict=True):
         error, allowed = (np.abs(x - true).max() / np.abs(true).max() for x in (one, plain))
         if not error <= AT_MOST * allowed + 1e-5:
-            return (
-                f"is wrong here: its {name} is off by {error:.2g} of the largest value, the formula's by {allowed:.2g}"
-            )
+            return f"is wrong here: its {name} is off by {error:.2g} of the largest, the formula's by {allowed:.2g}"
     return ""

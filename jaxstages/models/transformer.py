@@ -259,8 +259,3 @@ def make_model(
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
     return Model(init=init, apply=apply, headless=headless, axes=axes, init_cache=init_cache, decode=decode)
-
-
-def count_params(params: Params) -> int:
-    """Number of parameters, embeddings included; takes arrays or shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
