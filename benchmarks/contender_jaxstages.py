@@ -13,10 +13,10 @@ from contender import Recorder, contender_flags, print_check, print_result
 from rows import Row
 from safetensors.numpy import load_file
 from tokens import Batches
-from weights import from_gpt2, model_config
+from weights import count_params, from_gpt2, model_config
 
 from jaxstages.config import OptimConfig, ScheduleConfig
-from jaxstages.models.transformer import count_params, make_model
+from jaxstages.models.transformer import make_model
 from jaxstages.optim import make_optimizer
 from jaxstages.process import keep_freed_memory
 from jaxstages.step import init_state, make_train_step

@@ -67,7 +67,9 @@ class Step:
     """A row's jitted train step, with a state and a batch that fit it."""
 
     def __init__(self, row: Row, accumulate: int = 1, loss_tile: int = 0, mesh: Any = None) -> None:
-        model = make_model(model_config(row), row.vocab)
+        config = model_config(row)
+        config.unroll = False
+        model = make_model(config, row.vocab)
         tx = make_optimizer(optim_config(row), 100, model.axes)
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
         state = jax.eval_shape(lambda key: init_state(model.init(key), tx), jax.random.key(0))

@@ -15,7 +15,7 @@ from rows import ROWS, Row
 from safetensors.numpy import save_file
 
 from jaxstages.config import AttentionConfig, ModelConfig
-from jaxstages.models.transformer import count_params, make_model
+from jaxstages.models.transformer import make_model
 
 Params = dict[str, Any]
 
@@ -34,7 +34,13 @@ def model_config(row: Row) -> ModelConfig:
         norm_eps=row.norm_eps,
         activation="gelu_erf",
         dtype=row.dtype,
+        unroll=True,  # what a loop keeps for its backward pass it copies into stacks
     )
+
+
+def count_params(params: Params) -> int:
+    """Embeddings included."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def to_gpt2(params: Params) -> dict[str, np.ndarray]:
