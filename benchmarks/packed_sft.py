@@ -39,7 +39,7 @@ def conversations(count: int, row: Row) -> list[tuple[np.ndarray, int]]:
     draw = np.random.default_rng(0)
     found = []
     for _ in range(count):
-        length = int(np.clip(draw.lognormal(4.45, 0.7), 8, row.context + 1))
+        length = int(np.clip(draw.lognormal(4.45, 0.7), 8, row.context))
         asked = max(2, int(length * draw.uniform(0.2, 0.6)))
         found.append(((draw.zipf(1.2, length) % row.vocab).astype(np.int32), asked))
     return found

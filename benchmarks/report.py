@@ -186,6 +186,56 @@ def limits_section(limits: dict[str, Any]) -> str:
     )
 
 
+OTHERS = {
+    "C4": "C4: packed instruction tuning",
+    "data": "C6: from text to batches",
+    "loop-C1": "The loop in C1",
+    "loop-C2": "The loop in C2",
+    "start": "From the start of the process to the first step, demo's model",
+    "growth": "How costs grow (`growth.svg`)",
+    "anatomy-C1": "Where a step of C1 goes",
+    "anatomy-C2": "Where a step of C2 goes",
+    "anatomy-C3": "Where a step of C3 goes",
+}
+"""Results of one process each, and their titles."""
+
+
+def _text(value: Any) -> str:
+    match value:
+        case float():
+            return f"{value:.4g}"
+        case list():
+            return ", ".join(map(_text, value))
+        case dict():
+            return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
+        case _:
+            return str(value)
+
+
+def other_section(title: str, found: dict[str, Any]) -> str:
+    """What a benchmark of one process found, figure by figure."""
+    machine = found.pop("machine")
+    where = f"{machine['processor']}, {machine['cores']} cores, {machine['when']}, commit {machine['commit']}"
+    lines = [f"## {title}", f"`{found.pop('command')}` on {where}."]
+    if table := found.pop("table", None):
+        lines.append("\n".join(table))
+    if curves := found.pop("curves", None):
+        rows = [
+            [
+                f"{name}: {curve['y_name']} over {curve['x_name']}",
+                f"{_text(curve['x'])}",
+                f"{_text(curve['y'])}",
+                f"{curve['figure_name']} {curve['figure']:.3g}",
+                f"{curve['bound']:g}{'' if curve['holds'] else ' **broken**'}",
+            ]
+            for name, curve in curves.items()
+        ]
+        lines.append(_table(["curve", "x", "y", "figure", "at most"], rows))
+    left = {name: value for name, value in found.items() if name not in ("runs", "row", "longest")}
+    lines.append("\n".join(f"* {name}: {_text(value)}" for name, value in left.items()))
+    return "\n\n".join(line for line in lines if line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results")
@@ -193,6 +243,8 @@ def main() -> None:
     flags = parser.parse_args()
     found = [flags.results / f"{name}.jsonl" for name in ROWS]
     parts = ["# Results", LEGEND] + [section(read_runs(path)) for path in found if path.exists()]
+    others = {flags.results / f"{name}.json": title for name, title in OTHERS.items()}
+    parts += [other_section(title, json.loads(path.read_text())) for path, title in others.items() if path.exists()]
     limits = flags.results / "limits.json"
     if limits.exists():
         parts.append(limits_section(json.loads(limits.read_text())))
