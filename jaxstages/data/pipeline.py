@@ -3,7 +3,6 @@
 Nothing about the position is stored: a run that resumes at step k asks for batch k. Legend: B batch, L length.
 """
 
-import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -60,10 +59,6 @@ def local_rows(batch_size: int, process: int, processes: int) -> range:
     return range(process * share, (process + 1) * share)
 
 
-def _place(source: int, row: int) -> tuple[int, int]:
-    return source, int(row)
-
-
 def batches_by_step(
     sources: Sequence[Prepared],
     *,
@@ -82,7 +77,7 @@ def batches_by_step(
     streams, shares = [], []
     for number, weight in enumerate(weights or [one.index["rows"] for one in sources]):
         if weight:
-            places = grain.MapDataset.range(len(rows[number])).map(functools.partial(_place, number))
+            places = grain.MapDataset.range(len(rows[number])).map(lambda row, number=number: (number, int(row)))
             streams.append(places.shuffle(seed=seed + number).repeat())
             shares.append(float(weight))
     # Any: to Grain a row may also be None, what a filter left out; nothing filters here.

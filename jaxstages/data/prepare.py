@@ -230,13 +230,12 @@ def _write_shard(
     examples = [example for one in encoded for example in one.examples]
     places = [where for (where, _, _), one in zip(kept, encoded, strict=True) for _ in one.examples]
     rows, groups = pack(examples, context)
-    file = _rows_file(folder, shard)
-    fresh = file.with_suffix(".tmp")
+    fresh = _rows_file(folder, shard).with_suffix(".tmp")
     writer = ArrayRecordWriter(str(fresh), "group_size:1")  # one record a group: read at random places
     for row in rows:
         writer.write(row.tobytes())
     writer.close()
-    put(fresh, file)
+    put(fresh, _rows_file(folder, shard))
     write_text(_where_file(folder, shard), "".join("\t".join(places[i] for i in group) + "\n" for group in groups))
     targets = np.concatenate([np.zeros(0, np.int32), *(example.ids[1:] for example in examples)])
     weights = np.concatenate([np.zeros(0), *(example.weights[1:] for example in examples)])
