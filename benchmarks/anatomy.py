@@ -3,7 +3,8 @@
     python benchmarks/anatomy.py --row=C1 --steps=20
 
 Prints the table, and keeps it with the longest operations in OUT/anatomy-ROW.json. Times are core time: what runs on
-two cores at once counts twice, and what a library spreads over its own threads counts once, where it was started.
+two cores at once counts twice. What a library runs on threads of its own is not seen, among it Eigen's products for the
+gradients of kernels: only their start counts.
 """
 
 import argparse

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from machine import busy_share, facts, wait_until_idle
+from outcome import keep, spread
 
 HERE = Path(__file__).resolve().parent
 CONTEXT, BATCH = 256, 16
@@ -166,12 +166,6 @@ def start(name: str, documents: Path, tokenizer: Path) -> dict[str, Any]:
     return json.loads(process.stdout.strip().splitlines()[-1])
 
 
-def over(ours: list[float], theirs: list[float]) -> list[float]:
-    """Least, median and largest ratio, round by round."""
-    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return [round(f(pairs), 3) for f in (min, statistics.median, max)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=50.0)
@@ -209,8 +203,8 @@ def main() -> None:
             print(f"round {number} {name}: {speeds}", file=sys.stderr, flush=True)
     shutil.rmtree(folder)
     ratios = {
-        f"{what}, jaxstages / {name}, min median max": over(
-            [run[what] for run in runs["jaxstages"]], [run[what] for run in runs[name]]
+        f"{what}, jaxstages / {name}, min median max": spread(
+            [ours[what] / theirs[what] for ours, theirs in zip(runs["jaxstages"], runs[name], strict=True)]
         )
         for what in ("prepare tokens/s", "load tokens/s")
         for name in runs
@@ -224,9 +218,7 @@ def main() -> None:
         "slots used": runs["jaxstages"][0]["slots_used"],
         "runs": runs,
     }
-    flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "data.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in result.items() if name not in ("machine", "runs")}))
+    keep(flags.out / "data.json", result)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,15 @@ from machine import facts
 from rows import ROWS, Row, flops_per_token
 from weights import model_config
 
-from jaxstages.config import MeshConfig
+from jaxstages.config import MeshConfig, StageConfig
 from jaxstages.losses import cross_entropy_sums
 from jaxstages.models.transformer import make_model
 from jaxstages.optim import make_optimizer
 from jaxstages.process import keep_freed_memory
-from jaxstages.sharding import batch_sharding, like_params, make_mesh, param_shardings
+from jaxstages.sharding import batch_sharding, make_mesh
 from jaxstages.step import init_state, make_train_step
 from jaxstages.types import Batch, Headless
+from jaxstages.workbench import state_shapes
 
 HERE = Path(__file__).resolve().parent
 BASE = dataclasses.replace(ROWS["C1"], vocab=512, context=128, batch=8)
@@ -66,23 +67,21 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 class Step:
     """A row's jitted train step, with a state and a batch that fit it."""
 
-    def __init__(self, row: Row, accumulate: int = 1, loss_tile: int = 0, mesh: Any = None) -> None:
+    def __init__(self, row: Row, accumulate: int = 1, mesh: Any = None) -> None:
         config = model_config(row)
         config.unroll = False
         model = make_model(config, row.vocab)
         tx = make_optimizer(optim_config(row), 100, model.axes)
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-        state = jax.eval_shape(lambda key: init_state(model.init(key), tx), jax.random.key(0))
-        shardings = like_params(state, state.params, param_shardings(state.params, model.axes, mesh), mesh)
-        self.shapes = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
-        )
+        stage = StageConfig(optim=optim_config(row))
+        self.shapes = state_shapes(model, tx, stage, mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         shape, rows = (row.batch, row.context), batch_sharding(mesh)
         dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
         self.batch_shapes = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes))
-        step = make_train_step(model.headless, tx, accumulate=accumulate, loss_tile=loss_tile)
+        step = make_train_step(model.headless, tx, accumulate=accumulate)
         self.jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        self._row, self._init = row, lambda: init_state(model.init(jax.random.key(0)), tx)
+        self._row, self._init = row, lambda: init_state(model.init(jax.random.key(0)), tx, stage.optim.spike_window)
 
     def compiled(self) -> Any:
         """Compiled anew."""
@@ -126,17 +125,15 @@ def size(budget: float) -> Curve:
         row = dataclasses.replace(BASE, width=width)
         x.append(flops_per_token(row) * row.tokens_per_step / 1e9)
         y.append(Step(row).seconds(budget))
-    slope, intercept = np.polyfit(x, y, 1)
-    del slope
-    return Curve("GFLOP a step (width 64 to 384)", x, "seconds", y, "intercept, seconds", float(intercept), 0.02)
+    intercept = np.polyfit(x, y, 1)[1]
+    return Curve("GFLOP a step (width 64 to 384)", x, "seconds", y, "intercept, seconds", float(intercept), 0.002)
 
 
 def length(budget: float) -> Curve:
-    """Bytes that a step takes beside its state, of one row. Kept is what is linear in the length; the blocks of scores
-    that XLA:CPU has at once add to that, and all of them would be a square."""
+    """Bytes that a step takes beside its state, of one row: linear in the length, no square of it."""
     x = (128, 256, 512, 1024, 2048)
     y = [Step(dataclasses.replace(BASE, context=n, batch=1)).bytes()[1] for n in x]
-    return Curve("length", x, "bytes beside the state", y, "exponent, last doubling", exponent(x[-2:], y[-2:]), 1.5)
+    return Curve("length", x, "bytes beside the state", y, "exponent, last doubling", exponent(x[-2:], y[-2:]), 1.1)
 
 
 def length_time(budget: float) -> Curve:

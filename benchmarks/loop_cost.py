@@ -12,7 +12,6 @@ Prints JSON, and keeps it in OUT/loop-ROW.json:
 
 import argparse
 import contextlib
-import json
 import shutil
 import statistics
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 import jax
 from machine import busy_share, facts
+from outcome import keep, spread
 from recipes import pretrain_recipe
 from rows import ROWS, Row
 
@@ -92,11 +92,6 @@ def run_loop(row: Row, folder: Path, steps: int, save_every: int) -> list[float]
     return [after - before for before, after in zip(times[LEFT_OUT:], times[LEFT_OUT + 1 :], strict=False)]
 
 
-def spread(values: list[float]) -> list[float]:
-    """Least, median and largest."""
-    return [round(f(values), 4) for f in (min, statistics.median, max)]
-
-
 def main() -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,12 +126,10 @@ def main() -> None:
         f"--rounds={flags.rounds}",
         "machine": machine,
         "busy_before": busy,
-        "overhead, min median max": spread(overheads),
-        "stall, min median max": spread(stalls),
+        "overhead, min median max": spread(overheads, 4),
+        "stall, min median max": spread(stalls, 4),
     }
-    flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / f"loop-{row.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in result.items() if name != "machine"}))
+    keep(flags.out / f"loop-{row.name}.json", result)
 
 
 if __name__ == "__main__":

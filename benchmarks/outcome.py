@@ -125,3 +125,15 @@ def best_torch(row: RowRuns) -> str | None:
     """The contender in torch with the largest median speed."""
     torch = [name for name in row.contenders if (r := row.phase("round", name)) and r[0]["framework"] == "torch"]
     return max(torch, key=lambda name: statistics.median(row.speeds(name)), default=None)
+
+
+def spread(values: list[float], digits: int = 3) -> list[float]:
+    """Least, median and largest."""
+    return [round(f(values), digits) for f in (min, statistics.median, max)]
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """Write what a benchmark of one process found, for `report.py`; and print it, but for what is long."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name not in ("machine", "runs")}))

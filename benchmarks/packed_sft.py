@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from machine import busy_share, facts, wait_until_idle
+from outcome import keep, spread
 from rows import ROWS, Row
 
 HERE = Path(__file__).resolve().parent
@@ -231,8 +232,7 @@ def main() -> None:
 
     def over(theirs: str) -> list[float]:
         pairs = zip(runs["jaxstages"], runs[theirs], strict=True)
-        found = [a["scored tokens/s"] / b["scored tokens/s"] for a, b in pairs]
-        return [round(f(found), 3) for f in (min, statistics.median, max)]
+        return spread([a["scored tokens/s"] / b["scored tokens/s"] for a, b in pairs])
 
     result = {
         "command": f"python benchmarks/packed_sft.py --conversations={flags.conversations} --rounds={flags.rounds}",
@@ -243,9 +243,7 @@ def main() -> None:
         "slots used": {name: runs[name][0]["slots_used"] for name in CONTENDERS},
         "runs": runs,
     }
-    flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "C4.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in result.items() if name not in ("machine", "runs")}))
+    keep(flags.out / "C4.json", result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from contender import seconds_since_start
 from machine import busy_share, facts, wait_until_idle
+from outcome import keep, spread
 
 HERE = Path(__file__).resolve().parent
 CONFIG = "configs/demo.py"
@@ -86,13 +86,11 @@ def main() -> None:
         "command": f"python benchmarks/start_cost.py --rounds={flags.rounds}",
         "machine": machine,
         "busy_before": busy,
-        "cold seconds, min median max": [min(cold), statistics.median(cold), max(cold)],
-        "warm seconds, min median max": [min(warm), statistics.median(warm), max(warm)],
+        "cold seconds, min median max": spread(cold),
+        "warm seconds, min median max": spread(warm),
         "cold / warm, round by round": [round(a / b, 2) for a, b in zip(cold, warm, strict=True)],
     }
-    flags.out.mkdir(parents=True, exist_ok=True)
-    (flags.out / "start.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in result.items() if name != "machine"}))
+    keep(flags.out / "start.json", result)
 
 
 if __name__ == "__main__":
