@@ -68,6 +68,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return open_workbench(tiny, "pretrain", folder)
 
 
+def test_on_cpu_there_is_no_other_attention_than_the_model_s_own(bench: Workbench) -> None:
+    assert bench.train and bench.attend is None
+
+
 @pytest.mark.parametrize(("share", "rung"), [(2.0, "none"), (0.97, "dots"), (0.1, "full")])
 def test_auto_takes_the_first_that_fits(
     bench: Workbench,
