@@ -2,7 +2,7 @@
 
 The product has no hook for this: its functions are wrapped here, from outside. Slot 0 of the file that
 `JAXSTAGES_TEST_PHASES` names is the phase of the main thread, slot 1 that of a background thread, slots 2 and 3 the
-last step that was read (low and high byte).
+last step that was read (low and high byte), slot 4 the step of the stage's last save that was begun.
 """
 
 import mmap
@@ -15,11 +15,12 @@ PHASES = (
     *("finish", "end"),
 )
 BACKGROUND = ("commit", "cleanup")
+SLOTS = 5
 
 
 def shared(path: str) -> mmap.mmap:
     with Path(path).open("r+b") as file:
-        return mmap.mmap(file.fileno(), 4)
+        return mmap.mmap(file.fileno(), SLOTS)
 
 
 def within(owner: Any, name: str, phase: str, slots: mmap.mmap) -> None:
@@ -68,7 +69,18 @@ def tell_phases(slots: mmap.mmap) -> None:
         slots[2], slots[3] = first % 256, first // 256
         return steps(self, state, first, last)
 
+    restore, save = checkpoint.Checkpoints.restore_newest, checkpoint._Manager.save
+
+    def opened(self: Any, *args: Any) -> Any:
+        slots[4] = 0  # of the stage before
+        return restore(self, *args)
+
+    def saving(self: Any, step: int, **named: Any) -> Any:
+        slots[4] = step
+        return save(self, step, **named)
+
     loop._Run._read, loop._Run.steps = noted, begun
+    checkpoint.Checkpoints.restore_newest, checkpoint._Manager.save = opened, saving
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from jaxstages.models.transformer import make_model
 from jaxstages.sharding import make_mesh
 from jaxstages.types import Model
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder
-from tests.reliability.child import PHASES, shared
+from tests.reliability.child import PHASES, SLOTS, shared
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -95,7 +95,7 @@ class Home:
     ) -> "Child":
         log = log or work.with_name(f"{work.name}.log")
         phases = self.folder / f"{work.name}{'.'.join(more[2:])}.phases"
-        phases.write_bytes(bytes(4))
+        phases.write_bytes(bytes(SLOTS))
         env = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAXSTAGES_TEST_PHASES": str(phases),
@@ -142,6 +142,11 @@ class Child:
     @property
     def step(self) -> int:
         return self.slots[2] + 256 * self.slots[3]
+
+    @property
+    def begun(self) -> int:
+        """The step of the stage's last save that was begun, 0 where none was since the process started."""
+        return self.slots[4]
 
     def wait(self, seconds: float = 120) -> int:
         try:
@@ -240,9 +245,10 @@ def garbage(work: Path) -> list[str]:
 
 @dataclass
 class Tally:
-    """Hits of signals by phase, and steps that were done again."""
+    """Hits of signals by phase; steps that were done again, and of these those before the last save that was begun."""
 
     hits: Counter = field(default_factory=Counter)
+    unsaved: list[int] = field(default_factory=list)
     redone: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     codes: Counter = field(default_factory=Counter)
@@ -279,7 +285,7 @@ def torment(home: Home, work: Path, number: int, dice: random.Random, tally: Tal
             phase = dice.choice([None, *PHASES[1:]])
             delay = dice.uniform(0, 6.0) if phase is None else dice.expovariate(1 / 0.02)
             if wait_for(child, phase, delay):
-                hit, step, began = child.phases, child.step, time.monotonic()
+                hit, step, begun, began = child.phases, child.step, child.begun, time.monotonic()
                 stage, _ = stage_and_step(work)
                 child.kill(number)
                 code = child.wait()
@@ -290,6 +296,7 @@ def torment(home: Home, work: Path, number: int, dice: random.Random, tally: Tal
                 now, saved = stage_and_step(work)
                 if now == stage and {"step", "evaluate", "save"} & {*hit}:  # else it was the last step of its stage
                     tally.redone.append(max(step - saved, 0))
+                    tally.unsaved.append(max(begun - saved, 0))
                 expected = {signal.SIGKILL: (-9,), signal.SIGTERM: (75, 0)}[number]
                 assert code in expected, f"code {code} after signal {number} in {hit}:\n{child.log()}"
                 if code == 0:
