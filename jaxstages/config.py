@@ -31,6 +31,20 @@ class TokenizerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RopeScalingConfig:
+    """How rope reaches further than it was trained to: "none", "linear" (Chen et al. 2023) or "llama3" (Llama 3.1)."""
+
+    kind: str = "none"
+    factor: float = 1.0
+    """Positions are so many times as close to each other."""
+    low_frequency_factor: float = 1.0
+    """llama3: what turns less often than this within `trained_context` is scaled."""
+    high_frequency_factor: float = 4.0
+    """llama3: what turns more often than this within `trained_context` stays; between the two it is blended."""
+    trained_context: int = 8192
+
+
+@dataclass(kw_only=True, slots=True)
 class AttentionConfig:
     heads: int = 4
     kv_heads: int = 4
@@ -38,7 +52,35 @@ class AttentionConfig:
     position: str = "rope"
     """ "rope" or "learned"."""
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    pattern: tuple[str, ...] = ()
+    """Kind of each layer, repeated over the layers: "global", "local" (sees `window` tokens back), or "nope" (global,
+    without rope). By default all are "local" where `window` is set, else "global"."""
+    window: int = 0
+    """Keys that a local layer sees, the query's own among them; 0 is no limit."""
+    local_rope_theta: float = 0.0
+    """Of local layers, which are then not scaled (Gemma 3); 0 is as in global ones."""
     qk_norm: bool = False
+    qk_norm_over: str = "head"
+    """ "head" (each by itself, as in Qwen 3) or "heads" (all together, as in OLMo 2)."""
+    qkv_bias: bool = False
+    """Biases of query, key and value where `model.bias` gives none (Qwen 2)."""
+    scale: float = 0.0
+    """Scores are multiplied by this; 0 is `head_dim ** -0.5`."""
+    softcap: float = 0.0
+    """Scores are `softcap * tanh(score / softcap)`; 0 leaves them (Gemma 2)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ExpertsConfig:
+    """In place of each feed-forward, `count` of them, of which each token takes `per_token` (Shazeer et al. 2017). No
+    token is dropped, whatever the others choose."""
+
+    count: int = 0
+    """0 is the plain feed-forward."""
+    per_token: int = 2
+    normalize: bool = True
+    """The shares of the chosen ones add up to one."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,15 +90,27 @@ class ModelConfig:
     layers: int = 4
     width: int = 128
     ff_width: int = 512
+    """Of the feed-forward, or of each expert."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     norm: str = "rmsnorm"
-    """ "rmsnorm" or "layernorm"."""
+    """ "rmsnorm", "rmsnorm_plus_one" (its scale is one more than the parameter, as in Gemma) or "layernorm"."""
+    norm_place: str = "before"
+    """Of attention and feed-forward: "before", "after" (OLMo 2) or "both" (Gemma 2)."""
     norm_eps: float = 1e-6
     activation: str = "swiglu"
     """ "swiglu", "geglu", "gelu" (by tanh), "gelu_erf" (exact) or "relu2"."""
     tied_head: bool = True
     bias: bool = False
     dropout: float = 0.0
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by `sqrt(width)` (Gemma)."""
+    logit_softcap: float = 0.0
+    """Logits are `softcap * tanh(logit / softcap)`; 0 leaves them (Gemma 2)."""
+    vocab_size: int = 0
+    """Rows of the embedding where the tokenizer has fewer tokens."""
+    family: str = ""
+    """The Hugging Face model type that it was imported as and is exported as; "" is the nearest one."""
     dtype: str = "float32"
     """Of activations and matmuls: "float32" or "bfloat16". Parameters are float32."""
     unroll: bool = False

@@ -42,7 +42,7 @@ def cross_entropy_sums(
     if isinstance(outputs, Headless):
         length = targets_BL.shape[1]
         at_once = max(n for n in range(1, min(tile or length, length) + 1) if length % n == 0)
-        sums: Any = _headless_sums(*outputs, targets_BL, weights_BL, label_smoothing, z_loss, at_once)
+        sums: Any = _headless_sums(outputs, targets_BL, weights_BL, label_smoothing, z_loss, at_once)
     else:
         sums, _ = _sums_of_logits(outputs, targets_BL, weights_BL, label_smoothing, z_loss)
     aside = {name: jax.lax.stop_gradient(value) for name, value in sums.items() if name != "objective"}
@@ -73,31 +73,31 @@ def _sums_of_logits(
     return sums | {"weight": jnp.sum(weights_BL)}, lse_BL
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _headless_sums(
-    hidden_BLD: Array, head_VD: Array, targets: Array, weights: Array, smoothing: float, z_loss: float, tile: int
+    outputs: Headless, targets: Array, weights: Array, smoothing: float, z_loss: float, tile: int
 ) -> Sums:
-    return _tile_by_tile(hidden_BLD, head_VD, targets, weights, smoothing, z_loss, tile, False)[0]
+    return _tile_by_tile(outputs, targets, weights, smoothing, z_loss, tile, False)[0]
 
 
 def _headless_forward(
-    hidden_BLD: Array, head_VD: Array, targets: Array, weights: Array, smoothing: float, z_loss: float, tile: int
+    outputs: Headless, targets: Array, weights: Array, smoothing: float, z_loss: float, tile: int
 ) -> tuple[Sums, Any]:
-    return _tile_by_tile(hidden_BLD, head_VD, targets, weights, smoothing, z_loss, tile, True)
+    sums, gradients = _tile_by_tile(outputs, targets, weights, smoothing, z_loss, tile, True)
+    return sums, (gradients, outputs.softcap)
 
 
-def _headless_backward(smoothing: float, z_loss: float, tile: int, gradients: Any, d_sums: Sums) -> Any:
-    d_hidden, d_head = gradients
-    scaled = [(d.astype(jnp.float32) * d_sums["objective"]).astype(d.dtype) for d in (d_hidden, d_head)]
-    return *scaled, None, None
+def _headless_backward(smoothing: float, z_loss: float, tile: int, saved: Any, d_sums: Sums) -> Any:
+    gradients, softcap = saved
+    d_hidden, d_head = ((d.astype(jnp.float32) * d_sums["objective"]).astype(d.dtype) for d in gradients)
+    return Headless(d_hidden, d_head, None if softcap is None else jnp.zeros_like(softcap)), None, None
 
 
 _headless_sums.defvjp(_headless_forward, _headless_backward)
 
 
 def _tile_by_tile(
-    hidden_BLD: Array,
-    head_VD: Array,
+    outputs: Headless,
     targets_BL: Array,
     weights_BL: Array,
     smoothing: float,
@@ -107,11 +107,12 @@ def _tile_by_tile(
 ) -> tuple[Sums, tuple[Array, Array] | None]:
     """The sums and, made in the same pass, the objective's gradients by hidden and head (as in Liger's fused linear
     cross-entropy, Hsu et al. 2024, but with the tiles along the row, so that each device keeps its own rows)."""
+    hidden_BLD, head_VD, softcap = outputs
     dtype, vocab = hidden_BLD.dtype, head_VD.shape[0]
 
     def one(part: tuple[Array, Array, Array]) -> tuple[Sums, Any]:
         hidden_BTD, targets_BT, weights_BT = part
-        logits_BTV = Headless(hidden_BTD, head_VD).logits()
+        logits_BTV = Headless(hidden_BTD, head_VD, softcap).logits()
         sums, lse_BT = _sums_of_logits(logits_BTV, targets_BT, weights_BT, smoothing, z_loss)
         if not differentiate:
             return sums, None
@@ -121,6 +122,8 @@ def _tile_by_tile(
         is_target = targets_BT[..., None] == jnp.arange(vocab)[None, None, :]
         wanted_BTV = jnp.where(is_target, 1.0 - smoothing, 0.0) + smoothing / vocab
         d_logits = (shares_BTV * slope_BT[..., None] - wanted_BTV) * weights_BT[..., None]
+        if softcap is not None:
+            d_logits = d_logits * (1.0 - jnp.square(logits_BTV / softcap))
         # Operands of the model's dtype: float32 ones would take the matmuls off the fast path of accelerators.
         d_logits = jnp.where(weights_BT[..., None] > 0, d_logits, 0.0).astype(dtype)
         d_hidden_BTD = jnp.einsum("BTV,VD->BTD", d_logits, head_VD.astype(dtype))

@@ -23,6 +23,7 @@ RULES: dict[str, str | None] = {
     "layers": None,
     "position": None,
     "norm": None,
+    "expert": None,
 }
 """Logical axis of a parameter's dim -> axis of the mesh that splits it; None keeps it whole on every device."""
 

@@ -1,7 +1,8 @@
 """The words that every other file uses: Batch, TrainState, Model, Metrics.
 
 Legend, the same in every file: B batch, L length, D width, H query heads, G key/value heads, K head dim,
-F feed-forward, V vocab, N layers (stacked), S cache slots, R LoRA rank, A accumulation.
+F feed-forward, V vocab, N layers (stacked), S cache slots, R LoRA rank, E experts,
+A accumulation.
 """
 
 from collections.abc import Callable
@@ -57,11 +58,14 @@ class Headless(NamedTuple):
 
     hidden_BLD: Float[Array, "B L D"]
     head_VD: Float[Array, "V D"]
+    softcap: Float[Array, ""] | None = None
+    """Logits are `softcap * tanh(logit / softcap)`."""
 
     def logits(self) -> Float[Array, "B L V"]:
         """`hidden @ head.T`: float32 out of the hidden layer's own dtype, for the softmax needs the range."""
         head_VD = self.head_VD.astype(self.hidden_BLD.dtype)
-        return jnp.einsum("BLD,VD->BLV", self.hidden_BLD, head_VD, preferred_element_type=jnp.float32)
+        logits_BLV = jnp.einsum("BLD,VD->BLV", self.hidden_BLD, head_VD, preferred_element_type=jnp.float32)
+        return logits_BLV if self.softcap is None else self.softcap * jnp.tanh(logits_BLV / self.softcap)
 
 
 class Model(NamedTuple):
@@ -72,7 +76,9 @@ class Model(NamedTuple):
     headless: `headless(params, batch, dropout_key)`, the same without the last matmul.
     axes: tree like params whose leaves are tuples of logical axis names, one a dim ("embed", "heads", ...).
     init_cache: `init_cache(batch_size, slots) -> cache`, the empty key/value cache for decoding.
-    decode: `decode(params, tokens_BL, positions_BL, cache) -> (logits_BLV, cache)`; keys and values are written
+    unstack: `unstack(params)`, with each layer's parameters by themselves: what `decode` works with, made ahead of many
+        calls so that a layer is not copied out of the stack at each of them.
+    decode: `decode(unstack(params), tokens_BL, positions_BL, cache) -> (Headless, cache)`; keys and values are written
         to the slot of their position, and a query attends to the slots up to its own position.
     """
 
@@ -81,7 +87,8 @@ class Model(NamedTuple):
     headless: Callable[[Params, Batch, PRNGKeyArray | None], Headless]
     axes: Params
     init_cache: Callable[[int, int], Any]
-    decode: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[Float[Array, "B L V"], Any]]
+    unstack: Callable[[Params], Params]
+    decode: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[Headless, Any]]
 
 
 class Diverged(Exception):

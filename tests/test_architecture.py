@@ -18,6 +18,8 @@ FLOORS = [
             "models.activations",
             "models.attention",
             "models.kernels",
+            "models.rope",
+            "models.experts",
             "models.lora",
         ),
     },

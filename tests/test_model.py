@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxstages.config import AttentionConfig, ModelConfig
+from jaxstages.config import AttentionConfig, ExpertsConfig, ModelConfig, RopeScalingConfig
 from jaxstages.models.transformer import make_model
 from jaxstages.types import Batch, Model, Params
 from tests.tiny import VOCAB, example, mixed_batch, model_config, packed_batch
@@ -26,6 +26,26 @@ VARIANTS = {
         "activation": "relu2",
     },
     "unrolled geglu": {"activation": "geglu", "unroll": True},
+    "local and global layers, soft caps, two norms": {
+        "layers": 3,
+        "attention": AttentionConfig(
+            **{"heads": 4, "kv_heads": 2, "head_dim": 8, "pattern": ("local", "global"), "window": 20},
+            **{"local_rope_theta": 100.0, "scale": 0.3, "softcap": 5.0},
+        ),
+        "norm": "rmsnorm_plus_one",
+        "norm_place": "both",
+        "scaled_embedding": True,
+        "logit_softcap": 8.0,
+    },
+    "norms after, query norm over all heads, a layer without rope": {
+        "attention": AttentionConfig(
+            **{"heads": 4, "kv_heads": 2, "head_dim": 8, "pattern": ("global", "nope")},
+            **{"qk_norm": True, "qk_norm_over": "heads", "qkv_bias": True, "scale": 0.02},
+            rope_scaling=RopeScalingConfig(kind="llama3", factor=4.0, trained_context=8),
+        ),
+        "norm_place": "after",
+    },
+    "experts": {"experts": ExpertsConfig(count=4, per_token=2)},
 }
 
 
@@ -92,14 +112,17 @@ def test_decoding_with_a_cache_equals_the_full_pass(name: str) -> None:
     lengths = np.array([3, 5])
     cache = model.init_cache(2, 12)
     prompt = jnp.where(positions[:, :6] < jnp.asarray(lengths)[:, None], tokens[:, :6], 0)
-    logits, cache = model.decode(params, prompt, positions[:, :6], cache)
+    apart, decode = model.unstack(params), jax.jit(model.decode)
+    found, cache = decode(apart, prompt, positions[:, :6], cache)
+    logits = found.logits()
     for b in range(2):
         np.testing.assert_allclose(logits[b, : lengths[b]], full[b, : lengths[b]], atol=1e-4)
     for i in range(5):
         at = (lengths + i)[:, None]
-        one, cache = model.decode(
-            params, jnp.take_along_axis(tokens, jnp.asarray(at), axis=1), jnp.asarray(at, jnp.int32), cache
+        found, cache = decode(
+            apart, jnp.take_along_axis(tokens, jnp.asarray(at), axis=1), jnp.asarray(at, jnp.int32), cache
         )
+        one = found.logits()
         for b in range(2):
             np.testing.assert_allclose(one[b, 0], full[b, lengths[b] + i], atol=1e-4)
 
@@ -140,13 +163,13 @@ def test_bfloat16_activations_float32_parameters_and_logits() -> None:
 
 
 def test_rope_depends_on_relative_positions_only() -> None:
-    from jaxstages.models.attention import rotate
+    from jaxstages.models.rope import frequencies_of, rotate
 
     x = jax.random.normal(jax.random.key(0), (1, 6, 2, 8))
 
     def scores(start: int) -> jax.Array:
         at = jnp.arange(start, start + 6)[None, :]
-        q = rotate(x, at, 10_000.0)
+        q = rotate(x, at, jnp.asarray(frequencies_of(AttentionConfig(head_dim=8), "global")))
         return jnp.einsum("BLHK,BSHK->BHLS", q, q)
 
     np.testing.assert_allclose(scores(0), scores(37), atol=1e-4)

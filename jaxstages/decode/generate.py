@@ -53,10 +53,11 @@ def make_generate(
 
     def generate(params: Params, prompts_BP: Array, lengths_B: Array, keys_B: Array) -> Array:
         rows, slots = prompts_BP.shape
-        cache = model.init_cache(rows, slots + sampling.max_new_tokens)
+        params, cache = model.unstack(params), model.init_cache(rows, slots + sampling.max_new_tokens)
         positions_BP = jnp.broadcast_to(jnp.arange(slots)[None, :], (rows, slots))
-        logits_BPV, cache = model.decode(params, prompts_BP, positions_BP, cache)
-        last_BV = jnp.take_along_axis(logits_BPV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        found, cache = model.decode(params, prompts_BP, positions_BP, cache)
+        last_B1D = jnp.take_along_axis(found.hidden_BLD, (lengths_B - 1)[:, None, None], axis=1)
+        last_BV = found._replace(hidden_BLD=last_B1D).logits()[:, 0]
         first_B = choose(last_BV, keys_B, jnp.int32(0))
         out_BM = jnp.zeros((rows, sampling.max_new_tokens), jnp.int32).at[:, 0].set(first_B)
 
@@ -67,8 +68,8 @@ def make_generate(
         def advance(carry: Carry) -> Carry:
             i, out_BM, tokens_B, cache = carry
             positions_B1 = (lengths_B + i - 1)[:, None]
-            logits_B1V, cache = model.decode(params, tokens_B[:, None], positions_B1, cache)
-            next_B = jnp.where(ended(tokens_B), tokens_B, choose(logits_B1V[:, 0], keys_B, i))
+            found, cache = model.decode(params, tokens_B[:, None], positions_B1, cache)
+            next_B = jnp.where(ended(tokens_B), tokens_B, choose(found.logits()[:, 0], keys_B, i))
             return i + 1, out_BM.at[:, i].set(next_B), next_B, cache
 
         i, out_BM, tokens_B, _ = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), out_BM, first_B, cache))

@@ -80,12 +80,23 @@ def attend_masked(
     mask_B1LS: Bool[Array, "B 1 L S"],
     softcap: float = 0.0,
 ) -> Float[Array, "B L H K"]:
-    """The formula as it stands, with all scores at once: for decoding, and what the faster ways are tested against."""
-    query_BGRLK = _split_heads(query_BLHK, key_BSGK.shape[2])
-    scores = jnp.einsum("BGRLK,BSGK->BGRLS", query_BGRLK, key_BSGK, preferred_element_type=jnp.float32)
+    """The formula as it stands, with all scores at once: what the faster ways are tested against."""
+    return attend_cached(query_BLHK, key_BSGK.swapaxes(1, 2), value_BSGK.swapaxes(1, 2), mask_B1LS, softcap)
+
+
+def attend_cached(
+    query_BLHK: Float[Array, "B L H K"],
+    key_BGSK: Float[Array, "B G S K"],
+    value_BGSK: Float[Array, "B G S K"],
+    mask_B1LS: Bool[Array, "B 1 L S"],
+    softcap: float = 0.0,
+) -> Float[Array, "B L H K"]:
+    """The same over a cache, in which the slots of a head lie side by side."""
+    query_BGRLK = _split_heads(query_BLHK, key_BGSK.shape[1])
+    scores = jnp.einsum("BGRLK,BGSK->BGRLS", query_BGRLK, key_BGSK, preferred_element_type=jnp.float32)
     scores, _ = _cap(scores * query_BLHK.shape[-1] ** -0.5, softcap)
-    shares = jax.nn.softmax(jnp.where(mask_B1LS[:, :, None], scores, HIDDEN), axis=-1).astype(value_BSGK.dtype)
-    return _join_heads(jnp.einsum("BGRLS,BSGK->BGRLK", shares, value_BSGK)).astype(query_BLHK.dtype)
+    shares = jax.nn.softmax(jnp.where(mask_B1LS[:, :, None], scores, HIDDEN), axis=-1).astype(value_BGSK.dtype)
+    return _join_heads(jnp.einsum("BGRLS,BGSK->BGRLK", shares, value_BGSK)).astype(query_BLHK.dtype)
 
 
 def _split_heads(x_BLHK: Array, groups: int) -> Float[Array, "B G R L K"]:
@@ -218,13 +229,3 @@ def _rows_backward(
         )
     d_query = _join_heads(jnp.concatenate(d_queries, axis=3))
     return d_query.astype(dtype), d_key.swapaxes(1, 2).astype(dtype), d_value.swapaxes(1, 2).astype(dtype)
-
-
-def rotate(x_BLHK: Float[Array, "B L H K"], positions_BL: Int[Array, "B L"], theta: float) -> Float[Array, "B L H K"]:
-    """Rotary position embedding (Su et al. 2021): pairs are the first and second half of the head dim."""
-    half = x_BLHK.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHK.dtype)

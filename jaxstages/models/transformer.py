@@ -1,7 +1,7 @@
 """The decoder-only transformer, as a `Model` of pure functions. Flax stays inside this file.
 
 Legend: B batch, L length, D width, H query heads, G key/value heads, K head dim, F feed-forward, V vocab,
-N layers (stacked), S cache slots.
+N layers (stacked), S cache slots, E experts.
 """
 
 import functools
@@ -10,16 +10,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
 from jaxstages.config import ModelConfig
 from jaxstages.models.activations import KNOWN, activate
-from jaxstages.models.attention import Attend, Reach, attend_in_tiles, attend_masked, attend_packed, cache_mask, rotate
+from jaxstages.models.attention import Attend, Reach, attend_cached, attend_in_tiles, attend_packed, cache_mask
+from jaxstages.models.experts import mix_experts
+from jaxstages.models.lora import ADAPTER, adapt
 from jaxstages.models.primitives import last_dim, linear, normalize
+from jaxstages.models.rope import frequencies_of, rotate
 from jaxstages.types import Batch, Headless, Model, Params
 
 Cache = tuple[Array, Array]
+"""Keys and values of one layer, [B, G, S, K] each."""
 
 _POLICIES = jax.checkpoint_policies
 
@@ -39,6 +44,36 @@ class Backend(NamedTuple):
     remat: str = "none"
 
 
+class Kind(NamedTuple):
+    """What differs from layer to layer: rope's frequencies, and the place of its reach among the model's. Of all layers
+    they are [N, K/2] and [N]."""
+
+    frequencies: Any
+    reach: Any
+
+
+def reaches_of(config: ModelConfig) -> tuple[Reach, ...]:
+    """How far the model's layers see, each kind of reach once."""
+    part = config.attention
+    kinds = dict.fromkeys(_kinds(config))
+    return tuple(dict.fromkeys(Reach(part.window if kind == "local" else 0, part.softcap) for kind in kinds))
+
+
+def _kinds(config: ModelConfig) -> list[str]:
+    part = config.attention
+    pattern = part.pattern or ("local" if part.window else "global",)
+    return [pattern[n % len(pattern)] for n in range(config.layers)]
+
+
+def _layers(config: ModelConfig) -> list[Kind]:
+    """What each layer is."""
+    part, reaches = config.attention, reaches_of(config)
+    return [
+        Kind(frequencies_of(part, kind), reaches.index(Reach(part.window if kind == "local" else 0, part.softcap)))
+        for kind in _kinds(config)
+    ]
+
+
 def _kernel(*names: str, scale: float = 0.02) -> Any:
     return nn.with_partitioning(nn.initializers.normal(scale), names)
 
@@ -52,8 +87,10 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        layernorm = self.config.norm == "layernorm"
-        scale: Any = self.param("scale", nn.with_partitioning(nn.initializers.ones, (self.axis,)), x.shape[-1:])
+        layernorm, plus_one = (self.config.norm == name for name in ("layernorm", "rmsnorm_plus_one"))
+        ones = nn.initializers.zeros if plus_one else nn.initializers.ones
+        scale: Any = self.param("scale", nn.with_partitioning(ones, (self.axis,)), x.shape[-1:])
+        scale = scale + 1.0 if plus_one else scale
         normed = normalize(x, scale, layernorm, self.config.norm_eps, self.backend.platform)
         if not (layernorm and self.config.bias):
             return normed
@@ -61,28 +98,34 @@ class Norm(nn.Module):
         return normed + last_dim(bias, x.ndim).astype(x.dtype)
 
 
-def _project(
-    config: ModelConfig, platform: str, name: str, features: Any, names: tuple[str, ...], scale: float = 0.02
-) -> Any:
-    """A linear map of the last dim (or, for the attention's output, of the last two)."""
-    inputs = len(names) - (len(features) if isinstance(features, tuple) else 1)
+class Projection(nn.Module):
+    """A linear map of the last dims, as many as `names` has before those of `features`, with an adapter where there is
+    one beside the kernel (`lora.py`)."""
 
-    def dot_general(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None) -> Array:
-        del dimension_numbers, precision  # the last dims of x with the first of the kernel
-        flat_IO = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
-        out = linear(x.reshape(*x.shape[: x.ndim - inputs], flat_IO.shape[0]), flat_IO, platform)
-        return out.reshape(*out.shape[:-1], *kernel.shape[inputs:])
+    config: ModelConfig
+    platform: str
+    features: tuple[int, ...]
+    names: tuple[str, ...]
+    scale: float = 0.02
+    bias: bool = False
 
-    return nn.DenseGeneral(
-        features,
-        axis=tuple(range(-inputs, 0)),
-        use_bias=config.bias,
-        dtype=jnp.dtype(config.dtype),
-        kernel_init=_kernel(*names, scale=scale),
-        bias_init=nn.with_partitioning(nn.initializers.zeros, names[inputs:]),
-        dot_general=dot_general,
-        name=name,
-    )
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        inputs, dtype = len(self.names) - len(self.features), jnp.dtype(self.config.dtype)
+        rows, shape = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
+        kernel: Any = self.param("kernel", _kernel(*self.names, scale=self.scale), (*shape, *self.features))
+        kernel_IO, x_MI = kernel.astype(dtype).reshape(math.prod(shape), -1), x.astype(dtype).reshape(*rows, -1)
+        out = linear(x_MI, kernel_IO, self.platform)
+        adapter = {n: self.get_variable("params", n) for n in ADAPTER if self.has_variable("params", n)}
+        if adapter:
+            flat = (math.prod(rows), -1)
+            out = adapt(out.reshape(flat), x_MI.reshape(flat), kernel_IO, adapter)
+        out = out.reshape(*rows, *self.features)
+        if not (self.bias or self.config.bias):
+            return out
+        names = self.names[inputs:]
+        bias: Any = self.param("bias", nn.with_partitioning(nn.initializers.zeros, names), self.features)
+        return out + jnp.expand_dims(bias, tuple(range(len(rows)))).astype(dtype)
 
 
 class Attention(nn.Module):
@@ -93,31 +136,48 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, positions_BL: Array, segments_BL: Array | None, cache: Cache | None
-    ) -> tuple[Array, Any]:
+        self, x_BLD: Array, positions_BL: Array, segments_BL: Array | None, kind: Kind, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
         config, part = self.config, self.config.attention
-        project = functools.partial(_project, config, self.backend.platform)
-        query = project("query", (part.heads, part.head_dim), ("embed", "heads", "head_dim"))(x_BLD)
-        key = project("key", (part.kv_heads, part.head_dim), ("embed", "kv_heads", "head_dim"))(x_BLD)
-        value = project("value", (part.kv_heads, part.head_dim), ("embed", "kv_heads", "head_dim"))(x_BLD)
+        project = functools.partial(Projection, config, self.backend.platform)
+        qkv = {"query": ("heads", part.heads), "key": ("kv_heads", part.kv_heads), "value": ("kv_heads", part.kv_heads)}
+        query, key, value = (
+            project((heads, part.head_dim), ("embed", axis, "head_dim"), bias=part.qkv_bias, name=name)(x_BLD)
+            for name, (axis, heads) in qkv.items()
+        )
         if part.qk_norm:
-            query = Norm(config, self.backend, "head_dim", name="query_norm")(query)
-            key = Norm(config, self.backend, "head_dim", name="key_norm")(key)
+            query, key = self._norm("query_norm", query), self._norm("key_norm", key)
         if part.position == "rope":
-            query = rotate(query, positions_BL, part.rope_theta)
-            key = rotate(key, positions_BL, part.rope_theta)
-        if cache is None:
-            assert segments_BL is not None, "a row without a cache has segments"
-            mixed_BLHK = self.backend.attend(query, key, value, segments_BL, Reach())
+            query, key = (rotate(x, positions_BL, jnp.asarray(kind.frequencies)) for x in (query, key))
+        if part.scale:  # the scores' usual scale is in what attends
+            query = query * jnp.asarray(part.scale * part.head_dim**0.5, query.dtype)
+        reaches = reaches_of(config)
+        if cache is not None:
+            cache = _write(cache[0], key, positions_BL), _write(cache[1], value, positions_BL)
+            reach = reaches[kind.reach]
+            mask = cache_mask(positions_BL, cache[0].shape[2], reach.window)
+            mixed_BLHK = attend_cached(query, cache[0], cache[1], mask, reach.softcap)
         else:
-            rows = jnp.arange(x_BLD.shape[0])[:, None]
-            key = cache[0].at[rows, positions_BL].set(key.astype(cache[0].dtype))
-            value = cache[1].at[rows, positions_BL].set(value.astype(cache[1].dtype))
-            cache = (key, value)
-            mixed_BLHK = attend_masked(query, key, value, cache_mask(positions_BL, key.shape[1]))
+            assert segments_BL is not None, "a row without a cache has segments"
+            attend, row = self.backend.attend, (query, key, value, segments_BL)
+            ways = [lambda q, k, v, s, reach=reach: attend(q, k, v, s, reach) for reach in reaches]
+            mixed_BLHK = ways[0](*row) if len(ways) == 1 else jax.lax.switch(kind.reach, ways, *row)
         scale = 0.02 / (2 * config.layers) ** 0.5  # what adds to the residual stream starts small (Radford et al. 2019)
-        out = project("out", config.width, ("heads", "head_dim", "embed"), scale)(mixed_BLHK)
+        out = project((config.width,), ("heads", "head_dim", "embed"), scale, name="out")(mixed_BLHK)
         return out, cache
+
+    def _norm(self, name: str, x_BLHK: Array) -> Array:
+        """Of each head, or of all together."""
+        if self.config.attention.qk_norm_over == "head":
+            return Norm(self.config, self.backend, "head_dim", name=name)(x_BLHK)
+        flat = x_BLHK.reshape(*x_BLHK.shape[:2], -1)
+        return Norm(self.config, self.backend, name=name)(flat).reshape(x_BLHK.shape)
+
+
+def _write(held_BGSK: Array, new_BLGK: Array, positions_BL: Array) -> Array:
+    """Each of the new ones in the slot of its position."""
+    rows = jnp.arange(len(held_BGSK))[:, None]
+    return held_BGSK.at[rows, :, positions_BL].set(new_BLGK.astype(held_BGSK.dtype))
 
 
 class FeedForward(nn.Module):
@@ -127,15 +187,38 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
         config = self.config
-        project = functools.partial(_project, config, self.backend.platform)
-        hidden = project("up", config.ff_width, ("embed", "ff"))(x_BLD)
+        project = functools.partial(Projection, config, self.backend.platform)
+        hidden = project((config.ff_width,), ("embed", "ff"), name="up")(x_BLD)
         if KNOWN[config.activation].gates:
-            gate = project("gate", config.ff_width, ("embed", "ff"))(x_BLD)
+            gate = project((config.ff_width,), ("embed", "ff"), name="gate")(x_BLD)
             hidden = hidden * activate(config.activation, gate)
         else:
             hidden = activate(config.activation, hidden)
         scale = 0.02 / (2 * config.layers) ** 0.5
-        return project("down", config.width, ("ff", "embed"), scale)(hidden)
+        return project((config.width,), ("ff", "embed"), scale, name="down")(hidden)
+
+
+class Experts(nn.Module):
+    """A mixture of feed-forwards."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: Array) -> Array:
+        config, part = self.config, self.config.experts
+        wide, scale = (part.count, config.width, config.ff_width), 0.02 / (2 * config.layers) ** 0.5
+        router: Any = self.param("router", _kernel("embed", "expert"), (config.width, part.count))
+        gate: Any = self.param("gate", _kernel("expert", "embed", "ff"), wide)
+        up: Any = self.param("up", _kernel("expert", "embed", "ff"), wide)
+        down: Any = self.param("down", _kernel("expert", "ff", "embed", scale=scale), (part.count, *wide[:0:-1]))
+        x_MD = x_BLD.reshape(-1, config.width)
+        out = mix_experts(
+            *(x_MD, router, (gate, up, down)),
+            functools.partial(activate, config.activation),
+            part.per_token,
+            part.normalize,
+        )
+        return out.reshape(x_BLD.shape)
 
 
 class Layer(nn.Module):
@@ -147,40 +230,80 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, cache: Cache | None, positions_BL: Array, segments_BL: Array | None
-    ) -> tuple[Array, Any]:
+        self,
+        x_BLD: Array,
+        kind: Kind,
+        positions_BL: Array,
+        segments_BL: Array | None,
+        cache: Cache | None,
+    ) -> tuple[Array, Cache | None]:
         config, backend = self.config, self.backend
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
-        normed = Norm(config, backend, name="attention_norm")(x_BLD)
-        mixed, cache = Attention(config, backend, name="attention")(normed, positions_BL, segments_BL, cache)
-        x_BLD = x_BLD + drop(mixed)
-        normed = Norm(config, backend, name="ff_norm")(x_BLD)
-        return x_BLD + drop(FeedForward(config, backend, name="ff")(normed)), cache
+        mixed, cache = Attention(config, backend, name="attention")(
+            self._norm("before", "attention_norm", x_BLD), positions_BL, segments_BL, kind, cache
+        )
+        x_BLD = x_BLD + drop(self._norm("after", "attention_post_norm", mixed))
+        ff: Any = Experts(config, name="experts") if config.experts.count else FeedForward(config, backend, name="ff")
+        mixed = ff(self._norm("before", "ff_norm", x_BLD))
+        return x_BLD + drop(self._norm("after", "ff_post_norm", mixed)), cache
+
+    def _norm(self, place: str, name: str, x_BLD: Array) -> Array:
+        here = self.config.norm_place in (place, "both")
+        return Norm(self.config, self.backend, name=name)(x_BLD) if here else x_BLD
 
 
 class Transformer(nn.Module):
+    """stacked: the layers' parameters are one tree whose leaves are stacked, and the layers are a loop; else each has
+    its own, `layers_0`, ..., and they stand one after the other, each with its cache.
+    neftune: see `make_model`."""
+
     config: ModelConfig
     vocab: int
     backend: Backend
+    stacked: bool = True
+    neftune: float = 0.0
 
     @nn.compact
     def __call__(
-        self, tokens_BL: Array, positions_BL: Array, segments_BL: Array | None, cache: Any, deterministic: bool
+        self, tokens_BL: Array, positions_BL: Array, segments_BL: Array | None, caches: Any, deterministic: bool
     ) -> tuple[Headless, Any]:
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        embedding_VD = self.param("embedding", _kernel("vocab", "embed"), (self.vocab, config.width))
+        embedding_VD: Any = self.param("embedding", _kernel("vocab", "embed"), (self.vocab, config.width))
         x_BLD = embedding_VD.astype(dtype)[tokens_BL]
+        if self.neftune and not deterministic:
+            x_BLD = x_BLD + self._noise(x_BLD, segments_BL)
+        if config.scaled_embedding:
+            x_BLD = x_BLD * jnp.asarray(config.width**0.5, dtype)
         if config.attention.position == "learned":
-            table = self.param("position_embedding", _kernel("position", "embed"), (config.context, config.width))
+            table: Any = self.param("position_embedding", _kernel("position", "embed"), (config.context, config.width))
             x_BLD = x_BLD + table.astype(dtype)[positions_BL]
         x_BLD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BLD)
-        axes: Any = (0, nn.broadcast, nn.broadcast)  # Flax's own default, 0, makes it an int to a type checker
-        layer: Any = Layer
+        layers, where = _layers(config), (positions_BL, segments_BL)
+        if self.stacked:
+            kinds = Kind(*map(np.asarray, zip(*layers, strict=True)))
+            x_BLD, _ = self._loop()(config, self.backend, deterministic, name="layers")(x_BLD, kinds, *where, None)
+        else:
+            held = []
+            for n, kind in enumerate(layers):
+                layer = Layer(config, self.backend, deterministic, name=f"layers_{n}")
+                x_BLD, cache = layer(x_BLD, kind, *where, caches[n])
+                held.append(cache)
+            caches = tuple(held)
+        x_BLD = Norm(config, self.backend, name="final_norm")(x_BLD)
+        head: Any = embedding_VD
+        if not config.tied_head:
+            head = self.param("head", _kernel("vocab", "embed"), (self.vocab, config.width))
+        softcap = jnp.float32(config.logit_softcap) if config.logit_softcap else None
+        return Headless(x_BLD, head, softcap), caches
+
+    def _loop(self) -> Any:
+        config, layer = self.config, Layer
         if self.backend.remat != "none":
             # In a loop the compiler can't merge what is computed twice; where the layers are unrolled it would.
             layer = nn.remat(Layer, policy=REMAT[self.backend.remat], prevent_cse=config.unroll)
-        layers = nn.scan(
+        axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # Flax's own default, 0, makes it an int to a checker
+        return nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
@@ -188,13 +311,15 @@ class Transformer(nn.Module):
             length=config.layers,
             unroll=config.layers if config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.backend, deterministic, name="layers")
-        x_BLD, cache = layers(x_BLD, cache, positions_BL, segments_BL)
-        x_BLD = Norm(config, self.backend, name="final_norm")(x_BLD)
-        head: Any = embedding_VD
-        if not config.tied_head:
-            head = self.param("head", _kernel("vocab", "embed"), (self.vocab, config.width))
-        return Headless(x_BLD, head), cache
+        )
+
+    def _noise(self, x_BLD: Array, segments_BL: Array | None) -> Array:
+        assert segments_BL is not None, "noise is for training, which has rows"
+        same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
+        length_BL = jnp.sum(same_BLL, axis=-1).astype(jnp.float32)
+        scale_BL = self.neftune * jax.lax.rsqrt(length_BL * x_BLD.shape[-1])
+        noise = jax.random.uniform(self.make_rng("dropout"), x_BLD.shape, jnp.float32, -1.0, 1.0)
+        return (noise * scale_BL[..., None]).astype(x_BLD.dtype)
 
 
 def make_model(
@@ -204,6 +329,7 @@ def make_model(
     platform: str | None = None,
     attend: Attend | None = None,
     remat: str = "none",
+    neftune: float = 0.0,
 ) -> Model:
     """The transformer of `config` over `vocab` tokens. Parameters are float32; activations are `config.dtype`.
 
@@ -214,10 +340,14 @@ def make_model(
         attend: how it attends over packed rows, as `choose_attend` found it; None is what every machine of the platform
             can do.
         remat: what the backward pass computes again, see `REMAT`; outputs do not depend on it.
+        neftune: in training, uniform noise of this over `sqrt(tokens of the example * width)` is added to embeddings
+            (NEFTune, Jain et al. 2023); 0 is none.
     """
     platform = platform or jax.default_backend()
     attend = attend or (attend_in_tiles if platform == "cpu" else attend_packed)
-    module = Transformer(config, vocab, Backend(platform, attend, remat))
+    vocab = max(vocab, config.vocab_size)
+    module = Transformer(config, vocab, Backend(platform, attend, remat), neftune=neftune)
+    decoder = Transformer(config, vocab, Backend(platform, attend), stacked=False)
 
     def boxed(key: Array) -> Params:
         row = jnp.zeros((1, 2), jnp.int32)
@@ -228,34 +358,37 @@ def make_model(
         return nn.unbox(boxed(key))
 
     def headless(params: Params, batch: Batch, dropout_key: Array | None) -> Headless:
-        rngs = None if dropout_key is None or not config.dropout else {"dropout": dropout_key}
-        found, _ = module.apply(
-            {"params": params},
-            batch.tokens_BL,
-            batch.positions_BL,
-            batch.segments_BL,
-            None,
-            rngs is None,
-            rngs=rngs,
-        )
+        rngs = None if dropout_key is None or not (config.dropout or neftune) else {"dropout": dropout_key}
+        rows = (batch.tokens_BL, batch.positions_BL, batch.segments_BL)
+        found, _ = module.apply({"params": params}, *rows, None, rngs is None, rngs=rngs)
         return found
 
     def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
         return headless(params, batch, dropout_key).logits()
 
-    def init_cache(batch_size: int, slots: int) -> Cache:
-        shape = (config.layers, batch_size, slots, config.attention.kv_heads, config.attention.head_dim)
+    def init_cache(batch_size: int, slots: int) -> tuple[Cache, ...]:
+        shape = (batch_size, config.attention.kv_heads, slots, config.attention.head_dim)
         empty = functools.partial(jnp.zeros, shape, jnp.dtype(config.dtype))
-        return empty(), empty()
+        return tuple((empty(), empty()) for _ in range(config.layers))
 
-    def decode(params: Params, tokens_BL: Array, positions_BL: Array, cache: Cache) -> tuple[Array, Cache]:
+    def unstack(params: Params) -> Params:
+        rest = {name: part for name, part in params.items() if name != "layers"}
+        own = {f"layers_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"]) for n in range(config.layers)}
+        return rest | own
+
+    def decode(params: Params, tokens_BL: Array, positions_BL: Array, caches: Any) -> tuple[Headless, Any]:
         # Any: Flax's type also has the variables that `mutable` would return.
-        found: Any = module.apply({"params": params}, tokens_BL, positions_BL, None, cache, True)
-        return found[0].logits(), found[1]
+        found: Any = decoder.apply({"params": params}, tokens_BL, positions_BL, None, caches, True)
+        return found
 
     axes = jax.tree.map(
         lambda leaf: leaf.names,
         jax.eval_shape(boxed, jax.random.key(0)),
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
-    return Model(init=init, apply=apply, headless=headless, axes=axes, init_cache=init_cache, decode=decode)
+    return Model(
+        *(init, apply, headless, axes),
+        init_cache=init_cache,
+        unstack=unstack,
+        decode=decode,
+    )
