@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STAGES = ("pretrain", "finetune", "instruct")
+IMPORT = "import"
+"""The stage of a workdir that holds weights from elsewhere; it comes before all others, and no recipe has it."""
+
 TASKS = ("lm", "seq2seq", "classify", "chat")
 
 
@@ -250,7 +253,8 @@ class StageConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     init_from: str = "parent"
-    """ "parent" (the stage before, in this workdir), "scratch", or `WORKDIR/STAGE` of another run."""
+    """ "parent" (the stage before, in this workdir, or what was imported into it), "scratch", `WORKDIR/STAGE` of
+    another run, or `hf:FOLDER`, which is imported into this workdir and gives the model and the tokenizer."""
 
 
 @dataclass(kw_only=True, slots=True)
