@@ -79,8 +79,8 @@ def check_patterns(name: str, patterns: tuple[str, ...], params: Params) -> None
 def _muon_dims(axes: Params) -> Params:
     """Which dims Muon orthogonalises: matrices inside the layers, "layers" and "expert" being batches of them.
 
-    Embeddings, the head, routers and vectors get None, which is AdamW (Jordan et al. 2024). A dim named "embed" is the side of
-    the residual stream; the other dims of a kernel are its other side, flattened (heads x head_dim, or ff).
+    Embeddings, the head, routers and vectors get None, which is AdamW (Jordan et al. 2024). A dim named "embed" is the
+    side of the residual stream; the other dims of a kernel are its other side, flattened (heads x head_dim, or ff).
     """
 
     def one(names: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:

@@ -161,8 +161,7 @@ def test_muon_takes_each_expert_for_itself_and_leaves_the_router_to_adamw() -> N
 
     both = update(axes, params, grads)
     for expert in range(2):
-        one = ({name: leaf[:, expert]} for name, leaf in (("up", params["up"]), ("up", grads["up"])))
-        alone = update({"up": ("layers", "embed", "ff")}, *one)
+        alone = update({"up": ("layers", "embed", "ff")}, *({"up": tree["up"][:, expert]} for tree in (params, grads)))
         np.testing.assert_allclose(both["up"][:, expert], alone["up"], rtol=1e-5)
     outside = {"router": ("vocab", "embed", "expert")}
     alone = update(outside, {"router": params["router"]}, {"router": grads["router"]})
