@@ -77,18 +77,20 @@ def check_patterns(name: str, patterns: tuple[str, ...], params: Params) -> None
 
 
 def _muon_dims(axes: Params) -> Params:
-    """Which dims Muon orthogonalises: matrices inside the layers, the leading "layers" dim being a batch of them.
+    """Which dims Muon orthogonalises: matrices inside the layers, "layers" and "expert" being batches of them.
 
-    Embeddings, the head and vectors get None, which is AdamW (Jordan et al. 2024). A dim named "embed" is the side of
-    the residual stream; the other dims of a kernel are its other side, flattened (heads x head_dim, or ff).
+    Embeddings, the head, routers and vectors get None, which is AdamW (Jordan et al. 2024). A dim named "embed" is the
+    side of the residual stream; the other dims of a kernel are its other side, flattened (heads x head_dim, or ff).
     """
 
     def one(names: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
         if names[:1] != ("layers",) or "embed" not in names or len(names) < 3:
             return None
         residual = names.index("embed")
-        others = tuple(dim for dim in range(1, len(names)) if dim != residual)
-        if residual == 1:
+        others = tuple(dim for dim in range(1, len(names)) if dim != residual and names[dim] != "expert")
+        if not others:  # a router
+            return None
+        if residual < others[0]:
             return contrib.MuonDimensionNumbers(reduction_axis=residual, output_axis=others)
         return contrib.MuonDimensionNumbers(reduction_axis=others, output_axis=residual)
 

@@ -9,13 +9,16 @@ import string
 import typing
 from typing import Any
 
-from jaxstages.config import TASKS, Recipe, StageConfig, check_type, stages
+from jaxstages.config import TASKS, ModelConfig, Recipe, StageConfig, check_type, stages
 
 METRICS = ("bleu", "chrf", "exact_match", "accuracy", "macro_f1")
 CHOICES = {
     "tokenizer.kind": ("bpe", "characters", "file"),
     "attention.position": ("rope", "learned"),
-    "model.norm": ("rmsnorm", "layernorm"),
+    "attention.qk_norm_over": ("head", "heads"),
+    "rope_scaling.kind": ("none", "linear", "llama3"),
+    "model.norm": ("rmsnorm", "rmsnorm_plus_one", "layernorm"),
+    "model.norm_place": ("before", "after", "both"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_erf", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
     "data.task": TASKS,
@@ -26,8 +29,12 @@ CHOICES = {
 }
 """Owner and field -> what it may be."""
 
+KINDS = ("global", "local", "nope")
+"""Of layers, in `attention.pattern`."""
+
 AT_LEAST_ONE = (
-    *("context", "layers", "width", "ff_width", "heads", "kv_heads", "head_dim", "vocab_size", "max_bytes"),
+    *("context", "layers", "width", "ff_width", "heads", "kv_heads", "head_dim", "tokenizer.vocab_size", "max_bytes"),
+    *("per_token", "trained_context"),
     *("steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every", "keep", "max_new_tokens"),
     *("plateau_patience", "plateau_window", "fsdp", "tensor", "max_bad_steps", "spike_window"),
     "data",
@@ -42,7 +49,10 @@ AT_MOST = {
 """More is a slip of the pen, which would end in a crash or without memory."""
 
 BELOW_ONE = ("beta1", "beta2", "dropout", "label_smoothing")
-POSITIVE = ("peak_lr", "norm_eps", "rope_theta", "muon_lr_factor", "plateau_factor", "hang_seconds")
+POSITIVE = (
+    *("peak_lr", "norm_eps", "rope_theta", "muon_lr_factor", "plateau_factor", "hang_seconds"),
+    *("factor", "low_frequency_factor", "high_frequency_factor"),
+)
 SHARES = ("holdout", "dropout", "max_bad_share", "beta1", "beta2", "label_smoothing", "end_factor", "decay_share")
 
 
@@ -57,6 +67,10 @@ APPLIES = {
     "schedule.decay_share": ("name", ("wsd",)),
     **{f"schedule.plateau_{name}": ("name", ("plateau",)) for name in ("factor", "patience", "window")},
     "optim.muon_lr_factor": ("name", ("muon",)),
+    "rope_scaling.factor": ("kind", ("linear", "llama3")),
+    **{f"rope_scaling.{name}_frequency_factor": ("kind", ("llama3",)) for name in ("low", "high")},
+    "rope_scaling.trained_context": ("kind", ("llama3",)),
+    "attention.qk_norm_over": ("qk_norm", (True,)),
 }
 """Owner and field -> the field beside it that it depends on, and for which of its values it is read."""
 
@@ -76,7 +90,8 @@ def _check_text(path: str, name: str, value: str) -> None:
 def _check_number(path: str, name: str, value: int | float, most: int | float) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{path}={value} must be a finite number")
-    if name in AT_LEAST_ONE and value < 1:
+    owner = ".".join(path.split(".")[-2:])
+    if (name in AT_LEAST_ONE or owner in AT_LEAST_ONE) and value < 1:
         raise ValueError(f"{path}={value} must be at least 1")
     if name in POSITIVE and value <= 0:
         raise ValueError(f"{path}={value} must be larger than 0")
@@ -167,11 +182,31 @@ def _check_stage(name: str, stage: StageConfig) -> None:
         )
 
 
+def _check_model(model: ModelConfig) -> None:
+    part, where = model.attention, "config.model.attention"
+    for kind in part.pattern:
+        if kind not in KINDS:
+            raise ValueError(f"{where}.pattern: {reprlib.repr(kind)} is no kind of layer; known: {', '.join(KINDS)}")
+    if ("local" in part.pattern) > (part.window > 0):
+        raise ValueError(f"{where}.pattern has local layers; say with {where}.window how many keys they see")
+    if part.local_rope_theta and not part.window:
+        raise ValueError(f"{where}.local_rope_theta={part.local_rope_theta} does not apply without local layers")
+    if part.rope_scaling.high_frequency_factor <= part.rope_scaling.low_frequency_factor:
+        raise ValueError(f"{where}.rope_scaling: high_frequency_factor must be larger than low_frequency_factor")
+    if model.experts.count and model.experts.count < model.experts.per_token:
+        raise ValueError(
+            f"config.model.experts: per_token={model.experts.per_token} must be at most count={model.experts.count}"
+        )
+    if model.experts.count and model.activation not in ("swiglu", "geglu"):
+        raise ValueError(f"config.model.experts: activation={model.activation!r} must be swiglu or geglu")
+
+
 def validate(recipe: Recipe) -> None:
     """Raises ValueError, one line that names the field, its value and the remedy, for a recipe that can't be run."""
     _check_tree(recipe, "config")
     if not stages(recipe):
         raise ValueError("the recipe has no stage; set pretrain, finetune or instruct")
+    _check_model(recipe.model)
     attention = recipe.model.attention
     if attention.heads % attention.kv_heads:
         raise ValueError(

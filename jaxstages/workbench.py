@@ -20,7 +20,7 @@ from jaxstages.data.tasks import texts
 from jaxstages.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from jaxstages.models.attention import Attend
 from jaxstages.models.kernels import Shape, choose_attend, machine_of
-from jaxstages.models.transformer import make_model
+from jaxstages.models.transformer import make_model, reaches_of
 from jaxstages.optim import check_patterns, make_optimizer
 from jaxstages.sharding import check_batch_size, like_params, make_mesh, param_shardings
 from jaxstages.step import init_state
@@ -182,11 +182,13 @@ def _attend(config: ModelConfig, mesh: Mesh, rows: list[Prepared]) -> Attend | N
         dtype=config.dtype,
         runs=max(prepared.most_segments() for prepared in rows) + 1,  # and padding
     )
-    choice = choose_attend(shape, mesh, machine)
-    if not hosts.agree(choice.said):
-        raise ValueError(f"{choice.said}: the hosts differ in this; give all of them the same GPUs, jax and drivers")
-    say(choice.said)
-    return choice.attend
+    # Layers that see differently far may need different kernels.
+    choices = {reach: choose_attend(shape._replace(reach=reach), mesh, machine) for reach in reaches_of(config)}
+    said = "; ".join(dict.fromkeys(choice.said for choice in choices.values()))
+    if not hosts.agree(said):
+        raise ValueError(f"{said}: the hosts differ in this; give all of them the same GPUs, jax and drivers")
+    say(said)
+    return lambda query, key, value, segments, reach: choices[reach].attend(query, key, value, segments, reach)
 
 
 def state_shapes(model: Model, tx: optax.GradientTransformationExtraArgs, stage: StageConfig, mesh: Mesh) -> TrainState:

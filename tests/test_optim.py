@@ -147,3 +147,22 @@ def test_the_global_norm_of_what_is_split_over_devices_gathers_nothing() -> None
     leaf = jax.ShapeDtypeStruct((3, 64, 8), "float32", sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp")))
     program = jax.jit(global_norm).lower({"w": leaf}).compile().as_text()
     assert "all-reduce" in program and "all-gather" not in program
+
+
+def test_muon_takes_each_expert_for_itself_and_leaves_the_router_to_adamw() -> None:
+    """One update of two experts side by side is that of each alone; a router's is AdamW's."""
+    axes = {"up": ("layers", "expert", "embed", "ff"), "router": ("layers", "embed", "expert")}
+    params = {"up": jax.random.normal(jax.random.key(0), (1, 2, 6, 4)), "router": jnp.ones((1, 6, 2))}
+    grads = {"up": jax.random.normal(jax.random.key(1), (1, 2, 6, 4)), "router": jnp.ones((1, 6, 2))}
+
+    def update(axes: dict, params: dict, grads: dict) -> dict:
+        tx = make_optimizer(OptimConfig(name="muon", schedule=ScheduleConfig(warmup_steps=1), clip_norm=0.0), 10, axes)
+        return jax.jit(lambda: tx.update(grads, tx.init(params), params, value=jnp.float32(1.0))[0])()
+
+    both = update(axes, params, grads)
+    for expert in range(2):
+        alone = update({"up": ("layers", "embed", "ff")}, *({"up": tree["up"][:, expert]} for tree in (params, grads)))
+        np.testing.assert_allclose(both["up"][:, expert], alone["up"], rtol=1e-5)
+    outside = {"router": ("vocab", "embed", "expert")}
+    alone = update(outside, {"router": params["router"]}, {"router": grads["router"]})
+    np.testing.assert_allclose(both["router"], alone["router"], rtol=1e-6)
