@@ -16,6 +16,9 @@ STAGES = ("pretrain", "finetune", "instruct")
 IMPORT = "import"
 """The stage of a workdir that holds weights from elsewhere; it comes before all others, and no recipe has it."""
 
+HELD = (IMPORT, *STAGES)
+"""What of a workdir may have checkpoints."""
+
 TASKS = ("lm", "seq2seq", "classify", "chat")
 
 

@@ -152,7 +152,7 @@ def finished(folder: Path) -> dict[str, Any]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the parent {folder} is no folder; name WORKDIR/STAGE of a run")
     if not file.exists():
-        if folder.name not in (recipes.IMPORT, *recipes.STAGES):
+        if folder.name not in recipes.HELD:
             raise ValueError(f"the parent {folder} is no finished stage, it has no {file.name}; name WORKDIR/STAGE")
         state = "is not finished" if checkpoints_folder(folder).exists() else "was not trained"
         raise ValueError(
@@ -163,6 +163,14 @@ def finished(folder: Path) -> dict[str, Any]:
         return read_json(file, RESULT)
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from error
+
+
+def last_finished(recipe: recipes.Recipe, workdir: Path) -> str:
+    """The latest stage of the recipe that is finished, or else the import. Raises ValueError if there is none."""
+    done = [name for name in (recipes.IMPORT, *recipes.stages(recipe)) if result_file(workdir / name).exists()]
+    if not done:
+        raise ValueError(f"{workdir} has no finished stage; train one with `jaxstages run --workdir={workdir}`")
+    return done[-1]
 
 
 def check_lineage(stage_dir: Path, parent: dict[str, Any] | None) -> None:

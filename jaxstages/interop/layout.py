@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
     name: str
     row: Row
-    index: tuple[int, ...]
+    at: tuple[int, ...]
 
 
 def places_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> list[Place]:
@@ -51,7 +51,7 @@ def places_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> list[Place]
 
 def _flat(place: Place, part: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
     """Inputs and outputs of one part of a tensor; a vector has 1 input."""
-    dims = shapes[part][len(place.index) :]
+    dims = shapes[part][len(place.at) :]
     return math.prod(dims[: place.row.inputs]), math.prod(dims[place.row.inputs :])
 
 
@@ -126,7 +126,7 @@ def read_parameter(
         inputs, outputs = _flat(place, path, shapes)
         before = place.row.parts[: place.row.parts.index(path)]
         first = sum(_flat(place, part, shapes)[1] for part in before)
-        source, target = stored[place.name], out[place.index].reshape(inputs, outputs)
+        source, target = stored[place.name], out[place.at].reshape(inputs, outputs)
         assert np.shares_memory(target, out), path
         if place.row.transposed:
             for start, rows_OI in read_rows(source, first, first + outputs):
@@ -149,7 +149,7 @@ def entries_of(places: list[Place], leaves: dict[str, Any], shapes: dict[str, tu
 
     def pieces_of(place: Place) -> Callable[[], Iterator[np.ndarray]]:
         def pieces() -> Iterator[np.ndarray]:
-            parts = [leaves[part][place.index].reshape(_flat(place, part, shapes)) for part in place.row.parts]
+            parts = [leaves[part][place.at].reshape(_flat(place, part, shapes)) for part in place.row.parts]
             if not place.row.inputs:
                 yield np.concatenate([part[0] for part in parts])
             elif place.row.transposed:
