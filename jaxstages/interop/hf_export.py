@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most
     params, lineage = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
     if dtype == "bfloat16":
         params = _rounded(params)
-    digest, logits = params_sha256(params), _logits(bench, params)
+    logits_of = _make_logits(bench)
+    digest, logits = params_sha256(params), logits_of(params)
     fresh = to.with_name(f"{to.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     make_folder(fresh)
@@ -94,7 +96,7 @@ def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most
     leaves.clear()
     for leaf in jax.tree.leaves(params):
         leaf.delete()
-    worst = _check(bench, fresh, shapes, digest, logits)
+    worst = _check(bench, fresh, shapes, digest, logits, logits_of)
     if to.exists():
         to.rmdir()
     fresh.replace(to)
@@ -117,18 +119,24 @@ def _rounded(params: Params) -> Params:
     return jax.tree.map(one, params)
 
 
-def _logits(bench: Workbench, params: Params) -> np.ndarray:
-    """Of a fixed row of tokens, in float32."""
+def _make_logits(bench: Workbench) -> Callable[[Params], np.ndarray]:
+    """`logits_of(params)`: those of a fixed row of tokens, in float32."""
     model = make_model(dataclasses.replace(bench.recipe.model, dtype="float32"), bench.tokenizer.vocab_size)
     length = min(CHECKED, bench.recipe.model.context)
     tokens = np.random.default_rng(0).integers(0, bench.tokenizer.vocab_size, (1, length)).astype(np.int32)
     ones = jnp.ones((1, length), jnp.int32)
     batch = Batch(jnp.asarray(tokens), ones, ones.astype(jnp.float32), ones, jnp.arange(length, dtype=jnp.int32)[None])
-    return np.asarray(hosts.whole(jax.jit(lambda p, b: model.apply(p, b, None))(params, batch)))
+    apply = jax.jit(lambda params, batch: model.apply(params, batch, None))
+    return lambda params: np.asarray(hosts.whole(apply(params, batch)))
 
 
 def _check(
-    bench: Workbench, folder: Path, shapes: dict[str, tuple[int, ...]], digest: str, logits: np.ndarray
+    bench: Workbench,
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    digest: str,
+    logits: np.ndarray,
+    logits_of: Callable[[Params], np.ndarray],
 ) -> float:
     """Read the folder as any other; the largest difference of logits. Raises OSError unless it is the same model."""
     found = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
@@ -136,7 +144,7 @@ def _check(
     stored = match(places, shapes, open_folder(folder), found.model.vocab_size, str(folder))
     params = load(Plan(places, shapes, stored, found.model.vocab_size), bench.shapes.params)
     again = params_sha256(params)
-    worst = float(np.max(np.abs(_logits(bench, params) - logits)))
+    worst = float(np.max(np.abs(logits_of(params) - logits)))
     if again != digest or worst > 1e-5 * max(1.0, float(np.max(np.abs(logits)))):
         raise OSError(
             f"{folder} is not what was to be written: params_sha256 {again[:12]}… for {digest[:12]}…, logits differ by "

@@ -11,7 +11,7 @@ BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 40,
     "intermediate_size": 52,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -36,7 +36,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "qwen3, tied": {"head_dim": 12, "tie_word_embeddings": True},
     "qwen3, layers of both kinds": {
         **{"head_dim": 16, "num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 24},
-        "layer_types": [LOCAL, GLOBAL, LOCAL],
+        "layer_types": [LOCAL, GLOBAL],
     },
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 24},
     "gemma2, ungrouped, no caps": {
@@ -44,8 +44,8 @@ ZOO: dict[str, dict[str, Any]] = {
         **{"attn_logit_softcapping": None, "final_logit_softcapping": None},
     },
     "gemma3_text": {
-        **{"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 24, "num_hidden_layers": 4},
-        "layer_types": [LOCAL, LOCAL, LOCAL, GLOBAL],
+        **{"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 24, "num_hidden_layers": 3},
+        "layer_types": [LOCAL, LOCAL, GLOBAL],
         "rope_parameters": {
             GLOBAL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             LOCAL: {"rope_type": "default", "rope_theta": 1e4},
@@ -53,10 +53,10 @@ ZOO: dict[str, dict[str, Any]] = {
     },
     "gemma3_text, one key head, caps, untied": {
         **{"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 24, "num_key_value_heads": 1},
-        **{"final_logit_softcapping": 15.0, "tie_word_embeddings": False, "layer_types": [LOCAL, GLOBAL, LOCAL]},
+        **{"final_logit_softcapping": 15.0, "tie_word_embeddings": False, "layer_types": [GLOBAL, LOCAL]},
     },
     "smollm3, tied": {"no_rope_layer_interval": 2},
-    "smollm3, untied": {"no_rope_layers": [0, 1, 1], "tie_word_embeddings": False, "num_key_value_heads": 1},
+    "smollm3, untied": {"no_rope_layers": [0, 1], "tie_word_embeddings": False, "num_key_value_heads": 1},
     "olmo2": {"num_key_value_heads": 2},
     "olmo2, ungrouped, tied": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": LINEAR},
     "phi3, window": {"sliding_window": 24},
@@ -79,7 +79,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "arcee": {"head_dim": 14},
     "arcee, tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "gpt2": {"n_inner": 50},
-    "gpt2, exact gelu, untied": {"activation_function": "gelu", "tie_word_embeddings": False, "n_layer": 2},
+    "gpt2, exact gelu, untied": {"activation_function": "gelu", "tie_word_embeddings": False, "n_layer": 3},
 }
 
 
@@ -91,7 +91,7 @@ def make(name: str, folder: Path, tokenizer: Path) -> Any:
 
     kind = name.split(",")[0]
     if kind == "gpt2":
-        shape = {"vocab_size": VOCAB, "n_embd": 40, "n_layer": 3, "n_head": 4, "n_positions": 320}
+        shape = {"vocab_size": VOCAB, "n_embd": 40, "n_layer": 2, "n_head": 4, "n_positions": 320}
         config = AutoConfig.for_model(kind, **(shape | {"bos_token_id": 0, "eos_token_id": 0} | ZOO[name]))
     else:
         config = AutoConfig.for_model(kind, **(BASE | ZOO[name]))
@@ -104,7 +104,7 @@ def make(name: str, folder: Path, tokenizer: Path) -> Any:
                 weight.add_(0.3 * noise)
             else:
                 wide = "embed" in path or "wte" in path or "wpe" in path or "lm_head" in path
-                weight.copy_(0.25 * noise if wide else 1.2 * noise / weight.shape[-1] ** 0.5)
+                weight.copy_(0.2 * noise if wide else noise / weight.shape[-1] ** 0.5)
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     (folder / "tokenizer_config.json").write_text(
