@@ -114,10 +114,7 @@ def adopt(recipe: Recipe, found: Described, tokenizer: Path) -> Recipe:
 def adopted(recipe: Recipe, workdir: Path) -> Recipe:
     """The recipe as it is run: with the model of what is imported here, or is to be; else unchanged."""
     source, kept = source_of(recipe), kept_source(workdir)
-    if (kept / "config.json").is_file():
-        result = result_file(workdir / IMPORT)
-        if source is None and not result.exists():
-            return recipe
+    if result_file(workdir / IMPORT).exists():
         return adopt(recipe, describe(kept), Path(read_json(kept / "where.json", {"tokenizer": (str,)})["tokenizer"]))
     if source is None:
         return recipe
