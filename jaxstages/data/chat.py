@@ -189,16 +189,14 @@ def _foreign(tokenizer: Tokenizer) -> Chat:
     def finish(drafts: Sequence[Draft]) -> list[list[Written]]:
         texts = [text for one in drafts for text in one.texts]
         answers = [spans for one in drafts for spans in one.answers]
-        tables = sealed.encode_batch(texts)
-        cuts = [
-            [start for start, _ in spans if _straddled(table, start)]
-            for table, spans in zip(tables, answers, strict=True)
-        ]
-        # No token may have letters of a prompt and of its answer: the model could not be asked for it.
-        again = [i for i, found in enumerate(cuts) if found]
-        anew = sealed.encode_batch([_cut(texts[i], cuts[i], sealed.cut) for i in again])
-        for i, table in zip(again, anew, strict=True):
-            tables[i] = table
+        # The ids of a prompt are what it has alone: no token may have letters of it and of the answer, nor may the
+        # answer change how it is split ("\n\n" is one token of GPT-2's, but not before a word).
+        cuts = [[start for start, _ in spans if sealed.seamless] for spans in answers]
+        tables = sealed.encode_batch([_cut(*pair, sealed.cut) for pair in zip(texts, cuts, strict=True)])
+        for i, spans in enumerate(answers):
+            if found := [start for start, _ in spans if not cuts[i] and _straddled(tables[i], start)]:
+                cuts[i] = found
+                [tables[i]] = sealed.encode_batch([_cut(texts[i], found, sealed.cut)])
         written = map(written_of, tables, answers, cuts)
         return [[next(written) for _ in one.texts] for one in drafts]
 
@@ -212,7 +210,7 @@ def _foreign(tokenizer: Tokenizer) -> Chat:
     def prompt(messages: Messages, tools: Tools) -> list[int]:
         return sealed.encode_batch([writer.prompt(messages, tools)])[0][0].tolist()
 
-    return Chat(chat_name(tokenizer), draft, finish, prompt, writer.render, True)
+    return Chat(chat_name(tokenizer), draft, finish, prompt, writer.render, uses_tools=True)
 
 
 def _straddled(table: np.ndarray, letter: int) -> bool:

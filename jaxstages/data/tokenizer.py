@@ -79,7 +79,7 @@ class Tokenizer(NamedTuple):
         with _refused("this tokenizer can't decode; take another"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def show(self, ids: Sequence[int]) -> str:
+    def show(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids for people: control tokens by name. Ids are shown together, for a letter may be several tokens."""
         with _refused("this tokenizer can't decode; take another"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -153,12 +153,14 @@ class Sealed(NamedTuple):
     nothing else in the text can be one.
 
     names: secret name of each control token. special: those that no text of anybody's may yield; the others (Qwen's
-    <think>) are an assistant's words too. cut: a name where no token may cross; it yields no id itself.
+    <think>) are an assistant's words too. cut: a name that no token crosses, and that yields no id itself. seamless:
+    whether a cut leaves what follows as it is; SentencePiece's would put a space there.
     """
 
     names: dict[str, str]
     special: frozenset[str]
     cut: str
+    seamless: bool
     backend: tokenizers.Tokenizer
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -201,7 +203,8 @@ def seal(tokenizer: Tokenizer) -> Sealed:
         if moved:
             raise ValueError(f"{moved[0]!r} has another id without its name")
     backend.add_special_tokens([cut])
-    return Sealed(names, special, cut, backend)
+    seamless = not any("\u2581" in token for token in backend.encode(f"{cut}a", add_special_tokens=False).tokens)
+    return Sealed(names, special, cut, seamless, backend)
 
 
 def _special_tokens(backend: tokenizers.Tokenizer) -> list[str]:
