@@ -44,10 +44,10 @@ class Answered(NamedTuple):
 
 
 class Writer(NamedTuple):
-    """examples, prompt: sealed. render: as people may read it."""
+    """examples: sealed. prompt: sealed, with the answers that stand in it. render: as people may read it."""
 
     examples: Callable[[Messages, Tools], Answered]
-    prompt: Callable[[Messages, Tools], str]
+    prompt: Callable[[Messages, Tools], tuple[str, list[Span]]]
     render: Callable[[Messages, Tools, bool], str]
 
 
@@ -119,24 +119,29 @@ def make_writer(tokenizer: Tokenizer, sealed: Sealed) -> Writer:
     def seal(text: str, hidden: dict[str, str]) -> str:
         return names.sub(lambda found: (sealed.names | hidden).get(found.group(), found.group()), text)
 
+    def sealed_text(text: str, spans: list[Span], hidden: dict[str, str]) -> tuple[str, list[Span]]:
+        whole, before, moved = "", 0, []
+        for start, stop in spans:
+            asked = whole + seal(text[before:start], hidden)
+            whole, before = asked + seal(text[start:stop], hidden), stop
+            moved.append((len(asked), len(whole)))
+        return whole + seal(text[before:], hidden), moved
+
     def examples(messages: Messages, tools: Tools) -> Answered:
         hidden, messages, tools = hide(messages, tools)
-        texts, answers, last = [], [], ""
-        for text, spans in find(messages, tools):
-            whole, before, moved = "", 0, []
-            for start, stop in spans:
-                asked = whole + seal(text[before:start], hidden)
-                whole, before, last = asked + seal(text[start:stop], hidden), stop, text[start:stop]
-                moved.append((len(asked), len(whole)))
-            texts.append(whole)
-            answers.append(moved)
-        said = re.sub(rf"(?:{special})\Z", "", last)
-        reference = letters.sub(lambda found: hidden.get(found.group(), found.group()), said)
-        return Answered(texts, answers, reference.strip())
+        found = find(messages, tools)
+        sealed_texts = [sealed_text(text, spans, hidden) for text, spans in found]
+        text, spans = found[-1]
+        said = re.sub(rf"(?:{special})\Z", "", text[spans[-1][0] :])
+        reference = letters.sub(lambda letter: hidden.get(letter.group(), letter.group()), said)
+        return Answered([text for text, _ in sealed_texts], [spans for _, spans in sealed_texts], reference.strip())
 
-    def prompt(messages: Messages, tools: Tools) -> str:
+    def prompt(messages: Messages, tools: Tools) -> tuple[str, list[Span]]:
         hidden, messages, tools = hide(messages, tools)
-        return seal(write(messages, tools, True).text, hidden)
+        asked = write(messages, tools, True).text
+        earlier = find(messages, tools) if any(message["role"] == "assistant" for message in messages) else []
+        same = len(earlier) == 1 and asked.startswith(earlier[0][0])
+        return sealed_text(asked, earlier[0][1] if same else [], hidden)
 
     def render(messages: Messages, tools: Tools, answer: bool) -> str:
         return write(messages, tools, answer).text

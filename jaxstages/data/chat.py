@@ -8,7 +8,7 @@ assistant's words and the token that ends its turn, so that it learns to stop.
 import hashlib
 import json
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -187,18 +187,18 @@ def _foreign(tokenizer: Tokenizer) -> Chat:
         return Draft(messages, *writer.examples(messages, tools))
 
     def finish(drafts: Sequence[Draft]) -> list[list[Written]]:
-        texts = [text for one in drafts for text in one.texts]
-        answers = [spans for one in drafts for spans in one.answers]
-        # The ids of a prompt are what it has alone: no token may have letters of it and of the answer, nor may the
-        # answer change how it is split ("\n\n" is one token of GPT-2's, but not before a word).
+        written = tokenized([text for one in drafts for text in one.texts], [a for one in drafts for a in one.answers])
+        return [[next(written) for _ in one.texts] for one in drafts]
+
+    def tokenized(texts: list[str], answers: list[list[Span]]) -> Iterator[Written]:
+        """The ids of a prompt are what it has alone: no token may have letters of it and of its answer, nor may the
+        answer change how it is split ("\n\n" is one token of GPT-2's, but not before a word)."""
         cuts = [[start for start, _ in spans if sealed.seamless] for spans in answers]
         tables = sealed.encode_batch([_cut(*pair, sealed.cut) for pair in zip(texts, cuts, strict=True)])
-        for i, spans in enumerate(answers):
-            if found := [start for start, _ in spans if not cuts[i] and _straddled(tables[i], start)]:
-                cuts[i] = found
-                [tables[i]] = sealed.encode_batch([_cut(texts[i], found, sealed.cut)])
-        written = map(written_of, tables, answers, cuts)
-        return [[next(written) for _ in one.texts] for one in drafts]
+        for text, spans, found, table in zip(texts, answers, cuts, tables, strict=True):
+            if not found and (found := [start for start, _ in spans if _straddled(table, start)]):
+                [table] = sealed.encode_batch([_cut(text, found, sealed.cut)])
+            yield written_of(table, spans, found)
 
     def written_of(table: np.ndarray, answers: list[Span], cuts: list[int]) -> Written:
         def place(letter: int) -> int:
@@ -208,7 +208,8 @@ def _foreign(tokenizer: Tokenizer) -> Chat:
         return Written(table[0], [(place(start), place(stop)) for start, stop in answers])
 
     def prompt(messages: Messages, tools: Tools) -> list[int]:
-        return sealed.encode_batch([writer.prompt(messages, tools)])[0][0].tolist()
+        text, answers = writer.prompt(messages, tools)
+        return next(tokenized([text], [answers])).ids.tolist()
 
     return Chat(chat_name(tokenizer), draft, finish, prompt, writer.render, uses_tools=True)
 
