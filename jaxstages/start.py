@@ -16,7 +16,7 @@ import jax
 from jaxstages import config as recipes
 from jaxstages.checkpoint import Checkpoints, read_meta, read_params, stored_shapes
 from jaxstages.console import say
-from jaxstages.data.chat import TEMPLATE
+from jaxstages.data.chat import chat_name
 from jaxstages.disk import Form, read_json
 from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
 from jaxstages.fingerprint import kind_of, named_leaves, params_sha256
@@ -56,7 +56,7 @@ def contract_of(bench: Workbench) -> dict[str, Any]:
         "vocab_size": bench.tokenizer.vocab_size,
         "special_ids": list(bench.tokenizer.specials),
         "model": recipes.to_dict(bench.recipe.model),
-        "chat_template": TEMPLATE,
+        "chat_template": chat_name(bench.tokenizer),
     }
 
 

@@ -17,7 +17,7 @@ from jaxstages.console import say
 from jaxstages.data.prepare import Prepared, items_of, prepare
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import texts
-from jaxstages.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, make_tokenizer
 from jaxstages.models.attention import Attend
 from jaxstages.models.kernels import Shape, choose_attend, machine_of
 from jaxstages.models.transformer import make_model, reaches_of
@@ -59,8 +59,10 @@ def open_tokenizer(recipe: Recipe, workdir: Path) -> Tokenizer:
     path = tokenizer_file(workdir)
     if path.exists():
         return load_tokenizer(path)
-    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir), path)
-    say(f"tokenizer: {recipe.tokenizer.kind}, {tokenizer.vocab_size} tokens, {path}")
+    pairs = any(stage.data.task in ("seq2seq", "classify") for stage in recipes.stages(recipe).values())
+    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir), path, separator=pairs)
+    how = "its own chat template" + f", {SEPARATOR} for pairs" * pairs if tokenizer.template else "our chat template"
+    say(f"tokenizer: {recipe.tokenizer.kind}, {tokenizer.vocab_size} tokens, {how}, {path}")
     return tokenizer
 
 

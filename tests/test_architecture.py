@@ -12,6 +12,7 @@ FLOORS = [
         *("manifest", "fingerprint"),
         *(
             "data.sources",
+            "data.template",
             "data.tokenizer",
             "data.prefetch",
             "models.primitives",
@@ -23,7 +24,7 @@ FLOORS = [
             "models.lora",
         ),
     },
-    {"models.transformer", "data.chat", "data.tasks", "data.packing"},
+    {"models.transformer", "data.answers", "data.chat", "data.tasks", "data.packing"},
     {"step", "checkpoint", "data.prepare", "data.pipeline", "decode"},
     {"workbench", "start", "evaluate", "compilation"},
     {"loop"},
@@ -34,6 +35,7 @@ FLOORS = [
 """Floor 0 first. A name stands for a module, or for a folder with all that is in it."""
 
 SAME_FLOOR = {"data.tasks": {"data.chat"}, "data.packing": {"data.tasks"}, "decode.label": {"data.pipeline"}}
+SAME_FLOOR |= {"data.tokenizer": {"data.template"}, "data.chat": {"data.answers"}}
 SAME_FLOOR |= {
     "data.pipeline": {"data.prepare"},
     "start": {"workbench"},
@@ -49,7 +51,7 @@ HOMES = {
     "grain": {"data.pipeline", "data.prepare"},
     "orbax": {"checkpoint"},
     "tokenizers": {"data.tokenizer"},
-    "jinja2": {"data.chat"},
+    "jinja2": {"data.template"},
     "sacrebleu": {"metrics"},
     "tensorboardX": {"metrics"},
     "tensorflow_datasets": {"data.sources", "world"},

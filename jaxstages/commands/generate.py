@@ -50,7 +50,7 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
     answer = make_answer(
         bench, max_new_tokens=request.max_new_tokens, temperature=request.temperature, seed=request.seed
     )
-    texts = answer(params, [prompt_ids(bench, prompt) for prompt in prompts])
+    texts = answer(params, prompt_ids(bench, prompts))
     lines = [
         json.dumps({"prompt": prompt, "text": text, "tokens": len(bench.tokenizer.encode(text))}, ensure_ascii=False)
         for prompt, text in zip(prompts, texts, strict=True)
