@@ -1,6 +1,7 @@
 """Adapters: at step 0 the base's own logits, only they are trained and kept, and merged they are the same model."""
 
 import copy
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,79 +31,68 @@ from jaxstages.workdir import checkpoint_folder
 from tests.tiny import VOCAB, mixed_batch, model_config, write_data
 from tests.tiny import recipe as tiny_recipe
 
-EVERY = ("/kernel$", "embedding", "head", "experts/")
-"""Matrices that are no kernels, too."""
-
 MODELS = {
     "plain": {"tied_head": False},
     "half": {"dtype": "bfloat16", "bias": True},
-    "experts": {"experts": recipes.ExpertsConfig(count=2, per_token=1)},
+    "experts": {"layers": 1, "experts": recipes.ExpertsConfig(count=2, per_token=1)},
     "unrolled": {"unroll": True, "activation": "gelu"},
 }
 FORMS = {
     "plain": {},
     "stabilized": {"rank_stabilized": True, "targets": ("attention/(query|out)/kernel",)},
     "dora": {"dora": True},
-    "everywhere": {"dora": True, "targets": ("/kernel$", "embedding")},
+    "everywhere": {"dora": True, "targets": ("/kernel$", "embedding", "experts/")},
     "int8": {"base": "int8"},
     "bfloat16": {"base": "bfloat16", "dora": True},
 }
 
 
-def made(**changes: Any) -> tuple[Model, Params]:
-    model = make_model(model_config(**changes), VOCAB)
+@functools.cache
+def made(name: str) -> tuple[Model, Params]:
+    model = make_model(model_config(**MODELS[name]), VOCAB)
     return model, jax.jit(model.init)(jax.random.key(0))
 
 
 def moved(adapters: Params) -> Params:
     """Adapters as after training: every leaf is another."""
     leaves, tree = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    draw = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, draw)
+    waves = [jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32) + i) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(
+        tree, [leaf + 0.1 * wave.reshape(leaf.shape) for leaf, wave in zip(leaves, waves, strict=True)]
+    )
 
 
-def logits(model: Model, params: Params) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p, b: model.apply(p, b, None))(params, mixed_batch(2)))
+@functools.partial(jax.jit, static_argnums=0)
+def logits(apply: Any, params: Params) -> jax.Array:
+    return apply(params, mixed_batch(2), None)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_at_step_0_the_logits_are_those_of_the_base_to_the_last_bit(name: str) -> None:
-    model, base = made(**MODELS[name])
-    config = LoraConfig(rank=4)
-    adapters = lora.init(jax.random.key(1), base, model.axes, config)
-    np.testing.assert_array_equal(logits(model, lora.join(base, adapters, config)), logits(model, base))
-    config = LoraConfig(rank=4, dora=True)
-    adapters = lora.init(jax.random.key(1), base, model.axes, config)
-    tolerance = 2e-2 if MODELS[name].get("dtype") else 1e-6  # a column's length is summed in another order
-    np.testing.assert_allclose(logits(model, lora.join(base, adapters, config)), logits(model, base), atol=tolerance)
+    """Each in a program of its own. With DoRA the columns' lengths are divided by what was summed elsewhere."""
+    model, base = made(name)
+    wanted = logits(model.apply, base)
+    for dora, tolerance in ((False, 0.0), (True, 2e-2 if name == "half" else 1e-6)):
+        config = LoraConfig(rank=4, dora=dora)
+        adapters = jax.jit(lambda b, config=config: lora.init(jax.random.key(1), b, model.axes, config))(base)
+        found = logits(model.apply, lora.join(base, adapters, config))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_merged_they_are_the_same_model(form: str) -> None:
-    model, params = made()
+    model, params = made("experts" if form == "everywhere" else "plain")
     config = LoraConfig(rank=4, **FORMS[form])
-    base = lora.hold(params, model.axes, config.base)
-    adapters = moved(lora.init(jax.random.key(1), base, model.axes, config))
-    applied = logits(model, lora.join(base, adapters, config))
-    merged = lora.merge(base, adapters, config)
+    base = jax.jit(lambda p: lora.hold(p, model.axes, config.base))(params)
+    adapters = jax.jit(lambda b: moved(lora.init(jax.random.key(1), b, model.axes, config)))(base)
+    merged = jax.jit(lambda b, a: lora.merge(b, a, config))(base, adapters)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(merged))
-    np.testing.assert_allclose(logits(model, merged), applied, atol=1e-5)
-    assert np.abs(applied - logits(model, base)).max() > 1e-2, "they change something"
-
-
-def test_matrices_that_are_no_kernels_are_adapted_too() -> None:
-    for name in ("plain", "experts"):
-        model, base = made(**MODELS[name])
-        paths = {"/".join(path) for path in lora._matrices(model.axes)}
-        config = LoraConfig(rank=2, targets=tuple(t for t in EVERY if any(t.strip("/$") in path for path in paths)))
-        adapters = moved(lora.init(jax.random.key(1), base, model.axes, config))
-        assert len(jax.tree.leaves(adapters)) == 2 * len(paths)
-        joined = lora.join(base, adapters, config)
-        np.testing.assert_allclose(
-            logits(model, joined), logits(model, lora.merge(base, adapters, config)), atol=1e-4, rtol=1e-4
-        )
+    applied = logits(model.apply, lora.join(base, adapters, config))
+    np.testing.assert_allclose(logits(model.apply, merged), applied, atol=1e-5)
+    assert np.abs(applied - logits(model.apply, params)).max() > 1e-2, "they change something"
+    if form == "everywhere":
+        assert len(jax.tree.leaves(adapters)) == 3 * len(lora._matrices(model.axes)) == 3 * 9
 
 
 def test_product_and_scale_are_the_formula_s() -> None:
@@ -126,15 +116,16 @@ def test_product_and_scale_are_the_formula_s() -> None:
 
 
 def test_a_base_is_held_in_fewer_bytes() -> None:
-    model, params = made(tied_head=False)
+    model, params = made("plain")
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
-    held = {kind: lora.hold(params, model.axes, kind) for kind in ("float32", "bfloat16", "int8")}
-    assert held["float32"] is params
+    kinds = ("float32", "bfloat16", "int8")
+    held = jax.jit(lambda p: {kind: lora.hold(p, model.axes, kind) for kind in kinds})(params)
+    released = jax.jit(lambda h: {kind: lora.release(h[kind]) for kind in kinds})(held)
     assert size(held["bfloat16"]) < 0.52 * size(params) and size(held["int8"]) < 0.45 * size(params)
     query = held["int8"]["layers"]["attention"]["query"]
     assert query["kernel"].dtype == jnp.int8 and query["kernel_scale"].shape == (2, 1, 4, 8)
     for kind, most in (("bfloat16", 2**-8), ("int8", 0.5 / 127)):
-        for one, other in zip(jax.tree.leaves(lora.release(held[kind])), jax.tree.leaves(params), strict=True):
+        for one, other in zip(jax.tree.leaves(released[kind]), jax.tree.leaves(params), strict=True):
             assert one.dtype == jnp.float32 and float(jnp.max(jnp.abs(one - other))) <= 1.01 * most * float(
                 jnp.max(jnp.abs(other))
             )
@@ -147,14 +138,19 @@ def test_a_base_is_held_in_fewer_bytes() -> None:
 
 
 def test_decoding_takes_adapters_beside_a_base_in_int8() -> None:
-    model, params = made()
+    model, params = made("plain")
     config = LoraConfig(rank=4, base="int8")
-    base = lora.hold(params, model.axes, "int8")
-    joined = lora.join(base, moved(lora.init(jax.random.key(1), base, model.axes, config)), config)
-    batch = mixed_batch(1)
-    tokens, positions = batch.tokens_BL[:, :5], batch.positions_BL[:, :5]
-    found, _ = model.decode(model.unstack(joined), tokens, positions, model.init_cache(1, 5))
-    np.testing.assert_allclose(found.logits(), logits(model, joined)[:1, :5], atol=1e-5)
+
+    @jax.jit
+    def both(params: Params) -> tuple[jax.Array, jax.Array]:
+        base = lora.hold(params, model.axes, "int8")
+        joined = lora.join(base, moved(lora.init(jax.random.key(1), base, model.axes, config)), config)
+        batch = mixed_batch(1)
+        where = (batch.tokens_BL[:, :4], batch.positions_BL[:, :4])
+        found, _ = model.decode(model.unstack(joined), *where, model.init_cache(1, 4))
+        return found.logits(), model.apply(joined, batch, None)[:, :4]
+
+    np.testing.assert_allclose(*both(params), atol=1e-5)
 
 
 # Stages.
