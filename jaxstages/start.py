@@ -87,6 +87,7 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
         return Start(found.state, found.stopping, found.meta["parent"], found.meta["carried"], base)
     parent = parent_folder(bench)
     if parent is None:
+        assert bench.base is None, "validate refuses adapters without a base"
         params = _from_scratch(bench)
         say(f"{bench.name}: starts from scratch, {_millions(params)} parameters new", "cyan")
         return Start(_fresh_state(bench, params), stopping.init(), None)

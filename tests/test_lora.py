@@ -268,10 +268,9 @@ def test_a_later_stage_evaluation_and_tools_take_the_merged_model(
     assert "lora_a" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("base", ["float32", "int8"])
-def test_a_stopped_run_goes_on_to_the_same_bits(run: tuple[Recipe, Path], tmp_path: Path, base: str) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bits(run: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, work = fresh(run)
-    recipe.finetune.lora = LoraConfig(rank=4, base=base, dora=True)
+    recipe.finetune.lora = LoraConfig(rank=4, base="int8", dora=True)
     shutil.copytree(work, tmp_path / "whole")
     train(recipe, tmp_path / "whole", "finetune")
     recipe.finetune.loop.stop_after = 3
@@ -287,10 +286,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run: tuple[Recipe, Path], tmp_pa
     assert losses(moved_to, "finetune") == losses(tmp_path / "whole", "finetune")
 
 
-@pytest.mark.parametrize("base", ["float32", "bfloat16", "int8"])
-def test_any_mesh_has_the_same_losses(run: tuple[Recipe, Path], tmp_path: Path, base: str) -> None:
+def test_any_mesh_has_the_same_losses(run: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, work = fresh(run)
-    recipe.finetune.lora = LoraConfig(rank=4, base=base, dora=True, targets=("/kernel$", "embedding"))
+    recipe.finetune.lora = LoraConfig(rank=4, base="int8", dora=True, targets=("/kernel$", "embedding"))
     shutil.copytree(work, tmp_path / "split")
     train(recipe, work, "finetune")
     recipe.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
