@@ -42,6 +42,7 @@ SAME_FLOOR |= {
     "evaluate": {"workbench"},
     "compilation": {"workbench"},
 }
+SAME_FLOOR |= {"models.lora": {"models.primitives"}}
 SAME_FLOOR |= {"models.attention": {"models.primitives"}, "models.kernels": {"models.attention"}}
 SAME_FLOOR |= {"__main__": {"main"}, "types": {"guard"}, "hosts": {"signals"}}
 """What may look sideways: a module to its neighbour that stands, in the table of DESIGN, before it."""

@@ -46,7 +46,7 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
     name = stage or _last_finished(recipe, workdir)
     finished(workdir / name)
     bench = open_workbench(recipe, name, workdir, with_data=False)
-    params, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
     answer = make_answer(
         bench, max_new_tokens=request.max_new_tokens, temperature=request.temperature, seed=request.seed
     )

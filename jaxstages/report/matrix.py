@@ -52,7 +52,7 @@ def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
     values, signatures, answers = [], set(), {}
     for checkpoint, bench in benches.items():
         say(f"stage matrix: {checkpoint} on every stage's held-out data", "cyan")
-        params, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+        params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
         row = []
         for name, judge in benches.items():
             report = evaluates[name](params, True)
