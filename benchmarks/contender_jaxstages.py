@@ -3,6 +3,7 @@
 python benchmarks/contender_jaxstages.py --row=C1 --weights=FILE --tokens=FILE --steps=300 --warmup=3
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,14 +14,15 @@ from contender import Recorder, contender_flags, print_check, print_result
 from rows import Row
 from safetensors.numpy import load_file
 from tokens import Batches
-from weights import count_params, from_gpt2, model_config
+from weights import count_params, from_gpt2, from_peft, lora_config, model_config
 
 from jaxstages.config import OptimConfig, ScheduleConfig
+from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
 from jaxstages.optim import make_optimizer
 from jaxstages.process import keep_freed_memory
 from jaxstages.step import init_state, make_train_step
-from jaxstages.types import Batch
+from jaxstages.types import Batch, Headless, Params, Sums, TrainState
 
 
 def optim_config(row: Row) -> OptimConfig:
@@ -52,11 +54,23 @@ def main() -> None:
     tx = make_optimizer(optim_config(row), flags.warmup + flags.steps, model.axes)
     if flags.check:
         tx = gradient_as_state()
-    params = jax.tree.map(jnp.array, from_gpt2(load_file(flags.weights), row))
+    tensors = load_file(flags.weights)
+    base = jax.tree.map(jnp.array, from_gpt2(tensors, row))
+    params = jax.tree.map(jnp.array, from_peft(tensors, row)) if row.rank else base
     parameters = count_params(params)
     state = init_state(params, tx)
-    del params
-    step = jax.jit(make_train_step(model.headless, tx), donate_argnums=0)
+    base = base if row.rank else None
+    del params, tensors
+
+    def adapted(state: TrainState, batch: Batch, base: Params | None) -> tuple[TrainState, Sums]:
+        """As in `jaxstages.compilation`."""
+
+        def headless(params: Params, part: Batch, key: Any) -> Headless:
+            return model.headless(params if base is None else lora.join(base, params, lora_config(row)), part, key)
+
+        return make_train_step(headless, tx)(state, batch)
+
+    step = functools.partial(jax.jit(adapted, donate_argnums=0), base=base)
     shape = (row.batch, row.context)
     weights_BL, segments_BL = jnp.ones(shape), jnp.ones(shape, jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(row.context), shape)

@@ -111,7 +111,7 @@ class LossKeepingTrainer(Trainer):
         return self.timed.loss
 
 
-def run_trainer(model: GPT2LMHeadModel, flags: argparse.Namespace) -> None:
+def run_trainer(model: nn.Module, flags: argparse.Namespace) -> None:
     """Train with the Trainer's defaults."""
     row: Row = flags.row
     recorder = Recorder(flags.warmup, flags.steps, lambda: synchronize(row))
@@ -144,7 +144,7 @@ def run_trainer(model: GPT2LMHeadModel, flags: argparse.Namespace) -> None:
         print_torch_result(recorder, model, flags)
 
 
-def run_plain(model: GPT2LMHeadModel, flags: argparse.Namespace) -> None:
+def run_plain(model: nn.Module, flags: argparse.Namespace) -> None:
     """Train in the plain loop, with fused AdamW."""
     row: Row = flags.row
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -160,17 +160,26 @@ def run_plain(model: GPT2LMHeadModel, flags: argparse.Namespace) -> None:
     train(model, optimizer, loss_of, flags.mode, flags)
 
 
-def main() -> None:
-    parser = contender_flags(__doc__)
+def loop_flags(description: str | None) -> argparse.ArgumentParser:
+    parser = contender_flags(description)
     parser.add_argument("--loop", choices=("plain", "trainer"), default="plain")
     parser.add_argument("--mode", choices=MODES, default="eager", help="of the plain loop")
-    flags = parser.parse_args()
-    torch.set_num_threads(flags.threads)
-    model = make_gpt2(flags.row, load_file(flags.weights)).to(torch_device(flags.row))
+    return parser
+
+
+def run_loop(model: nn.Module, flags: argparse.Namespace) -> None:
+    """Train in the loop that the flags name."""
+    model = model.to(torch_device(flags.row))
     if flags.loop == "trainer":
         run_trainer(model, flags)
     else:
         run_plain(model, flags)
+
+
+def main() -> None:
+    flags = loop_flags(__doc__).parse_args()
+    torch.set_num_threads(flags.threads)
+    run_loop(make_gpt2(flags.row, load_file(flags.weights)), flags)
 
 
 if __name__ == "__main__":

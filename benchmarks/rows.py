@@ -28,6 +28,9 @@ class Row:
     weight_decay: float = 0.1
     """Of matrices and embeddings, not of the norms' scales."""
     clip_norm: float = 1.0
+    rank: int = 0
+    """Of LoRA on attention's output and the feed-forward, all else frozen; 0 trains all. GPT-2's query, key and value
+    are one map to the peers, which would give the three one `A`: they are left out."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -40,12 +43,16 @@ class Row:
 
 
 def flops_per_token(row: Row, causal: bool = True) -> float:
-    """Floating-point operations to train on one token: 6 a matrix parameter, tied head included, and attention.
+    """Floating-point operations to train on one token: 6 a matrix parameter, tied head included, and attention; 4 a
+    parameter that is frozen beside adapters.
 
     Norms, softmax and optimizer are left out. `causal` counts the half of the attention square that is needed; papers
     that count the whole of it (PaLM, nanoGPT) are 3 to 13 % higher."""
     matrices = 12 * row.layers * row.width**2 + row.width * row.vocab
-    return 6 * matrices + (6 if causal else 12) * row.layers * row.context * row.width
+    adapters = row.layers * row.rank * 12 * row.width
+    return (
+        (4 if row.rank else 6) * matrices + 6 * adapters + (6 if causal else 12) * row.layers * row.context * row.width
+    )
 
 
 def matmul_shapes(row: Row) -> list[tuple[int, int, int]]:
@@ -61,6 +68,7 @@ ROWS = {
         Row(name="C2", layers=6, heads=6, width=384, context=256, batch=16, vocab=65, steps=20),
         Row(name="C3", layers=12, heads=12, width=768, context=256, batch=4, vocab=50304, steps=5, warmup=2),
         Row(name="C4", layers=8, heads=6, width=384, context=512, batch=8, vocab=16384, steps=10),
+        Row(name="C5", layers=12, heads=12, width=768, context=256, batch=4, vocab=50304, steps=5, warmup=2, rank=16),
         Row(
             name="G1", layers=12, heads=12, width=768, context=1024, batch=64, vocab=50304,
             steps=50, warmup=5, dtype="bfloat16", device="gpu",

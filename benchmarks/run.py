@@ -38,8 +38,16 @@ CONTENDERS = {
     "transformers-eager": ["contender_transformers.py", "--mode=eager"],
     "transformers-compile": ["contender_transformers.py", "--mode=compile"],
     "transformers-trainer": ["contender_transformers.py", "--loop=trainer"],
+    "peft-eager": ["contender_peft.py", "--mode=eager"],
+    "peft-compile": ["contender_peft.py", "--mode=compile"],
+    "peft-trainer": ["contender_peft.py", "--loop=trainer"],
 }
 """Those without "fused", and the trainer, are as shipped; the others are tuned."""
+
+
+def takes_part(contender: str, row: Row) -> bool:
+    """jaxstages does everywhere; peft where there are adapters, and the others where there are none."""
+    return contender == "jaxstages" or contender.startswith("peft") == bool(row.rank)
 
 
 def say(text: str) -> None:
@@ -217,7 +225,8 @@ def main() -> None:
     ceilings = json.loads((flags.out / "limits.json").read_text())["ceilings_gflops"]
     for row in rows:
         row = dataclasses.replace(row, steps=flags.steps or row.steps)
-        driver = Driver(flags, row, len(names) * (2 + flags.rounds) + 2 * flags.floor)
+        contenders = [name for name in names if takes_part(name, row)]
+        driver = Driver(flags, row, len(contenders) * (2 + flags.rounds) + 2 * flags.floor)
         header = {
             "row": {**dataclasses.asdict(row), "tolerance": row.tolerance},
             "machine": machine,
@@ -230,7 +239,7 @@ def main() -> None:
         }
         driver.prepare()
         driver.empty_caches()
-        summarize(driver.measure(header, names))
+        summarize(driver.measure(header, contenders))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def print_torch_result(recorder: Recorder, module: nn.Module, flags: argparse.Na
         recorder,
         framework="torch",
         parameters=count_trained(module),
-        packages=tuple(name for name in ("torch", "numpy", "transformers", "accelerate") if name in sys.modules),
+        packages=tuple(
+            name for name in ("torch", "numpy", "transformers", "accelerate", "peft") if name in sys.modules
+        ),
         peak_device_bytes=torch.cuda.max_memory_allocated() if flags.row.device == "gpu" else None,
     )
 

@@ -14,7 +14,8 @@ import numpy as np
 from rows import ROWS, Row
 from safetensors.numpy import save_file
 
-from jaxstages.config import AttentionConfig, ModelConfig
+from jaxstages.config import AttentionConfig, LoraConfig, ModelConfig
+from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
 
 Params = dict[str, Any]
@@ -95,6 +96,43 @@ def from_gpt2(tensors: dict[str, np.ndarray], row: Row) -> Params:
     }
 
 
+def lora_config(row: Row) -> LoraConfig:
+    """The row's adapters as jaxstages' recipe says it; their product is multiplied by 1."""
+    return LoraConfig(rank=row.rank, alpha=row.rank, targets=("attention/out/kernel", "ff/"))
+
+
+PEFT = {"attention": {"out": "attn.c_proj"}, "ff": {"up": "mlp.c_fc", "down": "mlp.c_proj"}}
+"""Our linear maps that are adapted -> GPT-2's."""
+
+
+def to_peft(adapters: Params, row: Row) -> dict[str, np.ndarray]:
+    """jaxstages' adapters under PEFT's names, each [outputs, inputs]; those of the base do not begin with `lora`."""
+    return {
+        f"lora.h.{n}.{name}.{theirs}.weight": np.asarray(adapters["layers"][block][ours][leaf][n]).T.copy()
+        for block, maps in PEFT.items()
+        for ours, name in maps.items()
+        for leaf, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B"))
+        for n in range(row.layers)
+    }
+
+
+def from_peft(tensors: dict[str, np.ndarray], row: Row) -> Params:
+    """The inverse of `to_peft`."""
+
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([tensors[f"lora.h.{n}.{name}.weight"].T for n in range(row.layers)])
+
+    return {
+        "layers": {
+            block: {
+                ours: {"lora_a": stacked(f"{name}.lora_A"), "lora_b": stacked(f"{name}.lora_B")}
+                for ours, name in maps.items()
+            }
+            for block, maps in PEFT.items()
+        }
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", choices=ROWS, required=True)
@@ -102,11 +140,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     row = ROWS[flags.row]
-    params = make_model(model_config(row), row.vocab).init(jax.random.key(flags.seed))
+    model = make_model(model_config(row), row.vocab)
+    params = model.init(jax.random.key(flags.seed))
     tensors = to_gpt2(params)
     again = from_gpt2(tensors, row)
     if not jax.tree.all(jax.tree.map(np.array_equal, params, again)):
         raise SystemExit("the way to GPT-2's names and back changes the weights: jaxstages' parameters have moved on")
+    if row.rank:
+        adapters = lora.init(jax.random.key(flags.seed + 1), params, model.axes, lora_config(row))
+        tensors |= to_peft(adapters, row)
+        if not jax.tree.all(jax.tree.map(np.array_equal, adapters, from_peft(tensors, row))):
+            raise SystemExit("the way to PEFT's names and back changes the adapters: jaxstages' have moved on")
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, flags.out)
     print(f"{row.name}: {count_params(params):,} parameters")

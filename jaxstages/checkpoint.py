@@ -14,11 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
 
 from jaxstages import hosts, manifest
+from jaxstages.config import lora_from
 from jaxstages.console import say
 from jaxstages.disk import Form, make_folder, read_json, sync, write_json
 from jaxstages.early_stopping import EarlyStoppingState
@@ -286,6 +289,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     prints = meta["fingerprint"].values()
     if not all(isinstance(text, str) and re.fullmatch(r"[0-9a-f]+ \w+\[[\d, ]*\]", text) for text in prints):
         raise Damaged(f"{folder} is no checkpoint of jaxstages: its fingerprint has another form")
+    meta = {"lora": None} | meta  # before there were adapters
+    try:
+        if lora_from(meta["lora"]) is not None and meta["parent"] is None:
+            raise ValueError("it has adapters without a base")
+    except ValueError as error:
+        raise Damaged(f"{folder} is damaged, or of a newer jaxstages: {error}") from error
     if str(meta["step"]) != folder.name:
         raise Damaged(f"{folder} is damaged: it says that it is of step {meta['step']}, not {folder.name}")
     return meta
@@ -316,6 +325,20 @@ def _read(folder: Path, target: Any) -> Any:
             raise Damaged(f"{folder} is damaged, Orbax can't read it: {str(error)[:200]}") from error
 
 
+def stored_params(meta: dict[str, Any], sharding: Sharding) -> Params:
+    """The parameters in a checkpoint as shapes: what `read_params` needs where no recipe gives them."""
+    target: Params = {}
+    for path, text in stored_shapes(meta).items():
+        dtype, _, dims = text.removesuffix("]").partition("[")
+        shape = tuple(int(dim) for dim in dims.split(", ") if dim)
+        *folders, leaf = path.split("/")
+        place = target
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
+    return target
+
+
 def stored_shapes(meta: dict[str, Any]) -> dict[str, str]:
     """Path of each parameter in a checkpoint -> dtype and shape, such as "float32[16, 32]"."""
     return {
@@ -337,7 +360,8 @@ def _compare(folder: Path, saved: dict[str, str], target: Any) -> None:
     lines += [f"{path}: only in the checkpoint" for path in sorted(stored.keys() - wanted)]
     lines += [f"{path}: only in the recipe" for path in sorted(wanted.keys() - stored)]
     if lines:
+        what, field = ("adapters", "the stage's lora") if "/lora_" in "".join(lines) else ("model", "config.model")
         raise ValueError(
-            f"{folder} does not fit the recipe's model ({'; '.join(lines)}); give config.model the values that "
+            f"{folder} does not fit the recipe's {what} ({'; '.join(lines)}); give {field} the values that "
             "it was trained with, or train from scratch in another --workdir"
         )

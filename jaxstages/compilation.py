@@ -8,6 +8,7 @@
 | auto         | the first of none, dots, full that fits     | a compilation for each one tried |
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxstages.console import say
+from jaxstages.models.lora import join
 from jaxstages.models.transformer import make_model
 from jaxstages.optim import path_matches
 from jaxstages.sharding import batch_sharding
 from jaxstages.step import TrainStep, make_train_step
-from jaxstages.types import Batch
+from jaxstages.types import Batch, Headless, Params, Sums, TrainState
 from jaxstages.workbench import Workbench
 
 LADDER = ("none", "dots", "full")
@@ -29,9 +31,14 @@ SHARE = 0.92
 """Of the memory that a step may take; the rest is for what a compiler's count leaves out."""
 
 
-def compile_step(bench: Workbench) -> tuple[TrainStep, Any]:
-    """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated."""
-    asked = bench.stage.loop.remat
+def compile_step(bench: Workbench, base: Params | None = None) -> tuple[TrainStep, Any]:
+    """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; `base` is
+    what its adapters lie beside."""
+    step, jitted = _chosen(bench, bench.stage.loop.remat)
+    return functools.partial(step, base=base), functools.partial(jitted, base=base)
+
+
+def _chosen(bench: Workbench, asked: str) -> tuple[Any, Any]:
     if asked != "auto":
         return _jitted(bench, asked)
     limit = _memory_of(bench.mesh.devices.flat[0])
@@ -42,23 +49,25 @@ def compile_step(bench: Workbench) -> tuple[TrainStep, Any]:
     return found
 
 
-def _first_that_fits(bench: Workbench, limit: int) -> tuple[str, tuple[TrainStep, Any], int]:
+def _first_that_fits(bench: Workbench, limit: int) -> tuple[str, tuple[Any, Any], int]:
     for rung in LADDER:
         found = _jitted(bench, rung)
-        need = _bytes(found[1].lower(bench.shapes, _batch_shapes(bench)).compile())
+        need = _bytes(found[1].lower(bench.shapes, _batch_shapes(bench), base=bench.base).compile())
         if need <= SHARE * limit or rung == LADDER[-1]:
             return rung, found, need
     raise AssertionError("the last one is returned")
 
 
-def _jitted(bench: Workbench, remat: str) -> tuple[TrainStep, Any]:
-    config, optim = bench.stage.loop, bench.stage.optim
-    model = bench.model
-    if remat != "none":
-        model = make_model(bench.recipe.model, bench.tokenizer.vocab_size, attend=bench.attend, remat=remat)
-    step = make_train_step(
-        model.headless,
-        bench.tx,
+def _jitted(bench: Workbench, remat: str) -> tuple[Any, Any]:
+    """The step, and the step jitted: `step(state, batch, base)`. The base is an argument, and no constant of the
+    program; nothing is differentiated by it."""
+    config, optim, neftune = bench.stage.loop, bench.stage.optim, bench.stage.neftune_alpha
+    model, vocab = bench.model, bench.tokenizer.vocab_size
+    if remat != "none" or neftune:
+        model = make_model(bench.recipe.model, vocab, attend=bench.attend, remat=remat, neftune=neftune)
+    make = functools.partial(
+        make_train_step,
+        tx=bench.tx,
         seed=bench.recipe.seed,
         accumulate=config.accumulate,
         label_smoothing=optim.label_smoothing,
@@ -67,6 +76,13 @@ def _jitted(bench: Workbench, remat: str) -> tuple[TrainStep, Any]:
         spike_sigma=optim.spike_sigma,
         frozen=path_matches(optim.freeze, bench.shapes.params),
     )
+
+    def step(state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, Sums]:
+        def adapted(adapters: Params, part: Batch, key: Any) -> Headless:
+            return model.headless(adapters if base is None else join(base, adapters, bench.stage.lora), part, key)
+
+        return make(adapted)(state, batch)
+
     debug = jax.config.values["jax_debug_nans"]
     jitted = jax.jit(
         step,

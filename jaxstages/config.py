@@ -249,12 +249,35 @@ class EarlyStoppingConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Train low-rank adapters beside a base that stays as it is (LoRA, Hu et al. 2022)."""
+
+    rank: int = 0
+    """0 is full fine-tuning: all parameters are trained."""
+    alpha: float = 16.0
+    """The adapters' product is multiplied by `alpha / rank`."""
+    targets: tuple[str, ...] = ("/kernel$",)
+    """Matrices whose path has one of these regular expressions in it are adapted; by default all linear maps of
+    attention and feed-forward."""
+    rank_stabilized: bool = False
+    """`alpha / sqrt(rank)` instead (rsLoRA, Kalajdzievski 2023)."""
+    dora: bool = False
+    """Also train the length of each column (DoRA, Liu et al. 2024)."""
+    base: str = "float32"
+    """What the base is held in: "float32", "bfloat16", or "int8" (its kernels, by column; the rest is bfloat16)."""
+
+
+@dataclass(kw_only=True, slots=True)
 class StageConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    neftune_alpha: float = 0.0
+    """In training, embeddings get uniform noise of this over `sqrt(tokens of the example * width)` (Jain et al. 2023);
+    5 is usual, 0 is none."""
     init_from: str = "parent"
     """ "parent" (the stage before, in this workdir, or what was imported into it), "scratch", `WORKDIR/STAGE` of
     another run, or `hf:FOLDER`, which is imported into this workdir and gives the model and the tokenizer."""
@@ -331,6 +354,11 @@ def _from_dict(kind: Any, value: Any, path: str) -> Any:
 def from_dict(value: Any) -> Recipe:
     """What `to_dict` wrote, as a Recipe again. Raises ValueError for what is no recipe, or a field that is unknown."""
     return _from_dict(Recipe, value, "recipe")
+
+
+def lora_from(value: dict[str, Any] | None) -> LoraConfig | None:
+    """What a checkpoint says of its adapters; None where all parameters were trained. Raises ValueError as above."""
+    return None if value is None else _from_dict(LoraConfig, value, "lora")
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:

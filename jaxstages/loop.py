@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxstages import config as recipes
 from jaxstages import hosts
 from jaxstages.checkpoint import Checkpoints, read_params
 from jaxstages.compilation import compile_step
@@ -26,6 +27,7 @@ from jaxstages.early_stopping import EarlyStopping, early_stopping
 from jaxstages.evaluate import Report, make_evaluate, unigram_perplexity
 from jaxstages.fingerprint import params_sha256
 from jaxstages.metrics import MetricsWriter, plain, read_metrics
+from jaxstages.models.lora import join
 from jaxstages.optim import make_schedule
 from jaxstages.process import freeze_objects
 from jaxstages.sharding import place_batch
@@ -101,7 +103,7 @@ class _Run:
         self._bench, self._config = bench, bench.stage.loop
         self._checkpoints, self._writer, self._signals, self._alive = checkpoints, writer, signals, alive
         self._stopping, self.stopping_state = stopping, start.stopping
-        self._parent = start.parent
+        self._parent, self._base = start.parent, start.base
         self._evaluate = make_evaluate(bench, self._between_batches)
         self._schedule = make_schedule(bench.stage.optim.schedule, self._config.steps)
         self._batches = batches_by_step(
@@ -137,7 +139,7 @@ class _Run:
 
     def steps(self, state: TrainState, first: int, last: int) -> tuple[TrainState, int]:
         """Steps first .. last - 1, or fewer if early stopping acts; the state, and the step that it is at."""
-        step_function, train_step = compile_step(self._bench)
+        step_function, train_step = compile_step(self._bench, self._base)
         self._alive(COMPILING)
         if not first:
             try:
@@ -282,11 +284,12 @@ class _Run:
             )
 
     def _report(self, state: TrainState, scores: bool) -> Report:
+        params = state.params if self._base is None else join(self._base, state.params, self._bench.stage.lora)
         try:
-            return self._evaluate(state.params, scores)
+            return self._evaluate(params, scores)
         except FloatingPointError:
             with jax.disable_jit():
-                self._evaluate(state.params, scores)  # raises again, where it happens
+                self._evaluate(params, scores)  # raises again, where it happens
             raise
 
     def _evaluate_at(self, step: int, state: TrainState) -> bool:
@@ -329,6 +332,7 @@ class _Run:
         meta = contract_of(self._bench) | {
             "stage": self._bench.name,
             "parent": self._parent,
+            "lora": recipes.to_dict(self._bench.stage.lora) if self._base is not None else None,
             "data": data_of(self._bench),
             "jax": jax.__version__,
             "carried": copy.deepcopy(self._carried),  # it is written while the loop goes on

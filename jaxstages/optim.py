@@ -115,7 +115,8 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
     schedule = make_schedule(config.schedule, steps)
 
     def decayed(params: Params) -> Params:
-        return jax.tree.map(lambda excepted: not excepted, path_matches(config.no_decay, params))
+        # DoRA's magnitudes are lengths, as a norm's scale is.
+        return jax.tree.map(lambda excepted: not excepted, path_matches((*config.no_decay, "magnitude$"), params))
 
     def frozen(params: Params) -> Params:
         return path_matches(config.freeze, params)

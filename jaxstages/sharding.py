@@ -24,6 +24,8 @@ RULES: dict[str, str | None] = {
     "position": None,
     "norm": None,
     "expert": None,
+    "rank": None,
+    "one": None,
 }
 """Logical axis of a parameter's dim -> axis of the mesh that splits it; None keeps it whole on every device."""
 

@@ -4,6 +4,9 @@
 2. a parent (by default the stage before, at its best step): parameters and metadata only, under the contract below;
 3. scratch, only where the recipe says so (`init_from="scratch"`; the first stage of a recipe has no parent).
 
+Of a stage that trains adapters (`lora.rank`), the parent's parameters are the base, which it reads anew at each start.
+As a parent, such a stage gives its base with the adapters merged into it.
+
 Anything else raises. The contract: tokenizer, control tokens, architecture and chat template are the parent's, its
 result is complete, and its parameters are those that its result names.
 """
@@ -12,18 +15,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxstages import config as recipes
-from jaxstages.checkpoint import Checkpoints, read_meta, read_params, stored_shapes
+from jaxstages.checkpoint import Checkpoints, read_meta, read_params, stored_params, stored_shapes
+from jaxstages.config import LoraConfig
 from jaxstages.console import say
-from jaxstages.data.chat import TEMPLATE
+from jaxstages.data.chat import chat_name
 from jaxstages.disk import Form, read_json
 from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
 from jaxstages.fingerprint import kind_of, named_leaves, params_sha256
 from jaxstages.manifest import Damaged
+from jaxstages.models import lora
 from jaxstages.step import init_state
 from jaxstages.types import Params, TrainState
-from jaxstages.workbench import Workbench
+from jaxstages.workbench import Workbench, base_shapes
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, result_file
 
 CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_template")
@@ -44,12 +50,13 @@ RESULT: Form = {
 
 class Start(NamedTuple):
     """parent: path, step and params_sha256 as they were read, or None from scratch. carried: totals of a resumed
-    loop."""
+    loop. base: what the adapters of the state lie beside, as it is held; None where all parameters are trained."""
 
     state: TrainState
     stopping: EarlyStoppingState
     parent: dict[str, Any] | None
     carried: dict[str, Any] | None = None
+    base: Params | None = None
 
 
 def contract_of(bench: Workbench) -> dict[str, Any]:
@@ -59,7 +66,7 @@ def contract_of(bench: Workbench) -> dict[str, Any]:
         "vocab_size": bench.tokenizer.vocab_size,
         "special_ids": list(bench.tokenizer.specials),
         "model": recipes.to_dict(bench.recipe.model),
-        "chat_template": TEMPLATE,
+        "chat_template": chat_name(bench.tokenizer),
     }
 
 
@@ -74,17 +81,26 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
         _check_contract(bench.stage_dir, found.meta, contract_of(bench))
         _check_data(bench, found.meta)
         check_lineage(bench.stage_dir, found.meta["parent"])
+        for line in recipes.differences(lora_of(found.meta), bench.stage.lora, f"config.{bench.name}.lora"):
+            raise ValueError(f"{bench.stage_dir} was begun with other adapters: {line}; set it back, or remove it")
+        base = None
+        if bench.base is not None:
+            base = _held(bench, read_base(bench.stage_dir, found.meta, bench, contract_of(bench)), bench.stage.lora)
         say(f"{bench.name}: resumes at step {found.meta['step']} of {bench.stage.loop.steps}", "cyan")
-        return Start(found.state, found.stopping, found.meta["parent"], found.meta["carried"])
+        return Start(found.state, found.stopping, found.meta["parent"], found.meta["carried"], base)
     parent = parent_folder(bench)
     if parent is None:
+        assert bench.base is None, "validate refuses adapters without a base"
         params = _from_scratch(bench)
         say(f"{bench.name}: starts from scratch, {_millions(params)} parameters new", "cyan")
         return Start(_fresh_state(bench, params), stopping.init(), None)
-    params, lineage = read_parent(parent, bench.shapes.params, contract_of(bench))
+    params, lineage = read_parent(parent, bench, contract_of(bench))
     say(f"{bench.name}: starts from {parent} at step {lineage['step']}, its best", "cyan")
     _report(bench, parent, lineage, params)
-    return Start(_fresh_state(bench, params), stopping.init(), lineage)
+    if bench.base is None:
+        return Start(_fresh_state(bench, params), stopping.init(), lineage)
+    base = _held(bench, params, bench.stage.lora)
+    return Start(_fresh_state(bench, _adapters(bench, base)), stopping.init(), lineage, base=base)
 
 
 def parent_folder(bench: Workbench) -> Path | None:
@@ -121,18 +137,56 @@ def parent_folder(bench: Workbench) -> Path | None:
             return Path(path)
 
 
-def read_parent(folder: Path, target: Params, contract: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
-    """The best parameters of a finished stage, and its lineage: path, step, params_sha256.
+def read_parent(folder: Path, bench: Workbench, contract: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+    """The best parameters of a finished stage, and its lineage: path, step, params_sha256. Of a stage that trained
+    adapters these are merged into its base, and the digest is that of the adapters.
 
     Raises:
-        ValueError: the stage is missing, unfinished, damaged or made for something else.
+        ValueError: the stage, or the base of its adapters, is missing, unfinished, damaged or made for something else.
     """
+    params, meta, lineage = read_trained(folder, bench, contract)
+    config = lora_of(meta)
+    if not config.rank:
+        return params, lineage
+    # A program of its own: in one with the merge, the compiler may leave out a rounding to bfloat16 and back.
+    base = _held(bench, read_base(folder, meta, bench, contract), config)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, bench.params)
+    return jax.jit(lambda b, a: lora.merge(b, a, config), out_shardings=shardings)(base, params), lineage
+
+
+def read_base(stage_dir: Path, meta: dict[str, Any], bench: Workbench, contract: dict[str, Any]) -> Params:
+    """The float32 parameters that the adapters of `stage_dir`, whose checkpoint says `meta`, began from.
+
+    Raises:
+        ValueError: they are not where they were, nor beside the stage; or as of `read_parent`.
+    """
+    parent = meta["parent"]
+    for place in _places(stage_dir, parent):
+        if result_file(place).exists() and finished(place)["params_sha256"] == parent["params_sha256"]:
+            return read_parent(place, bench, contract)[0]
+    raise ValueError(
+        f"{stage_dir} has adapters only; their base, {parent['path']} with params_sha256 "
+        f"{parent['params_sha256'][:12]}…, is neither there nor beside it; put it back"
+    )
+
+
+def lora_of(meta: dict[str, Any]) -> LoraConfig:
+    """How a checkpoint's adapters were made; rank 0 where it has none."""
+    return recipes.lora_from(meta["lora"]) or LoraConfig()
+
+
+def read_trained(
+    folder: Path, bench: Workbench, contract: dict[str, Any]
+) -> tuple[Params, dict[str, Any], dict[str, Any]]:
+    """What a finished stage trained, all parameters or adapters, as its best checkpoint has it; that checkpoint's
+    metadata; and the lineage. Raises as `read_parent`."""
     result = finished(folder)
     step = result["best_step"]
     try:
         meta = read_meta(checkpoint_folder(folder, step))
         _check_contract(folder, meta, contract)
-        params = read_params(folder, step, target)
+        whole = NamedSharding(bench.mesh, PartitionSpec())
+        params = read_params(folder, step, stored_params(meta, whole) if meta["lora"] else bench.params)
         digest = params_sha256(params)
         if digest != result["params_sha256"]:
             raise Damaged(
@@ -143,7 +197,7 @@ def read_parent(folder: Path, target: Params, contract: dict[str, Any]) -> tuple
         moved = [path for path in sorted(quarantine_folder(folder).glob(f"{step}.*")) if path.is_dir()]
         where = f" (it was moved to {moved[-1]})" if moved else ""
         raise Damaged(f"{error}{where}; put a good copy there, or remove {folder} to train that stage anew") from error
-    return params, {"path": str(folder), "step": step, "params_sha256": digest}
+    return params, meta, {"path": str(folder), "step": step, "params_sha256": digest}
 
 
 def finished(folder: Path) -> dict[str, Any]:
@@ -177,14 +231,17 @@ def check_lineage(stage_dir: Path, parent: dict[str, Any] | None) -> None:
     """Raises ValueError if the parent that a stage began from has been trained anew since."""
     if parent is None:
         return
-    # The run may have been moved, or is called from another folder: its parent then lies beside it.
-    places = (Path(parent["path"]), stage_dir.parent / Path(parent["path"]).name)
-    now = [finished(place)["params_sha256"] for place in places if result_file(place).exists()]
+    now = [finished(place)["params_sha256"] for place in _places(stage_dir, parent) if result_file(place).exists()]
     if now and parent["params_sha256"] not in now:
         raise ValueError(
             f"{stage_dir} began from {parent['path']} with params_sha256 {parent['params_sha256'][:12]}…, which is now "
             f"{now[0][:12]}…; remove {stage_dir} to train it on from there"
         )
+
+
+def _places(stage_dir: Path, parent: dict[str, Any]) -> tuple[Path, Path]:
+    """The run may have been moved, or is called from another folder: its parent then lies beside it."""
+    return Path(parent["path"]), stage_dir.parent / Path(parent["path"]).name
 
 
 def data_of(bench: Workbench) -> dict[str, list[str]]:
@@ -247,20 +304,42 @@ def _fresh_state(bench: Workbench, params: Params) -> TrainState:
     )(params)
 
 
+def _held(bench: Workbench, params: Params, config: LoraConfig) -> Params:
+    """Parameters that adapters lie beside, as these were trained beside them."""
+    if config.base == "float32":
+        return params
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, base_shapes(bench.model, bench.params, config, bench.mesh))
+    return jax.jit(lambda p: lora.hold(p, bench.model.axes, config.base), out_shardings=shardings)(params)
+
+
+def _adapters(bench: Workbench, base: Params) -> Params:
+    """Fresh ones, as the recipe says."""
+    key = jax.random.fold_in(jax.random.key(bench.recipe.seed), recipes.STAGES.index(bench.name))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, bench.shapes.params)
+    make = jax.jit(lambda k, b: lora.init(k, b, bench.model.axes, bench.stage.lora), out_shardings=shardings)
+    return make(key, base)
+
+
 def _millions(params: Params) -> str:
     return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.2f}M"
 
 
 def _report(bench: Workbench, parent: Path, lineage: dict[str, Any], params: Params) -> None:
     """Say what is inherited, and for each parameter that it was restored, or is new, or dropped."""
-    stored = stored_shapes(read_meta(checkpoint_folder(parent, lineage["step"])))
-    ours = named_leaves(params)
+    meta, ours = read_meta(checkpoint_folder(parent, lineage["step"])), named_leaves(params)
+    stored = {path: kind_of(leaf) for path, leaf in ours.items()} if meta["lora"] else stored_shapes(meta)
     say(
         f"  inherited: tokenizer {bench.tokenizer.sha256[:12]}…, {bench.tokenizer.vocab_size} tokens, chat template, "
         f"model {bench.recipe.model.layers} layers x {bench.recipe.model.width}, "
-        f"params {lineage['params_sha256'][:12]}…"
+        f"params {lineage['params_sha256'][:12]}…{', adapters merged into their base' if meta['lora'] else ''}"
     )
     for path in sorted(stored.keys() | ours):
         fate = "restored" if path in stored and path in ours else "new" if path in ours else "dropped"
         say(f"  {fate:8} {path}  {stored[path] if path in stored else kind_of(ours[path])}")
+    if bench.base is not None:
+        adapters, base = bench.shapes.params, bench.stage.lora.base
+        for path, leaf in named_leaves(adapters).items():
+            say(f"  new      {path}  {kind_of(leaf)}")
+        trained, whole = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (adapters, (params, adapters)))
+        say(f"  trains {trained:,} of {whole:,} parameters ({trained / whole:.2%}); the base is held in {base}")
     say(f"  new: the optimizer's state, step 0; {_millions(params)} parameters restored")

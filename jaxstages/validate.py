@@ -9,7 +9,16 @@ import string
 import typing
 from typing import Any
 
-from jaxstages.config import TASKS, ModelConfig, Recipe, StageConfig, check_type, stages
+from jaxstages.config import (
+    TASKS,
+    LoraConfig,
+    ModelConfig,
+    Recipe,
+    StageConfig,
+    check_type,
+    differences,
+    stages,
+)
 
 METRICS = ("bleu", "chrf", "exact_match", "accuracy", "macro_f1")
 CHOICES = {
@@ -26,6 +35,7 @@ CHOICES = {
     "optim.name": ("adamw", "adafactor", "lion", "muon", "sgd"),
     "early_stopping.mode": ("min", "max"),
     "loop.remat": ("none", "dots", "offload", "full", "auto"),
+    "lora.base": ("float32", "bfloat16", "int8"),
 }
 """Owner and field -> what it may be."""
 
@@ -40,7 +50,7 @@ AT_LEAST_ONE = (
     "data",
 )
 AT_MOST = {
-    **dict.fromkeys(("layers", "heads", "kv_heads", "head_dim", "accumulate", "fsdp", "tensor"), 2**14),
+    **dict.fromkeys(("layers", "heads", "kv_heads", "head_dim", "accumulate", "fsdp", "tensor", "rank"), 2**14),
     **dict.fromkeys(("context", "width", "ff_width", "vocab_size", "batch_size", "max_new_tokens"), 2**20),
     "spike_window": 2**20,
     "max_bytes": 2**40,
@@ -51,7 +61,7 @@ AT_MOST = {
 BELOW_ONE = ("beta1", "beta2", "dropout", "label_smoothing")
 POSITIVE = (
     *("peak_lr", "norm_eps", "rope_theta", "muon_lr_factor", "plateau_factor", "hang_seconds"),
-    *("factor", "low_frequency_factor", "high_frequency_factor"),
+    *("alpha", "factor", "low_frequency_factor", "high_frequency_factor"),
 )
 SHARES = ("holdout", "dropout", "max_bad_share", "beta1", "beta2", "label_smoothing", "end_factor", "decay_share")
 
@@ -81,7 +91,7 @@ def _check_text(path: str, name: str, value: str) -> None:
     try:
         if name in ("text", "prompt", "target"):
             list(string.Formatter().parse(value))
-        if name in ("no_decay", "freeze"):
+        if name in ("no_decay", "freeze", "targets"):
             re.compile(value)
     except (ValueError, re.error) as error:
         raise ValueError(f"{path}={reprlib.repr(value)}: {error}; mend it") from error
@@ -201,6 +211,23 @@ def _check_model(model: ModelConfig) -> None:
         raise ValueError(f"config.model.experts: activation={model.activation!r} must be swiglu or geglu")
 
 
+def _check_lora(name: str, stage: StageConfig, imported: bool) -> None:
+    lora, where = stage.lora, f"config.{name}.lora"
+    if not lora.rank:
+        for line in differences(LoraConfig(), lora, where):
+            raise ValueError(f"{line} does not apply to {where}.rank=0, full fine-tuning; set rank to 8, say")
+        return
+    if not lora.targets:
+        raise ValueError(f"{where}.targets is empty; name matrices to adapt, such as ('attention/query/kernel',)")
+    if stage.init_from == "scratch" or (name == "pretrain" and stage.init_from == "parent" and not imported):
+        raise ValueError(
+            f"{where}.rank={lora.rank}: adapters need a base, and {name} starts from scratch; set rank to 0, or "
+            f"config.{name}.init_from to WORKDIR/STAGE of another run"
+        )
+    if stage.optim.name == "muon":
+        raise ValueError(f"config.{name}.optim.name='muon' is for whole matrices, not for adapters; take 'adamw'")
+
+
 def validate(recipe: Recipe, imported: bool = False) -> None:
     """Raises ValueError, one line that names the field, its value and the remedy, for a recipe that can't be run.
 
@@ -222,6 +249,7 @@ def validate(recipe: Recipe, imported: bool = False) -> None:
         raise ValueError('config.tokenizer.path is empty; kind "file" needs the path of a tokenizer.json')
     for name, stage in stages(recipe).items():
         _check_stage(name, stage)
+        _check_lora(name, stage, imported)
         generates = recipe.prompts or (stage.data.task != "classify" and stage.evaluation.metrics)
         if generates and stage.evaluation.max_new_tokens >= recipe.model.context:
             raise ValueError(

@@ -1,36 +1,41 @@
 """What a stage works with, made from its part of the recipe: mesh, tokenizer, model, optimizer and prepared data."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from jaxstages import config as recipes
 from jaxstages import hosts
-from jaxstages.config import EvaluationConfig, LoopConfig, ModelConfig, Recipe, StageConfig
+from jaxstages.config import EvaluationConfig, LoopConfig, LoraConfig, ModelConfig, Recipe, StageConfig
 from jaxstages.console import say
 from jaxstages.data.prepare import Prepared, items_of, prepare
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import texts
-from jaxstages.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, make_tokenizer
+from jaxstages.fingerprint import named_leaves
+from jaxstages.models import lora
 from jaxstages.models.attention import Attend
 from jaxstages.models.kernels import Shape, choose_attend, machine_of
 from jaxstages.models.transformer import make_model, reaches_of
 from jaxstages.optim import check_patterns, make_optimizer
 from jaxstages.sharding import check_batch_size, like_params, make_mesh, param_shardings
 from jaxstages.step import init_state
-from jaxstages.types import Model, TrainState
+from jaxstages.types import Model, Params, TrainState
 from jaxstages.workdir import tokenizer_file
 
 
 class Workbench(NamedTuple):
-    """attend: what the model attends with. shapes: the train state as shapes with shardings; nothing is computed for
-    them."""
+    """attend: what the model attends with. params, shapes: the model's parameters, and the train state, as shapes with
+    shardings; nothing is computed for them. base: of a stage that trains adapters, which are the state's parameters,
+    the parameters as they are held; else None."""
 
     name: str
     recipe: Recipe
@@ -41,6 +46,8 @@ class Workbench(NamedTuple):
     attend: Attend | None
     model: Model
     tx: optax.GradientTransformationExtraArgs
+    params: Params
+    base: Params | None
     shapes: TrainState
     train: list[Prepared]
     held_out: list[Prepared]
@@ -59,8 +66,10 @@ def open_tokenizer(recipe: Recipe, workdir: Path) -> Tokenizer:
     path = tokenizer_file(workdir)
     if path.exists():
         return load_tokenizer(path)
-    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir), path)
-    say(f"tokenizer: {recipe.tokenizer.kind}, {tokenizer.vocab_size} tokens, {path}")
+    pairs = any(stage.data.task in ("seq2seq", "classify") for stage in recipes.stages(recipe).values())
+    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir), path, separator=pairs)
+    how = "its own chat template" + f", {SEPARATOR} for pairs" * pairs if tokenizer.template else "our chat template"
+    say(f"tokenizer: {recipe.tokenizer.kind}, {tokenizer.vocab_size} tokens, {how}, {path}")
     return tokenizer
 
 
@@ -122,7 +131,7 @@ def _check_numbers() -> None:
 def _import_stage(known: dict[str, StageConfig], with_data: bool) -> StageConfig:
     """What was imported is looked at as the recipe's first stage would; without one, it can go on with a text."""
     if known:
-        return next(iter(known.values()))
+        return dataclasses.replace(next(iter(known.values())), lora=LoraConfig())
     if with_data:
         raise ValueError("the recipe has no stage, and so no data; name a recipe that has with --config=FILE")
     devices = jax.device_count()
@@ -151,6 +160,7 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
     attend = _attend(recipe.model, mesh, [*train, *held_out])
     model = make_model(recipe.model, tokenizer.vocab_size, attend=attend)
     tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
+    params = params_shapes(model, mesh)
     return Workbench(
         name=name,
         recipe=recipe,
@@ -161,6 +171,8 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
         attend=attend,
         model=model,
         tx=tx,
+        params=params,
+        base=base_shapes(model, params, stage.lora, mesh) if stage.lora.rank else None,
         shapes=state_shapes(model, tx, stage, mesh),
         train=train,
         held_out=held_out,
@@ -191,12 +203,35 @@ def _attend(config: ModelConfig, mesh: Mesh, rows: list[Prepared]) -> Attend | N
     return lambda query, key, value, segments, reach: choices[reach].attend(query, key, value, segments, reach)
 
 
+def params_shapes(model: Model, mesh: Mesh) -> Params:
+    """The model's parameters as shapes with shardings."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return _placed(shapes, param_shardings(shapes, model.axes, mesh))
+
+
+def base_shapes(model: Model, params: Params, config: LoraConfig, mesh: Mesh) -> Params:
+    """The same, of the parameters that adapters lie beside, as they are held."""
+    held = jax.eval_shape(lambda p: lora.hold(p, model.axes, config.base), params)
+    return _placed(held, param_shardings(held, lora.held_axes(model.axes, config.base), mesh))
+
+
 def state_shapes(model: Model, tx: optax.GradientTransformationExtraArgs, stage: StageConfig, mesh: Mesh) -> TrainState:
     """The train state as shapes with shardings; the optimizer's state is split as its parameters are."""
-    state = jax.eval_shape(lambda key: init_state(model.init(key), tx, stage.optim.spike_window), jax.random.key(0))
-    check_patterns("optim.freeze", stage.optim.freeze, state.params)
-    params = param_shardings(state.params, model.axes, mesh)
-    shardings = like_params(state, state.params, params, mesh)
+    config = stage.lora
+
+    def trained(key: Array) -> Params:
+        params = model.init(key)
+        return lora.init(key, params, model.axes, config) if config.rank else params
+
+    state = jax.eval_shape(lambda key: init_state(trained(key), tx, stage.optim.spike_window), jax.random.key(0))
+    # What adapters lie beside may be named too: it stays as it is anyway.
+    beside = jax.eval_shape(model.init, jax.random.key(0)) if config.rank else {}
+    check_patterns("optim.freeze", stage.optim.freeze, named_leaves(state.params) | named_leaves(beside))
+    axes = lora.adapter_axes(model.axes, config) if config.rank else model.axes
+    return _placed(state, like_params(state, state.params, param_shardings(state.params, axes, mesh), mesh))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )

@@ -12,6 +12,7 @@ FLOORS = [
         *("manifest", "fingerprint"),
         *(
             "data.sources",
+            "data.template",
             "data.tokenizer",
             "data.prefetch",
             "models.primitives",
@@ -23,7 +24,7 @@ FLOORS = [
             "models.lora",
         ),
     },
-    {"models.transformer", "data.chat", "data.tasks", "data.packing"},
+    {"models.transformer", "data.answers", "data.chat", "data.tasks", "data.packing"},
     {"step", "checkpoint", "data.prepare", "data.pipeline", "decode"},
     {"workbench", "start", "evaluate", "compilation"},
     {"loop"},
@@ -34,12 +35,14 @@ FLOORS = [
 """Floor 0 first. A name stands for a module, or for a folder with all that is in it."""
 
 SAME_FLOOR = {"data.tasks": {"data.chat"}, "data.packing": {"data.tasks"}, "decode.label": {"data.pipeline"}}
+SAME_FLOOR |= {"data.tokenizer": {"data.template"}, "data.chat": {"data.answers"}}
 SAME_FLOOR |= {
     "data.pipeline": {"data.prepare"},
     "start": {"workbench"},
     "evaluate": {"workbench"},
     "compilation": {"workbench"},
 }
+SAME_FLOOR |= {"models.lora": {"models.primitives"}}
 SAME_FLOOR |= {"models.attention": {"models.primitives"}, "models.kernels": {"models.attention"}}
 SAME_FLOOR |= {"__main__": {"main"}, "types": {"guard"}, "hosts": {"signals"}}
 """What may look sideways: a module to its neighbour that stands, in the table of DESIGN, before it."""
@@ -49,7 +52,7 @@ HOMES = {
     "grain": {"data.pipeline", "data.prepare"},
     "orbax": {"checkpoint"},
     "tokenizers": {"data.tokenizer"},
-    "jinja2": {"data.chat"},
+    "jinja2": {"data.template"},
     "sacrebleu": {"metrics"},
     "tensorboardX": {"metrics"},
     "tensorflow_datasets": {"data.sources", "world"},

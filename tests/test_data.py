@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxstages.config import DataConfig, TokenizerConfig
-from jaxstages.data.chat import check_messages, encode_chat
+from jaxstages.data.chat import check_messages, make_chat
 from jaxstages.data.packing import best_fit, lay_out, pack
-from jaxstages.data.tasks import Example, assemble, is_held_out, render, texts
+from jaxstages.data.tasks import Example, is_held_out, make_task, render
 from jaxstages.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, make_tokenizer
 from tests.tiny import example
 
@@ -82,8 +82,8 @@ def test_render() -> None:
 
 
 def encoded(tokenizer: Tokenizer, record: dict, config: DataConfig, context: int):
-    found = texts(record, config)
-    return assemble(record, found, tokenizer.encode_batch(found), config.task, tokenizer.specials, context)
+    task = make_task(config, tokenizer, context)
+    return task.finish([task.draft(record)])[0]
 
 
 @hypothesis.given(text=st.text(min_size=1, max_size=200).filter(str.strip), context=st.integers(2, 40))
@@ -122,7 +122,9 @@ CHAT = [
 
 def test_chat_trains_on_the_assistant_and_its_end_tokens(tokenizer: Tokenizer) -> None:
     contents = tokenizer.encode_batch([m["content"] for m in CHAT])
-    ids, weights = (np.concatenate(part) for part in encode_chat(CHAT, contents, tokenizer.specials))
+    chat = make_chat(tokenizer)
+    [written] = chat.encode(CHAT)
+    ids, weights = written.ids, written.weights
     special = tokenizer.specials
     scored = ids[weights > 0].tolist()
     assert scored == [*contents[2].tolist(), special.end_of_turn, *contents[4].tolist(), special.end_of_turn]

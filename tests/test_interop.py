@@ -120,7 +120,7 @@ def test_where_each_tensor_goes(tmp_path: Path) -> None:
     from jaxstages.workbench import open_workbench
 
     bench = open_workbench(resolve_recipe(None, tmp_path / "a"), "import", tmp_path / "a", with_data=False)
-    params, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
     attention = params["layers"]["attention"]
     fused = tensors["model.layers.1.self_attn.qkv_proj.weight"]
     np.testing.assert_array_equal(attention["query"]["kernel"][1, :, 1, :], fused[8:16].T)

@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from jaxstages.data.pipeline import batches_by_step, batches_once, local_rows
 from jaxstages.data.prefetch import prefetch
 from jaxstages.data.prepare import Prepared, prepare
 from jaxstages.data.sources import open_source
+from jaxstages.data.tasks import Encoded, Task
 from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
 from jaxstages.types import Batch
 
@@ -145,16 +147,21 @@ def test_a_gzip_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
 def test_all_masked_and_nothing_masked_data_are_refused(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "target": "b"}])
     source, config = open_source(str(pairs), tmp_path), DataConfig(task="seq2seq")
-    assemble = preparing.assemble
+    make_task = preparing.make_task
     for name, weight, complaint in (("none", 0.0, "every token is masked"), ("all", 1.0, "no token is masked")):
 
-        def masked(*args: object, weight: float = weight) -> object:
-            found = assemble(*args)
-            return found._replace(
-                examples=[e._replace(weights=np.full_like(e.weights, weight)) for e in found.examples]
-            )
+        def masked(*args: Any, weight: float = weight) -> Task:
+            task = make_task(*args)
 
-        monkeypatch.setattr(preparing, "assemble", masked)
+            def finish(drafts: Any) -> list[Encoded]:
+                return [
+                    one._replace(examples=[e._replace(weights=np.full_like(e.weights, weight)) for e in one.examples])
+                    for one in task.finish(drafts)
+                ]
+
+            return task._replace(finish=finish)
+
+        monkeypatch.setattr(preparing, "make_task", masked)
         with pytest.raises(ValueError, match=complaint):
             prepare(source, "train", config, tokenizer, 32, tmp_path / name)
 

@@ -6,18 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
 
 from jaxstages import manifest
-from jaxstages.checkpoint import read_meta, read_params, steps_of, stored_shapes
+from jaxstages.checkpoint import read_meta, read_params, steps_of, stored_params
 from jaxstages.config import HELD
 from jaxstages.console import say
 from jaxstages.fingerprint import named_leaves, saved_kind
 from jaxstages.start import finished
-from jaxstages.types import Params
 from jaxstages.workdir import checkpoint_folder, quarantine_folder, result_file
 
 
@@ -119,13 +117,5 @@ def _meta_of(workdir: Path, name: str) -> dict[str, Any]:
 def _params_of(workdir: Path, name: str, meta: dict[str, Any]) -> dict[str, jax.Array]:
     """Path -> parameter, all on one device."""
     stage, _, step = name.partition("/")
-    target: Params = {}
-    for path, text in stored_shapes(meta).items():
-        dtype, _, dims = text.removesuffix("]").partition("[")
-        shape = tuple(int(dim) for dim in dims.split(", ") if dim)
-        *folders, leaf = path.split("/")
-        place = target
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[leaf] = jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=SingleDeviceSharding(jax.devices()[0]))
+    target = stored_params(meta, SingleDeviceSharding(jax.devices()[0]))
     return named_leaves(read_params(workdir / stage, int(step), target))

@@ -19,7 +19,7 @@ def evaluate(recipe: Recipe, workdir: Path, stage: str | None) -> None:
         return
     finished(workdir / stage)
     bench = open_workbench(recipe, stage, workdir)
-    params, lineage = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench))
     report = make_evaluate(bench)(params, True)
     values = {name: plain(value) for name, value in report.metrics.items()}
     if bench.stage.data.task == "lm":

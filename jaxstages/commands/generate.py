@@ -44,11 +44,11 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
     name = stage or last_finished(recipe, workdir)
     finished(workdir / name)
     bench = open_workbench(recipe, name, workdir, with_data=False)
-    params, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
     answer = make_answer(
         bench, max_new_tokens=request.max_new_tokens, temperature=request.temperature, seed=request.seed
     )
-    texts = answer(params, [prompt_ids(bench, prompt) for prompt in prompts])
+    texts = answer(params, prompt_ids(bench, prompts))
     lines = [
         json.dumps({"prompt": prompt, "text": text, "tokens": len(bench.tokenizer.encode(text))}, ensure_ascii=False)
         for prompt, text in zip(prompts, texts, strict=True)

@@ -23,7 +23,7 @@ from jaxstages.console import Progress, say
 from jaxstages.data.packing import pack
 from jaxstages.data.prefetch import prefetch
 from jaxstages.data.sources import Item, Record, Source
-from jaxstages.data.tasks import Question, asks, assemble, is_held_out, texts
+from jaxstages.data.tasks import Question, Task, asks, is_held_out, make_task
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.disk import hold, make_folder, put, read_json, write_json, write_text
 
@@ -195,10 +195,12 @@ def _write_shards(
     Threads are enough: the tokenizer, which takes most of the time, holds no lock of Python's.
     """
 
+    task = make_task(config, tokenizer, context)
+
     def make(numbered: tuple[int, list[Item]]) -> int:
         shard, block = numbered
         if not _shard_file(folder, shard).exists():
-            _write_shard(folder, shard, block, config, tokenizer, context)
+            _write_shard(folder, shard, block, task, tokenizer.vocab_size, context)
         return len(block)
 
     progress = Progress(f"prepare {source.name} ({part}): records", source.records)
@@ -210,25 +212,19 @@ def _write_shards(
     return shards
 
 
-def _write_shard(
-    folder: Path, shard: int, block: list[Item], config: DataConfig, tokenizer: Tokenizer, context: int
-) -> None:
+def _write_shard(folder: Path, shard: int, block: list[Item], task: Task, vocab_size: int, context: int) -> None:
     """Encode and pack a block; the shard's JSON comes last and makes it count."""
     kept, bad = [], []
     for item in block:
         try:
             if item.record is None:
                 raise ValueError(item.fault)
-            kept.append((item.where, item.record, texts(item.record, config)))
+            kept.append((item.where, task.draft(item.record)))
         except ValueError as error:
             bad.append(f"{item.where}: {str(error)[:MOST_SAID]}")
-    ids = iter(tokenizer.encode_batch([text for _, _, found in kept for text in found]))
-    encoded = [
-        assemble(record, found, [next(ids) for _ in found], config.task, tokenizer.specials, context)
-        for _, record, found in kept
-    ]
+    encoded = task.finish([draft for _, draft in kept])
     examples = [example for one in encoded for example in one.examples]
-    places = [where for (where, _, _), one in zip(kept, encoded, strict=True) for _ in one.examples]
+    places = [where for (where, _), one in zip(kept, encoded, strict=True) for _ in one.examples]
     rows, groups = pack(examples, context)
     fresh = _rows_file(folder, shard).with_suffix(".tmp")
     writer = ArrayRecordWriter(str(fresh), "group_size:1")  # one record a group: read at random places
@@ -239,7 +235,7 @@ def _write_shard(
     write_text(_where_file(folder, shard), "".join("\t".join(places[i] for i in group) + "\n" for group in groups))
     targets = np.concatenate([np.zeros(0, np.int32), *(example.ids[1:] for example in examples)])
     weights = np.concatenate([np.zeros(0), *(example.weights[1:] for example in examples)])
-    counts = np.bincount(targets, weights, minlength=tokenizer.vocab_size)
+    counts = np.bincount(targets, weights, minlength=vocab_size)
     _save_array(folder / f"counts-{shard:05}.npy", counts)
     statistics = {
         "records": len(block),

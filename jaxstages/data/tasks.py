@@ -5,18 +5,21 @@
 | lm                | <|endoftext|> text <|endoftext|>                     | all but the first   |
 | seq2seq, classify | <|endoftext|> prompt <|sep|> target <|endoftext|>    | target and the end  |
 | chat              | see `data/chat.py`                                   | assistant, its end  |
+
+A tokenizer with a chat template of its own begins with its `begin` (it may be nothing), and ends with its eos.
 """
 
 import hashlib
 import string
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxstages.config import DataConfig
-from jaxstages.data.chat import chat_prompt, check_messages, encode_chat
+from jaxstages.data.chat import Chat, Draft, Written, check_messages, make_chat, tools_of
 from jaxstages.data.sources import Record
-from jaxstages.data.tokenizer import Specials
+from jaxstages.data.tokenizer import SEPARATOR, Tokenizer
 
 
 class Example(NamedTuple):
@@ -82,7 +85,7 @@ def asks(record: Record, config: DataConfig) -> str:
         case "seq2seq" | "classify":
             return render(config.prompt, record)
         case "chat":
-            return next(m["content"] for m in check_messages(record) if m["role"] == "user")
+            return next(m["content"] for m in check_messages(record, tools=True) if m["role"] == "user")
         case _:
             raise ValueError(f"data.task={config.task!r}; known: lm, seq2seq, classify, chat")
 
@@ -94,7 +97,7 @@ def is_held_out(question: str, share: float) -> bool:
 
 
 def texts(record: Record, config: DataConfig) -> list[str]:
-    """What has to be tokenized of a record, so that many records can be tokenized at once.
+    """The text of a record, as it stands there: what a tokenizer learns from.
 
     Raises:
         ValueError: the record does not fit the task.
@@ -105,12 +108,16 @@ def texts(record: Record, config: DataConfig) -> list[str]:
         case "seq2seq" | "classify":
             found = [render(config.prompt, record), render(config.target, record)]
         case "chat":
-            found = [message["content"] for message in check_messages(record)]
+            found = [message["content"] or "" for message in check_messages(record, tools=True)]
         case _:
             raise ValueError(f"data.task={config.task!r}; known: lm, seq2seq, classify, chat")
-    for text in (*found, _kind(record)):
-        text.encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
+    _check_text(*found, _kind(record))
     return found
+
+
+def _check_text(*found: str) -> None:
+    for text in found:
+        text.encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
 
 
 def _kind(record: Record) -> str:
@@ -121,48 +128,78 @@ def _kind(record: Record) -> str:
     return str(kind)
 
 
-def assemble(
-    record: Record, found: list[str], ids: list[np.ndarray], task: str, special: Specials, context: int
-) -> Encoded:
-    """A record's `texts` and their ids as examples of at most `context` + 1 ids (that many fill `context` slots).
+class Task(NamedTuple):
+    """What becomes of records. draft: all of it but the tokens; raises ValueError for a record that does not fit.
+    finish: tokenizes many drafts at once, over all cores."""
+
+    draft: Callable[[Record], Any]
+    finish: Callable[[Sequence[Any]], list[Encoded]]
+
+
+def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
+    """Records as examples of at most `context` + 1 ids (that many fill `context` slots).
 
     Text is cut into pieces that overlap by one token, so that each token is predicted once. A pair that does not fit
     is left out; a chat is cut after the last whole answer that fits.
     """
-    most = context + 1
-    if task == "lm":
-        document = np.concatenate([[special.end_of_text], ids[0], [special.end_of_text]]).astype(np.int32)
-        pieces = [document[start : start + most] for start in range(0, len(document) - 1, context)]
-        return Encoded([Example(piece, _scored_after(1, len(piece))) for piece in pieces], None, 0)
-    if task == "chat":
-        return _assemble_chat(record, ids, special, most)
-    start = pair_prompt(ids[0], special)
-    pair = np.concatenate([start, ids[1], [special.end_of_text]]).astype(np.int32)
-    question = Question(start, found[1], _kind(record))
-    if len(pair) > most:
-        return Encoded([], question, len(pair))
-    return Encoded([Example(pair, _scored_after(len(start), len(pair)))], question, 0)
+    if config.task == "chat":
+        return _chat_task(make_chat(tokenizer), context + 1)
+    end = tokenizer.specials.end_of_text
+
+    def draft(record: Record) -> tuple[list[str], str]:
+        return texts(record, config), _kind(record)
+
+    def finish(drafts: Sequence[tuple[list[str], str]]) -> list[Encoded]:
+        ids = iter(tokenizer.encode_batch([text for found, _ in drafts for text in found]))
+        return [encode(found, [next(ids) for _ in found], kind) for found, kind in drafts]
+
+    def encode(found: list[str], ids: list[np.ndarray], kind: str) -> Encoded:
+        if config.task == "lm":
+            document = np.concatenate([tokenizer.begin, ids[0], [end]]).astype(np.int32)
+            pieces = [document[start : start + context + 1] for start in range(0, len(document) - 1, context)]
+            return Encoded([Example(piece, _scored_after(1, len(piece))) for piece in pieces], None, 0)
+        start = pair_prompt(ids[0], tokenizer)
+        pair = np.concatenate([start, ids[1], [end]]).astype(np.int32)
+        question = Question(start, found[1], kind)
+        if len(pair) > context + 1:
+            return Encoded([], question, len(pair))
+        return Encoded([Example(pair, _scored_after(len(start), len(pair)))], question, 0)
+
+    return Task(draft, finish)
 
 
-def pair_prompt(prompt: np.ndarray, special: Specials) -> list[int]:
+def pair_prompt(prompt: np.ndarray, tokenizer: Tokenizer) -> list[int]:
     """Ids of what is given, up to where the target has to come."""
-    return [special.end_of_text, *prompt.tolist(), special.separator]
+    if tokenizer.specials.separator < 0:
+        raise ValueError(
+            f"this run's tokenizer has no {SEPARATOR}, which pairs need: it was taken over when no stage had any; take "
+            "another --workdir"
+        )
+    return [*tokenizer.begin, *prompt.tolist(), tokenizer.specials.separator]
 
 
 def _scored_after(start: int, length: int) -> np.ndarray:
     return (np.arange(length) >= start).astype(np.float32)
 
 
-def _assemble_chat(record: Record, contents: list[np.ndarray], special: Specials, most: int) -> Encoded:
-    messages = record["messages"]
-    ids, weights = encode_chat(messages, contents, special)
-    ends = np.cumsum([len(turn) for turn in ids])
-    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-    last = answers[-1]
-    question = Question(chat_prompt(ids[:last], special), messages[last]["content"], _kind(record))
-    fitting = [n for n in answers if ends[n] <= most]
-    if not fitting:
-        return Encoded([], question, int(ends[-1]))
-    kept = fitting[-1] + 1
-    example = Example(np.concatenate(ids[:kept]), np.concatenate(weights[:kept]))
-    return Encoded([example], question, int(ends[last] - ends[kept - 1]))
+def _chat_task(chat: Chat, most: int) -> Task:
+    def draft(record: Record) -> tuple[Draft, str]:
+        messages = check_messages(record, chat.uses_tools)
+        found, kind = chat.draft(messages, tools_of(record) if chat.uses_tools else None), _kind(record)
+        _check_text(*found.texts, kind)
+        return found, kind
+
+    def finish(drafts: Sequence[tuple[Draft, str]]) -> list[Encoded]:
+        written = chat.finish([found for found, _ in drafts])
+        return [encode(*pair, ones) for pair, ones in zip(drafts, written, strict=True)]
+
+    def encode(found: Draft, kind: str, ones: list[Written]) -> Encoded:
+        asked = ones[-1].ids[: ones[-1].answers[-1][0]].tolist()
+        examples, lost = [], 0
+        for one in ones:
+            kept = max((stop for _, stop in one.answers if stop <= most), default=0)
+            lost += one.answers[-1][1] - kept
+            examples += [Example(one.ids[:kept], one.weights[:kept])] if kept else []
+        return Encoded(examples, Question(asked, found.reference, kind), lost)
+
+    return Task(draft, finish)

@@ -3,21 +3,26 @@
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxstages.config import TokenizerConfig
-from jaxstages.disk import write_text
+from jaxstages.data.template import make_render
+from jaxstages.disk import read_json, write_json, write_text
 
 
 class Specials(NamedTuple):
-    """Ids of the control tokens. Text never yields one of them: they are put between encoded texts, as ids."""
+    """Ids of the control tokens. Text never yields one of them: they are put between encoded texts, as ids.
+
+    A tokenizer with a chat template of its own names its own end of a text and of a turn here, and needs no more: -1.
+    """
 
     end_of_text: int
     separator: int
@@ -28,6 +33,7 @@ class Specials(NamedTuple):
 
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|sep|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+SEPARATOR = SPECIAL_TOKENS[1]
 UNKNOWN = "<|unknown|>"
 """Only in a character tokenizer: a character that its training text did not have."""
 
@@ -40,11 +46,16 @@ its memory a hundredfold with the other, where text has no spaces (DNA, base64).
 
 
 class Tokenizer(NamedTuple):
-    """backend: of the `tokenizers` library. sha256: of the `tokenizer.json` that it was read from."""
+    """backend: of the `tokenizers` library. sha256: of the files that it was read from. begin: ids that a document, or
+    a prompt, begins with. template: Jinja that chats are written by; "" is ours. bos, eos: as the template is told."""
 
     backend: tokenizers.Tokenizer
     specials: Specials
     sha256: str
+    begin: tuple[int, ...]
+    template: str
+    bos: str
+    eos: str
 
     @property
     def vocab_size(self) -> int:
@@ -68,7 +79,7 @@ class Tokenizer(NamedTuple):
         with _refused("this tokenizer can't decode; take another"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def show(self, ids: Sequence[int]) -> str:
+    def show(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids for people: control tokens by name. Ids are shown together, for a letter may be several tokens."""
         with _refused("this tokenizer can't decode; take another"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -77,8 +88,9 @@ class Tokenizer(NamedTuple):
         """float32 [V]: UTF-8 bytes of text that each token stands for; 0 for control tokens."""
         byte_level = '"ByteLevel"' in json.dumps(json.loads(self.backend.to_str())["decoder"])
         sizes = np.zeros(self.vocab_size, np.float32)
+        control = {*_special_tokens(self.backend), UNKNOWN}
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
-            if i in self.specials or token == UNKNOWN:
+            if token in control:
                 continue
             # A byte-level vocabulary spells each byte as one character; a SentencePiece one marks spaces by U+2581.
             one_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token)
@@ -136,8 +148,142 @@ def _batches(pieces: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]
         yield batch
 
 
+class Sealed(NamedTuple):
+    """A tokenizer's second face, for text that a template wrote: there its control tokens go by secret names, so that
+    nothing else in the text can be one.
+
+    names: secret name of each control token. special: those that no text of anybody's may yield; the others (Qwen's
+    <think>) are an assistant's words too. cut: a name that no token crosses, and that yields no id itself. seamless:
+    whether a cut leaves what follows as it is; SentencePiece's would put a space there.
+    """
+
+    names: dict[str, str]
+    special: frozenset[str]
+    cut: str
+    seamless: bool
+    backend: tokenizers.Tokenizer
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """int32 [3, n] of each text: ids, and the letters, first and last + 1, that they stand for."""
+        cut, found = self.backend.token_to_id(self.cut), []
+        for batch in _batches(enumerate(texts)):
+            with _refused("this tokenizer can't encode the data; take another"):
+                encodings = self.backend.encode_batch([text for _, text in batch], add_special_tokens=False)
+            for one in encodings:
+                table = np.concatenate([[one.ids], np.reshape(one.offsets, (-1, 2)).T]).astype(np.int32)
+                found.append(table[:, table[0] != cut])
+        return found
+
+
+def seal(tokenizer: Tokenizer) -> Sealed:
+    """Control are the special tokens, and those of the other added ones that the tokenizer's template writes."""
+    secret = secrets.token_hex(16)
+    special = frozenset(_special_tokens(tokenizer.backend))
+    added = tokenizer.backend.get_added_tokens_decoder()
+    names = {
+        token.content: f"<|{secret}-{i}|>"
+        for i, token in added.items()
+        if token.content in special or (token.content.strip() and token.content in tokenizer.template)
+    }
+    content = json.loads(tokenizer.backend.to_str())
+    model, cut = content["model"], f"<|{secret}-cut|>"
+    match model["vocab"]:
+        case dict() as vocab:
+            model["vocab"] = {names.get(token, token): i for token, i in vocab.items()}
+        case pieces:
+            model["vocab"] = [[names.get(token, token), score] for token, score in pieces]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    content["post_processor"] = None  # it would take spaces off the offsets
+    with _refused("this tokenizer's control tokens can't be told from its text; take another"):
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        moved = [t for t, name in names.items() if backend.token_to_id(name) != tokenizer.backend.token_to_id(t)]
+        if moved:
+            raise ValueError(f"{moved[0]!r} has another id without its name")
+    backend.add_special_tokens([cut])
+    seamless = not any("\u2581" in token for token in backend.encode(f"{cut}a", add_special_tokens=False).tokens)
+    return Sealed(names, special, cut, seamless, backend)
+
+
+def _special_tokens(backend: tokenizers.Tokenizer) -> list[str]:
+    """Control tokens by name, longest first."""
+    found = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    return sorted(found, key=len, reverse=True)
+
+
+class _Dialect(NamedTuple):
+    """What stands of a tokenizer beside its `tokenizer.json`."""
+
+    bos: str
+    eos: str
+    add_bos: bool
+    template: str
+
+
+def _config_file(path: Path) -> Path:
+    return path.with_name("tokenizer_config.json")
+
+
+def _read_dialect(path: Path, backend: tokenizers.Tokenizer) -> _Dialect | None:
+    """From the files beside a `tokenizer.json`; None if there is none. What they call control tokens becomes so."""
+    found: dict[str, Any] = {}
+    for file in (path.with_name("special_tokens_map.json"), _config_file(path)):
+        if file.is_file():
+            content = read_json(file)
+            if not isinstance(content, dict):
+                raise ValueError(f"{file} is no JSON object")
+            found |= {name: value for name, value in content.items() if value is not None}
+    if path.with_name("chat_template.jinja").is_file():
+        found["chat_template"] = path.with_name("chat_template.jinja").read_text(encoding="utf-8")
+    if not found:
+        return None
+
+    def text_of(name: str, part: str) -> str:
+        value = found.get(name, "")
+        value = value.get(part) if isinstance(value, dict) else value
+        if not isinstance(value, str):
+            raise ValueError(f"{name} in {_config_file(path)} is no text: {str(value)[:50]}")
+        return value
+
+    named: Any = found.get("chat_template")
+    if isinstance(named, list):
+        templates = {entry["name"]: entry["template"] for entry in named}
+        if "default" not in templates:
+            raise ValueError(
+                f"{_config_file(path)} has the chat templates {', '.join(templates)}, and none that is the default; "
+                "put the one you want into chat_template.jinja beside it"
+            )
+        found["chat_template"] = templates["default"]
+    bos, eos = text_of("bos_token", "content"), text_of("eos_token", "content")
+    listed = {int(i): token for i, token in found.get("added_tokens_decoder", {}).items()}
+    control = [token["content"] for i, token in listed.items() if token.get("special")]
+    known = {token for token in (bos, eos, *control) if token and backend.token_to_id(token) is not None}
+    backend.add_special_tokens(sorted(known - {*_special_tokens(backend)}))
+    with _refused(f"{path} can't encode; take another"):
+        puts_bos = backend.encode("").ids[:1] == [backend.token_to_id(bos)]
+    return _Dialect(bos, eos, bool(found.get("add_bos_token", puts_bos)), text_of("chat_template", "default"))
+
+
+def _foreign_specials(backend: tokenizers.Tokenizer, dialect: _Dialect, path: Path) -> Specials:
+    """The end of a text is its eos; that of a turn, the control token that its template writes after an answer, or eos
+    where it writes none."""
+    eos, answer = backend.token_to_id(dialect.eos), "a test of where an answer ends"
+    if eos is None:
+        raise ValueError(f"{_config_file(path)}: eos_token {dialect.eos!r} is no token of {path.name}")
+    messages = [{"role": "user", "content": "a test"}, {"role": "assistant", "content": answer}]
+    text = make_render(dialect.template, dialect.bos, dialect.eos)(messages, None, False).text
+    if answer not in text:
+        raise ValueError(f"the chat template of {path} does not write an answer as it is")
+    ends = re.findall("|".join(map(re.escape, _special_tokens(backend))), text.rpartition(answer)[2])
+    end, separator = backend.token_to_id(ends[0]) if ends else eos, backend.token_to_id(SEPARATOR)
+    assert end is not None, ends
+    return Specials(eos, -1 if separator is None else separator, -1, -1, -1, end)
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json` that has our control tokens.
+    """Read a `tokenizer.json` that has our control tokens, or a chat template of its own in the config beside it.
 
     Raises:
         ValueError: no such file, not a tokenizer, or control tokens are missing.
@@ -158,6 +304,23 @@ def _parse(content: bytes, path: Path) -> tokenizers.Tokenizer:
 
 def _open(content: bytes, path: Path) -> Tokenizer:
     backend = _parse(content, path)
+    dialect = _read_dialect(path, backend)
+    digest = hashlib.sha256(content + (json.dumps(dialect).encode() if dialect else b"")).hexdigest()
+    template, bos, eos = (dialect.template, dialect.bos, dialect.eos) if dialect is not None else ("", "", "")
+    specials = _foreign_specials(backend, dialect, path) if dialect and template else _our_specials(backend, path)
+    begin = () if template else (specials.end_of_text,)
+    if dialect is not None and dialect.add_bos:
+        found = backend.token_to_id(bos)
+        if found is None:
+            raise ValueError(f"{_config_file(path)}: bos_token {bos!r} is no token of {path.name}")
+        begin = (found,)
+    backend.encode_special_tokens = True  # a user's "<|end|>" is text, never control
+    backend.no_padding()
+    backend.no_truncation()
+    return Tokenizer(backend, specials, digest, begin, template, bos, eos)
+
+
+def _our_specials(backend: tokenizers.Tokenizer, path: Path) -> Specials:
     found = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
     ids = [i for i in found if i is not None]
     if len(ids) < len(found):
@@ -165,17 +328,16 @@ def _open(content: bytes, path: Path) -> Tokenizer:
         raise ValueError(f"{path} lacks the control tokens {', '.join(missing)}; let `jaxstages prepare` make it")
     if len(set(ids)) < len(ids):
         raise ValueError(f"{path}: control tokens share an id: {dict(zip(SPECIAL_TOKENS, ids, strict=True))}")
-    backend.encode_special_tokens = True  # a user's "<|end|>" is text, never control
-    backend.no_padding()
-    backend.no_truncation()
-    return Tokenizer(backend, Specials(*ids), hashlib.sha256(content).hexdigest())
+    return Specials(*ids)
 
 
-def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path) -> Tokenizer:
+def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path, separator: bool = False) -> Tokenizer:
     """Train on `texts`, or take the file that the recipe names, and write it to `path`.
 
-    To a tokenizer from elsewhere our control tokens are added at the end of its vocabulary where it lacks them.
+    To a tokenizer from elsewhere our control tokens are added at the end of its vocabulary where it lacks them. If it
+    has a chat template (see `_read_dialect`), it needs none but the separator, and that only for tasks of pairs.
     """
+    dialect = None
     match config.kind:
         case "bpe":
             backend = tokenizers.Tokenizer(models.BPE())
@@ -200,14 +362,26 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path) ->
             backend.add_special_tokens(list(SPECIAL_TOKENS))
         case "file":
             source = Path(config.path)
+            if source.suffix == ".model":
+                raise ValueError(
+                    f"config.tokenizer.path={config.path!r} is SentencePiece's; convert it to a tokenizer.json first "
+                    "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OUT), of transformers, writes one)"
+                )
             if not source.is_file():
                 raise ValueError(f"config.tokenizer.path={config.path!r}: no such file")
             backend = _parse(source.read_bytes(), source)
-            backend.add_special_tokens([t for t in SPECIAL_TOKENS if backend.token_to_id(t) is None])
+            dialect = _read_dialect(source, backend)
+            ours = SPECIAL_TOKENS if not (dialect and dialect.template) else (SEPARATOR,) if separator else ()
+            backend.add_special_tokens([t for t in ours if backend.token_to_id(t) is None])
         case _:
             raise ValueError(f"tokenizer.kind={config.kind!r}; known: bpe, characters, file")
+    if dialect is None:
+        _config_file(path).unlink(missing_ok=True)
     content = backend.to_str(pretty=True)
     # Before it is kept: one that can't be used must not stay in the workdir.
     tokenizer = _open(content.encode(), Path(config.path or path))
+    if dialect is not None:  # first: where there is a tokenizer.json, it has its config
+        names = ("bos_token", "eos_token", "add_bos_token", "chat_template")
+        write_json(_config_file(path), dict(zip(names, dialect, strict=True)))
     write_text(path, content)
     return tokenizer

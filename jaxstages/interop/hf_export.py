@@ -58,11 +58,11 @@ def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"--to={to} is there already, and not empty; name another folder")
     bench = open_workbench(recipe, stage, workdir, with_data=False)
-    rows = bench.shapes.params["embedding"].shape[0]
+    rows = bench.params["embedding"].shape[0]
     family, config = choose_family(dataclasses.replace(recipe.model, vocab_size=rows))
-    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(bench.shapes.params).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(bench.params).items()}
     places = places_of(family, shapes)
-    params, lineage = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench))
     if dtype == "bfloat16":
         params = _rounded(params)
     logits_of = _make_logits(bench)
@@ -89,7 +89,7 @@ def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most
         "model type": family.model_type,
         "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}",
         "dtype": dtype,
-        "params_sha256": f"`{lineage['params_sha256']}`",
+        "params_sha256": f"`{digest}`",
         "recipe": f"`{json.dumps(recipes.to_dict(recipe.model))}`",
     }
     write_text(fresh / "README.md", write_card(recipe, bench.stage_dir, facts, licence_of(kept_source(workdir))))
@@ -142,7 +142,7 @@ def _check(
     found = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     places = places_of(found.family, shapes)
     stored = match(places, shapes, open_folder(folder), found.model.vocab_size, str(folder))
-    params = load(Plan(places, shapes, stored, found.model.vocab_size), bench.shapes.params)
+    params = load(Plan(places, shapes, stored, found.model.vocab_size), bench.params)
     again = params_sha256(params)
     worst = float(np.max(np.abs(logits_of(params) - logits)))
     if again != digest or worst > 1e-5 * max(1.0, float(np.max(np.abs(logits)))):

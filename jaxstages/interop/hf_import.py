@@ -150,7 +150,7 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
     bench = open_workbench(recipe, IMPORT, workdir, with_data=False)
     plan = make_plan(bench, found, stored, folder)
     grown = _grown(bench, plan.rows)
-    params = load(plan, bench.shapes.params)
+    params = load(plan, bench.params)
     files = digests(folder)
     source_meta = {
         "folder": str(folder),
@@ -165,6 +165,7 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
         "parent": None,
         "data": {},
         "jax": jax.__version__,
+        "lora": None,
         "carried": {"tokens": 0, "seconds": 0.0, "best": {}},
     }
     with Checkpoints(stage_dir, 1) as checkpoints:
@@ -239,7 +240,7 @@ class Plan(NamedTuple):
 
 def make_plan(bench: Workbench, found: Described, stored: dict[str, Stored], folder: Path) -> Plan:
     """What is read into which parameter, checked by names and shapes before anything is read."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(bench.shapes.params).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(bench.params).items()}
     full = dict(shapes)
     if "position_embedding" in full:
         full["position_embedding"] = (found.positions, *full["position_embedding"][1:])

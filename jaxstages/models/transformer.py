@@ -18,7 +18,7 @@ from jaxstages.config import ModelConfig
 from jaxstages.models.activations import KNOWN, activate
 from jaxstages.models.attention import Attend, Reach, attend_cached, attend_in_tiles, attend_packed, cache_mask
 from jaxstages.models.experts import mix_experts
-from jaxstages.models.lora import ADAPTER, adapt
+from jaxstages.models.lora import ADAPTER, SCALE, UP, adapt, kernel_of
 from jaxstages.models.primitives import last_dim, linear, normalize
 from jaxstages.models.rope import frequencies_of, rotate
 from jaxstages.types import Batch, Headless, Model, Params
@@ -100,7 +100,7 @@ class Norm(nn.Module):
 
 class Projection(nn.Module):
     """A linear map of the last dims, as many as `names` has before those of `features`, with an adapter where there is
-    one beside the kernel (`lora.py`)."""
+    one beside the kernel, which may be held in another form (`lora.py`)."""
 
     config: ModelConfig
     platform: str
@@ -114,12 +114,13 @@ class Projection(nn.Module):
         inputs, dtype = len(self.names) - len(self.features), jnp.dtype(self.config.dtype)
         rows, shape = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
         kernel: Any = self.param("kernel", _kernel(*self.names, scale=self.scale), (*shape, *self.features))
-        kernel_IO, x_MI = kernel.astype(dtype).reshape(math.prod(shape), -1), x.astype(dtype).reshape(*rows, -1)
-        out = linear(x_MI, kernel_IO, self.platform)
-        adapter = {n: self.get_variable("params", n) for n in ADAPTER if self.has_variable("params", n)}
-        if adapter:
+        beside = {n: self.get_variable("params", n) for n in (SCALE, *ADAPTER) if self.has_variable("params", n)}
+        kernel_IO = kernel_of({"kernel": kernel} | beside).reshape(math.prod(shape), -1)
+        x_MI = x.astype(dtype).reshape(*rows, -1)
+        out = linear(x_MI, kernel_IO.astype(dtype), self.platform)
+        if UP in beside:
             flat = (math.prod(rows), -1)
-            out = adapt(out.reshape(flat), x_MI.reshape(flat), kernel_IO, adapter)
+            out = adapt(out.reshape(flat), x_MI.reshape(flat), kernel_IO, beside, self.platform)
         out = out.reshape(*rows, *self.features)
         if not (self.bias or self.config.bias):
             return out

@@ -13,7 +13,7 @@ from jaxstages import config as recipes
 from jaxstages import hosts
 from jaxstages.config import Recipe
 from jaxstages.console import say
-from jaxstages.data.chat import chat_prompt, encode_chat
+from jaxstages.data.chat import make_chat
 from jaxstages.data.tasks import pair_prompt
 from jaxstages.disk import write_json
 from jaxstages.evaluate import make_answer, make_evaluate
@@ -23,17 +23,15 @@ from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import result_file
 
 
-def prompt_ids(bench: Workbench, text: str) -> list[int]:
-    """A person's text as the stage was taught to meet it: text to go on with, a prompt, or a user's message."""
-    special, ids = bench.tokenizer.specials, bench.tokenizer.encode(text)
-    match bench.stage.data.task:
-        case "lm":
-            return [special.end_of_text, *ids.tolist()]
-        case "chat":
-            turns, _ = encode_chat([{"role": "user", "content": text}], [ids], special)
-            return chat_prompt(turns, special)
-        case _:
-            return pair_prompt(ids, special)
+def prompt_ids(bench: Workbench, texts: list[str]) -> list[list[int]]:
+    """Each text of a person as the stage was taught to meet it: text to go on with, a prompt, or a user's message."""
+    if bench.stage.data.task == "chat":
+        chat = make_chat(bench.tokenizer)
+        return [chat.prompt([{"role": "user", "content": text}], None) for text in texts]
+    found = bench.tokenizer.encode_batch(texts)
+    if bench.stage.data.task == "lm":
+        return [[*bench.tokenizer.begin, *ids.tolist()] for ids in found]
+    return [pair_prompt(ids, bench.tokenizer) for ids in found]
 
 
 def columns_of(bench: Workbench) -> list[str]:
@@ -58,7 +56,7 @@ def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
         rows = {recipes.IMPORT: open_workbench(recipe, recipes.IMPORT, workdir, with_data=False)} | benches
     for checkpoint, bench in rows.items():
         say(f"stage matrix: {checkpoint} on every stage's held-out data", "cyan")
-        params, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+        params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
         row = []
         for name, judge in benches.items():
             report = evaluates[name](params, True)
@@ -66,7 +64,7 @@ def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
             signatures |= set(report.signatures)
         values.append(row)
         answers[checkpoint] = (
-            make_answer(bench)(params, [prompt_ids(bench, text) for text in recipe.prompts]) if recipe.prompts else []
+            make_answer(bench)(params, prompt_ids(bench, list(recipe.prompts))) if recipe.prompts else []
         )
     prompts = [
         {"prompt": prompt, "answers": {name: answers[name][i] for name in rows}}

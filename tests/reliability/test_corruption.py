@@ -193,7 +193,7 @@ def test_a_damaged_parent_is_refused(kept: Kept, tmp_path: Path, request: pytest
             file = dice.choice(kept.files(result["best_step"]))
             harmed = harm(kept, stage_dir, result["best_step"], file, dice.choice(KINDS), dice)
         try:
-            params, lineage = read_parent(stage_dir, kept.bench.shapes.params, contract_of(kept.bench))
+            params, lineage = read_parent(stage_dir, kept.bench, contract_of(kept.bench))
         except ValueError:
             ends["refused"] += 1
         else:

@@ -126,7 +126,7 @@ def test_the_recipe_is_still_read(run: Path) -> None:
 def test_finished_stages_are_read_as_they_were_written(run: Path, name: str) -> None:
     bench = open_workbench(resolve_recipe(None, run), name, run)
     result = read_json(bench.stage_dir / "result.json")
-    params, lineage = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench))
     assert params_sha256(params) == result["params_sha256"] == lineage["params_sha256"]
     assert lineage["step"] == result["best_step"]
 

@@ -57,7 +57,7 @@ class Pair:
         rewrite(self.best, change)
 
     def read(self) -> None:
-        read_parent(self.parent, self.bench.shapes.params, self.contract)
+        read_parent(self.parent, self.bench, self.contract)
 
     def train(self) -> None:
         train(self.recipe, self.work, "finetune")
