@@ -93,7 +93,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "gemma3_text", "olmo2", "qwen3_moe", "mixtral", "arcee"])
 def test_import_export_import_is_the_same_tensors(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tensors = write_folder(tmp_path / "one", config_of(kind))
     assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
