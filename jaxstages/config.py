@@ -13,6 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STAGES = ("pretrain", "finetune", "instruct")
+IMPORT = "import"
+"""The stage of a workdir that holds weights from elsewhere; it comes before all others, and no recipe has it."""
+
+HELD = (IMPORT, *STAGES)
+"""What of a workdir may have checkpoints."""
+
 TASKS = ("lm", "seq2seq", "classify", "chat")
 
 
@@ -273,7 +279,8 @@ class StageConfig:
     """In training, embeddings get uniform noise of this over `sqrt(tokens of the example * width)` (Jain et al. 2023);
     5 is usual, 0 is none."""
     init_from: str = "parent"
-    """ "parent" (the stage before, in this workdir), "scratch", or `WORKDIR/STAGE` of another run."""
+    """ "parent" (the stage before, in this workdir, or what was imported into it), "scratch", `WORKDIR/STAGE` of
+    another run, or `hf:FOLDER`, which is imported into this workdir and gives the model and the tokenizer."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,16 +13,20 @@ commands:
              what a run has kept, whether it can be trusted, and how two differ     [--stage]
   generate   answers as JSON lines: --prompt=TEXT or --prompts=FILE.jsonl            [--stage --max_new_tokens
              --temperature --seed --out]
+  import     a folder of Hugging Face's form (--from=DIR) becomes WORKDIR/import, which all stages and commands take
+  export     a stage's best checkpoint becomes such a folder (--to=DIR)               [--stage --dtype]
 
 flags:
   --workdir=DIR            where the run lives
   --config=FILE[:VARIANT]  the recipe, such as configs/demo.py; not needed where DIR has a recipe.json
   --config.FIELD=VALUE     change a field of it: --config.pretrain.optim.schedule.peak_lr=3e-4
-  --stage=NAME             pretrain, finetune or instruct
+  --stage=NAME             import, pretrain, finetune or instruct
   --prompt=TEXT, --prompts=FILE.jsonl ({"prompt": ...} a line), --out=FILE.jsonl
   --max_new_tokens=N       at most (default: the recipe's)
   --temperature=T          0, the default, takes the likeliest token
   --seed=S                 for temperatures above 0
+  --from=DIR, --to=DIR     where weights of others lie; where ours are to be written
+  --dtype=NAME             of the exported weights: float32 (the default) or bfloat16
   --coordinator=HOST:PORT, --processes=N, --process=I
                            in training, one process of several: number 0 listens there for the others
   --debug_nans             in training: end at the first operation that gives a NaN, and name it (slow)
@@ -55,7 +59,8 @@ from jaxstages.commands.inspect import inspect
 from jaxstages.commands.prepare import prepare_all
 from jaxstages.commands.recipe import resolve_recipe
 from jaxstages.commands.train import Place, train, train_all
-from jaxstages.config import STAGES, Recipe
+from jaxstages.commands.transfer import export_model, import_model
+from jaxstages.config import HELD, STAGES, Recipe
 from jaxstages.types import Diverged, Interrupted
 
 FLAGS_OF = {
@@ -63,6 +68,8 @@ FLAGS_OF = {
     **dict.fromkeys(("run", *STAGES), ("debug_nans", *Place._fields)),
     **dict.fromkeys(("inspect", "evaluate", "checkpoints"), ("stage",)),
     "generate": ("stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
+    "import": ("from",),
+    "export": ("stage", "to", "dtype"),
 }
 """Command -> the flags that it takes beside --config and --workdir."""
 
@@ -70,13 +77,16 @@ FLAGS_OF = {
 def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     """All flags of the program; what --config names is loaded when `argv` is parsed."""
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
-    flags.DEFINE_enum("stage", None, STAGES, "which stage", flag_values=values)
+    flags.DEFINE_enum("stage", None, HELD, "which stage", flag_values=values)
     flags.DEFINE_string("prompt", None, "text to answer", flag_values=values)
     flags.DEFINE_string("prompts", None, "JSON lines with a prompt each", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 0, "at most; 0 is the recipe's", flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of sampling", flag_values=values)
     flags.DEFINE_string("out", None, "where to write JSON lines", flag_values=values)
+    flags.DEFINE_string("from", None, "folder to import", flag_values=values)
+    flags.DEFINE_string("to", None, "folder to export to", flag_values=values)
+    flags.DEFINE_string("dtype", "float32", "of exported weights", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many there are", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("process", None, "number of this one", flag_values=values, lower_bound=0)
@@ -146,6 +156,9 @@ def _dispatch(argv: list[str]) -> None:
         checkpoints(workdir, values.stage, words)
         return
     jax.config.update("jax_debug_nans", values.debug_nans)
+    if command == "import":
+        import_model(given, workdir, values["from"].value)
+        return
     recipe = resolve_recipe(given, workdir)
     match command:
         case "run":
@@ -159,6 +172,8 @@ def _dispatch(argv: list[str]) -> None:
         case "generate":
             request = Request(*(getattr(values, name) for name in Request._fields))
             generate(recipe, workdir, values.stage, request)
+        case "export":
+            export_model(recipe, workdir, values.stage, values.to, values.dtype)
         case stage:
             train(recipe, workdir, stage, _place(values))
 

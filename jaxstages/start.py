@@ -35,6 +35,9 @@ from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_
 CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_template")
 """What a stage's metadata must have in common with its parent's."""
 
+CHOSEN = ("context", "dtype", "dropout", "unroll")
+"""Fields of the model in which a stage may differ from the import that it starts from."""
+
 RESULT: Form = {
     "status": (str,),
     "steps": (int,),
@@ -112,6 +115,8 @@ def parent_folder(bench: Workbench) -> Path | None:
         case "parent":
             names = list(recipes.stages(bench.recipe))
             place = names.index(bench.name)
+            if not place and result_file(bench.workdir / recipes.IMPORT).exists():
+                return bench.workdir / recipes.IMPORT
             if not place and bench.name == "pretrain":
                 return None
             if not place:
@@ -120,6 +125,8 @@ def parent_folder(bench: Workbench) -> Path | None:
                     'WORKDIR/STAGE of another run, or to "scratch"'
                 )
             return bench.workdir / names[place - 1]
+        case path if path.startswith("hf:"):
+            return bench.workdir / recipes.IMPORT
         case path:
             later = recipes.STAGES[recipes.STAGES.index(bench.name) :]
             if Path(path).resolve() in [(bench.workdir / name).resolve() for name in later]:
@@ -199,7 +206,7 @@ def finished(folder: Path) -> dict[str, Any]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the parent {folder} is no folder; name WORKDIR/STAGE of a run")
     if not file.exists():
-        if folder.name not in recipes.STAGES:
+        if folder.name not in recipes.HELD:
             raise ValueError(f"the parent {folder} is no finished stage, it has no {file.name}; name WORKDIR/STAGE")
         state = "is not finished" if checkpoints_folder(folder).exists() else "was not trained"
         raise ValueError(
@@ -210,6 +217,14 @@ def finished(folder: Path) -> dict[str, Any]:
         return read_json(file, RESULT)
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from error
+
+
+def last_finished(recipe: recipes.Recipe, workdir: Path) -> str:
+    """The latest stage of the recipe that is finished, or else the import. Raises ValueError if there is none."""
+    done = [name for name in (recipes.IMPORT, *recipes.stages(recipe)) if result_file(workdir / name).exists()]
+    if not done:
+        raise ValueError(f"{workdir} has no finished stage; train one with `jaxstages run --workdir={workdir}`")
+    return done[-1]
 
 
 def check_lineage(stage_dir: Path, parent: dict[str, Any] | None) -> None:
@@ -257,6 +272,8 @@ def _check_contract(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) 
     # A field of the model that the checkpoint's version did not have yet: it did what is the default now.
     theirs = theirs | {"model": _flat(recipes.to_dict(recipes.ModelConfig())) | _flat(theirs["model"])}
     ours = ours | {"model": _flat(ours["model"])}
+    if theirs["stage"] == recipes.IMPORT:  # what makes no other parameters is the stage's own choice
+        theirs["model"] |= {name: ours["model"][name] for name in CHOSEN}
     for name in CONTRACT:
         old, new = theirs[name], ours[name]
         if old != new:

@@ -228,10 +228,14 @@ def _check_lora(name: str, stage: StageConfig) -> None:
         raise ValueError(f"config.{name}.optim.name='muon' is for whole matrices, not for adapters; take 'adamw'")
 
 
-def validate(recipe: Recipe) -> None:
-    """Raises ValueError, one line that names the field, its value and the remedy, for a recipe that can't be run."""
+def validate(recipe: Recipe, imported: bool = False) -> None:
+    """Raises ValueError, one line that names the field, its value and the remedy, for a recipe that can't be run.
+
+    Args:
+        imported: there are weights from elsewhere: it needs no stage.
+    """
     _check_tree(recipe, "config")
-    if not stages(recipe):
+    if not stages(recipe) and not imported:
         raise ValueError("the recipe has no stage; set pretrain, finetune or instruct")
     _check_model(recipe.model)
     attention = recipe.model.attention

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jaxstages import config as recipes
 from jaxstages import hosts
-from jaxstages.config import LoraConfig, ModelConfig, Recipe, StageConfig
+from jaxstages.config import EvaluationConfig, LoopConfig, LoraConfig, ModelConfig, Recipe, StageConfig
 from jaxstages.console import say
 from jaxstages.data.prepare import Prepared, items_of, prepare
 from jaxstages.data.sources import open_source
@@ -127,6 +127,16 @@ def _check_numbers() -> None:
         )
 
 
+def _import_stage(known: dict[str, StageConfig], with_data: bool) -> StageConfig:
+    """What was imported is looked at as the recipe's first stage would; without one, it can go on with a text."""
+    if known:
+        return next(iter(known.values()))
+    if with_data:
+        raise ValueError("the recipe has no stage, and so no data; name a recipe that has with --config=FILE")
+    devices = jax.device_count()
+    return StageConfig(loop=LoopConfig(batch_size=devices), evaluation=EvaluationConfig(batch_size=devices))
+
+
 def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = True) -> Workbench:
     """Everything that stage `name` needs but its starting state; without data it serves to generate only.
 
@@ -134,6 +144,8 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
         ValueError: the recipe has no such stage, or a part of it does not fit the mesh or the data.
     """
     known = recipes.stages(recipe)
+    if name == recipes.IMPORT:
+        known = {recipes.IMPORT: _import_stage(known, with_data)}
     if name not in known:
         raise ValueError(f"recipe {recipe.name!r} has no stage {name}; it has {', '.join(known)}")
     stage = known[name]

@@ -116,7 +116,7 @@ def test_imports_go_down() -> None:
     for name, path in modules().items():
         for target in ours(path):
             if floor_of(target) < floor_of(name) or any(
-                within(name, g) and within(target, g) for g in ("world", "commands")
+                within(name, g) and within(target, g) for g in ("world", "commands", "interop")
             ):
                 continue
             sideways = target in SAME_FLOOR.get(name, set())

@@ -120,7 +120,7 @@ def test_the_flags_are_frozen() -> None:
     define_flags(values, [])
     assert set(values) == {
         *("workdir", "config", "stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
-        *("debug_nans", "coordinator", "processes", "process"),
+        *("debug_nans", "coordinator", "processes", "process", "from", "to", "dtype"),
     }
 
 

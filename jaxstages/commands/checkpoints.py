@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jaxstages import manifest
 from jaxstages.checkpoint import read_meta, read_params, steps_of, stored_params
-from jaxstages.config import STAGES
+from jaxstages.config import HELD
 from jaxstages.console import say
 from jaxstages.fingerprint import named_leaves, saved_kind
 from jaxstages.start import finished
@@ -25,7 +25,7 @@ def checkpoints(workdir: Path, stage: str | None, words: Sequence[str]) -> None:
     Raises:
         ValueError: an unknown action or checkpoint; after "verify", damage.
     """
-    folders = [workdir / name for name in ([stage] if stage else STAGES) if steps_of(workdir / name)]
+    folders = [workdir / name for name in ([stage] if stage else HELD) if steps_of(workdir / name)]
     match list(words):
         case ["diff", one, other]:
             _diff(workdir, one, other)
@@ -108,8 +108,8 @@ def _diff(workdir: Path, one: str, other: str) -> None:
 
 def _meta_of(workdir: Path, name: str) -> dict[str, Any]:
     stage, _, step = name.partition("/")
-    if stage not in STAGES or not step.isdecimal() or int(step) not in steps_of(workdir / stage):
-        known = [f"{stage}/{step}" for stage in STAGES for step in steps_of(workdir / stage)]
+    if stage not in HELD or not step.isdecimal() or int(step) not in steps_of(workdir / stage):
+        known = [f"{stage}/{step}" for stage in HELD for step in steps_of(workdir / stage)]
         raise ValueError(f"no checkpoint {name!r} in {workdir}; there are {', '.join(known) or 'none'}")
     return read_meta(checkpoint_folder(workdir / stage, int(step)))
 

@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxstages import config as recipes
 from jaxstages.config import Recipe
 from jaxstages.data.sources import open_source
 from jaxstages.evaluate import make_answer
 from jaxstages.report.matrix import prompt_ids
-from jaxstages.start import contract_of, finished, read_parent
+from jaxstages.start import contract_of, finished, last_finished, read_parent
 from jaxstages.workbench import open_workbench
-from jaxstages.workdir import result_file
 
 
 class Request(NamedTuple):
@@ -43,7 +41,7 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"prompt {prompt[:50]!r} is no text: {error}") from error
-    name = stage or _last_finished(recipe, workdir)
+    name = stage or last_finished(recipe, workdir)
     finished(workdir / name)
     bench = open_workbench(recipe, name, workdir, with_data=False)
     params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
@@ -59,13 +57,6 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
         Path(request.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     else:
         sys.stdout.write("\n".join(lines) + "\n")
-
-
-def _last_finished(recipe: Recipe, workdir: Path) -> str:
-    done = [name for name in recipes.stages(recipe) if result_file(workdir / name).exists()]
-    if not done:
-        raise ValueError(f"{workdir} has no finished stage; train one with `jaxstages run --workdir={workdir}`")
-    return done[-1]
 
 
 def _read_prompts(file: Path) -> list[str]:

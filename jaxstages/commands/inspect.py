@@ -27,7 +27,7 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
     """
     with lock(workdir):
         keep_recipe(recipe, workdir)
-        bench = open_workbench(recipe, stage or next(iter(recipes.stages(recipe))), workdir)
+        bench = open_workbench(recipe, stage or next(iter(recipes.stages(recipe)), recipes.IMPORT), workdir)
     console = Console(soft_wrap=True, highlight=False)
     batches = batches_by_step(
         bench.train, batch_size=bench.stage.loop.batch_size, seed=recipe.seed, weights=bench.stage.data.weights

@@ -7,6 +7,7 @@ from typing import Any
 from jaxstages import config as recipes
 from jaxstages.config import Recipe
 from jaxstages.disk import read_json, write_json
+from jaxstages.interop.hf_import import adopted
 from jaxstages.validate import validate
 from jaxstages.workdir import checkpoints_folder, result_file, tokenizer_file
 
@@ -16,15 +17,21 @@ FREE = (".loop.stop_after", ".loop.log_every", ".loop.keep", ".evaluation.batch_
 VERSIONS = ("jaxstages", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
 
 
-def resolve_recipe(given: Recipe | None, workdir: Path) -> Recipe:
-    """The recipe to use, validated. Nothing is written.
+def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False) -> Recipe:
+    """The recipe to use, validated, with the model of what is imported, or is to be. Nothing is written.
+
+    Args:
+        importing: a recipe without stages will do, as it does where something was imported.
 
     Raises:
         ValueError: there is none, it is not valid, or it changes what a trained stage depends on.
     """
     file = workdir / "recipe.json"
+    importing = importing or result_file(workdir / recipes.IMPORT).exists()
     if given is not None:
-        validate(given)
+        validate(given, importing)
+        given = adopted(given, workdir)
+        validate(given, importing)
     if not file.is_file():
         if given is None:
             raise ValueError(f"{workdir} has no recipe.json; name a recipe with --config=configs/demo.py")
@@ -35,7 +42,7 @@ def resolve_recipe(given: Recipe | None, workdir: Path) -> Recipe:
     try:
         kept = recipes.from_dict(content["recipe"])
         if given is None:
-            validate(kept)
+            validate(kept, importing)
             return kept
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error

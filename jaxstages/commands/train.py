@@ -10,6 +10,7 @@ from jaxstages import hosts
 from jaxstages.commands.recipe import keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.console import say
+from jaxstages.interop.hf_import import bring, source_of
 from jaxstages.report.matrix import stage_matrix
 from jaxstages.stages import finetune, instruct, pretrain
 from jaxstages.start import check_lineage, finished
@@ -37,6 +38,8 @@ def train(recipe: Recipe, workdir: Path, name: str, place: Place | None = None) 
 def train_all(recipe: Recipe, workdir: Path, place: Place | None = None) -> None:
     """All stages of the recipe, one after the other, and then the stage matrix."""
     names = list(recipes.stages(recipe))
+    if not names:
+        raise ValueError("the recipe has no stage to run; name one that has with --config=FILE")
     with _ready(recipe, workdir, names, place):
         if all(_train(recipe, workdir, name) for name in names):
             stage_matrix(recipe, workdir)
@@ -52,6 +55,7 @@ def _ready(recipe: Recipe, workdir: Path, names: list[str], place: Place | None)
         if place is None or place.process == 0:
             held.enter_context(lock(workdir))
             keep_recipe(recipe, workdir)
+            _import(recipe, workdir, place)
             prepare_stages(recipe, workdir, names)
         if place is not None:
             hosts.join(*place)
@@ -61,6 +65,15 @@ def _ready(recipe: Recipe, workdir: Path, names: list[str], place: Place | None)
             hosts.leave()
             raise
         hosts.leave()
+
+
+def _import(recipe: Recipe, workdir: Path, place: Place | None) -> None:
+    """What the recipe starts from, where that is a folder of Hugging Face's form."""
+    if (source := source_of(recipe)) is None:
+        return
+    if place is not None and not result_file(workdir / recipes.IMPORT).exists():
+        raise ValueError(f"of several processes none imports; run `jaxstages import --from={source}` first, in one")
+    bring(recipe, workdir, source)
 
 
 def _train(recipe: Recipe, workdir: Path, name: str) -> bool:

@@ -28,7 +28,8 @@ def frequencies_of(part: AttentionConfig, kind: str) -> Float[np.ndarray, " P"]:
         return np.zeros(half, np.float32)
     own = kind == "local" and part.local_rope_theta > 0
     theta = part.local_rope_theta if own else part.rope_theta
-    plain = np.float32(theta) ** (-np.arange(half, dtype=np.float32) / np.float32(half))
+    # Rounded as the field's models were trained: at position 1000 one bit here is 1e-4 of a radian.
+    plain = np.float32(1.0) / np.float32(theta) ** (np.arange(half, dtype=np.float32) / np.float32(half))
     return plain if own else _scaled(plain, part.rope_scaling)
 
 
@@ -39,9 +40,9 @@ def _scaled(plain: np.ndarray, scaling: RopeScalingConfig) -> np.ndarray:
         case "linear":
             return (plain / scaling.factor).astype(np.float32)
         case "llama3":
-            turns = scaling.trained_context * plain / (2.0 * np.pi)
+            turns = scaling.trained_context / (np.float32(2.0 * np.pi) / plain)
             low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
             kept = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1 is as it was, 0 is scaled
-            return (kept * plain + (1.0 - kept) * plain / scaling.factor).astype(np.float32)
+            return ((1.0 - kept) * plain / scaling.factor + kept * plain).astype(np.float32)
         case _:
             raise ValueError(f"rope_scaling.kind={scaling.kind!r}; known: none, linear, llama3")

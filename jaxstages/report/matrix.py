@@ -20,6 +20,7 @@ from jaxstages.evaluate import make_answer, make_evaluate
 from jaxstages.metrics import plain
 from jaxstages.start import contract_of, finished, read_parent
 from jaxstages.workbench import Workbench, open_workbench
+from jaxstages.workdir import result_file
 
 
 def prompt_ids(bench: Workbench, texts: list[str]) -> list[list[int]]:
@@ -50,7 +51,10 @@ def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
     evaluates = {name: make_evaluate(bench) for name, bench in benches.items()}
     columns = [f"{name}/{metric}" for name, bench in benches.items() for metric in columns_of(bench)]
     values, signatures, answers = [], set(), {}
-    for checkpoint, bench in benches.items():
+    rows = benches
+    if result_file(workdir / recipes.IMPORT).exists():
+        rows = {recipes.IMPORT: open_workbench(recipe, recipes.IMPORT, workdir, with_data=False)} | benches
+    for checkpoint, bench in rows.items():
         say(f"stage matrix: {checkpoint} on every stage's held-out data", "cyan")
         params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
         row = []
@@ -63,11 +67,11 @@ def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
             make_answer(bench)(params, prompt_ids(bench, list(recipe.prompts))) if recipe.prompts else []
         )
     prompts = [
-        {"prompt": prompt, "answers": {name: answers[name][i] for name in benches}}
+        {"prompt": prompt, "answers": {name: answers[name][i] for name in rows}}
         for i, prompt in enumerate(recipe.prompts)
     ]
     matrix = {
-        "checkpoints": list(benches),
+        "checkpoints": list(rows),
         "columns": columns,
         "values": values,
         "prompts": prompts,

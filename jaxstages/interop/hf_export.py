@@ -1,0 +1,197 @@
+"""A finished stage -> a folder of Hugging Face's form, which checks itself: what was written is read back, and gives
+the same parameters and the same logits.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxstages import config as recipes
+from jaxstages import hosts
+from jaxstages.config import Recipe
+from jaxstages.console import Progress, say
+from jaxstages.data.tokenizer import SPECIAL_TOKENS
+from jaxstages.disk import make_folder, read_json, sync, write_json, write_text
+from jaxstages.fingerprint import named_leaves, params_sha256
+from jaxstages.interop.card import licence_of, write_card
+from jaxstages.interop.config_json import choose_family, read_config
+from jaxstages.interop.families import KEYS, Family
+from jaxstages.interop.hf_import import Plan, kept_source, load
+from jaxstages.interop.layout import entries_of, match, places_of
+from jaxstages.interop.tensors import open_folder, write_shards
+from jaxstages.models.transformer import make_model
+from jaxstages.start import contract_of, read_parent
+from jaxstages.types import Batch, Params
+from jaxstages.workbench import Workbench, open_workbench
+from jaxstages.workdir import tokenizer_file
+
+SHARD = 5 * 10**9
+"""Bytes of a file, at most."""
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+
+CHECKED = 64
+"""Tokens that the check runs the model on."""
+
+OUR_TEMPLATE = (
+    "{{ '<|endoftext|>' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + "
+    "'<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""What `data/chat.py` writes, for those that read Jinja."""
+
+
+def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most_bytes: int = SHARD) -> None:
+    """Write the best checkpoint of `stage` into the folder `to`, which must not be there yet, or be empty.
+
+    Raises:
+        ValueError: no family of transformers can express the model, or `to` is in use.
+        OSError: what was written is not what is there; `to` is not made.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ValueError(f"--to={to} is there already, and not empty; name another folder")
+    bench = open_workbench(recipe, stage, workdir, with_data=False)
+    rows = bench.params["embedding"].shape[0]
+    family, config = choose_family(dataclasses.replace(recipe.model, vocab_size=rows))
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(bench.params).items()}
+    places = places_of(family, shapes)
+    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench))
+    if dtype == "bfloat16":
+        params = _rounded(params)
+    logits_of = _make_logits(bench)
+    digest, logits = params_sha256(params), logits_of(params)
+    fresh = to.with_name(f"{to.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    make_folder(fresh)
+    config |= _ids(bench, stage) | {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
+    _keep_positions(config, family, recipe, workdir)
+    write_json(fresh / "config.json", config)
+    total = sum(math.prod(shape) for shape in shapes.values()) * (2 if dtype == "bfloat16" else 4)
+    progress = Progress("export, MB", max(total // 10**6, 1))
+    leaves = {path: hosts.whole(leaf) for path, leaf in named_leaves(params).items()}
+    files = write_shards(
+        fresh,
+        entries_of(places, leaves, shapes),
+        DTYPES[dtype],
+        most_bytes,
+        lambda done: progress.update(min(done // 10**6, total // 10**6)),
+    )
+    _write_tokenizer(bench, fresh)
+    _write_generation(bench, stage, fresh, config)
+    facts = {
+        "model type": family.model_type,
+        "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}",
+        "dtype": dtype,
+        "params_sha256": f"`{lineage['params_sha256']}`",
+        "recipe": f"`{json.dumps(recipes.to_dict(recipe.model))}`",
+    }
+    write_text(fresh / "README.md", write_card(recipe, bench.stage_dir, facts, licence_of(kept_source(workdir))))
+    leaves.clear()
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
+    worst = _check(bench, fresh, shapes, digest, logits, logits_of)
+    if to.exists():
+        to.rmdir()
+    fresh.replace(to)
+    sync(to.absolute().parent)
+    say(
+        f"export: {stage} at step {lineage['step']} as {family.model_type}, {dtype}, {len(files)} file"
+        f"{'s' * (len(files) > 1)}, in {to}; read back: params_sha256 {digest[:12]}…, logits differ by {worst:g}",
+        "bold",
+    )
+
+
+def _rounded(params: Params) -> Params:
+    """bfloat16's values, a leaf after the other."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        found = leaf.astype(jnp.bfloat16).astype(jnp.float32)
+        leaf.delete()
+        return found
+
+    return jax.tree.map(one, params)
+
+
+def _make_logits(bench: Workbench) -> Callable[[Params], np.ndarray]:
+    """`logits_of(params)`: those of a fixed row of tokens, in float32."""
+    model = make_model(dataclasses.replace(bench.recipe.model, dtype="float32"), bench.tokenizer.vocab_size)
+    length = min(CHECKED, bench.recipe.model.context)
+    tokens = np.random.default_rng(0).integers(0, bench.tokenizer.vocab_size, (1, length)).astype(np.int32)
+    ones = jnp.ones((1, length), jnp.int32)
+    batch = Batch(jnp.asarray(tokens), ones, ones.astype(jnp.float32), ones, jnp.arange(length, dtype=jnp.int32)[None])
+    apply = jax.jit(lambda params, batch: model.apply(params, batch, None))
+    return lambda params: np.asarray(hosts.whole(apply(params, batch)))
+
+
+def _check(
+    bench: Workbench,
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    digest: str,
+    logits: np.ndarray,
+    logits_of: Callable[[Params], np.ndarray],
+) -> float:
+    """Read the folder as any other; the largest difference of logits. Raises OSError unless it is the same model."""
+    found = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    places = places_of(found.family, shapes)
+    stored = match(places, shapes, open_folder(folder), found.model.vocab_size, str(folder))
+    params = load(Plan(places, shapes, stored, found.model.vocab_size), bench.params)
+    again = params_sha256(params)
+    worst = float(np.max(np.abs(logits_of(params) - logits)))
+    if again != digest or worst > 1e-5 * max(1.0, float(np.max(np.abs(logits)))):
+        raise OSError(
+            f"{folder} is not what was to be written: params_sha256 {again[:12]}… for {digest[:12]}…, logits differ by "
+            f"{worst:g}; is the disk in order?"
+        )
+    return worst
+
+
+def _ids(bench: Workbench, stage: str) -> dict[str, Any]:
+    """Ids of the tokens that begin and end a text: those of what was imported, and those that were trained on."""
+    file = kept_source(bench.workdir) / "config.json"
+    kept = read_json(file) if file.is_file() else {}
+    special = bench.tokenizer.specials
+    theirs = kept.get("eos_token_id")
+    ends = [theirs] if isinstance(theirs, int) else list(theirs or [])
+    if stage != recipes.IMPORT or not ends:
+        ends = [*dict.fromkeys([*ends, special.end_of_text, special.end_of_turn])]
+    start = kept.get("bos_token_id")
+    start = special.end_of_text if start is None else start
+    return {"bos_token_id": start, "eos_token_id": ends if len(ends) > 1 else ends[0]} | {
+        name: kept[name] for name in ("pad_token_id",) if name in kept
+    }
+
+
+def _keep_positions(config: dict[str, Any], family: Family, recipe: Recipe, workdir: Path) -> None:
+    """Rope reaches as far as it was made to, even where rows were shorter here."""
+    file = kept_source(workdir) / "config.json"
+    if recipe.model.attention.position == "rope" and file.is_file():
+        key = (KEYS | family.keys)["context"]
+        config[key] = max(config[key], read_config(read_json(file), str(file)).positions)
+
+
+def _write_tokenizer(bench: Workbench, folder: Path) -> None:
+    """tokenizer.json, and beside it what transformers wants to know of it; with the chat template that the stages are
+    trained with."""
+    shutil.copyfile(tokenizer_file(bench.workdir), folder / "tokenizer.json")
+    kept = kept_source(bench.workdir)
+    found = read_json(kept / "tokenizer_config.json") if (kept / "tokenizer_config.json").is_file() else {}
+    found.pop("added_tokens_decoder", None)  # it is in tokenizer.json, which has more of them
+    end = SPECIAL_TOKENS[0]
+    found = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end} | found
+    found |= {"chat_template": OUR_TEMPLATE}
+    write_json(folder / "tokenizer_config.json", found)
+
+
+def _write_generation(bench: Workbench, stage: str, folder: Path, config: dict[str, Any]) -> None:
+    kept = kept_source(bench.workdir) / "generation_config.json"
+    found = read_json(kept) if kept.is_file() else {}
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    write_json(folder / "generation_config.json", (ids | found) if stage == recipes.IMPORT else (found | ids))

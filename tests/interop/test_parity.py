@@ -1,0 +1,140 @@
+"""Models of transformers, imported, are the same models; exported, transformers loads them as they were.
+
+Runs where the extra `parity` is installed (torch, transformers). Bounds are those of float32: log-probabilities differ
+by at most 2e-5 over 288 tokens of noise, of text, and of a row of three documents, each of which transformers sees by
+itself; 64 greedy tokens are the same.
+"""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxstages.commands.recipe import resolve_recipe
+from jaxstages.config import TokenizerConfig
+from jaxstages.data.tokenizer import load_tokenizer, make_tokenizer
+from jaxstages.decode.generate import Sampling, make_generate
+from jaxstages.disk import read_json
+from jaxstages.main import main
+from jaxstages.models.transformer import make_model
+from jaxstages.start import contract_of, read_parent
+from jaxstages.types import Batch
+from jaxstages.workbench import open_workbench
+from tests.interop.zoo import VOCAB, ZOO, make
+
+WHY = "the extra `parity` is not installed: pip install 'jaxstages[parity]'"
+pytest.importorskip("torch", reason=WHY)
+pytest.importorskip("transformers", reason=WHY)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parents[2]
+LENGTH, CUTS, NEW = 288, (90, 200, 288), 64
+MOST = 2e-5
+
+FIGURES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    text = (ROOT / "README.md").read_text()
+    make_tokenizer(TokenizerConfig(kind="bpe", vocab_size=320), iter([text]), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows(tokenizer: Path) -> np.ndarray:
+    """Noise, text, and text."""
+    text = load_tokenizer(tokenizer).encode((ROOT / "README.md").read_text())
+    noise = np.random.default_rng(0).integers(0, VOCAB, LENGTH)
+    return np.stack([noise, text[1000 : 1000 + LENGTH], text[3000 : 3000 + LENGTH]]).astype(np.int32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _figures() -> Any:
+    yield
+    if (file := os.environ.get("JAXSTAGES_TEST_FIGURES")) and FIGURES:
+        with Path(file).open("a", encoding="utf-8") as opened:
+            opened.write(
+                "\n".join(["| model | noise, text | packed | greedy | exported |", "| --- " * 5 + "|", *FIGURES, ""])
+            )
+
+
+def call(*words: str) -> None:
+    assert main(["jaxstages", *words]) == 0
+
+
+def theirs_of(model: Any, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0]
+        return torch.log_softmax(logits.float(), -1).numpy()
+
+
+def packed(rows: np.ndarray) -> Batch:
+    """The last row is three documents."""
+    segments, positions = np.ones_like(rows), np.tile(np.arange(LENGTH, dtype=np.int32), (len(rows), 1))
+    for number, (start, stop) in enumerate(zip((0, *CUTS), CUTS, strict=False), start=1):
+        segments[-1, start:stop], positions[-1, start:stop] = number, np.arange(stop - start)
+    weights = np.ones(rows.shape, np.float32)
+    return Batch(*map(jnp.asarray, (rows, rows, weights, segments, positions)))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenizer: Path, rows: np.ndarray) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make(name, tmp_path / "theirs", tokenizer)
+    work = tmp_path / "work"
+    call("import", f"--from={tmp_path}/theirs", f"--workdir={work}")
+    recipe = resolve_recipe(None, work)
+    assert recipe.model.family == name.split(",")[0]
+    bench = open_workbench(recipe, "import", work, with_data=False)
+    spread, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), spread)
+    ours = make_model(recipe.model, bench.tokenizer.vocab_size)
+
+    logits = jax.jit(lambda p, b: ours.apply(p, b, None))(params, packed(rows))
+    found = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    assert found.shape[-1] == VOCAB
+    alone = max(float(np.abs(found[r] - theirs_of(model, rows[r])).max()) for r in (0, 1))
+    parts = [(start, stop) for start, stop in zip((0, *CUTS), CUTS, strict=False)]
+    together = max(float(np.abs(found[2, a:b] - theirs_of(model, rows[2, a:b])).max()) for a, b in parts)
+    assert alone <= MOST and together <= MOST, (alone, together)
+    assert float(np.abs(theirs_of(model, rows[2])[CUTS[0] :] - found[2, CUTS[0] :]).max()) > 0.01, "documents are apart"
+
+    import torch
+
+    prompt = rows[1, :48]
+    with torch.no_grad():
+        whole = model.generate(
+            torch.tensor(prompt, dtype=torch.long)[None],
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+            **{"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": None},
+        )
+    generate = jax.jit(make_generate(ours, Sampling(NEW, 0.0, (-1,))))
+    keys = jax.random.split(jax.random.key(0), 1)
+    mine = np.asarray(generate(params, jnp.asarray(prompt)[None], jnp.asarray([len(prompt)], jnp.int32), keys))[0]
+    np.testing.assert_array_equal(mine, whole[0, len(prompt) :].numpy())
+
+    from transformers import AutoModelForCausalLM
+
+    call("export", f"--workdir={work}", f"--to={tmp_path}/ours")
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert type(again) is type(model)
+    exported = max(float(np.abs(theirs_of(again.eval(), row) - theirs_of(model, row)).max()) for row in rows)
+    assert exported == 0.0
+    call("import", f"--from={tmp_path}/ours", f"--workdir={tmp_path}/again")
+    results = [read_json(folder / "import" / "result.json") for folder in (work, tmp_path / "again")]
+    assert results[0]["params_sha256"] == results[1]["params_sha256"]
+    assert resolve_recipe(None, tmp_path / "again").model == recipe.model
+    FIGURES.append(f"| {name} | {alone:.1e} | {together:.1e} | {NEW} of {NEW} | {exported:g} |")

@@ -1,0 +1,571 @@
+"""Import and export without torch or transformers: folders written by the tests, refusals, kills, the command line."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxstages import config as recipes
+from jaxstages.checkpoint import read_meta
+from jaxstages.commands.recipe import resolve_recipe
+from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, TokenizerConfig
+from jaxstages.data.tokenizer import make_tokenizer
+from jaxstages.disk import read_json, write_json
+from jaxstages.fingerprint import named_leaves
+from jaxstages.interop.config_json import choose_family, plain_model, read_config, write_config
+from jaxstages.interop.families import FAMILIES, LLAMA
+from jaxstages.interop.hf_export import export
+from jaxstages.interop.layout import places_of, shape_of
+from jaxstages.main import main
+from jaxstages.models.transformer import make_model
+from jaxstages.workdir import checkpoint_folder
+from tests.tiny import model_config, recipe, write_data
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 6, "tie_word_embeddings": False},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 6},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8},
+    "smollm3": {},
+    "olmo2": {},
+    "phi3": {"sliding_window": 7},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6},
+    "mixtral": {"num_local_experts": 3},
+    "arcee": {},
+    "gpt2": {},
+}
+ROWS = 320
+
+
+def config_of(kind: str, **changes: Any) -> dict[str, Any]:
+    if kind == "gpt2":
+        base = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 48, "vocab_size": ROWS}
+    else:
+        base = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 2}
+        base |= {"num_key_value_heads": 1, "vocab_size": ROWS, "max_position_embeddings": 64}
+    return {"model_type": kind} | base | CONFIGS[kind] | changes
+
+
+def write_folder(folder: Path, config: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
+    """A model with random weights, by the names of the table. Returns its tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    found = read_config(config, "config.json")
+    model = make_model(found.model, found.model.vocab_size)
+    tree = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = {path: leaf.shape for path, leaf in named_leaves(tree).items()}
+    rng = np.random.default_rng(seed)
+    places = places_of(found.family, shapes)
+    tensors = {p.name: (0.1 * rng.standard_normal(shape_of(p, shapes))).astype(dtype) for p in places}
+    save_file(tensors, folder / "model.safetensors")
+    if not (folder / "tokenizer.json").exists():
+        text = iter(["Ann likes red. Bob likes blue, and grey is a colour."])
+        make_tokenizer(TokenizerConfig(kind="bpe", vocab_size=290), text, folder / "tokenizer.json")
+    return tensors
+
+
+def call(*words: str) -> int:
+    return main(["jaxstages", *words])
+
+
+def params_of(workdir: Path) -> str:
+    return read_json(workdir / "import" / "result.json")["params_sha256"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    write_folder(folder, config_of("llama"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_import_export_import_is_the_same_tensors(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tensors = write_folder(tmp_path / "one", config_of(kind))
+    assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
+    assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0, capsys.readouterr().err
+    again = load_file(tmp_path / "two" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+    assert "logits differ by 0" in capsys.readouterr().out
+    assert call("import", f"--from={tmp_path}/two", f"--workdir={tmp_path}/b") == 0
+    assert params_of(tmp_path / "a") == params_of(tmp_path / "b")
+    one, two = (resolve_recipe(None, tmp_path / name).model for name in "ab")
+    assert one == two and one.family == kind
+
+
+def test_where_each_tensor_goes(tmp_path: Path) -> None:
+    """By hand, not by the table: [outputs, inputs] there, [inputs, heads, width] here; heads one after the other."""
+    tensors = write_folder(tmp_path / "one", config_of("phi3"))
+    tensors |= {"model.layers.1.self_attn.qkv_proj.weight": np.arange(4 * 8 * 16, dtype=np.float32).reshape(32, 16)}
+    save_file(tensors, tmp_path / "one" / "model.safetensors")
+    assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
+    assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0
+    from jaxstages.start import contract_of, read_parent
+    from jaxstages.workbench import open_workbench
+
+    bench = open_workbench(resolve_recipe(None, tmp_path / "a"), "import", tmp_path / "a", with_data=False)
+    params, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    attention = params["layers"]["attention"]
+    fused = tensors["model.layers.1.self_attn.qkv_proj.weight"]
+    np.testing.assert_array_equal(attention["query"]["kernel"][1, :, 1, :], fused[8:16].T)
+    np.testing.assert_array_equal(attention["key"]["kernel"][1, :, 0, :], fused[16:24].T)
+    np.testing.assert_array_equal(attention["value"]["kernel"][1, :, 0, :], fused[24:32].T)
+    out = tensors["model.layers.2.self_attn.o_proj.weight"]
+    np.testing.assert_array_equal(attention["out"]["kernel"][2, 1], out[:, 8:].T)
+    gate_up = tensors["model.layers.0.mlp.gate_up_proj.weight"]
+    np.testing.assert_array_equal(params["layers"]["ff"]["gate"]["kernel"][0], gate_up[:20].T)
+    np.testing.assert_array_equal(params["layers"]["ff"]["up"]["kernel"][0], gate_up[20:].T)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_config_goes_there_and_back(kind: str) -> None:
+    found = read_config(config_of(kind), "config.json")
+    written = json.loads(json.dumps(write_config(found.family, found.model)))
+    again = read_config(written, "config.json")
+    assert again.model == found.model and choose_family(found.model)[0] is found.family
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "complaint"),
+    [
+        ("llama", {"model_type": "bert"}, "model_type='bert' is not supported; supported: llama, "),
+        ("llama", {"attention_bias": True}, "attention_bias=True can't be represented here; supported: False"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act='relu' can't be represented here; supported: silu"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic' can't"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": []}}, "rope_type='longrope' can't"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn' can't"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
+        ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 can't be represented here; supported: 1.0"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} can't"),
+        ("llama", {"hidden_size": "16"}, "hidden_size='16' is of type str; it must be int"),
+        ("llama", {"hidden_size": None}, "hidden_size is missing"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers=0 must be larger than 0"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True can't"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers=[0] can't"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "layer_types='chunked_attention' can't"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "must name 4 layers each"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "local and without rope"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True can't"),
+    ],
+)
+def test_what_cant_be_represented_is_refused_by_name(
+    kind: str, changes: dict[str, Any], complaint: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(llama, tmp_path / "bad")
+    write_json(tmp_path / "bad" / "config.json", config_of(kind) | changes)
+    assert call("import", f"--from={tmp_path}/bad", f"--workdir={tmp_path}/work") == 2
+    err = capsys.readouterr().err
+    assert complaint in err and err.count("\n") == 1 and not (tmp_path / "work" / "import").exists()
+
+
+def test_both_spellings_of_rope() -> None:
+    old = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}
+    old["rope_scaling"] |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    new = {"rope_parameters": {"rope_theta": 5e5} | old["rope_scaling"]}
+    models = [read_config(config_of("llama") | one, "x").model for one in (old, new)]
+    assert models[0] == models[1] and models[0].attention.rope_theta == 5e5
+    assert models[0].attention.rope_scaling == RopeScalingConfig(kind="llama3", factor=8.0, trained_context=32)
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    new = {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0}}
+    new |= {"sliding_attention": {"rope_theta": 1e3, "rope_type": "default"}}
+    models = [read_config(config_of("gemma3_text") | one, "x").model for one in (old, {"rope_parameters": new})]
+    assert models[0] == models[1] and models[0].attention.local_rope_theta == 1e3
+    assert models[0].attention.rope_scaling.factor == 8.0
+
+
+def test_layers_are_told_apart_by_what_each_family_writes() -> None:
+    def pattern(kind: str, **changes: Any) -> tuple[tuple[str, ...], int]:
+        part = read_config(config_of(kind, num_hidden_layers=6, **changes), "x").model.attention
+        return part.pattern, part.window
+
+    assert pattern("gemma2", sliding_window=9) == (("local", "global"), 9)
+    assert pattern("gemma3_text", sliding_window=9) == (("local",) * 5 + ("global",), 9)
+    assert pattern("gemma3_text", sliding_window=9, sliding_window_pattern=3) == (("local", "local", "global"), 9)
+    assert pattern("smollm3", no_rope_layer_interval=3) == (("global", "global", "nope"), 0)
+    assert pattern("qwen2", sliding_window=9) == ((), 0), "use_sliding_window is off"
+    switched = pattern("qwen2", sliding_window=9, use_sliding_window=True, max_window_layers=4)
+    assert switched == (("global",) * 4 + ("local",) * 2, 9)
+    assert pattern("mistral") == ((), 5) and pattern("mistral", sliding_window=None) == ((), 0)
+
+
+# Files.
+
+
+def spoil(folder: Path, how: str) -> str:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    match how:
+        case "a pickle":
+            file.unlink()
+            (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+            return "pytorch_model.bin is a pickle, which runs code"
+        case "nothing":
+            file.unlink()
+            return "has no model.safetensors; name a folder"
+        case "missing":
+            del tensors["model.norm.weight"]
+            save_file(tensors, file)
+            return "it lacks model.norm.weight"
+        case "unexpected":
+            save_file(tensors | {"score.weight": np.zeros((2, 16), np.float32)}, file)
+            return "it has unexpected score.weight"
+        case "another shape":
+            save_file(tensors | {"model.norm.weight": np.zeros(17, np.float32)}, file)
+            return "model.norm.weight [17] instead of [16]"
+        case "integers":
+            save_file(tensors | {"model.norm.weight": np.zeros(16, np.int32)}, file)
+            return "none of F32, BF16, F16"
+        case "cut short":
+            file.write_bytes(file.read_bytes()[:-4])
+            return "offsets that do not fit its shapes, or reach beyond its end"
+        case "no header":
+            file.write_bytes(b"\xff" * 64)
+            return "is no safetensors file, or cut short"
+        case "index leads out":
+            write_json(folder / "model.safetensors.index.json", {"weight_map": {"x": "../model/model.safetensors"}})
+            return "which is no file beside it"
+        case "no tokenizer":
+            (folder / "tokenizer.json").unlink()
+            return "has no tokenizer.json"
+        case "no config":
+            (folder / "config.json").unlink()
+            return "has no config.json"
+        case _:
+            raise ValueError(how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("a pickle", "nothing", "missing", "unexpected", "another shape", "integers", "cut short", "no header"),
+        *("index leads out", "no tokenizer", "no config"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused(
+    how: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    complaint = spoil(tmp_path / "model", how)
+    assert call("import", f"--from={tmp_path}/model", f"--workdir={tmp_path}/work") == 2
+    err = capsys.readouterr().err
+    assert complaint in err and err.count("\n") == 1, err
+    assert not (tmp_path / "work" / "import" / "result.json").exists()
+    assert call("generate", f"--workdir={tmp_path}/work", "--prompt=x") == 2
+
+
+class Marker:
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._file,)
+
+
+def test_no_code_of_a_folder_is_run(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Marker(tmp_path / "marker")))
+    (tmp_path / "model" / "modeling_own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
+    auto = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    write_json(tmp_path / "model" / "config.json", config_of("llama") | auto)
+    assert call("import", f"--from={tmp_path}/model", f"--workdir={tmp_path}/work") == 0
+    assert "code of its own (auto_map), which is not used" in capsys.readouterr().out
+    assert not (tmp_path / "marker").exists() and "modeling_own" not in sys.modules
+
+
+def test_shards_bfloat16_buffers_tied_heads_and_bare_names(llama: Path, tmp_path: Path) -> None:
+    """The same weights in all the forms that folders have."""
+    tensors = write_folder(tmp_path / "plain", config_of("llama", tie_word_embeddings=True), ml_dtypes.bfloat16)
+    digests = []
+
+    def brought(name: str) -> None:
+        assert call("import", f"--from={tmp_path}/{name}", f"--workdir={tmp_path}/{name}-work") == 0
+        digests.append(params_of(tmp_path / f"{name}-work"))
+
+    brought("plain")
+    for name in ("wide", "shards", "bare", "buffers"):
+        shutil.copytree(tmp_path / "plain", tmp_path / name)
+    save_file({k: v.astype(np.float32) for k, v in tensors.items()}, tmp_path / "wide" / "model.safetensors")
+    bare = {name.removeprefix("model."): value for name, value in tensors.items()}
+    save_file(bare, tmp_path / "bare" / "model.safetensors")
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
+    more |= {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    save_file(tensors | more, tmp_path / "buffers" / "model.safetensors")
+    names = sorted(tensors)
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        save_file({n: tensors[n] for n in names if where[n] == file}, tmp_path / "shards" / file)
+    (tmp_path / "shards" / "model.safetensors").unlink()
+    write_json(tmp_path / "shards" / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    for name in ("wide", "shards", "bare", "buffers"):
+        brought(name)
+    assert len(set(digests)) == 1
+    assert call("export", f"--workdir={tmp_path}/plain-work", f"--to={tmp_path}/back", "--dtype=bfloat16") == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(back[name].dtype == value.dtype and np.array_equal(back[name], value) for name, value in tensors.items())
+
+
+def test_tokens_that_the_folder_has_no_row_for_begin_as_the_mean(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A tokenizer without our control tokens gets them; the folder has a row for each of its own only."""
+    tensors = write_folder(tmp_path / "one", config_of("llama"))
+    content = read_json(tmp_path / "one" / "tokenizer.json")
+    # The control tokens take other names, which are no control tokens of ours.
+    text = json.dumps(content).replace("<|", "<:").replace("|>", ":>")
+    (tmp_path / "one" / "tokenizer.json").write_text(text)
+    size = len(content["model"]["vocab"])
+    write_json(tmp_path / "one" / "config.json", config_of("llama", vocab_size=size))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:size]
+    save_file(tensors, tmp_path / "one" / "model.safetensors")
+    assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
+    assert "the tokenizer has 6 tokens more than the folder has rows" in capsys.readouterr().out
+    assert read_json(tmp_path / "a" / "import" / "result.json")["source"]["new_tokens"][0] == "<|endoftext|>"
+    assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0
+    again = load_file(tmp_path / "two" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert again[name].shape == (size + 6, 16)
+        np.testing.assert_array_equal(again[name][:size], tensors[name])
+        np.testing.assert_allclose(again[name][size:], np.tile(tensors[name].mean(0), (6, 1)), atol=1e-6)
+    assert read_json(tmp_path / "two" / "config.json")["vocab_size"] == size + 6
+
+
+def test_shards_have_a_size_and_an_index(llama: Path, tmp_path: Path) -> None:
+    assert call("import", f"--from={llama}", f"--workdir={tmp_path}/a") == 0
+    export(resolve_recipe(None, tmp_path / "a"), tmp_path / "a", "import", tmp_path / "two", "float32", 30_000)
+    index = read_json(tmp_path / "two" / "model.safetensors.index.json")
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    tensors = load_file(llama / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
+    for file in files:
+        for name, value in load_file(tmp_path / "two" / file).items():
+            np.testing.assert_array_equal(value, tensors[name])
+
+
+# As a stage.
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """A recipe of three stages that starts from the folder, run to its end."""
+    root = tmp_path_factory.mktemp("home")
+    write_data(root / "data")
+    text = (
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\nfrom pathlib import Path\n"
+        "from jaxstages.config import *\nfrom tests.tiny import recipe\n\ndef get_config(variant=''):\n"
+        f"    found = recipe(Path({str(root / 'data')!r}), steps=4)\n    found.tokenizer = TokenizerConfig()\n"
+        f"    found.cache = {str(root / 'cache')!r}\n    found.model = ModelConfig(context=48)\n"
+        f"    found.pretrain.init_from = 'hf:{llama}'\n    return found\n"
+    )
+    (root / "tiny.py").write_text(text)
+    assert call("run", f"--config={root}/tiny.py", f"--workdir={root}/work") == 0
+    return root
+
+
+def test_a_run_that_starts_from_a_folder(home: Path, llama: Path, capsys: pytest.CaptureFixture) -> None:
+    work = home / "work"
+    parent = read_json(work / "pretrain" / "result.json")["parent"]
+    assert parent["path"] == str(work / "import") and parent["params_sha256"] == params_of(work)
+    kept = recipes.from_dict(read_json(work / "recipe.json")["recipe"])
+    assert kept.model.context == 48 and kept.model.width == 16 and kept.tokenizer.path == f"{llama}/tokenizer.json"
+    assert read_json(work / "stage_matrix.json")["checkpoints"] == ["import", *recipes.STAGES]
+    assert call("run", f"--config={home}/tiny.py", f"--workdir={work}") == 0
+    out = capsys.readouterr().out
+    assert "import: already there" in out and "pretrain: already completed" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("generate", "--stage=import", "--prompt=Ann likes", "--max_new_tokens=4"), '"prompt": "Ann likes"'),
+        (("evaluate", "--stage=import"), '{"stage": "import", "step": 0, "loss": '),
+        (("inspect", "--stage=import"), "import: batch 0"),
+        (("checkpoints", "list"), "import"),
+        (("checkpoints", "verify", "--stage=import"), "import/0: every file is as it was written"),
+        (("checkpoints", "diff", "import/0", "pretrain/4"), "import/0 -> pretrain/4"),
+    ],
+)
+def test_an_import_is_a_stage_like_any_other(
+    home: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert call(*words, f"--workdir={home}/work") == 0
+    assert said in capsys.readouterr().out
+
+
+def test_the_last_stage_is_exported_with_its_lineage(home: Path, tmp_path: Path) -> None:
+    assert call("export", f"--workdir={home}/work", f"--to={tmp_path}/out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: other\n") and "Stage `instruct`" in card
+    for stage in ("import", *recipes.STAGES):
+        assert f"`{read_json(home / 'work' / stage / 'result.json')['params_sha256']}`" in card
+    assert "| exact_match | " in card and "sets the field `license`" in card
+    tokenizer = read_json(tmp_path / "out" / "tokenizer_config.json")
+    assert "<|assistant|>" in tokenizer["chat_template"]
+    generation = read_json(tmp_path / "out" / "generation_config.json")
+    assert len(generation["eos_token_id"]) == 2, "the end of a text, and of a turn"
+    assert not list((tmp_path).glob("*.tmp"))
+    assert read_json(tmp_path / "out" / "config.json")["max_position_embeddings"] == 64, "the folder's, not the rows'"
+
+
+def test_an_import_alone_generates_and_has_no_data(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    work = f"--workdir={tmp_path}/a"
+    assert call("import", f"--from={llama}", work) == 0
+    assert call("generate", work, "--prompt=Ann", "--max_new_tokens=3") == 0
+    assert call("import", f"--from={llama}", work) == 0
+    assert "already there" in capsys.readouterr().out
+    for words, complaint in (
+        (("evaluate", "--stage=import"), "no stage, and so no data"),
+        (("inspect",), "no stage, and so no data"),
+        (("run",), "the recipe has no stage to run"),
+        (("export", "--to=", "--stage=import"), "export needs --to=DIR"),
+        (("export", f"--to={llama}"), "is there already, and not empty"),
+        (("export", f"--to={tmp_path}/x", "--dtype=int8"), "--dtype=int8: known: float32, bfloat16"),
+        (("export", f"--to={tmp_path}/x", "--stage=pretrain"), "was not trained"),
+        (("import",), "import needs --from=DIR"),
+        (("import", "--from=nowhere"), "nowhere is no folder"),
+        (("import", "--from=a/b", "--to=c"), "--to does not apply to import"),
+    ):
+        assert call(*words, work) == 2
+        assert complaint in capsys.readouterr().err, words
+
+
+def test_a_name_of_the_hub_needs_the_library_or_says_why(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from jaxstages.interop import hf_import
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+            assert name == "who/what" and "*.safetensors" in allow_patterns and "*.py" not in allow_patterns
+            raise OSError("no network")
+
+    before = hf_import.importlib.import_module
+    try:
+        hf_import.importlib.import_module = lambda name: Hub if name == "huggingface_hub" else before(name)
+        assert call("import", "--from=who/what", f"--workdir={tmp_path}/a") == 2
+    finally:
+        hf_import.importlib.import_module = before
+    assert "who/what is no folder here, and the hub does not give it: no network" in capsys.readouterr().err
+
+
+def test_a_recipe_that_contradicts_the_folder_is_refused_by_field(
+    home: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    text = (home / "tiny.py").read_text()
+    bad = tmp_path / "bad.py"
+    for change, complaint in (
+        ("ModelConfig(context=48, width=32)", "config.model.width: 32 -> 16"),
+        ("ModelConfig(context=48, attention=AttentionConfig(qk_norm=True))", "config.model.attention.qk_norm: True ->"),
+    ):
+        bad.write_text(text.replace("ModelConfig(context=48)", change))
+        assert call("run", f"--config={bad}", f"--workdir={tmp_path}/w") == 2
+        assert complaint in capsys.readouterr().err
+    bad.write_text(text.replace("= TokenizerConfig()", "= TokenizerConfig(vocab_size=999)"))
+    assert call("run", f"--config={bad}", f"--workdir={tmp_path}/w") == 2
+    assert "config.tokenizer.kind: 'bpe' -> 'file'" in capsys.readouterr().err
+    bad.write_text(text.replace("return found", f"found.finetune.init_from = 'hf:{tmp_path}'; return found"))
+    assert call("run", f"--config={bad}", f"--workdir={tmp_path}/w") == 2
+    assert "a workdir has one import: name one of them" in capsys.readouterr().err
+
+
+def test_a_folder_that_changed_since_is_refused(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    words = ("import", f"--from={tmp_path}/model", f"--workdir={tmp_path}/a")
+    assert call(*words) == 0
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    assert call(*words) == 2
+    assert "is not what was imported into" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "model")
+    assert call("generate", f"--workdir={tmp_path}/a", "--prompt=x", "--max_new_tokens=2") == 0, "it is not needed"
+
+
+def test_imported_weights_start_a_stage_of_another_context(home: Path, llama: Path, tmp_path: Path) -> None:
+    """`import`, with its own context, and then a recipe with another: rope has no parameters."""
+    assert call("import", f"--from={llama}", f"--workdir={tmp_path}/a") == 0
+    meta = read_meta(checkpoint_folder(tmp_path / "a" / "import", 0))
+    assert meta["model"]["context"] == 64 and meta["parent"] is None
+    text = (home / "tiny.py").read_text().replace(f"hf:{llama}", "parent")
+    (tmp_path / "b.py").write_text(text)
+    stop = "--config.pretrain.loop.stop_after=1"
+    assert call("pretrain", f"--config={tmp_path}/b.py", f"--workdir={tmp_path}/a", stop) == 0
+    assert read_meta(checkpoint_folder(tmp_path / "a" / "pretrain", 1))["model"]["context"] == 48
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.15, 0.4])
+def test_a_killed_import_leaves_nothing_half_believed(llama: Path, tmp_path: Path, seconds: float) -> None:
+    work = tmp_path / "work"
+    words = [sys.executable, "-m", "jaxstages", "import", f"--from={llama}", f"--workdir={work}"]
+    process = subprocess.Popen(words, env=os.environ | {"XLA_FLAGS": ""})
+    while not (work / "import").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if not (work / "import" / "result.json").exists():
+        assert call("generate", f"--workdir={work}", "--prompt=x") == 2
+    assert call("import", f"--from={llama}", f"--workdir={work}") == 0
+    assert call("import", f"--from={llama}", f"--workdir={tmp_path}/whole") == 0
+    assert params_of(work) == params_of(tmp_path / "whole")
+
+
+# What was trained here.
+
+
+def test_a_model_trained_here_becomes_the_nearest_family() -> None:
+    def kind(**changes: Any) -> str:
+        return choose_family(model_config(vocab_size=64, **changes))[0].model_type
+
+    part = {"heads": 2, "kv_heads": 1, "head_dim": 8}
+    assert kind() == "llama"
+    assert kind(attention=AttentionConfig(**part, qk_norm=True)) == "qwen3"
+    assert kind(attention=AttentionConfig(**part, qkv_bias=True)) == "qwen2"
+    assert kind(attention=AttentionConfig(**part, window=5)) == "mistral"
+    assert kind(activation="relu2") == "arcee"
+    learned = AttentionConfig(heads=2, kv_heads=2, head_dim=8, position="learned")
+    assert kind(attention=learned, norm="layernorm", bias=True, activation="gelu") == "gpt2"
+    with pytest.raises(ValueError, match=r"no family .* can express this model: .*activation.*this model 'relu2'"):
+        kind(attention=AttentionConfig(**part, qk_norm=True), activation="relu2")
+    with pytest.raises(ValueError, match="no family"):
+        kind(norm="layernorm", bias=False)
+
+
+def test_what_has_no_effect_does_not_keep_a_model_from_its_family() -> None:
+    model = ModelConfig(vocab_size=64, attention=AttentionConfig(pattern=("global",), scale=32**-0.5))
+    assert choose_family(model)[0] is LLAMA
+    assert plain_model(model) == plain_model(ModelConfig(vocab_size=64, dropout=0.1, dtype="bfloat16"))
+
+
+def test_a_trained_run_is_exported(tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    made = recipe(tmp_path / "data", steps=2)
+    made.finetune = made.instruct = None
+    made.prompts = ()
+    from jaxstages.commands.train import train
+
+    train(made, tmp_path / "work", "pretrain")
+    assert call("export", f"--workdir={tmp_path}/work", f"--to={tmp_path}/out") == 0
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["max_position_embeddings"] == 64
+    assert call("import", f"--from={tmp_path}/out", f"--workdir={tmp_path}/back") == 0
+    result = read_json(tmp_path / "work" / "pretrain" / "result.json")
+    assert params_of(tmp_path / "back") == result["params_sha256"]
