@@ -44,6 +44,10 @@ SAME_FLOOR |= {
 }
 SAME_FLOOR |= {"models.lora": {"models.primitives"}}
 SAME_FLOOR |= {"models.attention": {"models.primitives"}, "models.kernels": {"models.attention"}}
+SAME_FLOOR |= {
+    "decode.generate": {"decode.sampling"},
+    "decode.stream": {"decode.generate", "decode.sampling"},
+}
 SAME_FLOOR |= {"__main__": {"main"}, "types": {"guard"}, "hosts": {"signals"}}
 """What may look sideways: a module to its neighbour that stands, in the table of DESIGN, before it."""
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxstages.config import AttentionConfig, MeshConfig
-from jaxstages.decode.generate import Sampling, make_generate_all
+from jaxstages.decode.generate import make_answers
 from jaxstages.decode.label import make_likeliest
+from jaxstages.decode.sampling import Sampling
 from jaxstages.models.transformer import make_model
 from jaxstages.sharding import make_mesh
 from jaxstages.types import Batch, Model, Params
@@ -42,7 +43,8 @@ def generate(
 ):
     sampling = Sampling(max_new_tokens=NEW, temperature=temperature, stop=(stop,))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return make_generate_all(model, sampling, context=32, batch_size=batch_size, mesh=mesh)(params, prompts)
+    answers = make_answers(model, sampling, context=32, batch_size=batch_size, mesh=mesh)
+    return [answer for batch in answers(params, prompts, 0) for answer in batch]
 
 
 def test_greedy_answers_are_those_of_the_naive_loop(model: tuple[Model, Params]) -> None:
@@ -66,7 +68,7 @@ def test_a_long_prompt_loses_its_beginning_and_an_empty_one_is_refused(model: tu
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate(*model, [[]], -1, 1)
     with pytest.raises(ValueError, match="max_new_tokens=6 must be less than the context, 6"):
-        make_generate_all(
+        make_answers(
             model[0], Sampling(NEW, 0.0, ()), context=NEW, batch_size=1, mesh=make_mesh(MeshConfig(), jax.devices()[:1])
         )
 
