@@ -82,7 +82,7 @@ def keep_top_p(logits_BV: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
         low_B1, high_B1 = ends  # the bound's bits are above low, at most high
         middle_B1 = low_B1 + (high_B1 - low_B1) // 2
         above_B1 = _sum_above(shares_BV, jax.lax.bitcast_convert_type(middle_B1, jnp.float32))
-        enough = above_B1 < p
+        enough = (above_B1 < p) & (middle_B1 >= 0)  # below 0 no bits are a share's
         return jnp.where(enough, low_B1, middle_B1), jnp.where(enough, middle_B1, high_B1)
 
     ones = jnp.ones((len(shares_BV), 1), jnp.int32)
