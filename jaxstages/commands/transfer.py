@@ -24,7 +24,7 @@ def import_model(given: Recipe | None, workdir: Path, source: str | None) -> Non
     if begun and not result_file(workdir / recipes.IMPORT).exists():
         raise ValueError(f"{workdir} has trained {begun[0]} already; import into another --workdir")
     if given is None and not (workdir / "recipe.json").is_file():
-        given = Recipe(name=folder.name, model=ModelConfig(context=found.model.context))
+        given = Recipe(name=Path(source).resolve().name, model=ModelConfig(context=found.model.context))
     if given is not None:
         given = adopt(given, found, folder / "tokenizer.json")
     with lock(workdir):

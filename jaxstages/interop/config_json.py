@@ -205,6 +205,8 @@ def _read_kinds(model: ModelConfig, found: dict[str, Any], family: Family, where
     kinds = ["local" if here else "global" if has else "nope" for here, has in zip(local, rope, strict=True)]
     model.attention.window = int(window) if any(local) and window else 0
     model.attention.pattern = _shortest(kinds)
+    if not any(local):
+        model.attention.local_rope_theta = 0.0
 
 
 def _shortest(kinds: list[str]) -> tuple[str, ...]:

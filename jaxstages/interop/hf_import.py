@@ -114,10 +114,7 @@ def adopt(recipe: Recipe, found: Described, tokenizer: Path) -> Recipe:
 def adopted(recipe: Recipe, workdir: Path) -> Recipe:
     """The recipe as it is run: with the model of what is imported here, or is to be; else unchanged."""
     source, kept = source_of(recipe), kept_source(workdir)
-    if (kept / "config.json").is_file():
-        result = result_file(workdir / IMPORT)
-        if source is None and not result.exists():
-            return recipe
+    if result_file(workdir / IMPORT).exists():
         return adopt(recipe, describe(kept), Path(read_json(kept / "where.json", {"tokenizer": (str,)})["tokenizer"]))
     if source is None:
         return recipe
@@ -168,6 +165,7 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
         "parent": None,
         "data": {},
         "jax": jax.__version__,
+        "lora": None,
         "carried": {"tokens": 0, "seconds": 0.0, "best": {}},
     }
     with Checkpoints(stage_dir, 1) as checkpoints:

@@ -96,7 +96,7 @@ def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenize
     recipe = resolve_recipe(None, work)
     assert recipe.model.family == name.split(",")[0]
     bench = open_workbench(recipe, "import", work, with_data=False)
-    spread, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    spread, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
     params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), spread)
     ours = make_model(recipe.model, bench.tokenizer.vocab_size)
 
