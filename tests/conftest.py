@@ -3,10 +3,12 @@
 import atexit
 import os
 
-# Before jax starts its backend. Tests are about values, not speed: the compiler's fast preset halves their time.
+# Before jax starts its backend. Tests are about values, not speed: most of their time goes to compiling, and of that
+# most to LLVM's optimizations.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+    + " --xla_backend_optimization_level=0"
 )
 
 import shutil
