@@ -3,10 +3,12 @@
 import atexit
 import os
 
-# Before jax starts its backend. Tests are about values, not speed: the compiler's fast preset halves their time.
+# Before jax starts its backend. Tests are about values, not speed: most of their time goes to compiling, and of that
+# most to LLVM's optimizations.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+    + " --xla_backend_optimization_level=0"
 )
 
 import shutil
@@ -17,10 +19,17 @@ import jax
 import pytest
 
 import jaxstages  # noqa: F401  (sets the XLA flags that it needs)
+from tests import compiled
 
 # Child processes keep what they compile here, not in the home of who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxstages-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# Else most of the time goes to compiling the same small models again: in another test, or in the other worker.
+compiled.write_whole_files()
+jax.config.update("jax_compilation_cache_dir", str(compiled.folder()))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -64,7 +64,7 @@ class Kept:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
-    with quick_runs(tmp_path_factory.mktemp("compiled")):
+    with quick_runs():
         yield Kept(tmp_path_factory.mktemp("kept"))
 
 
