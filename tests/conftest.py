@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = (
 
 import shutil
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -44,6 +45,22 @@ hypothesis.settings.load_profile("steady")
 @pytest.fixture(autouse=True)
 def _no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
+
+
+LONGEST = (
+    *("reliability/test_stops.py", "reliability/test_crash_points.py", "test_door.py", "reliability/test_disk_full.py"),
+    *("test_stages.py", "reliability/test_hang.py", "reliability/test_nonfinite.py", "reliability/test_corruption.py"),
+    *("reliability/test_lock.py", "test_model.py", "test_compilation.py", "test_generate.py", "test_kernels.py"),
+    *("reliability/test_durability.py", "reliability/test_handoff.py", "test_world.py", "reliability/test_resume.py"),
+)
+"""The files that take long, in about this order: were one begun last, a worker would wait for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    order = {tests / name: place for place, name in enumerate(LONGEST)}
+    assert all(file.exists() for file in order)
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
