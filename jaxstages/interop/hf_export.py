@@ -74,15 +74,16 @@ def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most
     _keep_positions(config, family, recipe, workdir)
     write_json(fresh / "config.json", config)
     total = sum(math.prod(shape) for shape in shapes.values()) * (2 if dtype == "bfloat16" else 4)
-    progress = Progress("export, MB", max(total // 10**6, 1))
+    progress, megabytes = Progress("MB written", max(total // 10**6, 1)), 0
+
+    def told(done: int) -> None:
+        nonlocal megabytes
+        if done // 10**6 > megabytes:
+            megabytes = done // 10**6
+            progress.update(megabytes)
+
     leaves = {path: hosts.whole(leaf) for path, leaf in named_leaves(params).items()}
-    files = write_shards(
-        fresh,
-        entries_of(places, leaves, shapes),
-        DTYPES[dtype],
-        most_bytes,
-        lambda done: progress.update(min(done // 10**6, total // 10**6)),
-    )
+    files = write_shards(fresh, entries_of(places, leaves, shapes), DTYPES[dtype], most_bytes, told)
     _write_tokenizer(bench, stage, fresh)
     _write_generation(bench, stage, fresh, config)
     facts = {

@@ -271,12 +271,13 @@ def _grown(bench: Workbench, rows: int) -> list[str]:
 def load(plan: Plan, target: Params) -> Params:
     """The parameters, a leaf after the other, placed as `target` (shapes with shardings) says."""
     total = sum(math.prod(shape) for shape in plan.shapes.values())
-    progress, done = Progress("import, M parameters", max(total // 10**6, 1)), 0
+    progress, done = Progress("parameters read (millions)", max(total // 10**6, 1)), 0
 
     def told(values: int) -> None:
         nonlocal done
-        done += values
-        progress.update(min(done // 10**6, total // 10**6))
+        before, done = done // 10**6, done + values
+        if done // 10**6 > before:
+            progress.update(done // 10**6)
 
     found: dict[str, jax.Array] = {}
     for path, leaf in named_leaves(target).items():
