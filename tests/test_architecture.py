@@ -26,7 +26,7 @@ FLOORS = [
     },
     {"models.transformer", "data.answers", "data.chat", "data.tasks", "data.packing"},
     {"step", "checkpoint", "data.prepare", "data.pipeline", "decode"},
-    {"workbench", "start", "evaluate", "compilation"},
+    {"workbench", "parent", "start", "evaluate", "compilation"},
     {"loop"},
     {"stages"},
     {"interop", "report", "plan", "serve", "commands"},
@@ -38,7 +38,8 @@ SAME_FLOOR = {"data.tasks": {"data.chat"}, "data.packing": {"data.tasks"}, "deco
 SAME_FLOOR |= {"data.tokenizer": {"data.template"}, "data.chat": {"data.answers"}}
 SAME_FLOOR |= {
     "data.pipeline": {"data.prepare"},
-    "start": {"workbench"},
+    "parent": {"workbench"},
+    "start": {"workbench", "parent"},
     "evaluate": {"workbench"},
     "compilation": {"workbench"},
 }

@@ -23,7 +23,7 @@ from jaxstages.fingerprint import params_sha256
 from jaxstages.metrics import read_metrics
 from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
-from jaxstages.start import contract_of, read_base, read_parent, read_trained
+from jaxstages.parent import contract_of, read_base, read_parent, read_trained
 from jaxstages.types import Model, Params
 from jaxstages.validate import validate
 from jaxstages.workbench import Workbench, open_workbench

@@ -23,8 +23,8 @@ from jaxstages.decode.sampling import Sampling
 from jaxstages.disk import read_json
 from jaxstages.main import main
 from jaxstages.models.transformer import make_model
+from jaxstages.parent import contract_of, read_parent
 from jaxstages.sharding import make_mesh
-from jaxstages.start import contract_of, read_parent
 from jaxstages.types import Batch
 from jaxstages.workbench import open_workbench
 from tests.interop.zoo import VOCAB, ZOO, make
