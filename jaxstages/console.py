@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,11 +27,14 @@ def duration(seconds: float) -> str:
 class Progress:
     """A line that is rewritten in place on a terminal, and printed every 10 seconds elsewhere (a log file)."""
 
-    def __init__(self, name: str, total: int, done: int = 0, log_seconds: float = 10.0) -> None:
+    def __init__(
+        self, name: str, total: int, done: int = 0, log_seconds: float = 10.0, to: TextIO | None = None
+    ) -> None:
         self._name, self._total, self._first = name, total, done
         self._log_seconds = log_seconds
         self._start = self._last = time.monotonic()
-        self._live = sys.stdout.isatty()
+        self._to = to or sys.stdout
+        self._live = self._to.isatty()
 
     def update(self, done: int, note: str = "") -> None:
         now = time.monotonic()
@@ -42,11 +46,11 @@ class Progress:
         text = f"{self._name} {done}/{self._total}  {note}{'  ' if note else ''}ETA {left}"
         if self._live:
             width = _console.width - 1
-            print(f"\r{text[:width]:<{width}}", end="\n" if done >= self._total else "", flush=True)
+            print(f"\r{text[:width]:<{width}}", end="\n" if done >= self._total else "", flush=True, file=self._to)
         else:
-            print(text, flush=True)
+            print(text, flush=True, file=self._to)
 
     def clear(self) -> None:
         """Make room for a note: an unfinished line is wiped, and comes back with the next update."""
         if self._live:
-            print(f"\r{'':<{_console.width - 1}}\r", end="", flush=True)
+            print(f"\r{'':<{_console.width - 1}}\r", end="", flush=True, file=self._to)

@@ -1,7 +1,7 @@
 """Held-out scores of parameters: the loss over packed rows, and the task's own metrics from generated answers."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,8 +11,10 @@ import numpy as np
 from jaxstages.data.pipeline import batches_once
 from jaxstages.data.prepare import Prepared, evenly
 from jaxstages.data.tasks import Question
-from jaxstages.decode.generate import Sampling, make_generate_all
+from jaxstages.decode.generate import make_answers
 from jaxstages.decode.label import make_likeliest
+from jaxstages.decode.sampling import Sampling
+from jaxstages.decode.text import TextStream
 from jaxstages.metrics import from_sums, score_labels, score_text
 from jaxstages.sharding import place_batch
 from jaxstages.step import make_eval_step
@@ -75,36 +77,61 @@ def make_evaluate(bench: Workbench, between: Callable[[], None] = lambda: None) 
     return evaluate
 
 
-def make_answer(
+def recipe_sampling(bench: Workbench) -> Sampling:
+    """Greedy, as many tokens as the recipe says, up to the end of the text or of the turn."""
+    special = bench.tokenizer.specials
+    return Sampling(
+        max_new_tokens=bench.stage.evaluation.max_new_tokens, stop=(special.end_of_text, special.end_of_turn)
+    )
+
+
+def make_texts(
     bench: Workbench,
+    sampling: Sampling,
     *,
-    max_new_tokens: int = 0,
-    temperature: float = 0.0,
+    stops: Sequence[str] = (),
+    batch_size: int = 0,
     seed: int = 0,
     between: Callable[[], None] = lambda: None,
-) -> Callable[[Params, list[list[int]]], list[str]]:
-    """`answer(params, prompts)`: generated text for each, up to the end of the text or of the turn.
+) -> Callable[[Params, Sequence[Sequence[int]], int], Iterator[list[str]]]:
+    """`texts(params, prompts, first)`: what is generated for each, a batch at a time; see `make_answers`.
 
     Args:
-        max_new_tokens: 0 takes the recipe's.
+        stops: texts that end an answer, before them.
+        batch_size: 0 takes the recipe's.
     """
-    special, config = bench.tokenizer.specials, bench.stage.evaluation
-    generate_all = make_generate_all(
+    decode = bench.tokenizer.decode
+    answers = make_answers(
         bench.model,
-        Sampling(
-            max_new_tokens=max_new_tokens or config.max_new_tokens,
-            temperature=temperature,
-            stop=(special.end_of_text, special.end_of_turn),
-        ),
+        sampling,
         context=bench.recipe.model.context,
-        batch_size=config.batch_size,
+        batch_size=batch_size or bench.stage.evaluation.batch_size,
         mesh=bench.mesh,
         seed=seed,
         between=between,
+        done=(lambda tokens: any(stop in decode(tokens) for stop in stops)) if stops else None,
     )
 
-    def answer(params: Params, prompts: list[list[int]]) -> list[str]:
-        return [bench.tokenizer.decode(tokens) for tokens in generate_all(params, prompts)]
+    def text(tokens: list[int]) -> str:
+        spoken = TextStream(decode, stops)
+        spoken.feed(tokens, last=True)
+        return spoken.text
+
+    def texts(params: Params, prompts: Sequence[Sequence[int]], first: int) -> Iterator[list[str]]:
+        for batch in answers(params, prompts, first):
+            yield [text(tokens) for tokens in batch]
+
+    return texts
+
+
+def make_answer(
+    bench: Workbench, between: Callable[[], None] = lambda: None
+) -> Callable[[Params, Sequence[Sequence[int]]], list[str]]:
+    """`answer(params, prompts)`: what the recipe's way of sampling gives for each."""
+    texts = make_texts(bench, recipe_sampling(bench), between=between)
+
+    def answer(params: Params, prompts: Sequence[Sequence[int]]) -> list[str]:
+        return [text for batch in texts(params, prompts, 0) for text in batch]
 
     return answer
 

@@ -11,8 +11,8 @@ commands:
   evaluate   held-out scores of a stage's best checkpoint, or the matrix of all      [--stage]
   checkpoints list | verify | diff STAGE/STEP STAGE/STEP
              what a run has kept, whether it can be trusted, and how two differ     [--stage]
-  generate   answers as JSON lines: --prompt=TEXT or --prompts=FILE.jsonl            [--stage --max_new_tokens
-             --temperature --seed --out]
+  generate   answers as JSON lines: --prompt=TEXT or --prompts=FILE.jsonl            [--stage --out, sampling]
+  chat       talk with a stage's best checkpoint; /help there says what it can do    [--stage, sampling]
   import     a folder of Hugging Face's form (--from=DIR) becomes WORKDIR/import, which all stages and commands take
   export     a stage's best checkpoint becomes such a folder (--to=DIR)               [--stage --dtype]
 
@@ -22,11 +22,22 @@ flags:
   --config.FIELD=VALUE     change a field of it: --config.pretrain.optim.schedule.peak_lr=3e-4
   --stage=NAME             import, pretrain, finetune or instruct
   --prompt=TEXT, --prompts=FILE.jsonl ({"prompt": ...} a line), --out=FILE.jsonl
+                           answers are kept in OUT.part as they are done; started again, it goes on from there
+sampling:
   --max_new_tokens=N       at most (default: the recipe's)
-  --temperature=T          0, the default, takes the likeliest token
-  --seed=S                 for temperatures above 0
-  --from=DIR, --to=DIR     where weights of others lie; where ours are to be written
+  --temperature=T          0, the default, takes the likeliest token; above, tokens are drawn
+  --top_k=K                among the K likeliest
+  --top_p=P                among the fewest likeliest that have probability P together
+  --min_p=P                among those at least P times as probable as the likeliest
+  --repetition_penalty=R   above 1, tokens of the prompt or the answer become less likely
+  --stop=TEXT              ends an answer, before it; may be given again, or be a JSON list: '["\\n\\n", "User:"]'
+  --seed=S                 the same seed gives the same answers
+
+weights of others:
+  --from=DIR, --to=DIR     where they lie; where ours are to be written
   --dtype=NAME             of the exported weights: float32 (the default) or bfloat16
+
+several processes, and faults:
   --coordinator=HOST:PORT, --processes=N, --process=I
                            in training, one process of several: number 0 listens there for the others
   --debug_nans             in training: end at the first operation that gives a NaN, and name it (slow)
@@ -52,6 +63,8 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
+from jaxstages.commands.answering import Manner
+from jaxstages.commands.chat import chat
 from jaxstages.commands.checkpoints import checkpoints
 from jaxstages.commands.evaluate import evaluate
 from jaxstages.commands.generate import Request, generate
@@ -67,7 +80,8 @@ FLAGS_OF = {
     "prepare": (),
     **dict.fromkeys(("run", *STAGES), ("debug_nans", *Place._fields)),
     **dict.fromkeys(("inspect", "evaluate", "checkpoints"), ("stage",)),
-    "generate": ("stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
+    "generate": ("stage", "prompt", "prompts", "out", *Manner._fields),
+    "chat": ("stage", *Manner._fields),
     "import": ("from",),
     "export": ("stage", "to", "dtype"),
 }
@@ -82,6 +96,11 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     flags.DEFINE_string("prompts", None, "JSON lines with a prompt each", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 0, "at most; 0 is the recipe's", flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "draw among so many; 0 is all", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "draw among the likeliest with this probability", flag_values=values)
+    flags.DEFINE_float("min_p", 0.0, "draw among those so many times as probable as the likeliest", flag_values=values)
+    flags.DEFINE_float("repetition_penalty", 1.0, "of tokens that were there already", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "text that ends an answer", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of sampling", flag_values=values)
     flags.DEFINE_string("out", None, "where to write JSON lines", flag_values=values)
     flags.DEFINE_string("from", None, "folder to import", flag_values=values)
@@ -170,12 +189,17 @@ def _dispatch(argv: list[str]) -> None:
         case "evaluate":
             evaluate(recipe, workdir, values.stage)
         case "generate":
-            request = Request(*(getattr(values, name) for name in Request._fields))
-            generate(recipe, workdir, values.stage, request)
+            generate(recipe, workdir, values.stage, Request(values.prompt, values.prompts, values.out, _manner(values)))
+        case "chat":
+            chat(recipe, workdir, values.stage, _manner(values))
         case "export":
             export_model(recipe, workdir, values.stage, values.to, values.dtype)
         case stage:
             train(recipe, workdir, stage, _place(values))
+
+
+def _manner(values: flags.FlagValues) -> Manner:
+    return Manner(*(getattr(values, name) for name in Manner._fields))
 
 
 def _place(values: flags.FlagValues) -> Place | None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 INTERRUPTED = 75
 ASKED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -60,9 +61,11 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_signals(together: Callable[[], bool] | None = None) -> Iterator[Stop]:
+def stop_signals(
+    together: Callable[[], bool] | None = None, instead: Callable[[int, Any], None] | None = None
+) -> Iterator[Stop]:
     """From here to the end of the block, signals reach the `Stop` that this gives; blocks may be nested. With
-    `together`, JAX has the signals, and the processes agree."""
+    `together`, JAX has the signals, and the processes agree. `instead` takes SIGINT, as a handler of Python's."""
     stop = Stop(together)
     if together is not None:
         outer = signal.set_wakeup_fd(-1)
@@ -76,12 +79,14 @@ def stop_signals(together: Callable[[], bool] | None = None) -> Iterator[Stop]:
 
     def watch() -> None:
         while got := os.read(reader, 1):
-            if got[0] in ASKED_BY:
+            if got[0] in ASKED_BY and (instead is None or got[0] != signal.SIGINT):
                 stop.note(got[0])
 
     thread = threading.Thread(target=watch, name="stop-signals", daemon=True)
     thread.start()
     before = {number: signal.signal(number, lambda *_: None) for number in ASKED_BY}
+    if instead is not None:
+        signal.signal(signal.SIGINT, instead)
     outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield stop

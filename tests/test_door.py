@@ -120,7 +120,8 @@ def test_the_flags_are_frozen() -> None:
     define_flags(values, [])
     assert set(values) == {
         *("workdir", "config", "stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
-        *("debug_nans", "coordinator", "processes", "process", "from", "to", "dtype"),
+        *("top_k", "top_p", "min_p", "repetition_penalty", "stop", "from", "to", "dtype"),
+        *("debug_nans", "coordinator", "processes", "process"),
     }
 
 

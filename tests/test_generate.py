@@ -1,13 +1,18 @@
 """Generation against the naive loop: the whole text through the model again for each new token."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxstages.config import AttentionConfig, MeshConfig
-from jaxstages.decode.generate import Sampling, make_generate_all
+from jaxstages.decode.generate import Answers, make_answers
 from jaxstages.decode.label import make_likeliest
+from jaxstages.decode.sampling import Sampling
+from jaxstages.decode.stream import Session
+from jaxstages.decode.text import TextStream
 from jaxstages.models.transformer import make_model
 from jaxstages.sharding import make_mesh
 from jaxstages.types import Batch, Model, Params
@@ -42,7 +47,8 @@ def generate(
 ):
     sampling = Sampling(max_new_tokens=NEW, temperature=temperature, stop=(stop,))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return make_generate_all(model, sampling, context=32, batch_size=batch_size, mesh=mesh)(params, prompts)
+    answers = make_answers(model, sampling, context=32, batch_size=batch_size, mesh=mesh)
+    return [answer for batch in answers(params, prompts, 0) for answer in batch]
 
 
 def test_greedy_answers_are_those_of_the_naive_loop(model: tuple[Model, Params]) -> None:
@@ -60,13 +66,119 @@ def test_an_answer_does_not_depend_on_its_batch(model: tuple[Model, Params]) -> 
     assert one != generate(*model, PROMPTS, -1, 4)
 
 
+HOW = Sampling(NEW, temperature=1.5, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
+"""All that a token can depend on beside its prompt."""
+
+
+def texts_of(answers: Answers, params: Params, prompts: list[list[int]], first: int = 0) -> list[list[int]]:
+    return [answer for batch in answers(params, prompts, first) for answer in batch]
+
+
+def test_a_stream_is_the_answer_at_once_turn_by_turn(model: tuple[Model, Params]) -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    one = make_answers(model[0], HOW, context=32, batch_size=1, mesh=mesh, seed=7)
+    session = Session(*model, HOW, context=32, seed=7)
+    prompt: list[int] = []
+    for turn in range(3):
+        prompt = [*prompt, *PROMPTS[turn]]
+        pieces = list(session.stream(prompt, turn))
+        answer = [token for piece in pieces for token in piece]
+        assert [answer] == texts_of(one, model[1], [prompt], turn), "with what the cache has of the turns before"
+        assert [len(piece) for piece in pieces] == [1, 1, 2, 2]
+        prompt += answer[:-1]
+    other = [token for piece in session.stream(PROMPTS[3], 5) for token in piece]
+    assert [other] == texts_of(one, model[1], [PROMPTS[3]], 5), "another conversation"
+    assert [other] != texts_of(one, model[1], [PROMPTS[3]], 6), "another turn"
+
+
+def test_a_stream_that_is_left_or_reaches_the_context_goes_on_right(model: tuple[Model, Params]) -> None:
+    greedy = Sampling(20)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    session = Session(*model, greedy, context=32)
+    left = session.stream(PROMPTS[1])
+    found = [*next(left), *next(left)]
+    left.close()
+    whole = [token for piece in session.stream(PROMPTS[1]) for token in piece]
+    assert [whole] == texts_of(
+        make_answers(model[0], greedy, context=32, batch_size=1, mesh=mesh), model[1], [PROMPTS[1]]
+    )
+    assert found == whole[:2]
+    long = [1 + i % 28 for i in range(30)]
+    assert sum(len(piece) for piece in session.stream(long)) == 2
+    with pytest.raises(ValueError, match="a prompt has 32 tokens"):
+        next(session.stream([1] * 32))
+
+
+def test_nothing_is_compiled_again_for_prompts_of_a_bucket(model: tuple[Model, Params]) -> None:
+    traced = []
+
+    def counted(*args: object) -> object:
+        traced.append(1)
+        return model[0].decode(*args)
+
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    counting = model[0]._replace(decode=counted)
+    answers = make_answers(counting, HOW, context=32, batch_size=2, mesh=mesh)
+    texts_of(answers, model[1], PROMPTS[:2])
+    first = len(traced)
+    texts_of(answers, model[1], [*PROMPTS, [2] * 20])
+    assert first == len(traced) == 2, "prefill, and decoding"
+    session = Session(counting, model[1], HOW, context=32)
+    for turn, prompt in enumerate(PROMPTS):
+        assert list(session.stream(prompt, turn))
+    assert len(traced) == 4
+
+
+def test_answers_go_on_from_any_prompt_and_end_when_all_rows_have_enough(model: tuple[Model, Params]) -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    answers = make_answers(model[0], HOW, context=32, batch_size=2, mesh=mesh)
+    whole = texts_of(answers, model[1], PROMPTS)
+    assert texts_of(answers, model[1], PROMPTS[1:], 1) == whole[1:]
+    long = HOW._replace(max_new_tokens=24)
+    asked: list[int] = []
+
+    def enough(tokens: list[int]) -> bool:
+        asked.append(len(tokens))
+        return len(tokens) >= 3
+
+    short = make_answers(model[0], long, context=32, batch_size=2, mesh=mesh, done=enough)
+    assert [len(answer) for answer in texts_of(short, model[1], PROMPTS[:2])] == [17, 17] and max(asked) == 17
+
+
+BYTES = {1: b"Hi", 2: b"!", 3: b"\n", 4: b"\nSo", 5: "é".encode()[:1], 6: "é".encode()[1:], 7: b"\xff"}
+
+
+def text_of(ids: Sequence[int]) -> str:
+    return b"".join(BYTES[i] for i in ids).decode(errors="replace")
+
+
+def test_text_is_cut_before_a_stop_string_that_spans_tokens() -> None:
+    spoken = TextStream(text_of, ["\n\n", "absent"])
+    assert [spoken.feed([i]) for i in (1, 2, 3)] == ["Hi", "!", ""], "the new line may be a stop string's"
+    assert spoken.feed([4]) == "" and spoken.ended and spoken.text == "Hi!"
+    assert spoken.feed([1]) == ""
+    again = TextStream(text_of, ["\n\n"])
+    assert [again.feed([i]) for i in (1, 3, 2)] == ["Hi", "", "\n!"]
+    assert again.feed([3, 4, 1]) == "" and again.text == "Hi\n!"
+    held = TextStream(text_of, ["\n\n"])
+    assert held.feed([1, 3]) + held.feed([], last=True) == "Hi\n"
+    first = TextStream(text_of, ["i!", "!"])
+    assert first.feed([1, 2, 1]) == "H" and first.ended
+
+
+def test_no_half_character_is_shown() -> None:
+    spoken = TextStream(text_of)
+    assert [spoken.feed([i]) for i in (1, 5, 6, 7, 2, 5)] == ["Hi", "", "é", "", "\ufffd!", ""]
+    assert spoken.feed([], last=True) == "\ufffd" and spoken.text == "Hié\ufffd!\ufffd"
+
+
 def test_a_long_prompt_loses_its_beginning_and_an_empty_one_is_refused(model: tuple[Model, Params]) -> None:
     long = [int(i) for i in np.random.default_rng(0).integers(0, VOCAB, 50)]
     assert generate(*model, [long], -1, 1) == generate(*model, [long[-(32 - NEW) :]], -1, 1)
     with pytest.raises(ValueError, match="a prompt is empty"):
         generate(*model, [[]], -1, 1)
     with pytest.raises(ValueError, match="max_new_tokens=6 must be less than the context, 6"):
-        make_generate_all(
+        make_answers(
             model[0], Sampling(NEW, 0.0, ()), context=NEW, batch_size=1, mesh=make_mesh(MeshConfig(), jax.devices()[:1])
         )
 

@@ -116,7 +116,7 @@ def test_where_each_tensor_goes(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "one" / "model.safetensors")
     assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
     assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0
-    from jaxstages.start import contract_of, read_parent
+    from jaxstages.parent import contract_of, read_parent
     from jaxstages.workbench import open_workbench
 
     bench = open_workbench(resolve_recipe(None, tmp_path / "a"), "import", tmp_path / "a", with_data=False)

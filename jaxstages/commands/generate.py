@@ -3,60 +3,115 @@
 import glob
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxstages.commands.answering import Answering, Manner, open_answering
 from jaxstages.config import Recipe
+from jaxstages.console import Progress
 from jaxstages.data.sources import open_source
-from jaxstages.evaluate import make_answer
+from jaxstages.disk import make_folder, put
+from jaxstages.evaluate import make_texts
 from jaxstages.report.matrix import prompt_ids
-from jaxstages.start import contract_of, finished, last_finished, read_parent
-from jaxstages.workbench import open_workbench
 
 
 class Request(NamedTuple):
-    """What `generate` is asked; max_new_tokens 0 means the recipe's."""
+    """What `generate` is asked."""
 
     prompt: str | None
     prompts: str | None
-    max_new_tokens: int
-    temperature: float
-    seed: int
     out: str | None
+    manner: Manner
 
 
 def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request) -> None:
-    """Write {"prompt", "text", "tokens"} a line, tokens being those of the text, to `--out` or the standard output."""
+    """Write {"prompt", "text", "tokens"} a line, tokens being those of the text, to `--out` or the standard output.
+
+    Answers are written as they are done, to `OUT.part`, which becomes OUT when all are there; started again with the
+    same flags, what is in it is not done again.
+    """
     if (request.prompt is None) == (request.prompts is None):
         raise ValueError("generate needs --prompt=TEXT or --prompts=FILE.jsonl, one of them")
-    if request.temperature and not 1e-3 <= request.temperature <= 1e3:
-        raise ValueError(f"--temperature={request.temperature} must not be negative: 0, or from 0.001 to 1000")
-    if request.max_new_tokens < 0:
-        raise ValueError(f"--max_new_tokens={request.max_new_tokens} must be at least 1")
-    if not 0 <= request.seed < 2**32:
-        raise ValueError(f"--seed={request.seed} must be between 0 and {2**32 - 1}")
     prompts = [request.prompt] if request.prompt is not None else _read_prompts(Path(request.prompts or ""))
     for prompt in prompts:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"prompt {prompt[:50]!r} is no text: {error}") from error
-    name = stage or last_finished(recipe, workdir)
-    finished(workdir / name)
-    bench = open_workbench(recipe, name, workdir, with_data=False)
-    params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
-    answer = make_answer(
-        bench, max_new_tokens=request.max_new_tokens, temperature=request.temperature, seed=request.seed
-    )
-    texts = answer(params, prompt_ids(bench, prompts))
-    lines = [
-        json.dumps({"prompt": prompt, "text": text, "tokens": len(bench.tokenizer.encode(text))}, ensure_ascii=False)
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    if request.out:
-        Path(request.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    answering = open_answering(recipe, workdir, stage, request.manner)
+    if request.out is None:
+        for line in _answers(answering, request.manner.seed, prompts, 0):
+            print(line, flush=True)
+        return
+    out = Path(request.out)
+    part = out.with_name(f"{out.name}.part")
+    head = json.dumps(_head(answering, request.manner))
+    make_folder(out.parent)
+    done = _resume(part, head, prompts)
+    with part.open("a", encoding="utf-8") as file:
+        for line in _answers(answering, request.manner.seed, prompts, done):
+            file.write(line + "\n")
+            file.flush()
+    lines = part.read_text(encoding="utf-8").split("\n", 1)[1]
+    fresh = out.with_name(f"{out.name}.tmp")
+    fresh.write_text(lines, encoding="utf-8")
+    put(fresh, out)
+    part.unlink()
+
+
+def _head(answering: Answering, manner: Manner) -> dict[str, Any]:
+    """What the answers of a file depend on beside the prompts."""
+    sampling, bench = answering.sampling._asdict(), answering.bench
+    return {"stage": bench.name, "params_sha256": answering.params_sha256, "seed": manner.seed} | {
+        **sampling,
+        "stop_texts": answering.stops,
+    }
+
+
+def _resume(part: Path, head: str, prompts: list[str]) -> int:
+    """How many prompts the part has answers to; of another command's part, or none, a new one is begun."""
+    # What follows the last new line is nothing, or was cut off by a kill.
+    lines = part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if part.exists() else []
+    if lines[:1] == [head]:
+        answered = [_prompt_of(line) for line in lines[1:]]
+        done = next((n for n, (a, p) in enumerate(zip(answered, prompts, strict=False)) if a != p), len(answered))
+        kept = lines[: 1 + min(done, len(prompts))]
     else:
-        sys.stdout.write("\n".join(lines) + "\n")
+        kept = [head]
+    part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return len(kept) - 1
+
+
+def _prompt_of(line: str) -> str | None:
+    try:
+        return json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _answers(answering: Answering, seed: int, prompts: list[str], done: int) -> Iterator[str]:
+    """A line for each prompt but the first `done`; each has the same answer wherever one begins."""
+    bench, left = answering.bench, prompts[done:]
+    rows = _rows(answering, len(left))
+    texts = make_texts(bench, answering.sampling, stops=answering.stops, batch_size=rows, seed=seed)
+    progress = Progress("generate", len(prompts), done, to=sys.stderr) if len(prompts) > rows else None
+    for batch in texts(answering.params, prompt_ids(bench, left), done):
+        for text in batch:
+            tokens = len(bench.tokenizer.encode(text))
+            yield json.dumps({"prompt": prompts[done], "text": text, "tokens": tokens}, ensure_ascii=False)
+            done += 1
+        if progress is not None:
+            progress.update(done)
+
+
+def _rows(answering: Answering, prompts: int) -> int:
+    """Of a batch: the recipe's, or for fewer prompts the next power of two that the mesh can take."""
+    mesh, most = answering.bench.mesh, answering.bench.stage.evaluation.batch_size
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    while rows < min(prompts, most):
+        rows *= 2
+    return min(rows, most)
 
 
 def _read_prompts(file: Path) -> list[str]:

@@ -7,7 +7,7 @@ from jaxstages.commands.recipe import keep_recipe, resolve_recipe
 from jaxstages.config import ModelConfig, Recipe
 from jaxstages.interop.hf_export import DTYPES, export
 from jaxstages.interop.hf_import import adopt, bring, describe, find_folder, source_of
-from jaxstages.start import finished, last_finished
+from jaxstages.parent import finished, last_finished
 from jaxstages.workdir import checkpoints_folder, lock, result_file
 
 

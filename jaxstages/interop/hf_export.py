@@ -28,7 +28,7 @@ from jaxstages.interop.hf_import import Plan, kept_source, load
 from jaxstages.interop.layout import entries_of, match, places_of
 from jaxstages.interop.tensors import open_folder, write_shards
 from jaxstages.models.transformer import make_model
-from jaxstages.start import contract_of, read_parent
+from jaxstages.parent import contract_of, read_parent
 from jaxstages.types import Batch, Params
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import tokenizer_file

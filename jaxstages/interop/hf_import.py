@@ -29,7 +29,7 @@ from jaxstages.interop.config_json import OURS, Described, read_config
 from jaxstages.interop.families import FAMILIES
 from jaxstages.interop.layout import Place, match, places_of, read_parameter
 from jaxstages.interop.tensors import Stored, open_folder
-from jaxstages.start import contract_of
+from jaxstages.parent import contract_of
 from jaxstages.step import init_state
 from jaxstages.types import Params
 from jaxstages.workbench import Workbench, open_workbench

@@ -176,7 +176,10 @@ class Attention(nn.Module):
 
 
 def _write(held_BGSK: Array, new_BLGK: Array, positions_BL: Array) -> Array:
-    """Each of the new ones in the slot of its position."""
+    """Each of the new ones in the slot of its position; a row's positions follow each other."""
+    if len(held_BGSK) == 1:  # as one piece: on CPU a scatter has the cache copied, several times a token
+        new_BGLK = new_BLGK.swapaxes(1, 2).astype(held_BGSK.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(held_BGSK, new_BGLK, positions_BL[0, 0], axis=2)
     rows = jnp.arange(len(held_BGSK))[:, None]
     return held_BGSK.at[rows, :, positions_BL].set(new_BLGK.astype(held_BGSK.dtype))
 

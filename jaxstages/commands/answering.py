@@ -1,0 +1,89 @@
+"""What `generate` and `chat` have in common: the flags of sampling, and the stage that answers."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxstages.config import Recipe
+from jaxstages.decode.sampling import Sampling, check_sampling
+from jaxstages.evaluate import recipe_sampling
+from jaxstages.parent import contract_of, finished, last_finished, read_parent
+from jaxstages.types import Params
+from jaxstages.workbench import Workbench, open_workbench
+
+
+class Manner(NamedTuple):
+    """How to answer, a field a flag. max_new_tokens: 0 means the recipe's. stop: texts, or JSON lists of texts."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop: list[str]
+    seed: int
+
+
+class Answering(NamedTuple):
+    """sampling: what the flags and the recipe say. stops: texts that end an answer. params_sha256: of `params`."""
+
+    bench: Workbench
+    params: Params
+    params_sha256: str
+    sampling: Sampling
+    stops: tuple[str, ...]
+
+
+def check_manner(manner: Manner) -> tuple[Sampling, tuple[str, ...]]:
+    """The flags of sampling, without stop tokens yet, and the stop strings.
+
+    Raises:
+        ValueError: a flag's value; it names the flag.
+    """
+    if manner.max_new_tokens < 0:
+        raise ValueError(f"--max_new_tokens={manner.max_new_tokens} must be at least 1")
+    if not 0 <= manner.seed < 2**32:
+        raise ValueError(f"--seed={manner.seed} must be between 0 and {2**32 - 1}")
+    sampling = Sampling(
+        max_new_tokens=manner.max_new_tokens or 1,
+        temperature=manner.temperature,
+        top_k=manner.top_k,
+        top_p=manner.top_p,
+        min_p=manner.min_p,
+        repetition_penalty=manner.repetition_penalty,
+    )
+    try:
+        check_sampling(sampling)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+    return sampling, tuple(text for word in manner.stop for text in _stop_texts(word))
+
+
+def _stop_texts(word: str) -> list[str]:
+    try:
+        found = json.loads(word) if word.startswith("[") else [word]
+    except ValueError:
+        found = [word]  # a text that begins with a bracket
+    if not all(isinstance(text, str) and text for text in found):
+        raise ValueError(f"--stop={word!r} must be a text, or a JSON list of texts, none of them empty")
+    return found
+
+
+def open_answering(recipe: Recipe, workdir: Path, stage: str | None, manner: Manner) -> Answering:
+    """The best checkpoint of a finished stage, by default of the last one, ready to answer.
+
+    Raises:
+        ValueError: a flag's value, or there is no such stage.
+    """
+    asked, stops = check_manner(manner)
+    name = stage or last_finished(recipe, workdir)
+    finished(workdir / name)
+    bench = open_workbench(recipe, name, workdir, with_data=False)
+    usual, context = recipe_sampling(bench), recipe.model.context
+    most = manner.max_new_tokens or usual.max_new_tokens
+    if most >= context:
+        raise ValueError(f"--max_new_tokens={most} must be less than the context, {context}")
+    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench))
+    sampling = asked._replace(max_new_tokens=most, stop=usual.stop)
+    return Answering(bench, params, lineage["params_sha256"], sampling, stops)
