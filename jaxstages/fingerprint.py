@@ -18,6 +18,18 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return dict(sorted((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves))
 
 
+def tree_of(leaves: dict[str, Any]) -> Params:
+    """The nested dict of which `named_leaves` gave these."""
+    found: Params = {}
+    for path, value in leaves.items():
+        *folders, leaf = path.split("/")
+        place = found
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = value
+    return found
+
+
 def kind_of(leaf: Any) -> str:
     """dtype and shape, such as "float32[16, 32]"."""
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"

@@ -24,7 +24,7 @@ from jaxstages.config import IMPORT, Recipe, TokenizerConfig
 from jaxstages.console import Progress, say
 from jaxstages.disk import make_folder, read_json, sync, write_json
 from jaxstages.early_stopping import early_stopping
-from jaxstages.fingerprint import named_leaves, params_sha256
+from jaxstages.fingerprint import named_leaves, params_sha256, tree_of
 from jaxstages.interop.config_json import OURS, Described, read_config
 from jaxstages.interop.families import FAMILIES
 from jaxstages.interop.layout import Place, match, places_of, read_parameter
@@ -287,13 +287,7 @@ def load(plan: Plan, target: Params) -> Params:
             values.shape, leaf.sharding, lambda index, values=values: values[index]
         )
         del values
-    leaves = [found[path] for path in _paths(target)]
-    return jax.tree.unflatten(jax.tree.structure(target), leaves)
-
-
-def _paths(tree: Params) -> list[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return tree_of(found)
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:
