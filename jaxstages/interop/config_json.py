@@ -254,7 +254,8 @@ def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
             value = _get(model, path)
             match path:
                 case "activation":
-                    value = next((theirs for theirs, ours in (GATED if gated else PLAIN).items() if ours == value), "")
+                    known = GATED if gated else PLAIN
+                    value = next((theirs for theirs, ours in known.items() if ours == value), next(iter(known)))
                 case "attention.softcap" | "logit_softcap":
                     value = value or None
                 case "attention.scale":
