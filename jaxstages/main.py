@@ -14,7 +14,8 @@ commands:
   generate   answers as JSON lines: --prompt=TEXT or --prompts=FILE.jsonl            [--stage --out, sampling]
   chat       talk with a stage's best checkpoint; /help there says what it can do    [--stage, sampling]
   import     a folder of Hugging Face's form (--from=DIR) becomes WORKDIR/import, which all stages and commands take
-  export     a stage's best checkpoint becomes such a folder (--to=DIR)               [--stage --dtype]
+  export     a stage's best checkpoint becomes such a folder (--to=DIR)               [--stage --dtype
+             --adapter]
 
 flags:
   --workdir=DIR            where the run lives
@@ -36,6 +37,7 @@ sampling:
 weights of others:
   --from=DIR, --to=DIR     where they lie; where ours are to be written
   --dtype=NAME             of the exported weights: float32 (the default) or bfloat16
+  --adapter                export the adapters of a stage by themselves, for PEFT
 
 several processes, and faults:
   --coordinator=HOST:PORT, --processes=N, --process=I
@@ -83,7 +85,7 @@ FLAGS_OF = {
     "generate": ("stage", "prompt", "prompts", "out", *Manner._fields),
     "chat": ("stage", *Manner._fields),
     "import": ("from",),
-    "export": ("stage", "to", "dtype"),
+    "export": ("stage", "to", "dtype", "adapter"),
 }
 """Command -> the flags that it takes beside --config and --workdir."""
 
@@ -105,6 +107,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     flags.DEFINE_string("out", None, "where to write JSON lines", flag_values=values)
     flags.DEFINE_string("from", None, "folder to import", flag_values=values)
     flags.DEFINE_string("to", None, "folder to export to", flag_values=values)
+    flags.DEFINE_bool("adapter", False, "export adapters by themselves", flag_values=values)
     flags.DEFINE_string("dtype", "float32", "of exported weights", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many there are", flag_values=values, lower_bound=1)
@@ -193,7 +196,7 @@ def _dispatch(argv: list[str]) -> None:
         case "chat":
             chat(recipe, workdir, values.stage, _manner(values))
         case "export":
-            export_model(recipe, workdir, values.stage, values.to, values.dtype)
+            export_model(recipe, workdir, values.stage, values.to, values.dtype, values.adapter)
         case stage:
             train(recipe, workdir, stage, _place(values))
 

@@ -24,6 +24,7 @@ from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, To
 from jaxstages.data.tokenizer import make_tokenizer
 from jaxstages.disk import read_json, write_json
 from jaxstages.fingerprint import named_leaves
+from jaxstages.interop import peft
 from jaxstages.interop.config_json import choose_family, plain_model, read_config, write_config
 from jaxstages.interop.families import FAMILIES, LLAMA
 from jaxstages.interop.hf_export import export
@@ -569,3 +570,40 @@ def test_a_trained_run_is_exported(tmp_path: Path) -> None:
     assert call("import", f"--from={tmp_path}/out", f"--workdir={tmp_path}/back") == 0
     result = read_json(tmp_path / "work" / "pretrain" / "result.json")
     assert params_of(tmp_path / "back") == result["params_sha256"]
+
+
+def test_large_parameters_are_written_and_read_in_pieces(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jaxstages import checkpoint
+
+    assert call("import", f"--from={llama}", f"--workdir={tmp_path}/whole") == 0
+    monkeypatch.setattr(checkpoint, "PIECE", 2048)
+    monkeypatch.setattr(checkpoint, "AT_ONCE", 8192)
+    read, parts = checkpoint._read, []
+    monkeypatch.setattr(checkpoint, "_read", lambda *words, **part: parts.append(1) or read(*words, **part))
+    assert call("import", f"--from={llama}", f"--workdir={tmp_path}/pieces") == 0
+    assert params_of(tmp_path / "pieces") == params_of(tmp_path / "whole")
+    folders = [checkpoint_folder(tmp_path / name / "import", 0) / "params" for name in ("whole", "pieces")]
+    files = [len([*folder.rglob("d/*")]) for folder in folders]
+    assert files[1] > files[0]
+    assert call("export", f"--workdir={tmp_path}/pieces", f"--to={tmp_path}/out") == 0
+    assert len(parts) > 3
+    tensors, again = (load_file(folder / "model.safetensors") for folder in (llama, tmp_path / "out"))
+    assert all(np.array_equal(again[name], value) for name, value in tensors.items())
+
+
+def test_adapters_alone_are_for_stages_that_have_them_and_families_with_a_place_for_them(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert call("export", f"--workdir={home}/work", f"--to={tmp_path}/x", "--adapter") == 2
+    assert "instruct has no adapters, it trained all parameters; export it without --adapter" in capsys.readouterr().err
+    assert call("export", f"--workdir={home}/work", f"--to={tmp_path}/x", "--adapter", "--dtype=bfloat16") == 2
+    assert "--dtype=bfloat16 does not apply to --adapter" in capsys.readouterr().err
+    leaf = np.zeros((2, 16, 4), np.float32)
+    tensors, rows = peft._tensors(LLAMA, {"layers/attention/query/lora_a": leaf})
+    assert [row.name for row in rows] == ["model.layers.{n}.self_attn.q_proj.weight"]
+    assert tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (4, 16)
+    for family, place in (("phi3", "layers/attention/query"), ("llama", "embedding"), ("mixtral", "layers/experts/up")):
+        with pytest.raises(ValueError, match=f"PEFT has no adapter for {place}"):
+            peft._tensors(FAMILIES[family], {f"{place}/lora_a": leaf})

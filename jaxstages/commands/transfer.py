@@ -7,6 +7,7 @@ from jaxstages.commands.recipe import keep_recipe, resolve_recipe
 from jaxstages.config import ModelConfig, Recipe
 from jaxstages.interop.hf_export import DTYPES, export
 from jaxstages.interop.hf_import import adopt, bring, describe, find_folder, source_of
+from jaxstages.interop.peft import export_adapter
 from jaxstages.parent import finished, last_finished
 from jaxstages.workdir import checkpoints_folder, lock, result_file
 
@@ -33,12 +34,18 @@ def import_model(given: Recipe | None, workdir: Path, source: str | None) -> Non
         bring(recipe, workdir, source)
 
 
-def export_model(recipe: Recipe, workdir: Path, stage: str | None, to: str | None, dtype: str) -> None:
-    """Write the best checkpoint of a stage, by default the last that is finished, into the folder `to`."""
+def export_model(recipe: Recipe, workdir: Path, stage: str | None, to: str | None, dtype: str, adapter: bool) -> None:
+    """Write the best checkpoint of a stage, by default the last that is finished, into the folder `to`; adapters
+    merged, or by themselves."""
     if not to:
         raise ValueError("export needs --to=DIR, the folder to write")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype}: known: {', '.join(DTYPES)}")
     name = stage or last_finished(recipe, workdir)
     finished(workdir / name)
-    export(recipe, workdir, name, Path(to), dtype)
+    if not adapter:
+        export(recipe, workdir, name, Path(to), dtype)
+    elif dtype == "float32":
+        export_adapter(recipe, workdir, name, Path(to))
+    else:
+        raise ValueError(f"--dtype={dtype} does not apply to --adapter: adapters are float32")

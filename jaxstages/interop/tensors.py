@@ -54,7 +54,7 @@ def open_folder(folder: Path) -> dict[str, Stored]:
         file = folder / name
         if not file.is_file():
             raise ValueError(f"{folder} has no {name}; {_instead(folder)}")
-        found |= _header(file)
+        found |= header_of(file)
     if content is not None and (odd := sorted(content.keys() ^ found)):
         raise ValueError(f"{index} and its files differ in {', '.join(odd[:5])}; fetch the folder anew")
     return found
@@ -70,7 +70,8 @@ def _instead(folder: Path) -> str:
     return "name a folder with config.json and safetensors"
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def header_of(file: Path) -> dict[str, Stored]:
+    """The tensors of one file. Raises ValueError where it is not whole."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -150,7 +151,7 @@ def write_shards(
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     done = 0
     for name, shard in zip(names, shards, strict=True):
-        done = _write_shard(folder / name, shard, dtype, done, progress)
+        done = write_file(folder / name, shard, dtype, done, progress)
     if len(shards) > 1:
         where = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         write_json(folder / INDEX, {"metadata": {"total_size": done}, "weight_map": where})
@@ -158,7 +159,8 @@ def write_shards(
     return names
 
 
-def _write_shard(path: Path, shard: list[Entry], dtype: str, done: int, progress: Callable[[int], None]) -> int:
+def write_file(path: Path, shard: list[Entry], dtype: str, done: int, progress: Callable[[int], None]) -> int:
+    """One file, which gets its name when it is whole. `done` bytes were written before it; how many are after."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in shard:

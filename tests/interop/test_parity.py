@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from jaxstages.commands.recipe import resolve_recipe
-from jaxstages.config import MeshConfig, TokenizerConfig
+from jaxstages.commands.train import train
+from jaxstages.config import LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
 from jaxstages.data.tokenizer import load_tokenizer, make_tokenizer
 from jaxstages.decode.generate import make_answers
 from jaxstages.decode.sampling import Sampling
 from jaxstages.disk import read_json
+from jaxstages.interop.hf_import import adopted
 from jaxstages.main import main
 from jaxstages.models.transformer import make_model
 from jaxstages.parent import contract_of, read_parent
@@ -28,10 +30,13 @@ from jaxstages.sharding import make_mesh
 from jaxstages.types import Batch
 from jaxstages.workbench import open_workbench
 from tests.interop.zoo import VOCAB, ZOO, make
+from tests.tiny import recipe as tiny_recipe
+from tests.tiny import write_data
 
 WHY = "the extra `parity` is not installed: pip install 'jaxstages[parity]'"
 pytest.importorskip("torch", reason=WHY)
 pytest.importorskip("transformers", reason=WHY)
+pytest.importorskip("peft", reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[2]
@@ -139,3 +144,33 @@ def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenize
     assert results[0]["params_sha256"] == results[1]["params_sha256"]
     assert resolve_recipe(None, tmp_path / "again").model == recipe.model
     FIGURES.append(f"| {name} | {alone:.1e} | {together:.1e} | {NEW} of {NEW} | {exported:g} |")
+
+
+@pytest.mark.parametrize("kind", [{}, {"dora": True, "rank_stabilized": True}])
+def test_adapters_are_the_same_beside_the_base_in_peft(kind: dict[str, Any], tmp_path: Path, tokenizer: Path) -> None:
+    from peft import PeftModel
+
+    name = "qwen3, tied"
+    model = make(name, tmp_path / "theirs", tokenizer)
+    write_data(tmp_path / "data")
+    made = tiny_recipe(tmp_path / "data", steps=3)
+    made.model, made.tokenizer, made.pretrain, made.instruct = ModelConfig(context=64), TokenizerConfig(), None, None
+    assert made.finetune is not None
+    made.finetune.init_from = f"hf:{tmp_path}/theirs"
+    made.finetune.lora = LoraConfig(rank=4, **kind)
+    made.finetune.optim.schedule.peak_lr = 0.1
+    work = tmp_path / "work"
+    train(adopted(made, work), work, "finetune")
+    call("export", f"--workdir={work}", f"--to={tmp_path}/merged")
+    call("export", f"--workdir={work}", f"--to={tmp_path}/adapter", "--adapter")
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 64)
+    before = theirs_of(model, tokens)
+    beside = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    wanted, found = theirs_of(merged, tokens), theirs_of(beside, tokens)
+    assert float(np.abs(wanted - before).max()) > 0.1, "they learned something"
+    worst = float(np.abs(wanted - found).max())
+    assert worst <= MOST
+    FIGURES.append(f"| adapters on {name}, {kind or 'LoRA'} | {worst:.1e} (merged, beside) | | | |")
