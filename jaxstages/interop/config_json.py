@@ -52,7 +52,8 @@ def read_config(found: Any, where: str) -> Described:
     for path, key in (KEYS | family.keys).items():
         if key:
             value = found.get(key)
-            value = family.defaults.get(key) if value is None else value
+            if value is None and not (key in found and "softcap" in path):  # null is no cap, but a default elsewhere
+                value = family.defaults.get(key)
             _put(model, path, _from_theirs(model, path, value, f"{where}: {key}", "gate" in _parts(family)))
     heads = model.attention.heads
     if not family_has(family, "attention.kv_heads"):

@@ -16,7 +16,7 @@ from jaxstages import config as recipes
 from jaxstages import manifest
 from jaxstages.checkpoint import META
 from jaxstages.commands.train import train
-from jaxstages.config import AttentionConfig, ModelConfig, Recipe
+from jaxstages.config import ModelConfig, Recipe
 from jaxstages.data.tokenizer import Specials
 from jaxstages.disk import read_json, write_json
 from jaxstages.parent import RESULT, check_lineage, contract_of, read_parent
@@ -164,13 +164,18 @@ def _field(names: tuple[str, ...]) -> Case:
     return run
 
 
-for field in dataclasses.fields(ModelConfig):
-    if field.name != "attention":
-        case(f"config.model.{field.name}", r"model differs: \S+ \S+ there, .* here; use")(_field((field.name,)))
-for field in dataclasses.fields(AttentionConfig):
-    case(f"config.model.attention.{field.name}", r"model differs: attention\.\S+ \S+ there, .* here; use")(
-        _field(("attention", field.name))
-    )
+def _fields(config: Any, names: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Names from the outside in, of each field that holds no others."""
+    found = [((*names, field.name), getattr(config, field.name)) for field in dataclasses.fields(config)]
+    return [path for name, value in found for path in (_fields(value, name) if _holds(value) else [name])]
+
+
+def _holds(value: Any) -> bool:
+    return dataclasses.is_dataclass(value)
+
+
+for names in _fields(ModelConfig()):
+    case(f"config.model.{'.'.join(names)}", r"model differs: \S+ .* there, .* here; use")(_field(names))
 
 
 @case("config.model.context, by way of the recipe", r"model differs: context 64 there, 32 here; use the recipe that")

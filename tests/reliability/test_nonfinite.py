@@ -247,7 +247,7 @@ def small_model(vocab: int, spoil: Spoil) -> Model:
         return jnp.einsum("BLD,DV->BLV", x_BLD, params["head"])
 
     axes = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab")}
-    return Model(init, apply, apply, axes, no_decoding, no_decoding)
+    return Model(init, apply, apply, axes, no_decoding, no_decoding, no_decoding)
 
 
 def nan_for(bad: np.ndarray) -> Spoil:
