@@ -190,6 +190,15 @@ def test_both_spellings_of_rope() -> None:
     assert models[0].attention.rope_scaling.factor == 8.0
 
 
+def test_null_is_not_always_the_default() -> None:
+    part = read_config(config_of("mistral", num_key_value_heads=None, head_dim=None), "x").model.attention
+    assert (part.kv_heads, part.head_dim) == (2, 8)
+    one = read_config(config_of("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None), "x").model
+    assert (one.attention.softcap, one.logit_softcap) == (0.0, 0.0)
+    two = read_config(config_of("gemma2"), "x").model
+    assert (two.attention.softcap, two.logit_softcap) == (50.0, 30.0)
+
+
 def test_layers_are_told_apart_by_what_each_family_writes() -> None:
     def pattern(kind: str, **changes: Any) -> tuple[tuple[str, ...], int]:
         part = read_config(config_of(kind, num_hidden_layers=6, **changes), "x").model.attention

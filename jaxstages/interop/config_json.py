@@ -20,6 +20,10 @@ OURS = ("context", "dtype", "dropout", "unroll", "family")
 """Fields of the model that a folder has no say in, or, the last, that are no part of what it computes."""
 
 
+NULL = ("attention.kv_heads", "attention.head_dim", "attention.softcap", "logit_softcap")
+"""Fields where null is a value of its own (as many as heads, width over heads, no cap); elsewhere it is the default."""
+
+
 class Described(NamedTuple):
     """positions: how many it was made for."""
 
@@ -52,7 +56,7 @@ def read_config(found: Any, where: str) -> Described:
     for path, key in (KEYS | family.keys).items():
         if key:
             value = found.get(key)
-            if value is None and not (key in found and "softcap" in path):  # null is no cap, but a default elsewhere
+            if value is None and not (key in found and path in NULL):
                 value = family.defaults.get(key)
             _put(model, path, _from_theirs(model, path, value, f"{where}: {key}", "gate" in _parts(family)))
     heads = model.attention.heads
