@@ -78,7 +78,7 @@ def _jitted(bench: Workbench, remat: str) -> tuple[Any, Any]:
     )
 
     def step(state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, Sums]:
-        def adapted(adapters: Params, part: Batch, key: Any) -> Headless:
+        def adapted(adapters: Params, part: Batch, key: Any) -> jax.Array | Headless:
             return model.headless(adapters if base is None else join(base, adapters, bench.stage.lora), part, key)
 
         return make(adapted)(state, batch)
