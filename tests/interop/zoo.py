@@ -62,11 +62,11 @@ ZOO: dict[str, dict[str, Any]] = {
     "phi3, window": {"sliding_window": 24},
     "phi3, tied, one key head": {"tie_word_embeddings": True, "num_key_value_heads": 1, "intermediate_size": 30},
     "qwen3_moe": {
-        **{"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 18},
+        **{"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
         "norm_topk_prob": False,
     },
     "qwen3_moe, shares add up, window": {
-        **{"head_dim": 8, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 22},
+        **{"head_dim": 8, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
         **{"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 24, "tie_word_embeddings": True},
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12},
