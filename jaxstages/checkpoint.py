@@ -7,6 +7,7 @@ step how the save is doing.
 """
 
 import contextlib
+import gc
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +61,7 @@ META: Form = {
 
 TRASH = "trash"
 
-PIECE, AT_ONCE = 2**25, 2**28
+PIECE, AT_ONCE = 2**26, 2**28
 """Bytes of an array that are written as one, and of parameters that are read at once."""
 
 
@@ -343,7 +344,9 @@ def _read_in_parts(folder: Path, target: Params) -> Params:
         names = [left.pop()]
         while left and 4 * sum(leaves[name].size for name in (*names, left[-1])) <= AT_ONCE:
             names.append(left.pop())
-        found |= named_leaves(_read(folder, tree_of({name: leaves[name] for name in names}), part=True))
+        part = _read(folder, tree_of({name: leaves[name] for name in names}), part=True)
+        found |= named_leaves(jax.block_until_ready(part))  # until then, what was read stays beside its copy
+        gc.collect()
     return tree_of(found)
 
 
