@@ -6,7 +6,7 @@ BIN := .venv/bin
 BENCH := --rows=C1,C2,C3
 SOAK := --kills=500 --terms=200 --pairs=200 --faults=2000 --every=1 --errors=1 --native=120 --fuzz=20000 --races=50
 
-.PHONY: demo demo-control test soak bench check lock clean
+.PHONY: demo demo-control test parity soak bench check lock clean
 
 .venv: requirements.lock pyproject.toml
 	rm -rf .venv
@@ -22,10 +22,13 @@ demo-control: .venv  ## the demo's fine-tuning from scratch with the same budget
 	$(BIN)/jaxstages finetune --config=configs/demo.py:control --workdir=runs/demo-control
 
 test: .venv check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
+
+parity: .venv  ## what the tests beside transformers need (torch, peft); without it they skip
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[parity]'
 
 soak: .venv  ## the reliability tests, with counts for days of trust
-	JAXSTAGES_TEST_FIGURES=soak.txt $(BIN)/python -m pytest tests/reliability -n 2 --dist loadfile $(SOAK)
+	JAXSTAGES_TEST_FIGURES=soak.txt $(BIN)/python -m pytest tests/reliability -n 2 --dist loadfile --no-loadscope-reorder $(SOAK)
 	cat soak.txt
 
 bench:  ## side by side with the peers, on an idle machine; PYTHON has the extra `bench`, BENCH may name --nanogpt=DIR

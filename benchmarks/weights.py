@@ -98,7 +98,7 @@ def from_gpt2(tensors: dict[str, np.ndarray], row: Row) -> Params:
 
 def lora_config(row: Row) -> LoraConfig:
     """The row's adapters as jaxstages' recipe says it; their product is multiplied by 1."""
-    return LoraConfig(rank=row.rank, alpha=row.rank, targets=("attention/out/kernel", "ff/"))
+    return LoraConfig(rank=row.rank, alpha=float(row.rank), targets=("attention/out/kernel", "ff/"))
 
 
 PEFT = {"attention": {"out": "attn.c_proj"}, "ff": {"up": "mlp.c_fc", "down": "mlp.c_proj"}}

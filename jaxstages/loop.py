@@ -29,10 +29,11 @@ from jaxstages.fingerprint import params_sha256
 from jaxstages.metrics import MetricsWriter, plain, read_metrics
 from jaxstages.models.lora import join
 from jaxstages.optim import make_schedule
+from jaxstages.parent import contract_of
 from jaxstages.process import freeze_objects
 from jaxstages.sharding import place_batch
 from jaxstages.signals import Stop, stop_signals, watchdog
-from jaxstages.start import Start, contract_of, data_of, find_start
+from jaxstages.start import Start, data_of, find_start
 from jaxstages.types import Batch, Diverged, Interrupted, Sums, TrainState
 from jaxstages.verdict import Verdict, judge
 from jaxstages.workbench import Workbench

@@ -79,8 +79,8 @@ class Model(NamedTuple):
     unstack: `unstack(params)`, with each layer's parameters by themselves: what `decode` works with, made ahead of many
         calls so that a layer is not copied out of the stack at each of them.
     decode: `decode(unstack(params), tokens_BL, positions_BL, cache) -> (Headless, cache)`; keys and values are written
-        to the slot of their position, a row's positions follow each other, and a query attends to the slots up to
-        its own position.
+        to the slot of their position, a row's positions follow each other, and a query attends to the slots up to its
+        own position.
     """
 
     init: Callable[[PRNGKeyArray], Params]

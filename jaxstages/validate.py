@@ -211,7 +211,7 @@ def _check_model(model: ModelConfig) -> None:
         raise ValueError(f"config.model.experts: activation={model.activation!r} must be swiglu or geglu")
 
 
-def _check_lora(name: str, stage: StageConfig) -> None:
+def _check_lora(name: str, stage: StageConfig, imported: bool) -> None:
     lora, where = stage.lora, f"config.{name}.lora"
     if not lora.rank:
         for line in differences(LoraConfig(), lora, where):
@@ -219,7 +219,7 @@ def _check_lora(name: str, stage: StageConfig) -> None:
         return
     if not lora.targets:
         raise ValueError(f"{where}.targets is empty; name matrices to adapt, such as ('attention/query/kernel',)")
-    if stage.init_from == "scratch" or (name == "pretrain" and stage.init_from == "parent"):
+    if stage.init_from == "scratch" or (name == "pretrain" and stage.init_from == "parent" and not imported):
         raise ValueError(
             f"{where}.rank={lora.rank}: adapters need a base, and {name} starts from scratch; set rank to 0, or "
             f"config.{name}.init_from to WORKDIR/STAGE of another run"
@@ -249,7 +249,7 @@ def validate(recipe: Recipe, imported: bool = False) -> None:
         raise ValueError('config.tokenizer.path is empty; kind "file" needs the path of a tokenizer.json')
     for name, stage in stages(recipe).items():
         _check_stage(name, stage)
-        _check_lora(name, stage)
+        _check_lora(name, stage, imported)
         generates = recipe.prompts or (stage.data.task != "classify" and stage.evaluation.metrics)
         if generates and stage.evaluation.max_new_tokens >= recipe.model.context:
             raise ValueError(

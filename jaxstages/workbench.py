@@ -1,5 +1,6 @@
 """What a stage works with, made from its part of the recipe: mesh, tokenizer, model, optimizer and prepared data."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from jaxtyping import Array
 
 from jaxstages import config as recipes
 from jaxstages import hosts
-from jaxstages.config import EvaluationConfig, LoopConfig, LoraConfig, ModelConfig, Recipe, StageConfig
+from jaxstages.config import DataConfig, EvaluationConfig, LoopConfig, LoraConfig, ModelConfig, Recipe, StageConfig
 from jaxstages.console import say
 from jaxstages.data.prepare import Prepared, items_of, prepare
 from jaxstages.data.sources import open_source
@@ -127,14 +128,19 @@ def _check_numbers() -> None:
         )
 
 
-def _import_stage(known: dict[str, StageConfig], with_data: bool) -> StageConfig:
-    """What was imported is looked at as the recipe's first stage would; without one, it can go on with a text."""
+def _import_stage(known: dict[str, StageConfig], tokenizer: Tokenizer, with_data: bool) -> StageConfig:
+    """What was imported is looked at as the recipe's first stage would; without one it answers, if it has a chat
+    template, or goes on with a text."""
     if known:
-        return next(iter(known.values()))
+        return dataclasses.replace(next(iter(known.values())), lora=LoraConfig())
     if with_data:
         raise ValueError("the recipe has no stage, and so no data; name a recipe that has with --config=FILE")
     devices = jax.device_count()
-    return StageConfig(loop=LoopConfig(batch_size=devices), evaluation=EvaluationConfig(batch_size=devices))
+    return StageConfig(
+        data=DataConfig(task="chat" if tokenizer.template else "lm"),
+        loop=LoopConfig(batch_size=devices),
+        evaluation=EvaluationConfig(batch_size=devices),
+    )
 
 
 def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = True) -> Workbench:
@@ -145,7 +151,7 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
     """
     known = recipes.stages(recipe)
     if name == recipes.IMPORT:
-        known = {recipes.IMPORT: _import_stage(known, with_data)}
+        known = {recipes.IMPORT: _import_stage(known, open_tokenizer(recipe, workdir), with_data)}
     if name not in known:
         raise ValueError(f"recipe {recipe.name!r} has no stage {name}; it has {', '.join(known)}")
     stage = known[name]

@@ -3,24 +3,34 @@
 import atexit
 import os
 
-# Before jax starts its backend. Tests are about values, not speed: the compiler's fast preset halves their time.
+# Before jax starts its backend. Tests are about values, not speed: most of their time goes to compiling, and of that
+# most to LLVM's optimizations.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+    + " --xla_backend_optimization_level=0"
 )
 
 import shutil
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
 
 import jaxstages  # noqa: F401  (sets the XLA flags that it needs)
+from tests import compiled
 
 # Child processes keep what they compile here, not in the home of who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxstages-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# Else most of the time goes to compiling the same small models again: in another test, or in the other worker.
+compiled.write_whole_files()
+jax.config.update("jax_compilation_cache_dir", str(compiled.folder()))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -35,6 +45,22 @@ hypothesis.settings.load_profile("steady")
 @pytest.fixture(autouse=True)
 def _no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
+
+
+LONGEST = (
+    *("reliability/test_stops.py", "reliability/test_crash_points.py", "test_door.py", "reliability/test_disk_full.py"),
+    *("test_stages.py", "reliability/test_hang.py", "reliability/test_nonfinite.py", "reliability/test_corruption.py"),
+    *("reliability/test_lock.py", "test_model.py", "test_compilation.py", "test_generate.py", "test_kernels.py"),
+    *("reliability/test_durability.py", "reliability/test_handoff.py", "test_world.py", "reliability/test_resume.py"),
+)
+"""The files that take long, in about this order: were one begun last, a worker would wait for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    order = {tests / name: place for place, name in enumerate(LONGEST)}
+    assert all(file.exists() for file in order)
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,8 +22,9 @@ def gradient(config: ModelConfig, remat: str) -> tuple[dict, int]:
     def loss(params: dict) -> jax.Array:
         return model.apply(params, batch, None)[..., 0].sum()
 
-    step = jax.jit(jax.grad(loss)).lower(model.init(jax.random.key(0))).compile()
-    return step(model.init(jax.random.key(0))), step.memory_analysis().temp_size_in_bytes
+    params = jax.jit(model.init)(jax.random.key(0))
+    step = jax.jit(jax.grad(loss)).lower(params).compile()
+    return step(params), step.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("unroll", [False, True])
@@ -92,7 +93,7 @@ def test_auto_takes_the_first_that_fits(
 def test_memory_of_this_machine(bench: Workbench) -> None:
     """More than the step takes, less than 64 TiB."""
     assert 2**26 < compilation._memory_of(bench.mesh.devices.flat[0]) < 2**46
-    state = init_state(bench.model.init(jax.random.key(0)), bench.tx)
+    state = init_state(jax.jit(bench.model.init)(jax.random.key(0)), bench.tx)
     _, step = compile_step(bench)
     assert int(step(state, packed_batch([[example(40, r)] for r in range(8)], 64))[0].step) == 1
 

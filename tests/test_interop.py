@@ -93,7 +93,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "gemma3_text", "olmo2", "qwen3_moe", "mixtral", "arcee"])
 def test_import_export_import_is_the_same_tensors(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tensors = write_folder(tmp_path / "one", config_of(kind))
     assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
@@ -116,11 +116,11 @@ def test_where_each_tensor_goes(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "one" / "model.safetensors")
     assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
     assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0
-    from jaxstages.start import contract_of, read_parent
+    from jaxstages.parent import contract_of, read_parent
     from jaxstages.workbench import open_workbench
 
     bench = open_workbench(resolve_recipe(None, tmp_path / "a"), "import", tmp_path / "a", with_data=False)
-    params, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
     attention = params["layers"]["attention"]
     fused = tensors["model.layers.1.self_attn.qkv_proj.weight"]
     np.testing.assert_array_equal(attention["query"]["kernel"][1, :, 1, :], fused[8:16].T)

@@ -23,7 +23,7 @@ from jaxstages.fingerprint import params_sha256
 from jaxstages.metrics import read_metrics
 from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
-from jaxstages.start import contract_of, read_base, read_parent, read_trained
+from jaxstages.parent import contract_of, read_base, read_parent, read_trained
 from jaxstages.types import Model, Params
 from jaxstages.validate import validate
 from jaxstages.workbench import Workbench, open_workbench
@@ -103,7 +103,7 @@ def test_product_and_scale_are_the_formula_s() -> None:
         {"query": {"kernel": ("layers", "embed", "heads", "head_dim")}},
     )
     for stabilized, scale in ((False, 8 / 4), (True, 8 / 2)):
-        config = LoraConfig(rank=4, alpha=8, rank_stabilized=stabilized, dora=True)
+        config = LoraConfig(rank=4, alpha=8.0, rank_stabilized=stabilized, dora=True)
         adapters = moved(lora.init(jax.random.key(1), base, axes, config))
         a, b, m = (np.asarray(adapters["query"][name], np.float64) for name in lora.ADAPTER)
         whole = kernel.reshape(2, 6, 6) + scale * a @ b

@@ -152,18 +152,39 @@ def contents(chat) -> list[str]:
     return [message["content"] for message in chat["messages"]]
 
 
+def everything(split: str) -> tuple[list[Clause], dict[str, list]]:
+    """The clauses of which `pairs` makes its records, and every record of every data set, of a split."""
+    drawn = list(clauses(split, 12_000 if split == "train" else 400))
+    records = {name: list(SOURCES[name](split)) for name in ("text", "chats")}
+    return drawn, records | {"pairs": [{"prompt": english(clause), "target": french(clause)} for clause in drawn]}
+
+
 @pytest.fixture(scope="module")
-def drawn():
+def both(tmp_path_factory):
+    """What `everything` gives of each split. Training data, which is large, comes from another process: here types are
+    checked at each call and lines are counted, with which it takes ten times as long. Its first are made here too."""
+    file = tmp_path_factory.mktemp("world") / "train.pickle"
+    code = (
+        "import pickle, pathlib, sys; from tests.test_world import everything; "
+        "pathlib.Path(sys.argv[1]).write_bytes(pickle.dumps(everything('train')))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(file)], env={**os.environ, "PYTHONPATH": "."}, cwd=ROOT, check=True)
+    train = pickle.loads(file.read_bytes())  # noqa: S301
+    for name in SOURCES:
+        assert list(itertools.islice(SOURCES[name]("train"), 200)) == train[1][name][:200]
+    return {"train": train, "validation": everything("validation")}
+
+
+@pytest.fixture(scope="module")
+def drawn(both):
     """The clauses of which `pairs` makes its records."""
-    return {"train": list(clauses("train", 12_000)), "validation": list(clauses("validation", 400))}
+    return {split: both[split][0] for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
-def world(drawn):
+def world(both):
     """Every record of every data set: world[name][split] is a list."""
-    records = {name: {split: list(SOURCES[name](split)) for split in SPLITS} for name in ("text", "chats")}
-    paired = {split: [{"prompt": english(c), "target": french(c)} for c in drawn[split]] for split in SPLITS}
-    return {**records, "pairs": paired}
+    return {name: {split: both[split][1][name] for split in SPLITS} for name in SOURCES}
 
 
 @pytest.mark.parametrize("clause, in_english, in_french", GOLD, ids=[gold[1] for gold in GOLD])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxstages.config import Recipe
 from jaxstages.decode.sampling import Sampling, check_sampling
 from jaxstages.evaluate import recipe_sampling
-from jaxstages.start import contract_of, finished, last_finished, read_parent
+from jaxstages.parent import contract_of, finished, last_finished, read_parent
 from jaxstages.types import Params
 from jaxstages.workbench import Workbench, open_workbench
 

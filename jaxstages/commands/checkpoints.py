@@ -15,7 +15,7 @@ from jaxstages.checkpoint import read_meta, read_params, steps_of, stored_params
 from jaxstages.config import HELD
 from jaxstages.console import say
 from jaxstages.fingerprint import named_leaves, saved_kind
-from jaxstages.start import finished
+from jaxstages.parent import finished
 from jaxstages.workdir import checkpoint_folder, quarantine_folder, result_file
 
 

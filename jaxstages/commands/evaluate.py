@@ -7,8 +7,8 @@ from jaxstages.config import Recipe
 from jaxstages.console import say
 from jaxstages.evaluate import make_evaluate, unigram_perplexity
 from jaxstages.metrics import plain
+from jaxstages.parent import contract_of, finished, read_parent
 from jaxstages.report.matrix import stage_matrix
-from jaxstages.start import contract_of, finished, read_parent
 from jaxstages.workbench import open_workbench
 
 

@@ -11,9 +11,9 @@ from jaxstages.commands.recipe import keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.console import say
 from jaxstages.interop.hf_import import bring, source_of
+from jaxstages.parent import check_lineage, finished
 from jaxstages.report.matrix import stage_matrix
 from jaxstages.stages import finetune, instruct, pretrain
-from jaxstages.start import check_lineage, finished
 from jaxstages.types import Interrupted
 from jaxstages.workbench import prepare_stages
 from jaxstages.workdir import lock, result_file

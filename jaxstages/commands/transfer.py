@@ -7,7 +7,7 @@ from jaxstages.commands.recipe import keep_recipe, resolve_recipe
 from jaxstages.config import ModelConfig, Recipe
 from jaxstages.interop.hf_export import DTYPES, export
 from jaxstages.interop.hf_import import adopt, bring, describe, find_folder, source_of
-from jaxstages.start import last_finished
+from jaxstages.parent import finished, last_finished
 from jaxstages.workdir import checkpoints_folder, lock, result_file
 
 
@@ -24,7 +24,7 @@ def import_model(given: Recipe | None, workdir: Path, source: str | None) -> Non
     if begun and not result_file(workdir / recipes.IMPORT).exists():
         raise ValueError(f"{workdir} has trained {begun[0]} already; import into another --workdir")
     if given is None and not (workdir / "recipe.json").is_file():
-        given = Recipe(name=folder.name, model=ModelConfig(context=found.model.context))
+        given = Recipe(name=Path(source).resolve().name, model=ModelConfig(context=found.model.context))
     if given is not None:
         given = adopt(given, found, folder / "tokenizer.json")
     with lock(workdir):
@@ -39,4 +39,6 @@ def export_model(recipe: Recipe, workdir: Path, stage: str | None, to: str | Non
         raise ValueError("export needs --to=DIR, the folder to write")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype}: known: {', '.join(DTYPES)}")
-    export(recipe, workdir, stage or last_finished(recipe, workdir), Path(to), dtype)
+    name = stage or last_finished(recipe, workdir)
+    finished(workdir / name)
+    export(recipe, workdir, name, Path(to), dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxstages import config as recipes
 from jaxstages.config import Recipe
-from jaxstages.start import finished
+from jaxstages.parent import finished
 from jaxstages.workdir import result_file
 
 

@@ -205,6 +205,8 @@ def _read_kinds(model: ModelConfig, found: dict[str, Any], family: Family, where
     kinds = ["local" if here else "global" if has else "nope" for here, has in zip(local, rope, strict=True)]
     model.attention.window = int(window) if any(local) and window else 0
     model.attention.pattern = _shortest(kinds)
+    if not any(local):
+        model.attention.local_rope_theta = 0.0
 
 
 def _shortest(kinds: list[str]) -> tuple[str, ...]:
@@ -252,7 +254,8 @@ def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
             value = _get(model, path)
             match path:
                 case "activation":
-                    value = next((theirs for theirs, ours in (GATED if gated else PLAIN).items() if ours == value), "")
+                    known = GATED if gated else PLAIN
+                    value = next((theirs for theirs, ours in known.items() if ours == value), next(iter(known)))
                 case "attention.softcap" | "logit_softcap":
                     value = value or None
                 case "attention.scale":

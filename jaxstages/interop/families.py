@@ -248,6 +248,7 @@ PHI3 = MISTRAL._replace(
 ARCEE = LLAMA._replace(
     model_type="arcee",
     architecture="ArceeForCausalLM",
+    rows=_decoder(ATTENTION, FEED_FORWARD[2:], NORMS_BEFORE),
     defaults=LLAMA.defaults | {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
 )
 GPT2 = Family(

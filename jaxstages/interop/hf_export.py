@@ -28,7 +28,7 @@ from jaxstages.interop.hf_import import Plan, kept_source, load
 from jaxstages.interop.layout import entries_of, match, places_of
 from jaxstages.interop.tensors import open_folder, write_shards
 from jaxstages.models.transformer import make_model
-from jaxstages.start import contract_of, read_parent
+from jaxstages.parent import contract_of, read_parent
 from jaxstages.types import Batch, Params
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import tokenizer_file
@@ -74,22 +74,23 @@ def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most
     _keep_positions(config, family, recipe, workdir)
     write_json(fresh / "config.json", config)
     total = sum(math.prod(shape) for shape in shapes.values()) * (2 if dtype == "bfloat16" else 4)
-    progress = Progress("export, MB", max(total // 10**6, 1))
+    progress, megabytes = Progress("MB written", max(total // 10**6, 1)), 0
+
+    def told(done: int) -> None:
+        nonlocal megabytes
+        if done // 10**6 > megabytes:
+            megabytes = done // 10**6
+            progress.update(megabytes)
+
     leaves = {path: hosts.whole(leaf) for path, leaf in named_leaves(params).items()}
-    files = write_shards(
-        fresh,
-        entries_of(places, leaves, shapes),
-        DTYPES[dtype],
-        most_bytes,
-        lambda done: progress.update(min(done // 10**6, total // 10**6)),
-    )
-    _write_tokenizer(bench, fresh)
+    files = write_shards(fresh, entries_of(places, leaves, shapes), DTYPES[dtype], most_bytes, told)
+    _write_tokenizer(bench, stage, fresh)
     _write_generation(bench, stage, fresh, config)
     facts = {
         "model type": family.model_type,
         "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}",
         "dtype": dtype,
-        "params_sha256": f"`{lineage['params_sha256']}`",
+        "params_sha256": f"`{digest}`",
         "recipe": f"`{json.dumps(recipes.to_dict(recipe.model))}`",
     }
     write_text(fresh / "README.md", write_card(recipe, bench.stage_dir, facts, licence_of(kept_source(workdir))))
@@ -163,7 +164,7 @@ def _ids(bench: Workbench, stage: str) -> dict[str, Any]:
     if stage != recipes.IMPORT or not ends:
         ends = [*dict.fromkeys([*ends, special.end_of_text, special.end_of_turn])]
     start = kept.get("bos_token_id")
-    start = special.end_of_text if start is None else start
+    start = next(iter(bench.tokenizer.begin), None) if start is None else start
     return {"bos_token_id": start, "eos_token_id": ends if len(ends) > 1 else ends[0]} | {
         name: kept[name] for name in ("pad_token_id",) if name in kept
     }
@@ -177,17 +178,20 @@ def _keep_positions(config: dict[str, Any], family: Family, recipe: Recipe, work
         config[key] = max(config[key], read_config(read_json(file), str(file)).positions)
 
 
-def _write_tokenizer(bench: Workbench, folder: Path) -> None:
+def _write_tokenizer(bench: Workbench, stage: str, folder: Path) -> None:
     """tokenizer.json, and beside it what transformers wants to know of it; with the chat template that the stages are
     trained with."""
-    shutil.copyfile(tokenizer_file(bench.workdir), folder / "tokenizer.json")
-    kept = kept_source(bench.workdir)
-    found = read_json(kept / "tokenizer_config.json") if (kept / "tokenizer_config.json").is_file() else {}
-    found.pop("added_tokens_decoder", None)  # it is in tokenizer.json, which has more of them
-    end = SPECIAL_TOKENS[0]
-    found = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end} | found
-    found |= {"chat_template": OUR_TEMPLATE}
-    write_json(folder / "tokenizer_config.json", found)
+    own, kept = tokenizer_file(bench.workdir), kept_source(bench.workdir)
+    shutil.copyfile(own, folder / "tokenizer.json")
+    found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for file in (kept / "tokenizer_config.json", own.with_name("tokenizer_config.json")):
+        found |= read_json(file) if file.is_file() else {}
+    for name in ("added_tokens_decoder", "auto_map", "chat_template"):
+        found.pop(name, None)  # the first is in tokenizer.json, which has more of them
+    ends = dict.fromkeys(("bos_token", "eos_token"), SPECIAL_TOKENS[0])
+    found = (ends if not bench.tokenizer.eos else {}) | found
+    template = bench.tokenizer.template or (OUR_TEMPLATE if stage != recipes.IMPORT else "")
+    write_json(folder / "tokenizer_config.json", found | ({"chat_template": template} if template else {}))
 
 
 def _write_generation(bench: Workbench, stage: str, folder: Path, config: dict[str, Any]) -> None:

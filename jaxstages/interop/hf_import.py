@@ -29,7 +29,7 @@ from jaxstages.interop.config_json import OURS, Described, read_config
 from jaxstages.interop.families import FAMILIES
 from jaxstages.interop.layout import Place, match, places_of, read_parameter
 from jaxstages.interop.tensors import Stored, open_folder
-from jaxstages.start import contract_of
+from jaxstages.parent import contract_of
 from jaxstages.step import init_state
 from jaxstages.types import Params
 from jaxstages.workbench import Workbench, open_workbench
@@ -114,10 +114,7 @@ def adopt(recipe: Recipe, found: Described, tokenizer: Path) -> Recipe:
 def adopted(recipe: Recipe, workdir: Path) -> Recipe:
     """The recipe as it is run: with the model of what is imported here, or is to be; else unchanged."""
     source, kept = source_of(recipe), kept_source(workdir)
-    if (kept / "config.json").is_file():
-        result = result_file(workdir / IMPORT)
-        if source is None and not result.exists():
-            return recipe
+    if result_file(workdir / IMPORT).exists():
         return adopt(recipe, describe(kept), Path(read_json(kept / "where.json", {"tokenizer": (str,)})["tokenizer"]))
     if source is None:
         return recipe
@@ -168,6 +165,7 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
         "parent": None,
         "data": {},
         "jax": jax.__version__,
+        "lora": None,
         "carried": {"tokens": 0, "seconds": 0.0, "best": {}},
     }
     with Checkpoints(stage_dir, 1) as checkpoints:
@@ -273,12 +271,13 @@ def _grown(bench: Workbench, rows: int) -> list[str]:
 def load(plan: Plan, target: Params) -> Params:
     """The parameters, a leaf after the other, placed as `target` (shapes with shardings) says."""
     total = sum(math.prod(shape) for shape in plan.shapes.values())
-    progress, done = Progress("import, M parameters", max(total // 10**6, 1)), 0
+    progress, done = Progress("parameters read (millions)", max(total // 10**6, 1)), 0
 
     def told(values: int) -> None:
         nonlocal done
-        done += values
-        progress.update(min(done // 10**6, total // 10**6))
+        before, done = done // 10**6, done + values
+        if done // 10**6 > before:
+            progress.update(done // 10**6)
 
     found: dict[str, jax.Array] = {}
     for path, leaf in named_leaves(target).items():

@@ -151,6 +151,7 @@ def _join(base: Params, adapters: Params, scale: float, multiply: bool) -> Param
     return joined
 
 
+@jax.jit  # one program also where `join` is called outside of one: its exchanges between devices are not apart
 def _whole(matrix: Array, adapter: dict[str, Array]) -> Array:
     """The matrix with the adapter's product in it, in float32."""
     product = jnp.matmul(adapter[DOWN], adapter[UP], precision="highest")

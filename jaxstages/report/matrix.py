@@ -18,7 +18,7 @@ from jaxstages.data.tasks import pair_prompt
 from jaxstages.disk import write_json
 from jaxstages.evaluate import make_answer, make_evaluate
 from jaxstages.metrics import plain
-from jaxstages.start import contract_of, finished, read_parent
+from jaxstages.parent import contract_of, finished, read_parent
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import result_file
 

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 from jaxstages.commands.recipe import resolve_recipe
-from jaxstages.config import TokenizerConfig
+from jaxstages.config import MeshConfig, TokenizerConfig
 from jaxstages.data.tokenizer import load_tokenizer, make_tokenizer
-from jaxstages.decode.generate import Sampling, make_generate
+from jaxstages.decode.generate import make_answers
+from jaxstages.decode.sampling import Sampling
 from jaxstages.disk import read_json
 from jaxstages.main import main
 from jaxstages.models.transformer import make_model
-from jaxstages.start import contract_of, read_parent
+from jaxstages.parent import contract_of, read_parent
+from jaxstages.sharding import make_mesh
 from jaxstages.types import Batch
 from jaxstages.workbench import open_workbench
 from tests.interop.zoo import VOCAB, ZOO, make
@@ -96,7 +98,7 @@ def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenize
     recipe = resolve_recipe(None, work)
     assert recipe.model.family == name.split(",")[0]
     bench = open_workbench(recipe, "import", work, with_data=False)
-    spread, _ = read_parent(bench.stage_dir, bench.shapes.params, contract_of(bench))
+    spread, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
     params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), spread)
     ours = make_model(recipe.model, bench.tokenizer.vocab_size)
 
@@ -118,10 +120,9 @@ def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenize
             attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
             **{"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": None},
         )
-    generate = jax.jit(make_generate(ours, Sampling(NEW, 0.0, (-1,))))
-    keys = jax.random.split(jax.random.key(0), 1)
-    mine = np.asarray(generate(params, jnp.asarray(prompt)[None], jnp.asarray([len(prompt)], jnp.int32), keys))[0]
-    np.testing.assert_array_equal(mine, whole[0, len(prompt) :].numpy())
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    answers = make_answers(ours, Sampling(max_new_tokens=NEW), context=LENGTH, batch_size=1, mesh=one)
+    assert next(answers(params, [prompt.tolist()], 0)) == [whole[0, len(prompt) :].tolist()]
 
     from transformers import AutoModelForCausalLM
 

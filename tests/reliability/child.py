@@ -45,11 +45,11 @@ def tell_phases(slots: mmap.mmap) -> None:
     import jaxstages.checkpoint as checkpoint
     import jaxstages.commands.train as train
     import jaxstages.loop as loop
-    import jaxstages.start as start
+    import jaxstages.parent as parent
 
     within(train, "prepare_stages", "prepare", slots)
     within(checkpoint.Checkpoints, "restore_newest", "restore", slots)
-    within(start, "read_params", "hand-off", slots)
+    within(parent, "read_params", "hand-off", slots)
     within(compiler, "compile_or_get_cached", "compile", slots)
     within(loop._Run, "steps", "step", slots)
     within(loop._Run, "_evaluate_at", "evaluate", slots)
@@ -91,8 +91,10 @@ def main() -> None:
     with stop_signals():  # as the door itself does, which is one import later here
         slots[0] = PHASES.index("import")
         import jaxstages.main  # noqa: F401
+        from tests.compiled import write_whole_files
 
         tell_phases(slots)
+        write_whole_files()
         door.cli()
 
 

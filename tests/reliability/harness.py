@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxstages import config as recipes
 from jaxstages import workbench
@@ -30,6 +29,7 @@ from jaxstages.models.transformer import make_model
 from jaxstages.sharding import make_mesh
 from jaxstages.types import Model
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder
+from tests import compiled
 from tests.reliability.child import PHASES, SLOTS, shared
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
@@ -73,10 +73,9 @@ def get_config(variant=""):
 
 @dataclass
 class Home:
-    """A folder with data, recipe, prepared rows and a cache of compiled functions, which all runs in it share."""
+    """A folder with data, recipe and prepared rows, which all runs in it share. All runs share compiled functions."""
 
     folder: Path
-    compile_cache: bool = True
     command: tuple[str, ...] = ("run",)
     more: tuple[str, ...] = ()
 
@@ -103,9 +102,8 @@ class Home:
             "PYTHONFAULTHANDLER": "1",
         }
         env["XLA_FLAGS"] = ""  # one device, as most users have
-        if self.compile_cache:
-            env |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
-            env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(compiled.folder())}
+        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
         output = log.open("ab")
         words = (*self.command, f"--config={self.folder}/recipe.py", f"--workdir={work}", *self.more, *more)
         process = subprocess.Popen(
@@ -186,14 +184,8 @@ def outcome(work: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def quick_runs(folder: Path) -> Iterator[None]:
-    """One device, each model traced once, and compiled functions that are kept in `folder`: a run takes seconds."""
-    cache = {
-        "jax_compilation_cache_dir": str(folder / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: jax.config.values[name] for name in cache}
+def quick_runs() -> Iterator[None]:
+    """One device, and each model traced once: a run takes seconds."""
     made: dict[str, Model] = {}
 
     def traced_once(config: ModelConfig, vocab: int, *, attend: Attend | None) -> Model:
@@ -206,15 +198,7 @@ def quick_runs(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workbench, "make_model", traced_once)
         patch.setattr(workbench, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        try:
-            for name, value in cache.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
+        yield
 
 
 def unlike(found: Any, expected: Any, path: str = "") -> list[str]:

@@ -17,7 +17,7 @@ from jaxstages.disk import read_json, write_json
 from jaxstages.early_stopping import early_stopping
 from jaxstages.fingerprint import fingerprint, params_sha256
 from jaxstages.manifest import UNLISTED
-from jaxstages.start import contract_of, read_parent
+from jaxstages.parent import contract_of, read_parent
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
 from tests.reliability.harness import damage, make_recipe, print_table, quick_runs
@@ -64,7 +64,7 @@ class Kept:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
-    with quick_runs(tmp_path_factory.mktemp("compiled")):
+    with quick_runs():
         yield Kept(tmp_path_factory.mktemp("kept"))
 
 

@@ -62,7 +62,7 @@ def short(home: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_runs(tmp_path_factory.mktemp("compiled")):
+    with quick_runs():
         yield
 
 

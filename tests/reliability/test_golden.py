@@ -33,7 +33,8 @@ from jaxstages.config import (
 from jaxstages.disk import read_json, write_json
 from jaxstages.early_stopping import early_stopping
 from jaxstages.fingerprint import params_sha256
-from jaxstages.start import Start, contract_of, find_start, read_parent
+from jaxstages.parent import contract_of, read_parent
+from jaxstages.start import Start, find_start
 from jaxstages.workbench import open_workbench
 from jaxstages.workdir import checkpoint_folder
 

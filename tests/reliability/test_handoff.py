@@ -19,7 +19,7 @@ from jaxstages.commands.train import train
 from jaxstages.config import AttentionConfig, ModelConfig, Recipe
 from jaxstages.data.tokenizer import Specials
 from jaxstages.disk import read_json, write_json
-from jaxstages.start import RESULT, check_lineage, contract_of, read_parent
+from jaxstages.parent import RESULT, check_lineage, contract_of, read_parent
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import checkpoint_folder, quarantine_folder, result_file, tokenizer_file
 from tests.reliability.harness import Home

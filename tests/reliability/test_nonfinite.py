@@ -304,7 +304,7 @@ class Lab:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, pytest.MonkeyPatch]]:
     folder = tmp_path_factory.mktemp("lab")
-    with quick_runs(folder), pytest.MonkeyPatch.context() as patch:
+    with quick_runs(), pytest.MonkeyPatch.context() as patch:
         yield folder, patch
 
 
