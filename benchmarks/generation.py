@@ -79,7 +79,14 @@ def answer_by_jaxstages(row: Row, weights: Path, batch: int, new: int) -> Answer
     answers = make_answers(
         model, Sampling(new), context=row.context, batch_size=batch, mesh=make_mesh(MeshConfig(), jax.devices()[:1])
     )
-    return lambda prompts: [answer for part in answers(params, prompts.tolist(), 0) for answer in part]
+    batches: Any = None
+
+    def answer(prompts: np.ndarray) -> list[list[int]]:
+        nonlocal batches
+        batches = batches or answers(params, prompts.tolist() * 1000, 0)  # as a file of prompts, a batch at a time
+        return next(batches)
+
+    return answer
 
 
 def answer_by_transformers(row: Row, weights: Path, new: int, threads: int, static: bool) -> Answer:

@@ -22,6 +22,7 @@ FLOORS = [
             "models.rope",
             "models.experts",
             "models.lora",
+            "models.unstacked",
         ),
     },
     {"models.transformer", "data.answers", "data.chat", "data.tasks", "data.packing"},

@@ -21,6 +21,7 @@ from jaxstages.models.experts import mix_experts
 from jaxstages.models.lora import ADAPTER, SCALE, UP, adapt, kernel_of
 from jaxstages.models.primitives import last_dim, linear, normalize
 from jaxstages.models.rope import frequencies_of, rotate
+from jaxstages.models.unstacked import TURNED, linear_turned, unstack
 from jaxstages.types import Batch, Headless, Model, Params
 
 Cache = tuple[Array, Array]
@@ -113,20 +114,25 @@ class Projection(nn.Module):
     def __call__(self, x: Array) -> Array:
         inputs, dtype = len(self.names) - len(self.features), jnp.dtype(self.config.dtype)
         rows, shape = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
+        x_MI = x.astype(dtype).reshape(*rows, -1)
+        if self.has_variable("params", TURNED):
+            return self._biased(linear_turned(x_MI, self.get_variable("params", TURNED)), rows)
         kernel: Any = self.param("kernel", _kernel(*self.names, scale=self.scale), (*shape, *self.features))
         beside = {n: self.get_variable("params", n) for n in (SCALE, *ADAPTER) if self.has_variable("params", n)}
         kernel_IO = kernel_of({"kernel": kernel} | beside).reshape(math.prod(shape), -1)
-        x_MI = x.astype(dtype).reshape(*rows, -1)
         out = linear(x_MI, kernel_IO.astype(dtype), self.platform)
         if UP in beside:
             flat = (math.prod(rows), -1)
             out = adapt(out.reshape(flat), x_MI.reshape(flat), kernel_IO, beside, self.platform)
+        return self._biased(out, rows)
+
+    def _biased(self, out: Array, rows: tuple[int, ...]) -> Array:
         out = out.reshape(*rows, *self.features)
         if not (self.bias or self.config.bias):
             return out
-        names = self.names[inputs:]
+        names = self.names[-len(self.features) :]
         bias: Any = self.param("bias", nn.with_partitioning(nn.initializers.zeros, names), self.features)
-        return out + jnp.expand_dims(bias, tuple(range(len(rows)))).astype(dtype)
+        return out + jnp.expand_dims(bias, tuple(range(len(rows)))).astype(out.dtype)
 
 
 class Attention(nn.Module):
@@ -375,11 +381,6 @@ def make_model(
         empty = functools.partial(jnp.zeros, shape, jnp.dtype(config.dtype))
         return tuple((empty(), empty()) for _ in range(config.layers))
 
-    def unstack(params: Params) -> Params:
-        rest = {name: part for name, part in params.items() if name != "layers"}
-        own = {f"layers_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"]) for n in range(config.layers)}
-        return rest | own
-
     def decode(params: Params, tokens_BL: Array, positions_BL: Array, caches: Any) -> tuple[Headless, Any]:
         # Any: Flax's type also has the variables that `mutable` would return.
         found: Any = decoder.apply({"params": params}, tokens_BL, positions_BL, None, caches, True)
@@ -393,6 +394,6 @@ def make_model(
     return Model(
         *(init, apply, headless, axes),
         init_cache=init_cache,
-        unstack=unstack,
+        unstack=lambda params: unstack(params, config.layers, jnp.dtype(config.dtype), platform),
         decode=decode,
     )
