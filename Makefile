@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 BENCH := --rows=C1,C2,C3
 SOAK := --kills=500 --terms=200 --pairs=200 --faults=2000 --every=1 --errors=1 --native=120 --fuzz=20000 --races=50
 
-.PHONY: demo demo-control test soak bench check lock clean
+.PHONY: demo demo-control test coverage soak bench check lock clean
 
 .venv: requirements.lock pyproject.toml
 	rm -rf .venv
@@ -22,10 +23,13 @@ demo-control: .venv  ## the demo's fine-tuning from scratch with the same budget
 	$(BIN)/jaxstages finetune --config=configs/demo.py:control --workdir=runs/demo-control
 
 test: .venv check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(TWO)
+
+coverage: .venv  ## which lines no test reaches; tracing takes Python two to three times as long
+	$(BIN)/python -m pytest $(TWO) --cov --cov-report=term:skip-covered
 
 soak: .venv  ## the reliability tests, with counts for days of trust
-	JAXSTAGES_TEST_FIGURES=soak.txt $(BIN)/python -m pytest tests/reliability -n 2 --dist loadfile --no-loadscope-reorder $(SOAK)
+	JAXSTAGES_TEST_FIGURES=soak.txt $(BIN)/python -m pytest tests/reliability $(TWO) $(SOAK)
 	cat soak.txt
 
 bench:  ## side by side with the peers, on an idle machine; PYTHON has the extra `bench`, BENCH may name --nanogpt=DIR
