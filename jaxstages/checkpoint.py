@@ -7,7 +7,6 @@ step how the save is doing.
 """
 
 import contextlib
-import gc
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
 
 from jaxstages import hosts, manifest
+from jaxstages.arrays import read, read_in_parts, to_save
 from jaxstages.config import lora_from
 from jaxstages.console import say
 from jaxstages.disk import Form, make_folder, read_json, sync, write_json
@@ -60,9 +60,6 @@ META: Form = {
 """What a checkpoint says of itself."""
 
 TRASH = "trash"
-
-PIECE, AT_ONCE = 2**26, 2**28
-"""Bytes of an array that are written as one, and of parameters that are read at once."""
 
 
 class Restored(NamedTuple):
@@ -161,7 +158,7 @@ class Checkpoints:
         train = _train_item(state, stopping)
         meta = meta | {"format": FORMAT, "step": step, "best_step": best_step}
         self._meta, self._prints = meta, begin_fingerprint({"params": state.params, "train": train})
-        items = ocp.args.Composite(params=_to_save(state.params), train=_to_save(train))
+        items = ocp.args.Composite(params=to_save(state.params), train=to_save(train))
         self._saving = step
         with self._as_storage_errors():
             if not self._open().save(step, args=items, force=True):
@@ -273,7 +270,7 @@ def _restore(folder: Path, target: TrainState, stopping: EarlyStoppingState) -> 
     meta = read_meta(folder)
     wanted = {"params": target.params, "train": _train_item(target, stopping)}
     _compare(folder, meta["fingerprint"], wanted)
-    params, train = _read_in_parts(folder / "params", target.params), _read(folder / "train", wanted["train"])
+    params, train = read_in_parts(folder / "params", target.params), read(folder / "train", wanted["train"])
     found = fingerprint({"params": params, "train": train}).digests
     if found != meta["fingerprint"]:
         wrong = [path for path in found if found[path] != meta["fingerprint"][path]]
@@ -323,44 +320,10 @@ def read_params(stage_dir: Path, step: int, target: Params) -> Params:
     manifest.check(folder)
     saved = {path: text for path, text in read_meta(folder)["fingerprint"].items() if path.startswith("params/")}
     _compare(folder, saved, {"params": target})
-    params = _read_in_parts(folder / "params", target)
+    params = read_in_parts(folder / "params", target)
     if fingerprint({"params": params}).digests != saved:
         raise Damaged(f"{folder} is damaged: its parameters are not what was saved")
     return params
-
-
-def _to_save(tree: Any) -> ocp.args.PyTreeSave:
-    """Large arrays are written in pieces: Orbax holds each that it writes, and each file until it is full, packed."""
-    large = jax.tree.map(lambda leaf: isinstance(leaf, jax.Array) and leaf.nbytes > PIECE, tree)
-    save_args = jax.tree.map(lambda pieces: ocp.SaveArgs(chunk_byte_size=PIECE if pieces else None), large)
-    return ocp.args.PyTreeSave(tree, save_args, ocdbt_target_data_file_size=2 * PIECE)
-
-
-def _read_in_parts(folder: Path, target: Params) -> Params:
-    """Parameters, the largest first, and a few at a time: those in flight are held twice."""
-    leaves, found = named_leaves(target), {}
-    left = sorted(leaves, key=lambda path: leaves[path].size)
-    while left:
-        names = [left.pop()]
-        while left and 4 * sum(leaves[name].size for name in (*names, left[-1])) <= AT_ONCE:
-            names.append(left.pop())
-        part = _read(folder, tree_of({name: leaves[name] for name in names}), part=True)
-        found |= named_leaves(jax.block_until_ready(part))  # until then, what was read stays beside its copy
-        gc.collect()
-    return tree_of(found)
-
-
-def _read(folder: Path, target: Any, part: bool = False) -> Any:
-    handler, wanted = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target)
-    if part:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        wanted = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
-        handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer:
-        try:
-            return checkpointer.restore(folder, args=wanted)
-        except Exception as error:  # Orbax has no type of its own for what can't be read
-            raise Damaged(f"{folder} is damaged, Orbax can't read it: {str(error)[:200]}") from error
 
 
 def stored_params(meta: dict[str, Any], sharding: Sharding) -> Params:

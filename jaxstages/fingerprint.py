@@ -68,6 +68,11 @@ def _leaf_print(x: jax.Array) -> jax.Array:
     return jnp.stack(jax.lax.reduce((odd, both, bad), (zero,) * 3, lambda a, b: tuple(map(jnp.add, a, b)), everywhere))
 
 
+UNDER_WAY = 16
+"""Leaves at once on CPU: with 32 programs under way, of several devices some wait to begin the next one and others, in
+the one before, wait for them, for ever (jaxlib 0.10.2)."""
+
+
 class Fingerprint(NamedTuple):
     """digests: path of each leaf -> its values, dtype and shape in short, the same on any mesh. not_finite: paths of
     leaves that have a NaN or an infinity in them; those that are no device arrays are not looked at."""
@@ -83,7 +88,11 @@ def fingerprint(tree: Any) -> Fingerprint:
 def begin_fingerprint(tree: Any) -> Callable[[], Fingerprint]:
     """The same in two parts: the devices begin now, and nobody waits for them before what this returns is called."""
     leaves = named_leaves(tree)
-    begun = {path: _leaf_print(x) if isinstance(x, jax.Array) else x for path, x in leaves.items()}
+    begun: dict[str, Any] = {}
+    for number, (path, x) in enumerate(leaves.items(), start=1):
+        begun[path] = _leaf_print(x) if isinstance(x, jax.Array) else x
+        if number % UNDER_WAY == 0 and jax.default_backend() == "cpu":
+            jax.block_until_ready(begun[path])
     kinds = {path: kind_of(x) for path, x in leaves.items()}  # a leaf may be donated before they are wanted
 
     def fetch() -> Fingerprint:

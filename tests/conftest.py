@@ -75,15 +75,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much the tests under `reliability/` do: the defaults are for `make test`, `make soak` gives more."""
     for name, count, what in (
-        ("kills", 10, "SIGKILLs at random instants"),
-        ("terms", 6, "SIGTERMs at random instants"),
-        ("faults", 60, "random faults in checkpoints"),
-        ("every", 60, "each how many-th crash point is gone on from"),
-        ("errors", 240, "each how many-th call fails"),
-        ("native", 3, "crash points inside native code"),
-        ("races", 2, "pairs of runs in one directory"),
-        ("pairs", 3, "SIGTERMs to two processes"),
-        ("fuzz", 300, "random recipes, and as many data files"),
+        ("kills", 4, "SIGKILLs at random instants"),
+        ("terms", 3, "SIGTERMs at random instants"),
+        ("faults", 40, "random faults in checkpoints"),
+        ("every", 100, "each how many-th crash point is gone on from"),
+        ("errors", 350, "each how many-th call fails"),
+        ("native", 2, "crash points inside native code"),
+        ("races", 1, "pairs of runs in one directory"),
+        ("pairs", 1, "SIGTERMs to two processes"),
+        ("disks", 3, "sizes of a disk that is too small"),
+        ("fuzz", 200, "random recipes, and as many data files"),
         ("seed", 0, "of what is random"),
     ):
         parser.addoption(f"--{name}", type=int, default=count, help=what)

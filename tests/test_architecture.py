@@ -26,7 +26,7 @@ FLOORS = [
         ),
     },
     {"models.transformer", "data.answers", "data.chat", "data.tasks", "data.packing"},
-    {"step", "checkpoint", "data.prepare", "data.pipeline", "decode"},
+    {"step", "arrays", "checkpoint", "data.prepare", "data.pipeline", "decode"},
     {"workbench", "parent", "start", "evaluate", "compilation"},
     {"loop"},
     {"stages"},
@@ -44,7 +44,7 @@ SAME_FLOOR |= {
     "evaluate": {"workbench"},
     "compilation": {"workbench"},
 }
-SAME_FLOOR |= {"models.lora": {"models.primitives"}}
+SAME_FLOOR |= {"models.lora": {"models.primitives"}, "checkpoint": {"arrays"}}
 SAME_FLOOR |= {"models.attention": {"models.primitives"}, "models.kernels": {"models.attention"}}
 SAME_FLOOR |= {
     "decode.generate": {"decode.sampling"},
@@ -56,7 +56,7 @@ SAME_FLOOR |= {"__main__": {"main"}, "types": {"guard"}, "hosts": {"signals"}}
 HOMES = {
     "flax": {"models"},
     "grain": {"data.pipeline", "data.prepare"},
-    "orbax": {"checkpoint"},
+    "orbax": {"arrays", "checkpoint"},
     "tokenizers": {"data.tokenizer"},
     "jinja2": {"data.template"},
     "sacrebleu": {"metrics"},

@@ -584,13 +584,13 @@ def test_a_trained_run_is_exported(tmp_path: Path) -> None:
 def test_large_parameters_are_written_and_read_in_pieces(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jaxstages import checkpoint
+    from jaxstages import arrays
 
     assert call("import", f"--from={llama}", f"--workdir={tmp_path}/whole") == 0
-    monkeypatch.setattr(checkpoint, "PIECE", 2048)
-    monkeypatch.setattr(checkpoint, "AT_ONCE", 8192)
-    read, parts = checkpoint._read, []
-    monkeypatch.setattr(checkpoint, "_read", lambda *words, **part: parts.append(1) or read(*words, **part))
+    monkeypatch.setattr(arrays, "PIECE", 2048)
+    monkeypatch.setattr(arrays, "AT_ONCE", 8192)
+    read, parts = arrays.read, []
+    monkeypatch.setattr(arrays, "read", lambda *words, **part: parts.append(1) or read(*words, **part))
     assert call("import", f"--from={llama}", f"--workdir={tmp_path}/pieces") == 0
     assert params_of(tmp_path / "pieces") == params_of(tmp_path / "whole")
     folders = [checkpoint_folder(tmp_path / name / "import", 0) / "params" for name in ("whole", "pieces")]

@@ -16,6 +16,7 @@ from jaxstages import config as recipes
 from jaxstages import manifest
 from jaxstages.checkpoint import steps_of
 from jaxstages.commands.train import train
+from jaxstages.data.prepare import evenly
 from jaxstages.workdir import checkpoint_folder
 from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, unlike
 
@@ -71,10 +72,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_that_fills_up(home: Home, whole: dict[str, Any], small_disk: Path) -> None:
+def test_a_disk_that_fills_up(
+    home: Home, whole: dict[str, Any], small_disk: Path, request: pytest.FixtureRequest
+) -> None:
     """From too small for the recipe to large enough for one checkpoint but not for three."""
     ends = []
-    for kilobytes in (16, 80, 240, 420, 600, 720, 860, 1000):
+    sizes = (16, 80, 240, 420, 600, 720, 860, 1000)
+    for kilobytes in evenly(sizes, request.config.getoption("disks")):
         work = small_disk / str(kilobytes)
         for old in small_disk.iterdir():
             shutil.rmtree(old) if old.is_dir() else old.unlink()
