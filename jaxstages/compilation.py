@@ -19,7 +19,6 @@ from jaxstages.console import say
 from jaxstages.models.lora import join
 from jaxstages.models.transformer import make_model
 from jaxstages.optim import path_matches
-from jaxstages.sharding import batch_sharding
 from jaxstages.step import TrainStep, make_train_step
 from jaxstages.types import Batch, Headless, Params, Sums, TrainState
 from jaxstages.workbench import Workbench
@@ -64,7 +63,9 @@ def _jitted(bench: Workbench, remat: str) -> tuple[Any, Any]:
     config, optim, neftune = bench.stage.loop, bench.stage.optim, bench.stage.neftune_alpha
     model, vocab = bench.model, bench.tokenizer.vocab_size
     if remat != "none" or neftune:
-        model = make_model(bench.recipe.model, vocab, attend=bench.attend, remat=remat, neftune=neftune)
+        model = make_model(
+            *(bench.recipe.model, vocab), attend=bench.attend, place=bench.place, remat=remat, neftune=neftune
+        )
     make = functools.partial(
         make_train_step,
         tx=bench.tx,
@@ -93,7 +94,7 @@ def _jitted(bench: Workbench, remat: str) -> tuple[Any, Any]:
 
 
 def _batch_shapes(bench: Workbench) -> Batch:
-    shape, rows = (bench.stage.loop.batch_size, bench.recipe.model.context), batch_sharding(bench.mesh)
+    shape, rows = (bench.stage.loop.batch_size, bench.recipe.model.context), bench.rows
     dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
     fields: Any = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes)
     return Batch(*fields)
