@@ -1,8 +1,9 @@
 """What a stage works with, made from its part of the recipe: mesh, tokenizer, model, optimizer and prepared data."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,28 +47,85 @@ from jaxstages.sharding import (
     param_shardings,
 )
 from jaxstages.step import init_state
-from jaxstages.types import Model, Params, Placement, TrainState
+from jaxstages.types import Model, Params, TrainState
 from jaxstages.workdir import tokenizer_file
 
 
-class Workbench(NamedTuple):
-    """place: what the model says of which device holds what. attend: what it attends with. params, shapes: the model's
-    parameters, and the train state, as shapes with shardings; nothing is computed for them. base: of a stage that
-    trains adapters, which are the state's parameters, the parameters as they are held; else None."""
+class Parts(NamedTuple):
+    """What a step is compiled from.
 
-    name: str
+    remake: `remake(remat=..., neftune=...)`, the model with other settings of these.
+    params, shapes: the model's parameters, and the train state, as shapes with shardings; nothing is computed for them.
+    base: of a stage that trains adapters, which are the state's parameters, the parameters as they are held; else None.
+    """
+
     recipe: Recipe
+    name: str
     stage: StageConfig
-    workdir: Path
     mesh: Mesh
-    place: Placement
-    tokenizer: Tokenizer
-    attend: Attend | None
+    remake: Callable[..., Model]
     model: Model
     tx: optax.GradientTransformationExtraArgs
     params: Params
     base: Params | None
     shapes: TrainState
+
+    @property
+    def rows(self) -> NamedSharding:
+        """How a batch is split."""
+        return batch_sharding(self.mesh, self.recipe.mesh.rules)
+
+
+def make_parts(
+    recipe: Recipe,
+    name: str,
+    stage: StageConfig,
+    mesh: Mesh,
+    vocab: int,
+    attend: Attend | None = None,
+    platform: str | None = None,
+) -> Parts:
+    """Those of a stage on a mesh, whose devices need not be here.
+
+    Raises:
+        ValueError: a dim of a parameter can't be split over the mesh.
+    """
+    rules = recipe.mesh.rules
+    remake = functools.partial(
+        make_model, recipe.model, vocab, platform=platform, attend=attend, place=make_placement(mesh, rules)
+    )
+    model = remake()
+    tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
+    params = params_shapes(model, mesh, rules)
+    base = base_shapes(model, params, stage.lora, mesh, rules) if stage.lora.rank else None
+    shapes = state_shapes(model, tx, stage, mesh, rules)
+    return Parts(recipe, name, stage, mesh, remake, model, tx, params, base, shapes)
+
+
+def check_fit(recipe: Recipe, name: str, stage: StageConfig, mesh: Mesh) -> None:
+    """Raises ValueError unless batches and rows can be split evenly over the mesh."""
+    rules = recipe.mesh.rules
+    check_batch(f"config.{name}.loop.batch_size", stage.loop.batch_size, stage.loop.accumulate, mesh, rules)
+    check_batch(f"config.{name}.evaluation.batch_size", stage.evaluation.batch_size, 1, mesh, rules)
+    check_context(recipe.model.context, mesh, rules)
+
+
+class Workbench(NamedTuple):
+    """What a stage works with: its `Parts`, and where it works on what."""
+
+    recipe: Recipe
+    name: str
+    stage: StageConfig
+    mesh: Mesh
+    remake: Callable[..., Model]
+    model: Model
+    tx: optax.GradientTransformationExtraArgs
+    params: Params
+    base: Params | None
+    shapes: TrainState
+
+    workdir: Path
+    tokenizer: Tokenizer
     train: list[Prepared]
     held_out: list[Prepared]
 
@@ -181,35 +239,13 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
     stage = known[name]
     _check_numbers()
     mesh = make_mesh(recipe.mesh)
-    rules = recipe.mesh.rules
-    check_batch(f"config.{name}.loop.batch_size", stage.loop.batch_size, stage.loop.accumulate, mesh, rules)
-    check_batch(f"config.{name}.evaluation.batch_size", stage.evaluation.batch_size, 1, mesh, rules)
-    check_context(recipe.model.context, mesh, rules)
+    check_fit(recipe, name, stage, mesh)
     tokenizer = open_tokenizer(recipe, workdir)
     cache = cache_folder(recipe, workdir)
     train, held_out = prepare_stage(stage, tokenizer, recipe.model.context, cache) if with_data else ([], [])
     attend = _attend(recipe.model, mesh.shape["context"], [*train, *held_out])
-    place = make_placement(mesh, rules)
-    model = make_model(recipe.model, tokenizer.vocab_size, attend=attend, place=place)
-    tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
-    params = params_shapes(model, mesh, rules)
-    return Workbench(
-        name=name,
-        recipe=recipe,
-        stage=stage,
-        workdir=workdir,
-        mesh=mesh,
-        place=place,
-        tokenizer=tokenizer,
-        attend=attend,
-        model=model,
-        tx=tx,
-        params=params,
-        base=base_shapes(model, params, stage.lora, mesh, rules) if stage.lora.rank else None,
-        shapes=state_shapes(model, tx, stage, mesh, rules),
-        train=train,
-        held_out=held_out,
-    )
+    parts = make_parts(recipe, name, stage, mesh, tokenizer.vocab_size, attend)
+    return Workbench(*parts, workdir, tokenizer, train, held_out)
 
 
 def _attend(config: ModelConfig, parts: int, rows: list[Prepared]) -> Attend | None:

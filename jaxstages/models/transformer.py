@@ -313,7 +313,8 @@ class Transformer(nn.Module):
             x_BLD = x_BLD * jnp.asarray(config.width**0.5, dtype)
         if config.attention.position == "learned":
             table: Any = self.param("position_embedding", _kernel("position", "embed"), (config.context, config.width))
-            x_BLD = x_BLD + gather(table.astype(dtype), place, ("position", "embed"))[positions_BL]
+            gathered: Any = gather(table.astype(dtype), place, ("position", "embed"))
+            x_BLD = x_BLD + gathered[positions_BL]
         x_BLD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BLD)
         layers, where = _layers(config), (positions_BL, segments_BL)
         if self.stacked:

@@ -46,7 +46,10 @@ def collectives_of(text: str) -> list[Collective]:
     """The collectives of a compiled program, `compiled.as_text()`; those in a loop count as often as it turns."""
     program = _computations(text)
     entry = next(name for name, (is_entry, _) in program.items() if is_entry)
-    return list(_within(program, entry, 1))
+    found: dict[str, Collective] = {}
+    for channel, one in _within(program, entry, 1):
+        found.setdefault(channel, one)  # a TPU's program has one that is begun early in each of its parts
+    return list(found.values())
 
 
 def total(found: list[Collective]) -> dict[str, int]:
@@ -73,7 +76,8 @@ def _computations(text: str) -> _Program:
     return found
 
 
-def _within(program: _Program, name: str, times: int) -> Iterator[Collective]:
+def _within(program: _Program, name: str, times: int) -> Iterator[tuple[str, Collective]]:
+    """Each with its channel, or its own name where it has none."""
     types = {}
     for line in program[name][1]:
         if not (match := _LINE.match(line)):
@@ -82,7 +86,11 @@ def _within(program: _Program, name: str, times: int) -> Iterator[Collective]:
         types[result] = kind
         plain = operation.removesuffix("-start")
         if plain in KINDS:
-            yield _collective(name, plain, operation != plain, kind, rest, types, times, line)
+            channel = re.search(r"channel_id=\d+", rest)
+            yield (
+                channel.group() if channel else result,
+                _collective(name, plain, operation != plain, kind, rest, types, times, line),
+            )
         if operation == "while":
             body, condition = (re.search(rf"{word}=%?([\w.\-]+)", rest) for word in ("body", "condition"))
             assert body and condition, line
@@ -152,8 +160,10 @@ def expected(
     heads_out = 1 if merges else 3
     found = []
     if fsdp > 1:
+        # What is added to the residual stream last is not computed again: nothing of the backward pass needs it.
+        last = 0 if mix else layers * config.ff_width * config.width * wide // tensor
         found += [
-            ("kernels", "all-gather", (3 if recomputes else 2) * kernels),
+            ("kernels", "all-gather", 3 * kernels - last if recomputes else 2 * kernels),
             ("head", "all-gather", table * wide),
             ("gradients of kernels", "reduce-scatter", kernels),
             ("tokens, to look up", "all-gather", rows * fsdp * (config.context // context) * 4),
