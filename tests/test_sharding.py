@@ -1,6 +1,7 @@
 """The same numbers on one device and on eight, a contract under each mesh, and no exchange that theory has not."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxstages.checkpoint import META, Checkpoints
 from jaxstages.config import (
     AttentionConfig,
     ExpertsConfig,
@@ -17,6 +19,8 @@ from jaxstages.config import (
     OptimConfig,
     StageConfig,
 )
+from jaxstages.early_stopping import early_stopping
+from jaxstages.fingerprint import fingerprint
 from jaxstages.models.transformer import make_model
 from jaxstages.optim import make_optimizer
 from jaxstages.plan.collectives import SMALL, collectives_of, expected, total
@@ -26,7 +30,7 @@ from jaxstages.types import Batch
 from jaxstages.workbench import state_shapes
 from tests.tiny import VOCAB, model_config
 
-STEPS = 20
+STEPS, WINDOW = 20, OptimConfig().spike_window
 
 MESHES = {
     "data 8": MeshConfig(data=8),
@@ -62,7 +66,7 @@ class Run:
 
     def losses(self, accumulate: int = 1) -> list[float]:
         step = self.jitted(accumulate)
-        state = jax.jit(lambda key: init_state(self.model.init(key), self.tx), out_shardings=self.shardings)(
+        state = jax.jit(lambda key: init_state(self.model.init(key), self.tx, WINDOW), out_shardings=self.shardings)(
             jax.random.key(0)
         )
         batch = jax.device_put(rows_of_words(), self.rows)
@@ -141,6 +145,32 @@ def test_fsdp_holds_an_eighth_of_parameters_and_optimizer() -> None:
         leaves = jax.tree.leaves(tree)
         held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
         assert held / sum(leaf.size for leaf in leaves) == pytest.approx(1 / 8, rel=0.02)
+
+
+def test_a_checkpoint_of_any_mesh_restores_on_any_other(tmp_path: Path) -> None:
+    """1 -> 8 -> 2 -> 4 x 2 -> 1 devices, by a save on each: the same digests of parameters and optimizer."""
+    chain = (
+        (MeshConfig(), 1),
+        (MeshConfig(data=1, fsdp=8), 8),
+        (MeshConfig(data=1, tensor=2), 2),
+        (MeshConfig(data=4, fsdp=2), 8),
+        (MeshConfig(), 1),
+    )
+    first = Run(MODEL, MeshConfig(), jax.devices()[:1])
+    state = jax.jit(lambda key: init_state(first.model.init(key), first.tx, WINDOW))(jax.random.key(0))
+    state, _ = first.jitted()(state, rows_of_words())
+    digests = fingerprint(state).digests
+    stopping, meta = early_stopping().init(), {name: types[0]() for name, types in META.items()}
+    for step, (config, devices) in enumerate(chain):
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            if step:
+                found = checkpoints.restore_newest(Run(MODEL, config, jax.devices()[:devices]).shapes, stopping)
+                assert found is not None
+                state = found.state
+                assert len(state.params["embedding"].sharding.device_set) == devices
+            assert fingerprint(state).digests == digests
+            checkpoints.save(step + 1, state, stopping, meta, step + 1)
+            checkpoints.check_last(step + 1)
 
 
 def test_what_does_not_fit_is_named() -> None:
