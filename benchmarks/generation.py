@@ -72,12 +72,16 @@ def answer_by_jaxstages(row: Row, weights: Path, batch: int, new: int) -> Answer
     from jaxstages.decode.generate import make_answers
     from jaxstages.decode.sampling import Sampling
     from jaxstages.models.transformer import make_model
-    from jaxstages.sharding import make_mesh
+    from jaxstages.sharding import batch_sharding, make_mesh
 
     params = jax.tree.map(jnp.asarray, from_gpt2(load_file(weights), row))
     model = make_model(model_config(row), row.vocab)
     answers = make_answers(
-        model, Sampling(new), context=row.context, batch_size=batch, mesh=make_mesh(MeshConfig(), jax.devices()[:1])
+        model,
+        Sampling(new),
+        context=row.context,
+        batch_size=batch,
+        rows=batch_sharding(make_mesh(MeshConfig(), jax.devices()[:1])),
     )
     batches: Any = None
 

@@ -66,7 +66,7 @@ class Bare:
     def __init__(self, bench: Workbench, batch_size: int) -> None:
         self.step = compile_step(bench)[1]
         rows = batches_by_step(bench.train, batch_size=batch_size, seed=0).batch(0)
-        self.batch = place_batch(rows, bench.mesh)
+        self.batch = place_batch(rows, batch_size, bench.rows)
         self.state = jax.block_until_ready(init_state(bench.model.init(jax.random.key(0)), bench.tx))
 
     def seconds(self, steps: int) -> float:

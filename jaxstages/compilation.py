@@ -17,12 +17,10 @@ import jax.numpy as jnp
 
 from jaxstages.console import say
 from jaxstages.models.lora import join
-from jaxstages.models.transformer import make_model
 from jaxstages.optim import path_matches
-from jaxstages.sharding import batch_sharding
 from jaxstages.step import TrainStep, make_train_step
 from jaxstages.types import Batch, Headless, Params, Sums, TrainState
-from jaxstages.workbench import Workbench
+from jaxstages.workbench import Parts, Workbench
 
 LADDER = ("none", "dots", "full")
 """Of "auto": each saves more memory than the one before, and takes more time."""
@@ -31,16 +29,16 @@ SHARE = 0.92
 """Of the memory that a step may take; the rest is for what a compiler's count leaves out."""
 
 
-def compile_step(bench: Workbench, base: Params | None = None) -> tuple[TrainStep, Any]:
+def compile_step(bench: Parts | Workbench, base: Params | None = None) -> tuple[TrainStep, Any]:
     """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; `base` is
     what its adapters lie beside."""
     step, jitted = _chosen(bench, bench.stage.loop.remat)
     return functools.partial(step, base=base), functools.partial(jitted, base=base)
 
 
-def _chosen(bench: Workbench, asked: str) -> tuple[Any, Any]:
+def _chosen(bench: Parts | Workbench, asked: str) -> tuple[Any, Any]:
     if asked != "auto":
-        return _jitted(bench, asked)
+        return jit_step(bench, asked)
     limit = _memory_of(bench.mesh.devices.flat[0])
     rung, found, need = _first_that_fits(bench, limit)
     say(f"{bench.name}: remat {rung}: a step takes {need / 2**30:.2f} of {limit / 2**30:.2f} GiB a device", "cyan")
@@ -49,22 +47,20 @@ def _chosen(bench: Workbench, asked: str) -> tuple[Any, Any]:
     return found
 
 
-def _first_that_fits(bench: Workbench, limit: int) -> tuple[str, tuple[Any, Any], int]:
+def _first_that_fits(bench: Parts | Workbench, limit: int) -> tuple[str, tuple[Any, Any], int]:
     for rung in LADDER:
-        found = _jitted(bench, rung)
-        need = _bytes(found[1].lower(bench.shapes, _batch_shapes(bench), base=bench.base).compile())
+        found = jit_step(bench, rung)
+        need = bytes_of(found[1].lower(bench.shapes, batch_shapes(bench), base=bench.base).compile())
         if need <= SHARE * limit or rung == LADDER[-1]:
             return rung, found, need
     raise AssertionError("the last one is returned")
 
 
-def _jitted(bench: Workbench, remat: str) -> tuple[Any, Any]:
+def jit_step(bench: Parts | Workbench, remat: str) -> tuple[Any, Any]:
     """The step, and the step jitted: `step(state, batch, base)`. The base is an argument, and no constant of the
     program; nothing is differentiated by it."""
     config, optim, neftune = bench.stage.loop, bench.stage.optim, bench.stage.neftune_alpha
-    model, vocab = bench.model, bench.tokenizer.vocab_size
-    if remat != "none" or neftune:
-        model = make_model(bench.recipe.model, vocab, attend=bench.attend, remat=remat, neftune=neftune)
+    model = bench.remake(remat=remat, neftune=neftune) if remat != "none" or neftune else bench.model
     make = functools.partial(
         make_train_step,
         tx=bench.tx,
@@ -92,14 +88,14 @@ def _jitted(bench: Workbench, remat: str) -> tuple[Any, Any]:
     return step, jitted
 
 
-def _batch_shapes(bench: Workbench) -> Batch:
-    shape, rows = (bench.stage.loop.batch_size, bench.recipe.model.context), batch_sharding(bench.mesh)
+def batch_shapes(bench: Parts | Workbench) -> Batch:
+    shape, rows = (bench.stage.loop.batch_size, bench.recipe.model.context), bench.rows
     dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
     fields: Any = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes)
     return Batch(*fields)
 
 
-def _bytes(compiled: Any) -> int:
+def bytes_of(compiled: Any) -> int:
     """What a device needs at once: arguments and results, which share memory where they are donated, and the rest."""
     found = compiled.memory_analysis()
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes

@@ -16,7 +16,7 @@ from jaxstages.decode.label import make_likeliest
 from jaxstages.decode.sampling import Sampling
 from jaxstages.decode.text import TextStream
 from jaxstages.metrics import from_sums, score_labels, score_text
-from jaxstages.sharding import place_batch
+from jaxstages.sharding import place_batch, rows_here
 from jaxstages.step import make_eval_step
 from jaxstages.types import Metrics, Params, Sums
 from jaxstages.workbench import Workbench
@@ -50,12 +50,11 @@ def make_evaluate(bench: Workbench, between: Callable[[], None] = lambda: None) 
             bench.held_out,
             batch_size=config.batch_size,
             most=config.max_rows,
-            process=jax.process_index(),
-            processes=jax.process_count(),
+            here=rows_here(config.batch_size, bench.rows),
         )
         for batch in batches:
             between()
-            sums = eval_step(params, place_batch(batch, bench.mesh))
+            sums = eval_step(params, place_batch(batch, config.batch_size, bench.rows))
             # Sums stay on the device, so that no batch waits for the one before.
             total = sums if not total else jax.tree.map(jnp.add, total, sums)
         return total
@@ -106,7 +105,7 @@ def make_texts(
         sampling,
         context=bench.recipe.model.context,
         batch_size=batch_size or bench.stage.evaluation.batch_size,
-        mesh=bench.mesh,
+        rows=bench.rows,
         seed=seed,
         between=between,
         done=(lambda tokens: any(stop in decode(tokens) for stop in stops)) if stops else None,

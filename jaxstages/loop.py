@@ -31,7 +31,7 @@ from jaxstages.models.lora import join
 from jaxstages.optim import make_schedule
 from jaxstages.parent import contract_of
 from jaxstages.process import freeze_objects
-from jaxstages.sharding import place_batch
+from jaxstages.sharding import place_batch, rows_here
 from jaxstages.signals import Stop, stop_signals, watchdog
 from jaxstages.start import Start, data_of, find_start
 from jaxstages.types import Batch, Diverged, Interrupted, Sums, TrainState
@@ -112,8 +112,7 @@ class _Run:
             batch_size=self._config.batch_size,
             seed=bench.recipe.seed,
             weights=bench.stage.data.weights,
-            process=jax.process_index(),
-            processes=jax.process_count(),
+            here=rows_here(self._config.batch_size, bench.rows),
         )
         step = int(start.state.step)
         self._saved_step = step
@@ -223,8 +222,9 @@ class _Run:
                 f"batch {k} has no trained-on token; look at the data with `jaxstages inspect`, or raise "
                 f"config.{self._bench.name}.loop.batch_size"
             )
-        tokens = int(np.sum(rows.segments_BL > 0)) * jax.process_count()
-        return Placed(place_batch(rows, self._bench.mesh), tokens)
+        size = self._config.batch_size
+        tokens = int(np.sum(rows.segments_BL > 0)) * size // len(rows.tokens_BL)
+        return Placed(place_batch(rows, size, self._bench.rows), tokens)
 
     def _restart_clock(self) -> None:
         self._clock, self._clock_tokens = time.monotonic(), 0

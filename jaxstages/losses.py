@@ -154,7 +154,7 @@ def _tile_by_tile(
 def _head_gradient(d_logits_BTV: Array, hidden_BTD: Array) -> Float[Array, "V D"]:
     """Summed in float32, over tokens. Both operands lie as they are, neither is copied, and the narrower is first: the
     other way round takes 1.4 times as long on CPU. The barrier keeps XLA from turning it back."""
-    flat = (x.reshape(-1, x.shape[-1]) for x in (d_logits_BTV, hidden_BTD))
-    narrow, wide = sorted(flat, key=lambda x: x.shape[1])
-    found = jax.lax.dot_general(narrow, wide, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    narrow, wide = sorted((d_logits_BTV, hidden_BTD), key=lambda x: x.shape[-1])
+    rows = ((0, 1), (0, 1))
+    found = jax.lax.dot_general(narrow, wide, (rows, ((), ())), preferred_element_type=jnp.float32)
     return found if len(found) == d_logits_BTV.shape[-1] else jax.lax.optimization_barrier(found).T

@@ -14,6 +14,7 @@ commands:
   generate   answers as JSON lines: --prompt=TEXT or --prompts=FILE.jsonl            [--stage --out, sampling]
   chat       talk with a stage's best checkpoint; /help there says what it can do    [--stage, sampling]
   import     a folder of Hugging Face's form (--from=DIR) becomes WORKDIR/import, which all stages and commands take
+  plan       does a stage fit a machine that you have not, and how fast should it be: --topology=v5e:4x4   [--stage]
   export     a stage's best checkpoint becomes such a folder (--to=DIR)               [--stage --dtype
              --adapter]
 
@@ -38,6 +39,8 @@ weights of others:
   --from=DIR, --to=DIR     where they lie; where ours are to be written
   --dtype=NAME             of the exported weights: float32 (the default) or bfloat16
   --adapter                export the adapters of a stage by themselves, for PEFT
+
+  --topology=KIND:GRID     v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1, cpu:8, or local (the default)
 
 several processes, and faults:
   --coordinator=HOST:PORT, --processes=N, --process=I
@@ -71,6 +74,7 @@ from jaxstages.commands.checkpoints import checkpoints
 from jaxstages.commands.evaluate import evaluate
 from jaxstages.commands.generate import Request, generate
 from jaxstages.commands.inspect import inspect
+from jaxstages.commands.plan import plan
 from jaxstages.commands.prepare import prepare_all
 from jaxstages.commands.recipe import resolve_recipe
 from jaxstages.commands.train import Place, train, train_all
@@ -86,6 +90,7 @@ FLAGS_OF = {
     "chat": ("stage", *Manner._fields),
     "import": ("from",),
     "export": ("stage", "to", "dtype", "adapter"),
+    "plan": ("stage", "topology"),
 }
 """Command -> the flags that it takes beside --config and --workdir."""
 
@@ -107,6 +112,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     flags.DEFINE_string("out", None, "where to write JSON lines", flag_values=values)
     flags.DEFINE_string("from", None, "folder to import", flag_values=values)
     flags.DEFINE_string("to", None, "folder to export to", flag_values=values)
+    flags.DEFINE_string("topology", "local", "what to plan for", flag_values=values)
     flags.DEFINE_bool("adapter", False, "export adapters by themselves", flag_values=values)
     flags.DEFINE_string("dtype", "float32", "of exported weights", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
@@ -169,6 +175,11 @@ def _dispatch(argv: list[str]) -> None:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"unknown command {command!r}; {hint}known: {', '.join(FLAGS_OF)}")
     values, given, words = _parse(command, argv)
+    if command == "plan":
+        if given is None:
+            raise ValueError("plan needs --config=FILE, the recipe to plan for, such as configs/scale.py:1b_v5e16")
+        plan(given, values.stage, values.topology)
+        return
     if values.workdir is None:
         raise ValueError(f"{command} needs --workdir=DIR, where the run lives")
     workdir = Path(values.workdir)

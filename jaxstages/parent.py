@@ -192,5 +192,7 @@ def hold_base(bench: Workbench, params: Params, config: LoraConfig) -> Params:
     """Parameters that adapters lie beside, as these were trained beside them."""
     if config.base == "float32":
         return params
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, base_shapes(bench.model, bench.params, config, bench.mesh))
+    shardings = jax.tree.map(
+        lambda leaf: leaf.sharding, base_shapes(bench.model, bench.params, config, bench.mesh, bench.recipe.mesh.rules)
+    )
     return jax.jit(lambda p: lora.hold(p, bench.model.axes, config.base), out_shardings=shardings)(params)

@@ -1,40 +1,34 @@
-"""Which device holds what: a mesh with axes data, fsdp and tensor, and one table from logical axes to mesh axes."""
+"""Which device holds what: the mesh, and the recipe's table from logical axes to its axes.
+
+Legend: B batch, L length.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
-from jaxstages.config import MeshConfig
-from jaxstages.types import Batch, Params
+from jaxstages.config import MeshConfig, RulesConfig
+from jaxstages.models.spread import GATHERED
+from jaxstages.types import ALONE, Batch, Names, Params, Placement
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""From the one whose devices may be far apart to the one that talks most."""
 
-RULES: dict[str, str | None] = {
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "ff": "tensor",
-    "layers": None,
-    "position": None,
-    "norm": None,
-    "expert": None,
-    "rank": None,
-    "one": None,
-}
-"""Logical axis of a parameter's dim -> axis of the mesh that splits it; None keeps it whole on every device."""
+RULES = RulesConfig()
+"""Those of a recipe that has none of its own."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices (or those given).
+    """A mesh over all devices (or those given), as the network between them has it.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        ValueError: the axes do not multiply to the number of devices, or `data` does not cross the slices evenly.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -43,30 +37,72 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         if size == -1:
             sizes[axis] = max(len(devices) // known, 1)
     if math.prod(sizes.values()) != len(devices):
-        asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1 or axis == "data")
         raise ValueError(f"mesh {asked} does not fit {len(devices)} devices; make the product {len(devices)}")
-    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+    return Mesh(_arranged(tuple(sizes.values()), devices), AXES)
 
 
-def param_shardings(params: Params, axes: Params, mesh: Mesh) -> Params:
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if shape[0] % slices:
+            raise ValueError(f"mesh.data={shape[0]} must be a multiple of the {slices} slices, which it alone crosses")
+        within = (shape[0] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(within, (slices, *[1] * (len(shape) - 1)), devices)
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
+
+
+def spec_of(names: Sequence[str], rules: RulesConfig, gathered: bool = False) -> PartitionSpec:
+    """How an array is split whose dims have these logical axes; gathered: as a parameter is while it is computed with.
+    A name without a rule is whole."""
+    axes = (() if gathered and name == GATHERED else getattr(rules, name, ()) for name in names)
+    return PartitionSpec(*(part or None for part in axes))
+
+
+def param_shardings(params: Params, axes: Params, mesh: Mesh, rules: RulesConfig = RULES) -> Params:
     """A NamedSharding a parameter. `params` may hold shapes (`jax.eval_shape`) or arrays; `axes` is `Model.axes`.
 
     Raises:
-        ValueError: a dim can't be split evenly over its axis of the mesh.
+        ValueError: a dim can't be split evenly over its axes of the mesh.
     """
 
     def one(path: Any, leaf: Any, names: tuple[str, ...]) -> NamedSharding:
         for size, name in zip(leaf.shape, names, strict=True):
-            axis = RULES[name]
-            if axis is not None and size % mesh.shape[axis]:
+            over = getattr(rules, name, ())
+            if size % _product(mesh, over):
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
+                asked = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
                 raise ValueError(
-                    f"{where}: its dim {name}={size} can't be split over mesh.{axis}={mesh.shape[axis]}; "
-                    f"choose a mesh.{axis} that divides it"
+                    f"{where}: its dim {name}={size} can't be split over {asked}; choose one that divides it"
                 )
-        return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in names)))
+        return NamedSharding(mesh, spec_of(names, rules))
 
     return jax.tree_util.tree_map_with_path(one, params, axes)
+
+
+def make_placement(mesh: Mesh, rules: RulesConfig = RULES) -> Placement:
+    """What the model says to the compiler under this mesh; nothing on one device."""
+    if mesh.size == 1:
+        return ALONE
+
+    def put(x: Array, spec: PartitionSpec) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def local(function: Callable[..., Array], ins: tuple[Names, ...], out: Names) -> Callable[..., Array]:
+        specs = tuple(spec_of(names, rules) for names in ins)
+        # Kernels don't say how their outputs vary over the mesh.
+        spread: Any = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec_of(out, rules), check_vma=False)
+        return spread
+
+    return Placement(
+        activation=lambda x, names: put(x, spec_of(names, rules)),
+        whole=lambda x, names: put(x, spec_of(names, rules, gathered=True)),
+        split=lambda x, names: put(x, spec_of(names, rules)),
+        local=local,
+        axes=lambda name: tuple(axis for axis in getattr(rules, name, ()) if mesh.shape[axis] > 1),
+    )
 
 
 def like_params(tree: Any, params: Params, shardings: Params, mesh: Mesh) -> Any:
@@ -95,22 +131,50 @@ def like_params(tree: Any, params: Params, shardings: Params, mesh: Mesh) -> Any
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows are split over data and fsdp; the tokens of a row stay together."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def batch_sharding(mesh: Mesh, rules: RulesConfig = RULES) -> NamedSharding:
+    """Of a batch's fields, [B, L]."""
+    return NamedSharding(mesh, spec_of(("rows", "length"), rules))
 
 
-def check_batch_size(name: str, batch_size: int, accumulate: int, mesh: Mesh) -> None:
+def check_batch(name: str, batch_size: int, accumulate: int, mesh: Mesh, rules: RulesConfig = RULES) -> None:
     """Raises ValueError unless each accumulated part can be split evenly over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    parts = _product(mesh, rules.rows) * accumulate
     if batch_size % parts:
+        over = " x ".join(f"mesh {axis}={mesh.shape[axis]}" for axis in rules.rows if mesh.shape[axis] > 1)
         raise ValueError(
-            f"{name}={batch_size} must be divisible by {parts} (mesh data={mesh.shape['data']} x "
-            f"fsdp={mesh.shape['fsdp']} x accumulate={accumulate}); set it to a multiple of {parts}"
+            f"{name}={batch_size} must be divisible by {parts} ({over or 'one device'} x accumulate={accumulate}); "
+            f"set it to a multiple of {parts}"
         )
 
 
-def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Rows of this host (numpy) -> one global array a field. With one host these are all the rows."""
-    sharding = batch_sharding(mesh)
-    return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(field)) for field in batch))
+def check_context(context: int, mesh: Mesh, rules: RulesConfig = RULES) -> None:
+    """Raises ValueError unless a row's tokens can be split evenly over the mesh."""
+    if context % _product(mesh, rules.length):
+        raise ValueError(f"model.context={context} can't be split over mesh.context={mesh.shape['context']}")
+
+
+def rows_here(batch_size: int, sharding: NamedSharding) -> range:
+    """The rows of a batch that this process's devices hold parts of; other processes may hold parts of the same."""
+    held = sharding.addressable_devices_indices_map((batch_size, sharding.mesh.size)).values()
+    spans = [index[0].indices(batch_size) for index in held if index is not None]
+    return range(min(start for start, *_ in spans), max(stop for _, stop, _ in spans))
+
+
+def place_batch(batch: Batch, batch_size: int, sharding: NamedSharding) -> Batch:
+    """The rows `rows_here` (numpy) -> one global array a field."""
+    first = rows_here(batch_size, sharding).start
+
+    def one(field: Any) -> Array:
+        rows = np.asarray(field)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return rows[start - first : stop - first, *index[1:]]
+
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
+
+    return Batch(*map(one, batch))
+
+
+def _product(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)

@@ -68,6 +68,31 @@ class Headless(NamedTuple):
         return logits_BLV if self.softcap is None else self.softcap * jnp.tanh(logits_BLV / self.softcap)
 
 
+Names = tuple[str, ...]
+"""The logical axis of each dim of an array; "" is one of no name, which is never split."""
+
+
+class Placement(NamedTuple):
+    """What a model says of which device holds what, while it computes. By default nothing, as on one device.
+
+    activation: `activation(x, names)`, x split as its axes are.
+    whole: `whole(x, names)`, a parameter as it is computed with: gathered along the axis that only its storage is split
+        by.
+    split: `split(x, names)`, a parameter, or its gradient, as it is stored.
+    local: `local(function, names_of_inputs, names_of_output)`, the function with each device's parts of its arrays.
+    axes: `axes(name)`, the axes of the mesh that split a logical axis, for collectives within `local`.
+    """
+
+    activation: Callable[[Array, Names], Array] = lambda x, _names: x
+    whole: Callable[[Array, Names], Array] = lambda x, _names: x
+    split: Callable[[Array, Names], Array] = lambda x, _names: x
+    local: Callable[[Callable[..., Array], tuple[Names, ...], Names], Callable[..., Array]] = lambda f, _ins, _out: f
+    axes: Callable[[str], tuple[str, ...]] = lambda _name: ()
+
+
+ALONE = Placement()
+
+
 class Model(NamedTuple):
     """A language model as pure functions, made the way optax makes a GradientTransformation.
 

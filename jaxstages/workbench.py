@@ -1,20 +1,30 @@
 """What a stage works with, made from its part of the recipe: mesh, tokenizer, model, optimizer and prepared data."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from jaxstages import config as recipes
 from jaxstages import hosts
-from jaxstages.config import DataConfig, EvaluationConfig, LoopConfig, LoraConfig, ModelConfig, Recipe, StageConfig
+from jaxstages.config import (
+    DataConfig,
+    EvaluationConfig,
+    LoopConfig,
+    LoraConfig,
+    ModelConfig,
+    Recipe,
+    RulesConfig,
+    StageConfig,
+)
 from jaxstages.console import say
 from jaxstages.data.prepare import Prepared, items_of, prepare
 from jaxstages.data.sources import open_source
@@ -22,35 +32,107 @@ from jaxstages.data.tasks import texts
 from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, make_tokenizer
 from jaxstages.fingerprint import named_leaves
 from jaxstages.models import lora
-from jaxstages.models.attention import Attend
+from jaxstages.models.attention import AT_ONCE, Attend
 from jaxstages.models.kernels import Shape, choose_attend, machine_of
 from jaxstages.models.transformer import make_model, reaches_of
 from jaxstages.optim import check_patterns, make_optimizer
-from jaxstages.sharding import check_batch_size, like_params, make_mesh, param_shardings
+from jaxstages.sharding import (
+    RULES,
+    batch_sharding,
+    check_batch,
+    check_context,
+    like_params,
+    make_mesh,
+    make_placement,
+    param_shardings,
+)
 from jaxstages.step import init_state
 from jaxstages.types import Model, Params, TrainState
 from jaxstages.workdir import tokenizer_file
 
 
-class Workbench(NamedTuple):
-    """attend: what the model attends with. params, shapes: the model's parameters, and the train state, as shapes with
-    shardings; nothing is computed for them. base: of a stage that trains adapters, which are the state's parameters,
-    the parameters as they are held; else None."""
+class Parts(NamedTuple):
+    """What a step is compiled from.
 
-    name: str
+    remake: `remake(remat=..., neftune=...)`, the model with other settings of these.
+    params, shapes: the model's parameters, and the train state, as shapes with shardings; nothing is computed for them.
+    base: of a stage that trains adapters, which are the state's parameters, the parameters as they are held; else None.
+    """
+
     recipe: Recipe
+    name: str
     stage: StageConfig
-    workdir: Path
     mesh: Mesh
-    tokenizer: Tokenizer
-    attend: Attend | None
+    remake: Callable[..., Model]
     model: Model
     tx: optax.GradientTransformationExtraArgs
     params: Params
     base: Params | None
     shapes: TrainState
+
+    @property
+    def rows(self) -> NamedSharding:
+        """How a batch is split."""
+        return batch_sharding(self.mesh, self.recipe.mesh.rules)
+
+
+def make_parts(
+    recipe: Recipe,
+    name: str,
+    stage: StageConfig,
+    mesh: Mesh,
+    vocab: int,
+    attend: Attend | None = None,
+    platform: str | None = None,
+) -> Parts:
+    """Those of a stage on a mesh, whose devices need not be here.
+
+    Raises:
+        ValueError: a dim of a parameter can't be split over the mesh.
+    """
+    rules = recipe.mesh.rules
+    remake = functools.partial(
+        make_model, recipe.model, vocab, platform=platform, attend=attend, place=make_placement(mesh, rules)
+    )
+    model = remake()
+    tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
+    params = params_shapes(model, mesh, rules)
+    base = base_shapes(model, params, stage.lora, mesh, rules) if stage.lora.rank else None
+    shapes = state_shapes(model, tx, stage, mesh, rules)
+    return Parts(recipe, name, stage, mesh, remake, model, tx, params, base, shapes)
+
+
+def check_fit(recipe: Recipe, name: str, stage: StageConfig, mesh: Mesh) -> None:
+    """Raises ValueError unless batches and rows can be split evenly over the mesh."""
+    rules = recipe.mesh.rules
+    check_batch(f"config.{name}.loop.batch_size", stage.loop.batch_size, stage.loop.accumulate, mesh, rules)
+    check_batch(f"config.{name}.evaluation.batch_size", stage.evaluation.batch_size, 1, mesh, rules)
+    check_context(recipe.model.context, mesh, rules)
+
+
+class Workbench(NamedTuple):
+    """What a stage works with: its `Parts`, and where it works on what."""
+
+    recipe: Recipe
+    name: str
+    stage: StageConfig
+    mesh: Mesh
+    remake: Callable[..., Model]
+    model: Model
+    tx: optax.GradientTransformationExtraArgs
+    params: Params
+    base: Params | None
+    shapes: TrainState
+
+    workdir: Path
+    tokenizer: Tokenizer
     train: list[Prepared]
     held_out: list[Prepared]
+
+    @property
+    def rows(self) -> NamedSharding:
+        """How a batch is split."""
+        return batch_sharding(self.mesh, self.recipe.mesh.rules)
 
     @property
     def stage_dir(self) -> Path:
@@ -157,38 +239,23 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
     stage = known[name]
     _check_numbers()
     mesh = make_mesh(recipe.mesh)
-    check_batch_size(f"config.{name}.loop.batch_size", stage.loop.batch_size, stage.loop.accumulate, mesh)
-    check_batch_size(f"config.{name}.evaluation.batch_size", stage.evaluation.batch_size, 1, mesh)
+    check_fit(recipe, name, stage, mesh)
     tokenizer = open_tokenizer(recipe, workdir)
     cache = cache_folder(recipe, workdir)
     train, held_out = prepare_stage(stage, tokenizer, recipe.model.context, cache) if with_data else ([], [])
-    attend = _attend(recipe.model, mesh, [*train, *held_out])
-    model = make_model(recipe.model, tokenizer.vocab_size, attend=attend)
-    tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
-    params = params_shapes(model, mesh)
-    return Workbench(
-        name=name,
-        recipe=recipe,
-        stage=stage,
-        workdir=workdir,
-        mesh=mesh,
-        tokenizer=tokenizer,
-        attend=attend,
-        model=model,
-        tx=tx,
-        params=params,
-        base=base_shapes(model, params, stage.lora, mesh) if stage.lora.rank else None,
-        shapes=state_shapes(model, tx, stage, mesh),
-        train=train,
-        held_out=held_out,
-    )
+    attend = _attend(recipe.model, mesh.shape["context"], [*train, *held_out])
+    parts = make_parts(recipe, name, stage, mesh, tokenizer.vocab_size, attend)
+    return Workbench(*parts, workdir, tokenizer, train, held_out)
 
 
-def _attend(config: ModelConfig, mesh: Mesh, rows: list[Prepared]) -> Attend | None:
-    """The fastest attention for these rows, on this machine; None, the model's own, on CPU, which has no other, and
-    without rows, for then nothing attends over them."""
+def _attend(config: ModelConfig, parts: int, rows: list[Prepared]) -> Attend | None:
+    """The fastest attention for these rows, on this machine; None, the model's own, on CPU, which has no other, where a
+    row is split over several `parts`, which take the formula, and without rows, for then nothing attends over them."""
     machine = machine_of(jax.local_devices()[0])
     if not rows or machine.platform == "cpu":
+        return None
+    if parts > 1:
+        say(f"attention: the formula, {AT_ONCE} queries at a time, for mesh.context={parts} splits the rows")
         return None
     part = config.attention
     shape = Shape(
@@ -200,7 +267,7 @@ def _attend(config: ModelConfig, mesh: Mesh, rows: list[Prepared]) -> Attend | N
         runs=max(prepared.most_segments() for prepared in rows) + 1,  # and padding
     )
     # Layers that see differently far may need different kernels.
-    choices = {reach: choose_attend(shape._replace(reach=reach), mesh, machine) for reach in reaches_of(config)}
+    choices = {reach: choose_attend(shape._replace(reach=reach), machine) for reach in reaches_of(config)}
     said = "; ".join(dict.fromkeys(choice.said for choice in choices.values()))
     if not hosts.agree(said):
         raise ValueError(f"{said}: the hosts differ in this; give all of them the same GPUs, jax and drivers")
@@ -208,19 +275,21 @@ def _attend(config: ModelConfig, mesh: Mesh, rows: list[Prepared]) -> Attend | N
     return lambda query, key, value, segments, reach: choices[reach].attend(query, key, value, segments, reach)
 
 
-def params_shapes(model: Model, mesh: Mesh) -> Params:
+def params_shapes(model: Model, mesh: Mesh, rules: RulesConfig = RULES) -> Params:
     """The model's parameters as shapes with shardings."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return _placed(shapes, param_shardings(shapes, model.axes, mesh))
+    return _placed(shapes, param_shardings(shapes, model.axes, mesh, rules))
 
 
-def base_shapes(model: Model, params: Params, config: LoraConfig, mesh: Mesh) -> Params:
+def base_shapes(model: Model, params: Params, config: LoraConfig, mesh: Mesh, rules: RulesConfig = RULES) -> Params:
     """The same, of the parameters that adapters lie beside, as they are held."""
     held = jax.eval_shape(lambda p: lora.hold(p, model.axes, config.base), params)
-    return _placed(held, param_shardings(held, lora.held_axes(model.axes, config.base), mesh))
+    return _placed(held, param_shardings(held, lora.held_axes(model.axes, config.base), mesh, rules))
 
 
-def state_shapes(model: Model, tx: optax.GradientTransformationExtraArgs, stage: StageConfig, mesh: Mesh) -> TrainState:
+def state_shapes(
+    model: Model, tx: optax.GradientTransformationExtraArgs, stage: StageConfig, mesh: Mesh, rules: RulesConfig = RULES
+) -> TrainState:
     """The train state as shapes with shardings; the optimizer's state is split as its parameters are."""
     config = stage.lora
 
@@ -233,7 +302,7 @@ def state_shapes(model: Model, tx: optax.GradientTransformationExtraArgs, stage:
     beside = jax.eval_shape(model.init, jax.random.key(0)) if config.rank else {}
     check_patterns("optim.freeze", stage.optim.freeze, named_leaves(state.params) | named_leaves(beside))
     axes = lora.adapter_axes(model.axes, config) if config.rank else model.axes
-    return _placed(state, like_params(state, state.params, param_shardings(state.params, axes, mesh), mesh))
+    return _placed(state, like_params(state, state.params, param_shardings(state.params, axes, mesh, rules), mesh))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

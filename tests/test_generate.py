@@ -14,7 +14,7 @@ from jaxstages.decode.sampling import Sampling
 from jaxstages.decode.stream import Session
 from jaxstages.decode.text import TextStream
 from jaxstages.models.transformer import make_model
-from jaxstages.sharding import make_mesh
+from jaxstages.sharding import batch_sharding, make_mesh
 from jaxstages.types import Batch, Model, Params
 from tests.tiny import VOCAB, model_config
 
@@ -47,7 +47,7 @@ def generate(
 ):
     sampling = Sampling(max_new_tokens=NEW, temperature=temperature, stop=(stop,))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    answers = make_answers(model, sampling, context=32, batch_size=batch_size, mesh=mesh)
+    answers = make_answers(model, sampling, context=32, batch_size=batch_size, rows=batch_sharding(mesh))
     return [answer for batch in answers(params, prompts, 0) for answer in batch]
 
 
@@ -79,7 +79,7 @@ def test_a_stream_is_the_answer_at_once_turn_by_turn(
 ) -> None:
     monkeypatch.setattr("jaxstages.decode.stream.BUCKET", 4)  # so that a turn's new tokens are less than the context
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    one = make_answers(model[0], HOW, context=32, batch_size=1, mesh=mesh, seed=7)
+    one = make_answers(model[0], HOW, context=32, batch_size=1, rows=batch_sharding(mesh), seed=7)
     session = Session(*model, HOW, context=32, seed=7)
     prompt: list[int] = []
     for turn in range(3):
@@ -103,7 +103,7 @@ def test_a_stream_that_is_left_or_reaches_the_context_goes_on_right(model: tuple
     left.close()
     whole = [token for piece in session.stream(PROMPTS[1]) for token in piece]
     assert [whole] == texts_of(
-        make_answers(model[0], greedy, context=32, batch_size=1, mesh=mesh), model[1], [PROMPTS[1]]
+        make_answers(model[0], greedy, context=32, batch_size=1, rows=batch_sharding(mesh)), model[1], [PROMPTS[1]]
     )
     assert found == whole[:2]
     long = [1 + i % 28 for i in range(30)]
@@ -121,7 +121,7 @@ def test_nothing_is_compiled_again_for_prompts_of_a_bucket(model: tuple[Model, P
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     counting = model[0]._replace(decode=counted)
-    answers = make_answers(counting, HOW, context=32, batch_size=2, mesh=mesh)
+    answers = make_answers(counting, HOW, context=32, batch_size=2, rows=batch_sharding(mesh))
     texts_of(answers, model[1], PROMPTS[:2])
     first = len(traced)
     texts_of(answers, model[1], [*PROMPTS, [2] * 20])
@@ -134,7 +134,7 @@ def test_nothing_is_compiled_again_for_prompts_of_a_bucket(model: tuple[Model, P
 
 def test_answers_go_on_from_any_prompt_and_end_when_all_rows_have_enough(model: tuple[Model, Params]) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    answers = make_answers(model[0], HOW, context=32, batch_size=2, mesh=mesh)
+    answers = make_answers(model[0], HOW, context=32, batch_size=2, rows=batch_sharding(mesh))
     whole = texts_of(answers, model[1], PROMPTS)
     assert texts_of(answers, model[1], PROMPTS[1:], 1) == whole[1:]
     long = HOW._replace(max_new_tokens=24)
@@ -144,7 +144,7 @@ def test_answers_go_on_from_any_prompt_and_end_when_all_rows_have_enough(model: 
         asked.append(len(tokens))
         return len(tokens) >= 3
 
-    short = make_answers(model[0], long, context=32, batch_size=2, mesh=mesh, done=enough)
+    short = make_answers(model[0], long, context=32, batch_size=2, rows=batch_sharding(mesh), done=enough)
     assert [len(answer) for answer in texts_of(short, model[1], PROMPTS[:2])] == [17, 17] and max(asked) == 17
 
 
@@ -182,7 +182,11 @@ def test_a_long_prompt_loses_its_beginning_and_an_empty_one_is_refused(model: tu
         generate(*model, [[]], -1, 1)
     with pytest.raises(ValueError, match="max_new_tokens=6 must be less than the context, 6"):
         make_answers(
-            model[0], Sampling(NEW, 0.0, ()), context=NEW, batch_size=1, mesh=make_mesh(MeshConfig(), jax.devices()[:1])
+            model[0],
+            Sampling(NEW, 0.0, ()),
+            context=NEW,
+            batch_size=1,
+            rows=batch_sharding(make_mesh(MeshConfig(), jax.devices()[:1])),
         )
 
 

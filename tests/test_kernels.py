@@ -12,9 +12,9 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jaxstages.config import MeshConfig
 from jaxstages.models import kernels
-from jaxstages.models.attention import Attend, Reach, attend_in_tiles, attend_packed
+from jaxstages.models.attention import Attend, Reach, attend_in_tiles, attend_over, attend_packed
 from jaxstages.models.kernels import KERNELS, Kernel, Machine, Shape, choose_attend, run_lengths
-from jaxstages.sharding import make_mesh
+from jaxstages.sharding import RULES, make_mesh, make_placement
 
 SHAPE = Shape(length=256, heads=8, kv_heads=2, head_dim=64, dtype="bfloat16", runs=5)
 SMALL = SHAPE._replace(length=24, head_dim=16, dtype="float32")
@@ -46,10 +46,6 @@ def usable(machine: Machine, shape: Shape) -> list[str]:
 )
 def test_which_kernel_takes_what(machine: Machine, changes: dict, names: list[str]) -> None:
     assert usable(machine, SHAPE._replace(**changes)) == names
-
-
-def one_device() -> jax.sharding.Mesh:
-    return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def kernel(name: str, attend: Attend) -> Kernel:
@@ -92,9 +88,9 @@ def fails(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: 
 def test_a_kernel_that_is_wrong_here_is_not_used(attend: Attend, said: str) -> None:
     """The next one is taken; without one, the formula, and it is said."""
     second = kernel("two", attend_in_tiles)
-    choice = choose_attend(SMALL, one_device(), HOPPER, (kernel("one", attend), second))
+    choice = choose_attend(SMALL, HOPPER, (kernel("one", attend), second))
     assert choice.said.startswith("attention: two; one ")
-    choice = choose_attend(SMALL, one_device(), HOPPER, (kernel("one", attend),))
+    choice = choose_attend(SMALL, HOPPER, (kernel("one", attend),))
     assert choice.attend is attend_packed
     assert re.search(said, choice.said), choice.said
 
@@ -108,12 +104,12 @@ def test_the_check_is_made_once() -> None:
 
     one = kernel("one", counted)
     for _ in range(2):
-        assert choose_attend(SMALL, one_device(), HOPPER, (one,)).said == "attention: one"
+        assert choose_attend(SMALL, HOPPER, (one,)).said == "attention: one"
     assert len(calls) == 1
 
 
 def test_without_a_kernel_it_is_the_formula_and_says_why() -> None:
-    choice = choose_attend(SMALL, one_device(), HOPPER)
+    choice = choose_attend(SMALL, HOPPER)
     assert choice.attend is attend_packed
     assert "cuDNN, packed takes bfloat16, model.dtype is float32" in choice.said and "splash" not in choice.said
 
@@ -127,7 +123,7 @@ def arrays(shape: Shape, batch: int) -> tuple[jax.Array, ...]:
 
 
 def test_each_device_attends_with_its_own_rows_and_heads() -> None:
-    """Over rows and heads of a mesh of eight, and with a batch that the mesh does not divide, or another length."""
+    """Over rows and heads of a mesh of eight; rows of another length take the formula."""
     mesh, seen = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
@@ -135,9 +131,8 @@ def test_each_device_attends_with_its_own_rows_and_heads() -> None:
         return attend_packed(q, k, v, segments, reach)
 
     shape = SMALL._replace(runs=4)
-    attend = choose_attend(shape, mesh, HOPPER, (kernel("one", local),)).attend
-    seen.clear()
-    for batch, length in ((8, 24), (3, 24), (8, 20)):
+    attend = attend_over(local, make_placement(mesh, RULES), 24)
+    for batch, length in ((8, 24), (8, 20)):
         values = arrays(shape._replace(length=length), batch)
         found = jax.jit(functools.partial(attend, reach=Reach()))(*values)
         np.testing.assert_allclose(found, attend_packed(*values, Reach()), rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ import pytest
 
 from jaxstages.config import DataConfig, TokenizerConfig
 from jaxstages.data import prepare as preparing
-from jaxstages.data.pipeline import batches_by_step, batches_once, local_rows
+from jaxstages.data.pipeline import batches_by_step, batches_once
 from jaxstages.data.prefetch import prefetch
 from jaxstages.data.prepare import Prepared, prepare
 from jaxstages.data.sources import open_source
@@ -272,7 +272,7 @@ def test_batch_k_is_a_function_of_k_and_hosts_share_it(tmp_path: Path, tokenizer
     again = batches_by_step([source], **options).batch
     for k in (7, 0, 3):
         np.testing.assert_array_equal(again(k).tokens_BL, forward[k].tokens_BL)
-    halves = [batches_by_step([source], process=p, processes=2, **options).batch for p in range(2)]
+    halves = [batches_by_step([source], here=here, **options).batch for here in (range(2), range(2, 4))]
     np.testing.assert_array_equal(np.concatenate([half(5).tokens_BL for half in halves]), forward[5].tokens_BL)
     other = batches_by_step([source], batch_size=4, seed=4).batch
     assert any(not np.array_equal(other(k).tokens_BL, forward[k].tokens_BL) for k in range(3))
@@ -303,11 +303,6 @@ def test_held_out_rows_count_once_whatever_the_batch(tmp_path: Path, tokenizer: 
         batches = list(batches_once([source], batch_size=size))
         assert all(batch.tokens_BL.shape == (size, 32) for batch in batches)
         assert sum(float(batch.weights_BL.sum()) for batch in batches) == source.index["scored"]
-
-
-def test_hosts_must_divide_the_batch() -> None:
-    with pytest.raises(ValueError, match="batch_size=6 must be divisible by the number of hosts, 4"):
-        local_rows(6, 0, 4)
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:

@@ -51,24 +51,15 @@ def to_batch(rows: Sequence[np.ndarray]) -> Batch:
     return Batch(tokens, targets, weights.view(np.float32), segments, positions)
 
 
-def local_rows(batch_size: int, process: int, processes: int) -> range:
-    """Rows of a batch that host `process` of `processes` loads."""
-    if batch_size % processes:
-        raise ValueError(f"batch_size={batch_size} must be divisible by the number of hosts, {processes}")
-    share = batch_size // processes
-    return range(process * share, (process + 1) * share)
-
-
 def batches_by_step(
     sources: Sequence[Prepared],
     *,
     batch_size: int,
     seed: int,
     weights: Sequence[float] = (),
-    process: int = 0,
-    processes: int = 1,
+    here: range | None = None,
 ) -> Batches:
-    """Batches k = 0, 1, ... of the training rows.
+    """Batches k = 0, 1, ... of the training rows; of each, the rows `here`, by default all.
 
     Each source is shuffled by seed, anew in each pass; sources are mixed by weight (default: by their rows). Row i of
     batch k is row k * batch_size + i of that endless stream.
@@ -82,7 +73,7 @@ def batches_by_step(
             shares.append(float(weight))
     # Any: to Grain a row may also be None, what a filter left out; nothing filters here.
     stream: Any = grain.MapDataset.mix(streams, weights=shares) if len(streams) > 1 else streams[0]
-    mine = local_rows(batch_size, process, processes)
+    mine = here or range(batch_size)
 
     def places_of(k: int) -> list[tuple[int, int]]:
         return [stream[k * batch_size + i] for i in range(batch_size)]
@@ -100,12 +91,12 @@ def batches_by_step(
 
 
 def batches_once(
-    sources: Sequence[Prepared], *, batch_size: int, most: int = 0, process: int = 0, processes: int = 1
+    sources: Sequence[Prepared], *, batch_size: int, most: int = 0, here: range | None = None
 ) -> Iterator[Batch]:
     """All held-out rows once, in order (`most` evenly spread ones if not 0); the last batch is filled with empty rows,
     whose weights are 0, so that every shape is the same and no row counts twice."""
     rows = evenly([(source, i) for source in map(_Rows, sources) for i in range(len(source))], most)
-    mine = local_rows(batch_size, process, processes)
+    mine = here or range(batch_size)
     length = sources[0].index["context"]
     empty = np.zeros((FIELDS, length), np.int32)
     for start in range(0, len(rows), batch_size):

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jaxstages.decode.sampling import Sampling, make_choose
-from jaxstages.sharding import batch_sharding
 from jaxstages.types import Model, Params
 
 BUCKET = 32
@@ -138,7 +137,7 @@ def make_answers(
     *,
     context: int,
     batch_size: int,
-    mesh: Mesh,
+    rows: NamedSharding,
     seed: int = 0,
     between: Callable[[], None] = lambda: None,
     done: Callable[[list[int]], bool] | None = None,
@@ -147,6 +146,7 @@ def make_answers(
     its filling left out.
 
     Args:
+        rows: how a batch is split.
         between: called before each batch.
         done: asked now and then of a row's tokens so far: is that enough? A batch ends when all its rows have.
 
@@ -155,11 +155,12 @@ def make_answers(
     Raises:
         ValueError: `max_new_tokens` is as long as the context; later, an empty prompt.
     """
+    # A prompt is as long as its bucket, which no axis of the mesh need divide.
+    whole_rows = NamedSharding(rows.mesh, PartitionSpec(rows.spec[0]))
     room, most = context - sampling.max_new_tokens, sampling.max_new_tokens
     if room < 1:
         raise ValueError(f"max_new_tokens={most} must be less than the context, {context}")
     compiled = compile_decode(model, sampling)
-    sharding = batch_sharding(mesh)
     key = jax.random.key(seed)
     keys_of = jax.jit(lambda first: jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(batch_size)))
     pace = most if done is None else PACE
@@ -169,7 +170,12 @@ def make_answers(
         lengths_B = np.ones(batch_size, np.int32)
         for b, prompt in enumerate(chosen):
             prompts_BP[b, : len(prompt)], lengths_B[b] = prompt, len(prompt)
-        rows = jax.device_put(prompts_BP, sharding), np.int32(0), jax.device_put(lengths_B, sharding), keys_of(first)
+        rows = (
+            jax.device_put(prompts_BP, whole_rows),
+            np.int32(0),
+            jax.device_put(lengths_B, whole_rows),
+            keys_of(first),
+        )
         state = compiled.prefill(params, *rows, compiled.init_cache(batch_size, slots + most), slots)
         answers: list[list[int]] = []
         for until in (*range(1 + pace, most, pace), most):

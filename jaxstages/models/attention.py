@@ -15,12 +15,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxstages.models.primitives import row_sum
+from jaxstages.models.spread import ROWS
+from jaxstages.types import ALONE, Placement
 
 BLOCK = 128
 """Queries of a block on CPU: keys after its last query are left out."""
 
 TILE = 2**18
 """Scores that are looked at together on CPU: 1 MiB of float32, what a core's own cache holds."""
+
+AT_ONCE = 256
+"""Queries whose scores exist at once where a row's tokens lie on several devices."""
 
 LANES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """Parts of the batch that one device attends to side by side on CPU: the cores of this process."""
@@ -55,6 +60,15 @@ def _seen(segments_BL: Array, queries: slice, keys: slice, window: int) -> Bool[
     back_TS = jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
     near_TS = (back_TS >= 0) & (back_TS < window) if window else back_TS >= 0
     return (segments_BL[:, queries, None] == segments_BL[:, None, keys]) & near_TS[None]
+
+
+def chunk_mask(
+    segments_BL: Int[Array, "B L"], all_segments_BS: Int[Array, "B S"], first: Any, window: int = 0
+) -> Bool[Array, "B 1 L S"]:
+    """`packed_mask` of the queries first, first + 1, ... of a row alone."""
+    back_LS = first + jnp.arange(segments_BL.shape[1])[:, None] - jnp.arange(all_segments_BS.shape[1])[None, :]
+    near_LS = (back_LS >= 0) & (back_LS < window) if window else back_LS >= 0
+    return ((segments_BL[:, :, None] == all_segments_BS[:, None, :]) & near_LS[None])[:, None]
 
 
 def cache_mask(positions_BL: Int[Array, "B L"], slots: int, window: int = 0) -> Bool[Array, "B 1 L S"]:
@@ -115,6 +129,60 @@ def _cap(scores: Array, softcap: float) -> tuple[Array, Array | None]:
         return scores, None
     tanh = jnp.tanh(scores / softcap)
     return softcap * tanh, 1.0 - jnp.square(tanh)
+
+
+# Over a mesh.
+
+
+def attend_over(attend: Attend, place: Placement, length: int) -> Attend:
+    """Each device attends with its own rows and heads. Where a row's tokens are split too, it has its own queries, and
+    gathers the keys and values of the whole row; they are attended to by the formula, some queries at a time.
+
+    A row of another length takes the plain formula: to learn the parameters' shapes, two tokens are enough.
+    """
+    if place is ALONE:
+        return attend
+    context = place.axes("length")
+
+    def local(query: Array, key: Array, value: Array, segments: Array, *, reach: Reach) -> Array:
+        if not context:
+            return attend(query, key, value, segments, reach)
+        first = jax.lax.axis_index(context) * segments.shape[1]
+        key, value, all_segments = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (key, value, segments))
+        return attend_chunk(query, key, value, segments, all_segments, first, reach)
+
+    heads, kv_heads = ((*ROWS, name, "") for name in ("heads", "kv_heads"))
+
+    def over(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
+        if query.shape[1] != length:
+            return attend_packed(query, key, value, segments, reach)
+        spread = place.local(functools.partial(local, reach=reach), (heads, kv_heads, kv_heads, ROWS), heads)
+        return spread(query, key, value, segments)
+
+    return over
+
+
+def attend_chunk(
+    query_BLHK: Array,
+    key_BSGK: Array,
+    value_BSGK: Array,
+    segments_BL: Array,
+    all_segments_BS: Array,
+    first: Any,
+    reach: Reach,
+) -> Array:
+    """Queries first, first + 1, ... of a row to all of its keys."""
+    length = query_BLHK.shape[1]
+    size = max(n for n in range(1, min(AT_ONCE, length) + 1) if length % n == 0)
+
+    @jax.checkpoint
+    def block(start: Int[Array, ""]) -> Array:
+        query, segments = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (query_BLHK, segments_BL))
+        mask = chunk_mask(segments, all_segments_BS, first + start, reach.window)
+        return attend_masked(query, key_BSGK, value_BSGK, mask, reach.softcap)
+
+    blocks = jax.lax.map(block, jnp.arange(0, length, size))
+    return blocks.swapaxes(0, 1).reshape(query_BLHK.shape)
 
 
 # On CPU, as in FlashAttention (Dao et al. 2022), but in plain operations: tile by tile, with what lies in the masked

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from jaxstages.models.attention import Attend, Reach, attend_packed, packed_mask
@@ -18,9 +17,6 @@ from jaxstages.models.attention import Attend, Reach, attend_packed, packed_mask
 AT_MOST = 4.0
 """A kernel may be so many times as far from float32 as the plain formula in the same dtype is. A wrong mask is off by
 some hundred times."""
-
-ROWS = PartitionSpec(("data", "fsdp"))
-HEADS = PartitionSpec(("data", "fsdp"), None, "tensor", None)
 
 
 class Machine(NamedTuple):
@@ -165,35 +161,15 @@ KERNELS = (
 """Fastest first."""
 
 
-def choose_attend(shape: Shape, mesh: Mesh, machine: Machine, kernels: tuple[Kernel, ...] = KERNELS) -> Choice:
+def choose_attend(shape: Shape, machine: Machine, kernels: tuple[Kernel, ...] = KERNELS) -> Choice:
     """The fastest kernel that takes the shape, and was found right here and now; the plain formula if none is."""
     why = []
     for kernel in (kernel for kernel in kernels if kernel.platform == machine.platform):
         lack = kernel.lacks(machine, shape) or _fails(kernel, shape, jax.local_devices()[0])
         if not lack:
-            return Choice(_over(mesh, kernel.make(shape), shape), "; ".join([f"attention: {kernel.name}", *why]))
+            return Choice(kernel.make(shape), "; ".join([f"attention: {kernel.name}", *why]))
         why.append(f"{kernel.name} {lack}")
     return Choice(attend_packed, "; ".join(["attention: the plain formula, which keeps all scores", *why]))
-
-
-def _over(mesh: Mesh, attend: Attend, shape: Shape) -> Attend:
-    """Each device attends with its own rows and heads. A shape of another kind (to learn the parameters' shapes, one
-    row of two tokens is enough) takes the plain formula."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def over(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
-        if query.shape[1] != shape.length or query.shape[0] % rows:
-            return attend_packed(query, key, value, segments, reach)
-        local: Any = jax.shard_map(
-            lambda query, key, value, segments: attend(query, key, value, segments, reach),
-            mesh=mesh,
-            in_specs=(HEADS, HEADS, HEADS, ROWS),
-            out_specs=HEADS,
-            check_vma=False,  # kernels don't say how their outputs vary over the mesh
-        )
-        return local(query, key, value, segments)
-
-    return over
 
 
 @functools.cache

@@ -24,8 +24,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxstages.config import LoraConfig
-from jaxstages.models.primitives import linear
-from jaxstages.types import Params
+from jaxstages.models.primitives import last_dim, linear
+from jaxstages.types import ALONE, Names, Params, Placement
 
 KERNEL, SCALE = "kernel", "kernel_scale"
 DOWN, UP, MAGNITUDE = "lora_a", "lora_b", "lora_magnitude"
@@ -34,20 +34,23 @@ ADAPTER = (DOWN, UP, MAGNITUDE)
 
 
 def adapt(
-    out_MO: Float[Array, "M O"],
-    x_MI: Float[Array, "M I"],
+    out: Float[Array, "*B O"],
+    x: Float[Array, "*B I"],
     kernel_IO: Array,
     adapter: dict[str, Array],
     platform: str,
-) -> Float[Array, "M O"]:
+    place: Placement = ALONE,
+    names: Names = ("", ""),
+) -> Float[Array, "*B O"]:
     """`out + x @ a @ b`, out being `x @ kernel`; with a magnitude, its columns are scaled to that length (DoRA, Liu et
     al. 2024: the length that they are divided by counts as constant)."""
-    down_IR, up_RO = (adapter[name].astype(x_MI.dtype) for name in (DOWN, UP))
-    out_MO = out_MO + linear(linear(x_MI, down_IR, platform), up_RO, platform)
+    down_IR, up_RO = (adapter[name].astype(x.dtype) for name in (DOWN, UP))
+    low = linear(x, down_IR, platform, place, (names[0], "rank"))
+    out = out + linear(low, up_RO, platform, place, ("rank", names[1]))
     if MAGNITUDE not in adapter:
-        return out_MO
+        return out
     length_O = _length(kernel_IO.astype(jnp.float32) + adapter[DOWN] @ adapter[UP])
-    return out_MO * (adapter[MAGNITUDE] / length_O).astype(out_MO.dtype)[None, :]
+    return out * last_dim((adapter[MAGNITUDE] / length_O).astype(out.dtype), out.ndim)
 
 
 def _length(matrix: Float[Array, "*B I O"]) -> Float[Array, "*B O"]:

@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxstages.models.spread import outer_over
+from jaxstages.types import ALONE, Names, Placement
+
 _ROWS = (((0,), (0,)), ((), ()))
 """Both operands are contracted over their rows."""
 
@@ -25,11 +28,11 @@ def _linear_on_cpu(x_MI: Float[Array, "M I"], kernel_IO: Float[Array, "I O"]) ->
     return x_MI @ kernel_IO
 
 
-def _linear_forward(x_MI: Array, kernel_IO: Array) -> tuple[Array, tuple[Array, Array]]:
+def _on_cpu_forward(x_MI: Array, kernel_IO: Array) -> tuple[Array, tuple[Array, Array]]:
     return x_MI @ kernel_IO, (x_MI, kernel_IO)
 
 
-def _linear_backward(saved: tuple[Array, Array], d_out_MO: Array) -> tuple[Array, Array]:
+def _on_cpu_backward(saved: tuple[Array, Array], d_out_MO: Array) -> tuple[Array, Array]:
     x_MI, kernel_IO = saved
     d_x_MI = d_out_MO @ kernel_IO.T
     if kernel_IO.shape[0] <= kernel_IO.shape[1]:
@@ -39,14 +42,61 @@ def _linear_backward(saved: tuple[Array, Array], d_out_MO: Array) -> tuple[Array
     return d_x_MI, jax.lax.optimization_barrier(jax.lax.dot_general(d_out_MO, x_MI, _ROWS)).T
 
 
-_linear_on_cpu.defvjp(_linear_forward, _linear_backward)
+_linear_on_cpu.defvjp(_on_cpu_forward, _on_cpu_backward)
 
 
-def linear(x: Float[Array, "*B I"], kernel_IO: Float[Array, "I O"], platform: str) -> Float[Array, "*B O"]:
-    """`x @ kernel`. On "cpu" the kernel's gradient is formed as above; elsewhere the compiler does well by itself."""
+# Over a mesh a kernel is gathered for the product, and again in the backward pass: kept, it would be whole in memory.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _linear_over(x: Array, kernel_IO: Array, place: Placement, names: Names) -> Array:
+    return x @ place.whole(kernel_IO, names)
+
+
+def _over_forward(x: Array, kernel_IO: Array, place: Placement, names: Names) -> tuple[Array, tuple[Array, Array]]:
+    kernel_IO = place.split(kernel_IO, names)  # what is kept
+    return x @ place.whole(kernel_IO, names), (x, kernel_IO)
+
+
+def _over_backward(place: Placement, names: Names, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    x, kernel_IO = saved
+    kernel_IO, d_out = jax.lax.optimization_barrier((kernel_IO, d_out))  # else unrolled layers share what is gathered
+    return d_out @ place.whole(kernel_IO, names).T, outer_over(x, d_out, place, names)
+
+
+_linear_over.defvjp(_over_forward, _over_backward)
+
+
+def linear(
+    x: Float[Array, "*B I"],
+    kernel_IO: Float[Array, "I O"],
+    platform: str,
+    place: Placement = ALONE,
+    names: Names = ("", ""),
+) -> Float[Array, "*B O"]:
+    """`x @ kernel`. On one "cpu" the kernel's gradient is formed as above; elsewhere the compiler does well by itself.
+
+    Args:
+        place: which device holds what. names: the kernel's logical axes.
+    """
+    if place is not ALONE:
+        out: Any = _linear_over(x, kernel_IO, place, names)
+        return out
     if platform != "cpu":
         return x @ kernel_IO
     return _linear_on_cpu(x.reshape(-1, x.shape[-1]), kernel_IO).reshape(*x.shape[:-1], kernel_IO.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: Array, place: Placement, names: Names) -> Array:
+    """A parameter as it is computed with; its gradient is split as it is stored. (The transpose of a constraint is the
+    same constraint: the gradient would be whole on every device.)"""
+    return place.whole(x, names)
+
+
+gather.defvjp(
+    lambda x, place, names: (place.whole(x, names), None), lambda place, names, _, d_x: (place.split(d_x, names),)
+)
 
 
 def row_sum(x: Float[Array, "*B D"], platform: str) -> Float[Array, "*B 1"]:
@@ -58,8 +108,10 @@ def row_sum(x: Float[Array, "*B D"], platform: str) -> Float[Array, "*B 1"]:
 
 
 def _column_sum(x: Float[Array, "*B D"], platform: str) -> Float[Array, " D"]:
+    if platform != "cpu":
+        return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
     flat_MD = x.reshape(-1, x.shape[-1])
-    return jnp.sum(flat_MD, axis=0) if platform != "cpu" else (jnp.ones((1, flat_MD.shape[0]), x.dtype) @ flat_MD)[0]
+    return (jnp.ones((1, flat_MD.shape[0]), x.dtype) @ flat_MD)[0]
 
 
 def normalize(

@@ -16,13 +16,22 @@ from jaxtyping import Array
 
 from jaxstages.config import ModelConfig
 from jaxstages.models.activations import KNOWN, activate
-from jaxstages.models.attention import Attend, Reach, attend_cached, attend_in_tiles, attend_packed, cache_mask
+from jaxstages.models.attention import (
+    Attend,
+    Reach,
+    attend_cached,
+    attend_in_tiles,
+    attend_over,
+    attend_packed,
+    cache_mask,
+)
 from jaxstages.models.experts import mix_experts
 from jaxstages.models.lora import ADAPTER, SCALE, UP, adapt, kernel_of
-from jaxstages.models.primitives import last_dim, linear, normalize
+from jaxstages.models.primitives import gather, last_dim, linear, normalize
 from jaxstages.models.rope import frequencies_of, rotate
+from jaxstages.models.spread import ROWS, lookup_over, mix_over
 from jaxstages.models.unstacked import TURNED, linear_turned, unstack
-from jaxstages.types import Batch, Headless, Model, Params
+from jaxstages.types import ALONE, Batch, Headless, Model, Params, Placement
 
 Cache = tuple[Array, Array]
 """Keys and values of one layer, [B, G, S, K] each."""
@@ -38,10 +47,12 @@ REMAT: dict[str, Any] = {
 
 
 class Backend(NamedTuple):
-    """Where the model runs, how it attends over packed rows there, and what of a layer is computed again (`REMAT`)."""
+    """Where the model runs, how it attends over packed rows there, what of a layer is computed again (`REMAT`), and
+    which device holds what."""
 
     platform: str
     attend: Attend
+    place: Placement
     remat: str = "none"
 
 
@@ -104,7 +115,7 @@ class Projection(nn.Module):
     one beside the kernel, which may be held in another form (`lora.py`)."""
 
     config: ModelConfig
-    platform: str
+    backend: Backend
     features: tuple[int, ...]
     names: tuple[str, ...]
     scale: float = 0.02
@@ -120,10 +131,10 @@ class Projection(nn.Module):
         kernel: Any = self.param("kernel", _kernel(*self.names, scale=self.scale), (*shape, *self.features))
         beside = {n: self.get_variable("params", n) for n in (SCALE, *ADAPTER) if self.has_variable("params", n)}
         kernel_IO = kernel_of({"kernel": kernel} | beside).reshape(math.prod(shape), -1)
-        out = linear(x_MI, kernel_IO.astype(dtype), self.platform)
+        where = (self.backend.platform, self.backend.place, (self.names[0], self.names[inputs]))
+        out = linear(x_MI, kernel_IO.astype(dtype), *where)
         if UP in beside:
-            flat = (math.prod(rows), -1)
-            out = adapt(out.reshape(flat), x_MI.reshape(flat), kernel_IO, beside, self.platform)
+            out = adapt(out, x_MI, kernel_IO, beside, *where)
         return self._biased(out, rows)
 
     def _biased(self, out: Array, rows: tuple[int, ...]) -> Array:
@@ -146,10 +157,16 @@ class Attention(nn.Module):
         self, x_BLD: Array, positions_BL: Array, segments_BL: Array | None, kind: Kind, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         config, part = self.config, self.config.attention
-        project = functools.partial(Projection, config, self.backend.platform)
+
+        def place(x_BLHK: Array, heads: str) -> Array:
+            return self.backend.place.activation(x_BLHK, (*ROWS, heads, ""))
+
+        project = functools.partial(Projection, config, self.backend)
         qkv = {"query": ("heads", part.heads), "key": ("kv_heads", part.kv_heads), "value": ("kv_heads", part.kv_heads)}
         query, key, value = (
-            project((heads, part.head_dim), ("embed", axis, "head_dim"), bias=part.qkv_bias, name=name)(x_BLD)
+            place(
+                project((heads, part.head_dim), ("embed", axis, "head_dim"), bias=part.qkv_bias, name=name)(x_BLD), axis
+            )
             for name, (axis, heads) in qkv.items()
         )
         if part.qk_norm:
@@ -168,7 +185,7 @@ class Attention(nn.Module):
             assert segments_BL is not None, "a row without a cache has segments"
             attend, row = self.backend.attend, (query, key, value, segments_BL)
             ways = [lambda q, k, v, s, reach=reach: attend(q, k, v, s, reach) for reach in reaches]
-            mixed_BLHK = ways[0](*row) if len(ways) == 1 else jax.lax.switch(kind.reach, ways, *row)
+            mixed_BLHK = place(ways[0](*row) if len(ways) == 1 else jax.lax.switch(kind.reach, ways, *row), "heads")
         scale = 0.02 / (2 * config.layers) ** 0.5  # what adds to the residual stream starts small (Radford et al. 2019)
         out = project((config.width,), ("heads", "head_dim", "embed"), scale, name="out")(mixed_BLHK)
         return out, cache
@@ -197,13 +214,14 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
         config = self.config
-        project = functools.partial(Projection, config, self.backend.platform)
+        project = functools.partial(Projection, config, self.backend)
         hidden = project((config.ff_width,), ("embed", "ff"), name="up")(x_BLD)
         if KNOWN[config.activation].gates:
             gate = project((config.ff_width,), ("embed", "ff"), name="gate")(x_BLD)
             hidden = hidden * activate(config.activation, gate)
         else:
             hidden = activate(config.activation, hidden)
+        hidden = self.backend.place.activation(hidden, (*ROWS, "ff"))
         scale = 0.02 / (2 * config.layers) ** 0.5
         return project((config.width,), ("ff", "embed"), scale, name="down")(hidden)
 
@@ -212,6 +230,7 @@ class Experts(nn.Module):
     """A mixture of feed-forwards."""
 
     config: ModelConfig
+    backend: Backend
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
@@ -221,14 +240,14 @@ class Experts(nn.Module):
         gate: Any = self.param("gate", _kernel("expert", "embed", "ff"), wide)
         up: Any = self.param("up", _kernel("expert", "embed", "ff"), wide)
         down: Any = self.param("down", _kernel("expert", "ff", "embed", scale=scale), (part.count, *wide[:0:-1]))
-        x_MD = x_BLD.reshape(-1, config.width)
-        out = mix_experts(
-            *(x_MD, router, (gate, up, down)),
-            functools.partial(activate, config.activation),
-            part.per_token,
-            part.normalize,
+        mix = functools.partial(
+            mix_experts,
+            activation=functools.partial(activate, config.activation),
+            per_token=part.per_token,
+            normalize=part.normalize,
         )
-        return out.reshape(x_BLD.shape)
+        kernels = (kernel.astype(x_BLD.dtype) for kernel in (gate, up, down))
+        return mix_over(mix, self.backend.place)(x_BLD, router, *kernels)
 
 
 class Layer(nn.Module):
@@ -252,10 +271,17 @@ class Layer(nn.Module):
         mixed, cache = Attention(config, backend, name="attention")(
             self._norm("before", "attention_norm", x_BLD), positions_BL, segments_BL, kind, cache
         )
-        x_BLD = x_BLD + drop(self._norm("after", "attention_post_norm", mixed))
-        ff: Any = Experts(config, name="experts") if config.experts.count else FeedForward(config, backend, name="ff")
+        x_BLD = x_BLD + drop(self._norm("after", "attention_post_norm", self._place(mixed)))
+        ff: Any = (
+            Experts(config, backend, name="experts")
+            if config.experts.count
+            else FeedForward(config, backend, name="ff")
+        )
         mixed = ff(self._norm("before", "ff_norm", x_BLD))
-        return x_BLD + drop(self._norm("after", "ff_post_norm", mixed)), cache
+        return x_BLD + drop(self._norm("after", "ff_post_norm", self._place(mixed))), cache
+
+    def _place(self, x_BLD: Array) -> Array:
+        return self.backend.place.activation(x_BLD, (*ROWS, ""))
 
     def _norm(self, place: str, name: str, x_BLD: Array) -> Array:
         here = self.config.norm_place in (place, "both")
@@ -277,17 +303,18 @@ class Transformer(nn.Module):
     def __call__(
         self, tokens_BL: Array, positions_BL: Array, segments_BL: Array | None, caches: Any, deterministic: bool
     ) -> tuple[Headless, Any]:
-        config = self.config
+        config, place = self.config, self.backend.place
         dtype = jnp.dtype(config.dtype)
         embedding_VD: Any = self.param("embedding", _kernel("vocab", "embed"), (self.vocab, config.width))
-        x_BLD = embedding_VD.astype(dtype)[tokens_BL]
+        x_BLD = lookup_over(embedding_VD.astype(dtype), tokens_BL, place)
         if self.neftune and not deterministic:
             x_BLD = x_BLD + self._noise(x_BLD, segments_BL)
         if config.scaled_embedding:
             x_BLD = x_BLD * jnp.asarray(config.width**0.5, dtype)
         if config.attention.position == "learned":
             table: Any = self.param("position_embedding", _kernel("position", "embed"), (config.context, config.width))
-            x_BLD = x_BLD + table.astype(dtype)[positions_BL]
+            gathered: Any = gather(table.astype(dtype), place, ("position", "embed"))
+            x_BLD = x_BLD + gathered[positions_BL]
         x_BLD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BLD)
         layers, where = _layers(config), (positions_BL, segments_BL)
         if self.stacked:
@@ -305,7 +332,7 @@ class Transformer(nn.Module):
         if not config.tied_head:
             head = self.param("head", _kernel("vocab", "embed"), (self.vocab, config.width))
         softcap = jnp.float32(config.logit_softcap) if config.logit_softcap else None
-        return Headless(x_BLD, head, softcap), caches
+        return Headless(x_BLD, gather(head.astype(dtype), place, ("vocab", "embed")), softcap), caches
 
     def _loop(self) -> Any:
         config, layer = self.config, Layer
@@ -338,6 +365,7 @@ def make_model(
     *,
     platform: str | None = None,
     attend: Attend | None = None,
+    place: Placement = ALONE,
     remat: str = "none",
     neftune: float = 0.0,
 ) -> Model:
@@ -349,19 +377,26 @@ def make_model(
         platform: "cpu", "gpu" or "tpu", which the functions are to run on; None is jax's own default.
         attend: how it attends over packed rows, as `choose_attend` found it; None is what every machine of the platform
             can do.
+        place: which device holds what.
         remat: what the backward pass computes again, see `REMAT`; outputs do not depend on it.
         neftune: in training, uniform noise of this over `sqrt(tokens of the example * width)` is added to embeddings
             (NEFTune, Jain et al. 2023); 0 is none.
     """
     platform = platform or jax.default_backend()
     attend = attend or (attend_in_tiles if platform == "cpu" else attend_packed)
+    # The forms that are fast on CPU know one device only.
+    forms = platform if place is ALONE else "several"
     vocab = max(vocab, config.vocab_size)
-    module = Transformer(config, vocab, Backend(platform, attend, remat), neftune=neftune)
-    decoder = Transformer(config, vocab, Backend(platform, attend), stacked=False)
+    spread = Backend(forms, attend_over(attend, place, config.context), place, remat)
+    module = Transformer(config, vocab, spread, neftune=neftune)
+    alone = Backend(platform, attend_packed, ALONE)
+    decoder = Transformer(config, vocab, alone, stacked=False)
 
     def boxed(key: Array) -> Params:
-        row = jnp.zeros((1, 2), jnp.int32)
-        variables: Any = module.init(key, row, row, row, None, True)  # a dict, if Flax's type says more
+        row = jnp.zeros((1, 2), jnp.int32)  # which no mesh could split
+        variables: Any = Transformer(config, vocab, alone).init(
+            key, row, row, row, None, True
+        )  # a dict, if Flax's type says more
         return variables["params"]
 
     def init(key: Array) -> Params:

@@ -26,7 +26,7 @@ from jaxstages.interop.hf_import import adopted
 from jaxstages.main import main
 from jaxstages.models.transformer import make_model
 from jaxstages.parent import contract_of, read_parent
-from jaxstages.sharding import make_mesh
+from jaxstages.sharding import batch_sharding, make_mesh
 from jaxstages.types import Batch
 from jaxstages.workbench import open_workbench
 from tests.interop.zoo import VOCAB, ZOO, make
@@ -126,7 +126,7 @@ def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenize
             **{"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": None},
         )
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    answers = make_answers(ours, Sampling(max_new_tokens=NEW), context=LENGTH, batch_size=1, mesh=one)
+    answers = make_answers(ours, Sampling(max_new_tokens=NEW), context=LENGTH, batch_size=1, rows=batch_sharding(one))
     assert next(answers(params, [prompt.tolist()], 0)) == [whole[0, len(prompt) :].tolist()]
 
     from transformers import AutoModelForCausalLM

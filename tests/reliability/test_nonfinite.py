@@ -27,7 +27,7 @@ from jaxstages.fingerprint import params_sha256
 from jaxstages.guard import init_guard, judge
 from jaxstages.metrics import read_metrics
 from jaxstages.optim import make_optimizer
-from jaxstages.sharding import make_mesh, place_batch
+from jaxstages.sharding import batch_sharding, make_mesh, place_batch
 from jaxstages.step import init_state, make_train_step
 from jaxstages.types import Batch, Diverged, Model, Params, TrainState
 from jaxstages.workbench import open_workbench
@@ -134,7 +134,8 @@ def test_exactly_the_bad_steps_are_skipped(layout: Layout) -> None:
         state, clean = fresh_state(tx), fresh_state(tx)
         skipped = streak = 0
         for k, fault in enumerate(order):
-            batch = place_batch(batch_of(dice, fault.strip(".")), mesh)
+            rows = batch_of(dice, fault.strip("."))
+            batch = place_batch(rows, len(rows.tokens_BL), batch_sharding(mesh))
             before = jax.device_get((state.params, state.opt_state))
             state, sums = train_step(state, batch)
             good = fault == "."
@@ -359,7 +360,10 @@ def test_the_loop_skips_the_bad_batches_and_no_other(lab: Lab, scattered: Path) 
     state = init_state(params, bench.tx, bench.stage.optim.spike_window)
     train_step = jax.jit(make_train_step(model.apply, bench.tx, seed=lab.recipe.seed))
     for k in sorted(set(range(STEPS)) - SCATTERED):
-        state, _ = train_step(state._replace(step=jnp.int32(k)), place_batch(lab.batches.batch(k), bench.mesh))
+        state, _ = train_step(
+            state._replace(step=jnp.int32(k)),
+            place_batch(lab.batches.batch(k), bench.stage.loop.batch_size, bench.rows),
+        )
     assert result["last_params_sha256"] == params_sha256(state.params)
 
 

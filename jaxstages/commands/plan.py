@@ -1,0 +1,177 @@
+"""`jaxstages plan`: does a recipe fit a machine, and how fast should it be? The compiler is asked, nothing is run."""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxstages import config as recipes
+from jaxstages.compilation import LADDER, SHARE, batch_shapes, bytes_of, jit_step
+from jaxstages.config import Recipe, StageConfig
+from jaxstages.console import duration, say
+from jaxstages.models.attention import Attend
+from jaxstages.models.kernels import KERNELS, Machine, Shape
+from jaxstages.models.transformer import reaches_of
+from jaxstages.plan.chips import Topology, topology_of
+from jaxstages.plan.collectives import SMALL, collectives_of, expected, total
+from jaxstages.plan.estimate import Flops, Roofline, flops_per_token, held_bytes, roofline, wire_bytes
+from jaxstages.sharding import make_mesh
+from jaxstages.validate import validate
+from jaxstages.workbench import Parts, check_fit, make_parts
+
+GIB = 2**30
+
+
+class Plan(NamedTuple):
+    """Bytes are a device's; estimate is None where the chip's speed is not known."""
+
+    params: int
+    flops: Flops
+    param_bytes: int
+    optimizer_bytes: int
+    logit_bytes: int
+    step_bytes: int
+    remat: str
+    sent: dict[str, int]
+    theory: list[tuple[str, str, int]]
+    estimate: Roofline | None
+    seconds: float
+
+
+def plan(recipe: Recipe, stage: str | None, asked: str) -> None:
+    """Print the plan of a stage, by default the recipe's first, on a topology."""
+    validate(recipe)
+    stages = recipes.stages(recipe)
+    name = stage or next(iter(stages))
+    if name not in stages:
+        raise ValueError(f"recipe {recipe.name!r} has no stage {name}; it has {', '.join(stages)}")
+    topology = topology_of(asked)
+    found = make_plan(recipe, name, topology)
+    _show(recipe, stages[name], topology, found)
+
+
+def make_plan(recipe: Recipe, name: str, topology: Topology) -> Plan:
+    """Compile the stage's step for the topology, and do the arithmetic."""
+    start, stage = time.monotonic(), recipes.stages(recipe)[name]
+    mesh = make_mesh(recipe.mesh, topology.devices)
+    check_fit(recipe, name, stage, mesh)
+    vocab = max(recipe.tokenizer.vocab_size, recipe.model.vocab_size)
+    attend = _attend(recipe, topology.platform) if mesh.shape["context"] == 1 else None
+    parts = make_parts(recipe, name, stage, mesh, vocab, attend, topology.platform)
+    remat, compiled = _compile(parts, topology)
+    sent = total(collectives_of(compiled.as_text()))
+    flops, chip = flops_per_token(recipe.model, vocab, stage.lora), topology.chip
+    tokens = stage.loop.batch_size * recipe.model.context
+    held = held_bytes((parts.shapes, parts.base))
+    again = flops.causal / 3 if remat in ("full", "offload") else 0.0
+    rows = (
+        stage.loop.batch_size // (mesh.size // mesh.shape["tensor"] // mesh.shape["context"]) // stage.loop.accumulate
+    )
+    tile = stage.loop.loss_tile or recipe.model.context
+    return Plan(
+        params=sum(leaf.size for leaf in jax.tree.leaves(parts.params)),
+        flops=flops,
+        param_bytes=held_bytes((parts.shapes.params, parts.base)),
+        optimizer_bytes=held_bytes(parts.shapes.opt_state),
+        logit_bytes=max(rows, 1) * tile // mesh.shape["context"] * vocab // mesh.shape["tensor"] * 4,
+        step_bytes=bytes_of(compiled),
+        remat=remat,
+        sent=sent,
+        theory=expected(
+            *(recipe.model, vocab, mesh, stage.loop.batch_size),
+            merges=topology.platform != "cpu",
+            recomputes=remat != "none",
+        ),
+        estimate=chip and roofline(chip, mesh.size, tokens * (flops.causal + again), held, wire_bytes(sent, mesh.size)),
+        seconds=time.monotonic() - start,
+    )
+
+
+def _compile(parts: Parts, topology: Topology) -> tuple[str, Any]:
+    """With the recipe's remat, or the first of the ladder that fits."""
+    asked = parts.stage.loop.remat
+    limit = topology.chip.memory * SHARE if topology.chip else float("inf")
+    rungs = LADDER if asked == "auto" else (asked,)
+    for rung in rungs:
+        step = jit_step(parts, rung)[1]
+        compiled = step.lower(parts.shapes, batch_shapes(parts), base=parts.base).compile()
+        if bytes_of(compiled) <= limit or rung == rungs[-1]:
+            return rung, compiled
+    raise AssertionError("the last one is returned")
+
+
+def _attend(recipe: Recipe, platform: str) -> Attend | None:
+    """The kernel that a run would choose on such a machine, unchecked: nothing can be computed there from here."""
+    part, reaches = recipe.model.attention, reaches_of(recipe.model)
+    machine = Machine(platform, 9.0 if platform == "gpu" else 0.0)
+    chosen = {}
+    for reach in reaches:
+        shape = Shape(recipe.model.context, part.heads, part.kv_heads, part.head_dim, recipe.model.dtype, 16, reach)
+        fit = [kernel for kernel in KERNELS if kernel.platform == platform and not kernel.lacks(machine, shape)]
+        if not fit:
+            return None
+        chosen[reach] = fit[0].make(shape)
+    return lambda query, key, value, segments, reach: chosen[reach](query, key, value, segments, reach)
+
+
+def _show(recipe: Recipe, stage: StageConfig, topology: Topology, found: Plan) -> None:
+    mesh = recipe.mesh
+    chips, chip = len(topology.devices), topology.chip
+    tokens = stage.loop.batch_size * recipe.model.context
+    say(f"{recipe.name} on {topology.asked}: {chips} devices; nothing was run", "bold")
+    say(f"parameters             {found.params / 1e9:.3f} billion, {tokens:,} tokens a step, remat {found.remat}")
+    say(
+        f"FLOPs a token          {found.flops.causal / 1e9:.2f} G causal, {found.flops.full / 1e9:.2f} G full attention"
+    )
+    say("bytes a device", "bold")
+    say(f"  parameters           {found.param_bytes / GIB:8.2f} GiB")
+    say(f"  optimizer            {found.optimizer_bytes / GIB:8.2f} GiB")
+    say(f"  logits, at once      {found.logit_bytes / GIB:8.2f} GiB, a part of what follows")
+    rest = found.step_bytes - found.param_bytes - found.optimizer_bytes
+    say(f"  activations and rest {rest / GIB:8.2f} GiB, by the compiler's count")
+    say(f"  a step, in all       {found.step_bytes / GIB:8.2f} GiB" + _verdict(found, topology))
+    say("sent by a step, as whole arrays, of a device", "bold")
+    theory: dict[str, int] = {}
+    for _, kind, size in found.theory:
+        theory[kind] = theory.get(kind, 0) + size
+    for kind in sorted(found.sent.keys() | theory.keys()):
+        note = "" if kind == SMALL else f"   theory {theory.get(kind, 0) / 1e6:10.1f} MB"
+        say(f"  {kind:<20} {found.sent.get(kind, 0) / 1e6:10.1f} MB{note}")
+    for what, kind, size in found.theory:
+        say(f"    {what}: {kind} {size / 1e6:.1f} MB", "dim")
+    if found.estimate and chip:
+        one, best, worst = found.estimate, found.estimate.overlapped, found.estimate.one_by_one
+        peak = chips * chip.flops
+        say("estimate, never run", "bold")
+        say(f"  products {one.compute:.3f} s, memory {one.memory:.3f} s, exchanges {one.exchange:.3f} s a step")
+        for label, seconds in (("all overlaps", best), ("nothing overlaps", worst)):
+            mfu = [tokens * flops / seconds / peak for flops in found.flops]
+            hours = stage.loop.steps * seconds / 3600
+            say(
+                f"  {label:<16} {seconds:.3f} s a step, {tokens / seconds / chips:,.0f} tokens/s a chip, MFU "
+                f"{mfu[0]:.1%} causal ({mfu[1]:.1%} full); {stage.loop.steps:,} steps in {duration(hours * 3600)}, "
+                f"{hours * chips:,.0f} chip-hours"
+            )
+    say(f"compiled in {duration(found.seconds)}; mesh {_mesh_text(mesh)}")
+
+
+def _mesh_text(mesh: Any) -> str:
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "expert", "context", "tensor")}
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
+
+
+def _verdict(found: Plan, topology: Topology) -> str:
+    if not topology.chip:
+        return ""
+    limit = topology.chip.memory
+    if found.step_bytes <= SHARE * limit:
+        return f" of {limit / GIB:.2f}: fits"
+    remedies = []
+    if found.remat != "full":
+        remedies.append("loop.remat=full")
+    if found.logit_bytes > 0.05 * limit:
+        remedies.append("a smaller loop.loss_tile")
+    if found.param_bytes + found.optimizer_bytes > 0.5 * limit:
+        remedies.append("a larger mesh.fsdp or mesh.tensor, or more chips")
+    remedies.append("a larger loop.accumulate, or a smaller loop.batch_size")
+    return f" of {limit / GIB:.2f}: does not fit; try {'; '.join(remedies)}"
