@@ -34,7 +34,8 @@ from jaxstages.fingerprint import named_leaves
 from jaxstages.models import lora
 from jaxstages.models.attention import AT_ONCE, Attend
 from jaxstages.models.kernels import Shape, choose_attend, machine_of
-from jaxstages.models.transformer import make_model, reaches_of
+from jaxstages.models.layers import reaches_of
+from jaxstages.models.transformer import make_model
 from jaxstages.optim import check_patterns, make_optimizer
 from jaxstages.sharding import (
     RULES,

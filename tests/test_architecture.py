@@ -23,9 +23,10 @@ FLOORS = [
             "models.experts",
             "models.lora",
             "models.unstacked",
+            "models.spread",
         ),
     },
-    {"models.transformer", "data.answers", "data.chat", "data.tasks", "data.packing"},
+    {"models.layers", "models.transformer", "data.answers", "data.chat", "data.tasks", "data.packing"},
     {"step", "arrays", "checkpoint", "data.prepare", "data.pipeline", "decode"},
     {"workbench", "parent", "start", "evaluate", "compilation"},
     {"loop"},
@@ -45,7 +46,13 @@ SAME_FLOOR |= {
     "compilation": {"workbench"},
 }
 SAME_FLOOR |= {"models.lora": {"models.primitives"}, "checkpoint": {"arrays"}}
-SAME_FLOOR |= {"models.attention": {"models.primitives"}, "models.kernels": {"models.attention"}}
+SAME_FLOOR |= {
+    "models.primitives": {"models.spread"},
+    "models.attention": {"models.primitives", "models.spread"},
+    "models.kernels": {"models.attention"},
+    "models.transformer": {"models.layers"},
+    "sharding": {"models.spread"},
+}
 SAME_FLOOR |= {
     "decode.generate": {"decode.sampling"},
     "decode.stream": {"decode.generate", "decode.sampling"},
@@ -73,7 +80,18 @@ PURE = {"step": {"data", "checkpoint", "config", "workdir"}, "models": {"optim",
 CORE = 7
 """Floors 0 to 6."""
 
-ROAD = ("types", "step", "losses", "data.packing", "models.transformer", "loop", "start", "stages.instruct", "main")
+ROAD = (
+    "types",
+    "step",
+    "losses",
+    "data.packing",
+    "models.layers",
+    "models.transformer",
+    "loop",
+    "start",
+    "stages.instruct",
+    "main",
+)
 """From the shell to the gradient, and from rows to the loss: what README gives an afternoon for."""
 
 
@@ -122,7 +140,7 @@ def test_imports_go_down() -> None:
     for name, path in modules().items():
         for target in ours(path):
             if floor_of(target) < floor_of(name) or any(
-                within(name, g) and within(target, g) for g in ("world", "commands", "interop")
+                within(name, g) and within(target, g) for g in ("world", "commands", "interop", "plan")
             ):
                 continue
             sideways = target in SAME_FLOOR.get(name, set())
@@ -172,7 +190,7 @@ def test_files_and_core_stay_readable() -> None:
     long = {name: count for name, count in lines.items() if count > 400}
     assert not long, f"over 400 lines: {long}"
     core = sum(count for name, count in lines.items() if floor_of(name) < CORE and not within(name, "world"))
-    assert core <= 8000, f"the core has {core} lines"
+    assert core <= 9000, f"the core has {core} lines"
     road = sum(lines[name] for name in ROAD)
     assert road <= 1700, f"the road has {road} lines"
 

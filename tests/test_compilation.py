@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxstages import compilation
+from jaxstages import compilation, workbench
 from jaxstages.compilation import LADDER, compile_step
 from jaxstages.config import ModelConfig
 from jaxstages.models.transformer import REMAT, make_model
@@ -54,8 +54,8 @@ def test_offload_is_lowered_for_gpu() -> None:
 @pytest.fixture(scope="module")
 def needed(bench: Workbench) -> int:
     """Bytes of the step that keeps all."""
-    _, step = compilation._jitted(bench, "none")
-    return compilation._bytes(step.lower(bench.shapes, compilation._batch_shapes(bench)).compile())
+    _, step = compilation.jit_step(bench, "none")
+    return compilation.bytes_of(step.lower(bench.shapes, compilation.batch_shapes(bench)).compile())
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 
 def test_on_cpu_there_is_no_other_attention_than_the_model_s_own(bench: Workbench) -> None:
-    assert bench.train and bench.attend is None
+    assert bench.train and workbench._attend(bench.recipe.model, 1, bench.train) is None
 
 
 @pytest.mark.parametrize(("share", "rung"), [(2.0, "none"), (0.97, "dots"), (0.1, "full")])

@@ -11,7 +11,7 @@ from jaxstages.config import Recipe, StageConfig
 from jaxstages.console import duration, say
 from jaxstages.models.attention import Attend
 from jaxstages.models.kernels import KERNELS, Machine, Shape
-from jaxstages.models.transformer import reaches_of
+from jaxstages.models.layers import reaches_of
 from jaxstages.plan.chips import Topology, topology_of
 from jaxstages.plan.collectives import SMALL, collectives_of, expected, total
 from jaxstages.plan.estimate import Flops, Roofline, flops_per_token, held_bytes, roofline, wire_bytes

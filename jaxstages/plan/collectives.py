@@ -46,10 +46,10 @@ def collectives_of(text: str) -> list[Collective]:
     """The collectives of a compiled program, `compiled.as_text()`; those in a loop count as often as it turns."""
     program = _computations(text)
     entry = next(name for name, (is_entry, _) in program.items() if is_entry)
-    found: dict[str, Collective] = {}
-    for channel, one in _within(program, entry, 1):
-        found.setdefault(channel, one)  # a TPU's program has one that is begun early in each of its parts
-    return list(found.values())
+    found = list(_within(program, entry, 1))
+    if any("async_collective_fusion" in name for name in program):
+        found = list(dict.fromkeys(found))  # a TPU's program has one that is begun early in each of its parts
+    return [one for _, one in found]
 
 
 def total(found: list[Collective]) -> dict[str, int]:
