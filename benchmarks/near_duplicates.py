@@ -3,8 +3,8 @@
     python benchmarks/near_duplicates.py --documents=1000000
 
 Makes JSON lines of random documents (words by Zipf's law, lengths log-normal), of which a tenth are near-duplicates of
-an earlier one: a share of their words, drawn anew for each from 0 to 8 %, is replaced. Then it runs what `prepare` does,
-and compares with what is known of how the documents were made, and with the exact Jaccard similarity. Prints JSON.
+an earlier one: a share of their words, drawn anew for each from 0 to 8 %, is replaced. Then it does what `prepare`
+does, and compares with what is known of how they were made, and with the exact Jaccard similarity. Prints JSON.
 
 * removed: share of all documents
 * missed: near-duplicates whose exact similarity to their original is at least the threshold, and that stayed
