@@ -59,6 +59,7 @@ AT_MOST = {
     **dict.fromkeys(("context", "width", "ff_width", "vocab_size", "batch_size", "max_new_tokens"), 2**20),
     "spike_window": 2**20,
     **dict.fromkeys(("shingle_size", "permutations"), 2**12),
+    "bands": 2**8,
     "max_bytes": 2**40,
     "hang_seconds": 1e9,
 }

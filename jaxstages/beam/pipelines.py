@@ -30,6 +30,7 @@ from typing import Any
 import apache_beam as beam  # pyright: ignore[reportMissingImports]  # an extra
 import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
+from apache_beam.runners.runner import PipelineState  # pyright: ignore[reportMissingImports]
 
 from jaxstages.config import DataConfig
 from jaxstages.console import say
@@ -88,11 +89,13 @@ def _pipeline(options: Any, folder: Path, what: str) -> Iterator[Any]:
     pipeline = beam.Pipeline(options=options)
     yield pipeline
     try:
-        pipeline.run().wait_until_finish()
+        state = pipeline.run().wait_until_finish()
     except Exception as error:  # the runners have no common type; what a worker raised comes as text
         said = next((line.strip() for line in reversed(str(error).splitlines()) if ": " in line), type(error).__name__)
         kind = OSError if said.startswith(("OSError", "[Errno")) else ValueError
         raise kind(f"{what}: the Beam pipeline failed: {said}") from error
+    if state not in (None, PipelineState.DONE):
+        raise ValueError(f"{what}: the Beam pipeline ended as {state}; see its runner's log, and start it again")
 
 
 def _write(folder: Path, write: Callable[[Path], None], files: Callable[[Path], list[Path]]) -> None:
