@@ -30,6 +30,7 @@ from typing import Any
 import apache_beam as beam  # pyright: ignore[reportMissingImports]  # an extra
 import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner  # pyright: ignore[reportMissingImports]
 from apache_beam.runners.runner import PipelineState  # pyright: ignore[reportMissingImports]
 
 from jaxstages.config import DataConfig
@@ -84,9 +85,11 @@ def _scratch(folder: Path) -> Path:
 @contextmanager
 def _pipeline(options: Any, folder: Path, what: str) -> Iterator[Any]:
     """A pipeline that writes into a folder; it runs at the end of the block. A fault of its own is a ValueError."""
-    say(f"{what}: an Apache Beam pipeline on {options.get_all_options()['runner'] or 'DirectRunner'}")
+    name = options.get_all_options()["runner"] or "DirectRunner"
+    say(f"{what}: an Apache Beam pipeline on {name}")
     shutil.rmtree(_scratch(folder), ignore_errors=True)  # of a run that was killed
-    pipeline = beam.Pipeline(options=options)
+    # What Beam's DirectRunner is in the end; it first tries to download another, which has no --direct_num_workers.
+    pipeline = beam.Pipeline(FnApiRunner() if name == "DirectRunner" else None, options=options)
     yield pipeline
     try:
         state = pipeline.run().wait_until_finish()
