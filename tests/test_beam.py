@@ -72,7 +72,7 @@ def test_the_bytes_are_those_of_the_local_path(tmp_path: Path, small_shards: Non
     assert train["shards"] > 3 and train["removed"]["too_short"] == 1 and train["bad"] == 2
     assert next(index for index in indices if "near_duplicates" in index)["near_duplicates"] == 25
     said = capfd.readouterr().out
-    assert "an Apache Beam pipeline on DirectRunner" in said and said.count("near duplicate") >= 2
+    assert "an Apache Beam pipeline on DirectRunner" in said and said.count("near-duplicates") >= 2
 
 
 def test_shards_that_are_there_are_not_made_again(tmp_path: Path, small_shards: None) -> None:

@@ -219,7 +219,7 @@ def test_what_is_removed_is_counted_and_said(tmp_path: Path, tokenizer: Tokenize
     messy = prepare(source, "train", config, tokenizer, 32, tmp_path / "c")
     assert messy.index["removed"] == {"too_short": 1, "too_long": 1, "near_duplicate": 10}
     assert (messy.index["records"], messy.index["bad"]) == (52, 0)
-    said = "removed 12 of 52 records: 1 too short, 1 too long, 10 near duplicate"
+    said = "removed 12 of 52 records: 1 too short, 1 too long, 10 near-duplicates"
     assert said in capsys.readouterr().out
     assert prepare(source, "train", config, tokenizer, 32, tmp_path / "c").folder == messy.folder
     assert said in capsys.readouterr().out, "also of rows that lay there"
@@ -258,10 +258,8 @@ def test_near_duplicates_never_fall_on_two_sides(tmp_path: Path, tokenizer: Toke
     records = [record for r in RECORDS for record in (r, {"text": f"{r['text']} and more"})]
     source = open_source(write(tmp_path / "a.jsonl", records), tmp_path)
     config = DataConfig(holdout=0.3, duplicates=DuplicatesConfig(threshold=0.8))
-    gone = find_gone(source, config, tmp_path / "c")
-    sides = [
-        [i.record["text"] for i in items_of(source, part, config, gone) if i.record] for part in ("train", "validation")
-    ]
+    gone, parts = find_gone(source, config, tmp_path / "c"), ("train", "validation")
+    sides = [[item.record["text"] for item in items_of(source, part, config, gone) if item.record] for part in parts]
     assert sorted(sides[0] + sides[1]) == sorted(r["text"] for r in RECORDS) and all(sides)
     index = [prepare(source, part, config, tokenizer, 32, tmp_path / "c").index for part in parts]
     assert sum(one["removed"]["near_duplicate"] for one in index) == 40

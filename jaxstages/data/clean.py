@@ -19,8 +19,8 @@ from jaxstages.data_config import CleanConfig, DuplicatesConfig
 MOST_BYTES = 2**25
 """A record that takes more is malformed."""
 
-REMOVED = ("too_short", "too_long", "near_duplicate")
-"""Reasons, as an index counts them."""
+REMOVED = {"too_short": "too short", "too_long": "too long", "near_duplicate": "near-duplicates"}
+"""Reasons, as an index counts them, and as they are said."""
 
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 

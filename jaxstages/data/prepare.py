@@ -288,7 +288,7 @@ def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
     if index["bad"]:
         say(f"{index['source']}: skipped {index['bad']} malformed of {index['records']} records: {named}", "yellow")
     if cleans(config) and (removed := {reason: count for reason, count in index["removed"].items() if count}):
-        reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in removed.items())
+        reasons = ", ".join(f"{count} {REMOVED[reason]}" for reason, count in removed.items())
         say(
             f"{index['source']} ({index['part']}): removed {sum(removed.values())} of {index['records']} records: "
             f"{reasons}",
