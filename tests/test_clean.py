@@ -162,7 +162,8 @@ def test_unrelated_texts_stay_and_near_ones_go_by_the_threshold(tmp_path: Path) 
     assert found([*texts, *near], tmp_path) == list(range(100, 200))
     assert found([*near, *texts], tmp_path) == list(range(100, 200)), "the first stays, whichever it is"
     assert found([*texts, *far], tmp_path) == []
-    assert len(found([*texts, *far], tmp_path, DuplicatesConfig(threshold=0.4))) > 90
+    lower = DuplicatesConfig(threshold=0.4, bands=40)  # of which at 0.6 one always agrees
+    assert found([*texts, *far], tmp_path, lower) == list(range(100, 200))
 
 
 def test_the_answer_does_not_depend_on_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
