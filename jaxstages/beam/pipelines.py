@@ -95,7 +95,7 @@ def _pipeline(options: Any, folder: Path, what: str) -> Iterator[Any]:
         state = pipeline.run().wait_until_finish()
     except Exception as error:  # the runners have no common type; what a worker raised comes as text
         said = next((line.strip() for line in reversed(str(error).splitlines()) if ": " in line), type(error).__name__)
-        kind = OSError if said.startswith(("OSError", "[Errno")) else ValueError
+        kind = OSError if "[Errno" in said else ValueError
         raise kind(f"{what}: the Beam pipeline failed: {said}") from error
     if state not in (None, PipelineState.DONE):
         raise ValueError(f"{what}: the Beam pipeline ended as {state}; see its runner's log, and start it again")
