@@ -12,6 +12,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxstages.data_config import CleanConfig, DuplicatesConfig
+
 STAGES = ("pretrain", "finetune", "instruct")
 IMPORT = "import"
 """The stage of a workdir that holds weights from elsewhere; it comes before all others, and no recipe has it."""
@@ -182,6 +184,8 @@ class DataConfig:
     """seq2seq, classify: format string of what is to be answered, or of the label."""
     max_bad_share: float = 0.01
     """Stop when more than this share of a source's records are malformed."""
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
 
 
 @dataclass(kw_only=True, slots=True)

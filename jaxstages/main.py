@@ -6,7 +6,7 @@ commands:
   run        all stages of the recipe that are not done yet, then the stage matrix
   pretrain, finetune, instruct
              one stage; started again, it resumes
-  prepare    tokenizer and packed rows, made ahead of training
+  prepare    tokenizer and packed rows, made ahead of training                       [--beam_options]
   inspect    a decoded batch with its trained-on tokens in colour, packing, shares   [--stage]
   evaluate   held-out scores of a stage's best checkpoint, or the matrix of all      [--stage]
   checkpoints list | verify | diff STAGE/STEP STAGE/STEP
@@ -45,6 +45,8 @@ weights of others:
 several processes, and faults:
   --coordinator=HOST:PORT, --processes=N, --process=I
                            in training, one process of several: number 0 listens there for the others
+  --beam_options=OPTIONS   prepare as an Apache Beam pipeline, on Dataflow, Flink, Spark or here: such options as
+                           '--runner=DirectRunner --direct_num_workers=4'; the same rows, to the bit (docs/data.md)
   --debug_nans             in training: end at the first operation that gives a NaN, and name it (slow)
 
 exit codes: 0 done; 2 change something and try again; 70 diverged, the last good checkpoint stands; 74 disk or storage
@@ -83,7 +85,7 @@ from jaxstages.config import HELD, STAGES, Recipe
 from jaxstages.types import Diverged, Interrupted
 
 FLAGS_OF = {
-    "prepare": (),
+    "prepare": ("beam_options",),
     **dict.fromkeys(("run", *STAGES), ("debug_nans", *Place._fields)),
     **dict.fromkeys(("inspect", "evaluate", "checkpoints"), ("stage",)),
     "generate": ("stage", "prompt", "prompts", "out", *Manner._fields),
@@ -118,6 +120,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many there are", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("process", None, "number of this one", flag_values=values, lower_bound=0)
+    flags.DEFINE_string("beam_options", None, "of the pipeline that prepares", flag_values=values)
     flags.DEFINE_bool("debug_nans", False, "end at the first operation that gives a NaN", flag_values=values)
     return config_flags.DEFINE_config_file(
         "config", None, "the recipe", lock_config=True, sys_argv=argv, flag_values=values
@@ -197,7 +200,7 @@ def _dispatch(argv: list[str]) -> None:
         case "run":
             train_all(recipe, workdir, _place(values))
         case "prepare":
-            prepare_all(recipe, workdir)
+            prepare_all(recipe, workdir, values.beam_options)
         case "inspect":
             inspect(recipe, workdir, values.stage)
         case "evaluate":

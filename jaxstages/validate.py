@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxstages.config import (
     TASKS,
+    DataConfig,
     LoraConfig,
     ModelConfig,
     Recipe,
@@ -19,6 +20,7 @@ from jaxstages.config import (
     differences,
     stages,
 )
+from jaxstages.data_config import DuplicatesConfig
 
 METRICS = ("bleu", "chrf", "exact_match", "accuracy", "macro_f1")
 CHOICES = {
@@ -31,6 +33,9 @@ CHOICES = {
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_erf", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
     "data.task": TASKS,
+    "clean.control_characters": ("keep", "remove"),
+    "clean.unicode": ("none", "nfc", "nfkc"),
+    "duplicates.shingle": ("words", "characters"),
     "schedule.name": ("constant", "linear", "cosine", "wsd", "rsqrt", "plateau"),
     "optim.name": ("adamw", "adafactor", "lion", "muon", "sgd"),
     "early_stopping.mode": ("min", "max"),
@@ -44,7 +49,7 @@ KINDS = ("global", "local", "nope")
 
 AT_LEAST_ONE = (
     *("context", "layers", "width", "ff_width", "heads", "kv_heads", "head_dim", "tokenizer.vocab_size", "max_bytes"),
-    *("per_token", "trained_context"),
+    *("per_token", "trained_context", "shingle_size", "permutations", "bands"),
     *("steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every", "keep", "max_new_tokens"),
     *("plateau_patience", "plateau_window", "fsdp", "tensor", "max_bad_steps", "spike_window"),
     "data",
@@ -53,6 +58,8 @@ AT_MOST = {
     **dict.fromkeys(("layers", "heads", "kv_heads", "head_dim", "accumulate", "fsdp", "tensor", "rank"), 2**14),
     **dict.fromkeys(("context", "width", "ff_width", "vocab_size", "batch_size", "max_new_tokens"), 2**20),
     "spike_window": 2**20,
+    **dict.fromkeys(("shingle_size", "permutations"), 2**12),
+    "bands": 2**8,
     "max_bytes": 2**40,
     "hang_seconds": 1e9,
 }
@@ -63,7 +70,17 @@ POSITIVE = (
     *("peak_lr", "norm_eps", "rope_theta", "muon_lr_factor", "plateau_factor", "hang_seconds"),
     *("alpha", "factor", "low_frequency_factor", "high_frequency_factor"),
 )
-SHARES = ("holdout", "dropout", "max_bad_share", "beta1", "beta2", "label_smoothing", "end_factor", "decay_share")
+SHARES = (
+    "holdout",
+    "threshold",
+    "dropout",
+    "max_bad_share",
+    "beta1",
+    "beta2",
+    "label_smoothing",
+    "end_factor",
+    "decay_share",
+)
 
 
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3e38
@@ -160,6 +177,7 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     both = sorted(set(data.train) & set(data.validation))
     if both:
         raise ValueError(f"{where}.data: {both[0]!r} is in train and in validation; use holdout, or another source")
+    _check_cleaning(data, f"{where}.data")
     allowed = {"pretrain": ("lm",), "finetune": ("seq2seq", "classify"), "instruct": ("chat",)}[name]
     if data.task not in allowed:
         raise ValueError(f"{where}.data.task={data.task!r}; this stage's tasks: {', '.join(allowed)}")
@@ -189,6 +207,20 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     if stage.loop.batch_size % stage.loop.accumulate:
         raise ValueError(
             f"{where}.loop.batch_size={stage.loop.batch_size} must be divisible by accumulate={stage.loop.accumulate}"
+        )
+
+
+def _check_cleaning(data: DataConfig, where: str) -> None:
+    low, high = data.clean.min_characters, data.clean.max_characters
+    if high and high < low:
+        raise ValueError(f"{where}.clean: max_characters={high} must be at least min_characters={low}, or 0, no limit")
+    part = data.duplicates
+    if not part.threshold:
+        for line in differences(DuplicatesConfig(), part, f"{where}.duplicates"):
+            raise ValueError(f"{line} does not apply to {where}.duplicates.threshold=0; set threshold to 0.8, say")
+    if part.permutations % part.bands:
+        raise ValueError(
+            f"{where}.duplicates: permutations={part.permutations} must be divisible by bands={part.bands}"
         )
 
 

@@ -26,7 +26,8 @@ from jaxstages.config import (
     StageConfig,
 )
 from jaxstages.console import say
-from jaxstages.data.prepare import Prepared, items_of, prepare
+from jaxstages.data.prepare import Engine, Prepared, find_gone, prepare
+from jaxstages.data.shards import items_of
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import texts
 from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, make_tokenizer
@@ -144,20 +145,21 @@ def cache_folder(recipe: Recipe, workdir: Path) -> Path:
     return Path(recipe.cache) if recipe.cache else workdir / "cache"
 
 
-def open_tokenizer(recipe: Recipe, workdir: Path) -> Tokenizer:
+def open_tokenizer(recipe: Recipe, workdir: Path, engine: Engine | None = None) -> Tokenizer:
     """The run's tokenizer: trained, or taken over, on first use; afterwards the one in the workdir."""
     path = tokenizer_file(workdir)
     if path.exists():
         return load_tokenizer(path)
     pairs = any(stage.data.task in ("seq2seq", "classify") for stage in recipes.stages(recipe).values())
-    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir), path, separator=pairs)
+    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir, engine), path, separator=pairs)
     how = "its own chat template" + f", {SEPARATOR} for pairs" * pairs if tokenizer.template else "our chat template"
     say(f"tokenizer: {recipe.tokenizer.kind}, {tokenizer.vocab_size} tokens, {how}, {path}")
     return tokenizer
 
 
-def _tokenizer_texts(recipe: Recipe, workdir: Path) -> Iterator[str]:
-    """An equal share of `max_bytes` from each source. Held-out records are left out by the same rule as in training."""
+def _tokenizer_texts(recipe: Recipe, workdir: Path, engine: Engine | None) -> Iterator[str]:
+    """An equal share of `max_bytes` from each source. Held-out and removed records are left out by the same rule as in
+    training."""
     chosen = {source: stage for stage in recipes.stages(recipe).values() for source in stage.data.train}
     if recipe.tokenizer.sources:
         unknown = [name for name in recipe.tokenizer.sources if name not in chosen]
@@ -168,8 +170,9 @@ def _tokenizer_texts(recipe: Recipe, workdir: Path) -> Iterator[str]:
         chosen = {name: chosen[name] for name in recipe.tokenizer.sources}
     for name, stage in chosen.items():
         left = recipe.tokenizer.max_bytes // len(chosen)
-        source = open_source(name, cache_folder(recipe, workdir))
-        for item in items_of(source, "train", stage.data):
+        cache = cache_folder(recipe, workdir)
+        source = open_source(name, cache)
+        for item in items_of(source, "train", stage.data, find_gone(source, stage.data, cache, engine)):
             if item.record is None:
                 continue
             try:
@@ -183,22 +186,28 @@ def _tokenizer_texts(recipe: Recipe, workdir: Path) -> Iterator[str]:
 
 
 def prepare_stage(
-    stage: StageConfig, tokenizer: Tokenizer, context: int, cache: Path
+    stage: StageConfig, tokenizer: Tokenizer, context: int, cache: Path, engine: Engine | None = None
 ) -> tuple[list[Prepared], list[Prepared]]:
     """The stage's training and held-out rows, from the cache where they are there."""
     data = stage.data
 
     def rows(names: tuple[str, ...], part: str) -> list[Prepared]:
-        return [prepare(open_source(name, cache), part, data, tokenizer, context, cache) for name in names]
+        return [prepare(open_source(name, cache), part, data, tokenizer, context, cache, engine) for name in names]
 
     return rows(data.train, "train"), rows(data.validation or data.train, "validation")
 
 
-def prepare_stages(recipe: Recipe, workdir: Path, names: Iterable[str]) -> dict[str, list[Prepared]]:
-    """The tokenizer, and all rows of each stage, made where they are not there yet."""
-    tokenizer, cache = open_tokenizer(recipe, workdir), cache_folder(recipe, workdir)
+def prepare_stages(
+    recipe: Recipe, workdir: Path, names: Iterable[str], engine: Engine | None = None
+) -> dict[str, list[Prepared]]:
+    """The tokenizer, and all rows of each stage, made where they are not there yet.
+
+    Args:
+        engine: who makes the rows; by default this process.
+    """
+    tokenizer, cache = open_tokenizer(recipe, workdir, engine), cache_folder(recipe, workdir)
     stages, context = recipes.stages(recipe), recipe.model.context
-    return {name: [*itertools.chain(*prepare_stage(stages[name], tokenizer, context, cache))] for name in names}
+    return {name: [*itertools.chain(*prepare_stage(stages[name], tokenizer, context, cache, engine))] for name in names}
 
 
 def _check_numbers() -> None:

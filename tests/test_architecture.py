@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "jaxstages"
 
 FLOORS = [
-    {"__init__", "types", "guard", "disk", "signals", "hosts", "process", "config", "world"},
+    {"__init__", "types", "guard", "disk", "signals", "hosts", "process", "config", "data_config", "world"},
     {
         *("losses", "optim", "early_stopping", "sharding", "metrics", "console", "workdir", "verdict", "validate"),
         *("manifest", "fingerprint"),
@@ -15,6 +15,7 @@ FLOORS = [
             "data.template",
             "data.tokenizer",
             "data.prefetch",
+            "data.duplicates",
             "models.primitives",
             "models.activations",
             "models.attention",
@@ -26,18 +27,19 @@ FLOORS = [
             "models.spread",
         ),
     },
-    {"models.layers", "models.transformer", "data.answers", "data.chat", "data.tasks", "data.packing"},
-    {"step", "arrays", "checkpoint", "data.prepare", "data.pipeline", "decode"},
+    {"models.layers", "models.transformer", "data.answers", "data.chat", "data.tasks", "data.packing", "data.clean"},
+    {"step", "arrays", "checkpoint", "data.shards", "data.prepare", "data.pipeline", "decode"},
     {"workbench", "parent", "start", "evaluate", "compilation"},
     {"loop"},
     {"stages"},
-    {"interop", "report", "plan", "serve", "commands"},
+    {"interop", "report", "plan", "serve", "beam", "commands"},
     {"main", "__main__"},
 ]
 """Floor 0 first. A name stands for a module, or for a folder with all that is in it."""
 
 SAME_FLOOR = {"data.tasks": {"data.chat"}, "data.packing": {"data.tasks"}, "decode.label": {"data.pipeline"}}
 SAME_FLOOR |= {"data.tokenizer": {"data.template"}, "data.chat": {"data.answers"}}
+SAME_FLOOR |= {"data.clean": {"data.tasks"}, "data.prepare": {"data.shards"}, "config": {"data_config"}}
 SAME_FLOOR |= {
     "data.pipeline": {"data.prepare"},
     "parent": {"workbench"},
@@ -69,7 +71,8 @@ HOMES = {
     "sacrebleu": {"metrics"},
     "tensorboardX": {"metrics"},
     "tensorflow_datasets": {"data.sources", "world"},
-    "array_record": {"data.sources", "data.prepare"},
+    "array_record": {"data.sources", "data.shards"},
+    "apache_beam": {"beam"},
     "absl": {"main"},
     "ml_collections": {"main"},
 }

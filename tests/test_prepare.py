@@ -231,14 +231,14 @@ def test_shards_that_are_made_side_by_side_are_those_made_one_by_one(
     shutil.rmtree(expected.folder)
     monkeypatch.setattr(preparing, "MOST_WORKERS", 4)
     monkeypatch.setattr(preparing.os, "cpu_count", lambda: 4)
-    together, write = threading.Barrier(4, timeout=60), preparing._write_shard
+    together, write = threading.Barrier(4, timeout=60), preparing.write_shard
 
     def wait_for_the_others(folder: Path, shard: int, *rest) -> None:
         if shard < 4:
             together.wait()
         write(folder, shard, *rest)
 
-    monkeypatch.setattr(preparing, "_write_shard", wait_for_the_others)
+    monkeypatch.setattr(preparing, "write_shard", wait_for_the_others)
     found = prepared(tmp_path, tokenizer)
     assert {path.name: path.read_bytes() for path in found.folder.iterdir()} == kept
     assert found.index["shards"] == 9
@@ -248,7 +248,7 @@ def test_an_error_in_a_shard_ends_the_others_and_the_next_run_goes_on(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch
 ) -> None:
     monkeypatch.setattr(preparing, "BLOCK_RECORDS", 7)
-    made, write = [], preparing._write_shard
+    made, write = [], preparing.write_shard
 
     def fail_once(folder: Path, shard: int, *rest) -> None:
         made.append(shard)
@@ -256,7 +256,7 @@ def test_an_error_in_a_shard_ends_the_others_and_the_next_run_goes_on(
             raise OSError(28, "No space left on device")
         write(folder, shard, *rest)
 
-    monkeypatch.setattr(preparing, "_write_shard", fail_once)
+    monkeypatch.setattr(preparing, "write_shard", fail_once)
     with pytest.raises(OSError, match="No space left"):
         prepared(tmp_path, tokenizer)
     before = list(made)

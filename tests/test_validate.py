@@ -44,6 +44,14 @@ def changed(tmp_path: Path, path: str, value: object) -> Recipe:
         ("model.experts.count", 1, r"per_token=2 must be at most count=1"),
         ("model.dropout", 1.5, r"must be between 0 and 1"),
         ("pretrain.loop.accumulate", 3, r"batch_size=8 must be divisible by accumulate=3"),
+        ("pretrain.data.clean.unicode", "nfd", r"did you mean 'nfc'\? known: none, nfc, nfkc"),
+        ("pretrain.data.clean.control_characters", "drop", r"known: keep, remove"),
+        ("pretrain.data.clean.min_characters", -1, r"min_characters=-1 must not be negative"),
+        ("pretrain.data.duplicates.threshold", 1.5, r"threshold=1.5 must be between 0 and 1"),
+        ("pretrain.data.duplicates.bands", 10, r"bands: 20 -> 10 does not apply to .*duplicates.threshold=0"),
+        ("pretrain.data.duplicates.permutations", 0, r"permutations=0 must be at least 1"),
+        ("pretrain.data.duplicates.permutations", 5000, r"permutations=5000 must be at most 4096"),
+        ("pretrain.data.duplicates.shingle", "letters", r"known: words, characters"),
         ("tokenizer.kind", "file", r"needs the path of a tokenizer.json"),
     ],
 )
@@ -57,6 +65,18 @@ def test_held_out_data_that_is_training_data_is_refused(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     recipe.pretrain.data.holdout, recipe.pretrain.data.validation = 0.0, recipe.pretrain.data.train
     with pytest.raises(ValueError, match="is in train and in validation"):
+        validate(recipe)
+
+
+def test_cleaning_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    recipe = changed(tmp_path, "pretrain.data.duplicates.threshold", 0.8)
+    validate(recipe)
+    recipe.pretrain.data.duplicates.bands = 7
+    with pytest.raises(ValueError, match="permutations=120 must be divisible by bands=7"):
+        validate(recipe)
+    recipe = changed(tmp_path, "pretrain.data.clean.max_characters", 10)
+    recipe.pretrain.data.clean.min_characters = 20
+    with pytest.raises(ValueError, match="max_characters=10 must be at least min_characters=20, or 0"):
         validate(recipe)
 
 

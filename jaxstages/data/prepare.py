@@ -1,31 +1,49 @@
 """Records -> packed rows on disk, once: tokenized in batches over all cores, cached by fingerprint, restartable.
 
-A cache is a folder named by the SHA-256 of all that its rows depend on. It holds a shard a block of records
-(`rows-00000.array_record`, `where-00000.txt` with the records of each row, `shard-00000.json`), `index.json`, and
-`MANIFEST.json`, which is written last: without it the cache is not whole, and the next run goes on after the shards
-that are there.
+A cache is a folder named by the SHA-256 of all that its rows depend on. It holds a shard a block of records (see
+`data/shards.py`), `index.json`, and `MANIFEST.json`, which is written last: without it the cache is not whole, and the
+next run goes on after the shards that are there. Beside it is a folder for the near-duplicates of a source, if they are
+removed. Who makes the shards is an `Engine`: threads of this process, or Beam's workers; the bytes are the same.
 """
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxstages import manifest
 from jaxstages.config import DataConfig
 from jaxstages.console import Progress, say
-from jaxstages.data.packing import pack
+from jaxstages.data import duplicates
+from jaxstages.data.clean import REMOVED, cleans, key_of, size_of
 from jaxstages.data.prefetch import prefetch
-from jaxstages.data.sources import Item, Record, Source
-from jaxstages.data.tasks import Question, Task, asks, is_held_out, make_task
+from jaxstages.data.shards import (
+    Block,
+    Form,
+    counts_file,
+    documents_of,
+    gone_file,
+    items_of,
+    load_array,
+    rows_file,
+    save_array,
+    shard_file,
+    shards_of,
+    where_file,
+    write_gone,
+    write_shard,
+)
+from jaxstages.data.sources import Item, Source
+from jaxstages.data.tasks import Question, make_task
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.disk import hold, make_folder, put, read_json, write_json, write_text
+from jaxstages.disk import hold, make_folder, read_json, write_json, write_text
 
 VERSION = 3
 """Counts up when the same inputs give other rows."""
@@ -36,13 +54,10 @@ BLOCK_BYTES, BLOCK_RECORDS = 16_000_000, 50_000
 MOST_WORKERS = 8
 """Shards that are made at once: more would only wait for Python, and each holds a block in memory."""
 
-MOST_BYTES = 2**25
-"""A record that takes more is malformed."""
-
 SUMMED = ("records", "bad", "examples", "rows", "tokens", "scored", "cut_examples", "cut_tokens")
 
-MOST_NAMED, MOST_SAID = 5, 300
-"""Malformed records that are named, each with so many letters of its fault; all of them are counted."""
+MOST_NAMED = 5
+"""Malformed records that are named; all of them are counted."""
 
 HASH_UP_TO = 2**20
 """Bytes up to which the files of a cache are hashed whenever it is opened. Larger are the rows, which have checksums of
@@ -65,7 +80,7 @@ class Prepared:
 
     @property
     def shards(self) -> list[Path]:
-        return [_rows_file(self.folder, n) for n in range(self.index["shards"])]
+        return [rows_file(self.folder, n) for n in range(self.index["shards"])]
 
     def questions(self) -> list[Question]:
         """Held-out questions in the order of their records."""
@@ -76,210 +91,188 @@ class Prepared:
         """The records, `file:line`, whose examples row `row` holds."""
         for shard, rows in enumerate(self.index["rows_of_shards"]):
             if row < rows:
-                lines = _where_file(self.folder, shard).read_text(encoding="utf-8").split("\n")
+                lines = where_file(self.folder, shard).read_text(encoding="utf-8").split("\n")
                 return lines[row].split("\t")
             row -= rows
         raise IndexError(row)
 
     def most_segments(self) -> int:
         """Examples in the row that has the most."""
-        files = (_where_file(self.folder, shard) for shard in range(self.index["shards"]))
+        files = (where_file(self.folder, shard) for shard in range(self.index["shards"]))
         return max(line.count("\t") + 1 for file in files for line in file.read_text(encoding="utf-8").split("\n"))
 
     def target_counts(self) -> np.ndarray:
         """float64 [V]: loss weight of each token as a target, for the unigram baseline."""
-        return _load_array(self.folder / "target_counts.npy")
+        return load_array(self.folder / "target_counts.npy")
 
 
-def prepare(source: Source, part: str, config: DataConfig, tokenizer: Tokenizer, context: int, cache: Path) -> Prepared:
+class Engine(NamedTuple):
+    """Who does the work. Both leave the same bytes, whoever it is.
+
+    find_gone: `(source, config, folder)`: writes there which documents have an earlier near-duplicate.
+    write_shards: `(source, gone, form, folder)`: writes all shards that are not there yet, without what is named in the
+    folder `gone`, if there is one; how many there are.
+    """
+
+    find_gone: Callable[[Source, DataConfig, Path], None]
+    write_shards: Callable[[Source, Path | None, Form, Path], int]
+
+
+def prepare(
+    source: Source,
+    part: str,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    context: int,
+    cache: Path,
+    engine: Engine | None = None,
+) -> Prepared:
     """The packed rows of one source, from the cache if they are there.
 
     Args:
         part: "train" or "validation"; with `config.holdout` each gets its side of the source, else all of it.
         context: slots in a row.
+        engine: by default this process.
 
     Raises:
         ValueError: more malformed records than `config.max_bad_share`, or nothing left to train on.
     """
+    engine = engine or HERE
     parts = [VERSION, source.fingerprint, tokenizer.sha256, context, config.task]
     parts += [config.holdout, part] if config.holdout else [""]
-    parts += [config.text] if config.task == "lm" else [config.prompt, config.target]
-    folder = cache / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+    folder = _folder(cache, [*parts, *_texts_key(config)])
     with hold(folder.with_suffix(".lock"), wait=True):  # another run may be making the same rows
         if not (folder / manifest.MANIFEST).exists():
             make_folder(folder)
-            shards = _write_shards(folder, source, part, config, tokenizer, context)
-            write_json(folder / "index.json", _summarise(folder, shards, source.name, part, context))
+            gone = find_gone(source, config, cache, engine)
+            form = Form(part, config, tokenizer, context)
+            shards = engine.write_shards(source, gone, form, folder)
+            write_json(folder / "index.json", _summarise(folder, shards, source.name, form))
             manifest.seal(folder)
+    _check(folder, source)
+    return _usable(Prepared(folder, read_json(folder / "index.json")), config)
+
+
+def find_gone(source: Source, config: DataConfig, cache: Path, engine: Engine | None = None) -> Path | None:
+    """The folder that says which records of a source have an earlier near-duplicate; None where they all stay.
+
+    They are looked for in the whole source, before any of it is held out: what is held out has no near-duplicate among
+    what is trained on.
+    """
+    if not config.duplicates.threshold:
+        return None
+    folder = _folder(cache, [VERSION, "gone", source.fingerprint, config.task, *_texts_key(config)])
+    with hold(folder.with_suffix(".lock"), wait=True):
+        if not (folder / manifest.MANIFEST).exists():
+            make_folder(folder)
+            (engine or HERE).find_gone(source, config, folder)
+            found = sum(len(load_array(gone_file(folder, n))) for n in _numbers(folder, source))
+            write_json(folder / "index.json", {"source": source.name, "near_duplicates": found})
+            manifest.seal(folder)
+    _check(folder, source)
+    return folder
+
+
+def _numbers(folder: Path, source: Source) -> list[int]:
+    return [number for number in range(len(source.parts)) if gone_file(folder, number).exists()]
+
+
+def _folder(cache: Path, key: list[Any]) -> Path:
+    return cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+
+
+def _texts_key(config: DataConfig) -> list[str]:
+    return [*([config.text] if config.task == "lm" else [config.prompt, config.target]), *key_of(config)]
+
+
+def _check(folder: Path, source: Source) -> None:
     try:
         manifest.check(folder, HASH_UP_TO)
     except manifest.Damaged as error:
         raise ValueError(f"{error}; remove {folder}, and it is made again from {source.name}") from error
-    return _usable(Prepared(folder, read_json(folder / "index.json")), config)
 
 
-def _rows_file(folder: Path, shard: int) -> Path:
-    return folder / f"rows-{shard:05}.array_record"
+def _find_gone(source: Source, config: DataConfig, folder: Path) -> None:
+    """With signatures made by threads, which wait for Python half of the time, and kept in files."""
+    progress = Progress(f"near-duplicates of {source.name}: records", source.records)
+    done = 0
+
+    def documents() -> Iterator[tuple[int, str]]:
+        nonlocal done
+        for number, read in enumerate(source.parts):
+            for document in documents_of(read, number, config):
+                done += 1
+                yield document
+
+    def sign(batch: tuple[list[int], list[str]]) -> tuple[list[int], np.ndarray]:
+        return batch[0], duplicates.signatures(batch[1], config.duplicates)
+
+    def signed() -> Iterator[tuple[list[int], np.ndarray]]:
+        workers = min(os.cpu_count() or 1, MOST_WORKERS)
+        for batch in prefetch(sign, duplicates.batches(documents()), ahead=workers, workers=workers):
+            progress.update(done)
+            yield batch
+
+    scratch = folder.with_suffix(".scratch")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    scratch.mkdir()
+    write_gone(folder, duplicates.find(signed(), config.duplicates, scratch))
+    shutil.rmtree(scratch)
 
 
-def _where_file(folder: Path, shard: int) -> Path:
-    return folder / f"where-{shard:05}.txt"
+def _blocks(source: Source, gone: Path | None, form: Form) -> Iterator[tuple[int, list[Item]]]:
+    """The items of one part, some thousands at a time, each with the number of its shard."""
+    one, other = itertools.tee(items_of(source, form.part, form.config, gone))
+    shards = shards_of((size_of(item.record) for item in one), Block(BLOCK_BYTES, BLOCK_RECORDS))
+    for shard, group in itertools.groupby(zip(shards, other, strict=True), key=lambda pair: pair[0]):
+        yield shard, [item for _, item in group]
 
 
-def _shard_file(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05}.json"
-
-
-def items_of(source: Source, part: str, config: DataConfig) -> Iterator[Item]:
-    """The items of one part ("train" or "validation"): with `config.holdout` its side of the source, else all."""
-    for item in source.read():
-        sided = _side(item, source.whole_text, part, config)
-        if sided is not None:
-            yield sided
-
-
-def _blocks(source: Source, part: str, config: DataConfig) -> Iterator[list[Item]]:
-    """The items of one part, some thousands at a time."""
-    block: list[Item] = []
-    size = 0
-    for item in items_of(source, part, config):
-        taken = _size(item.record)
-        if taken > MOST_BYTES:
-            item, taken = Item(item.where, None, f"it takes {taken:,} bytes, more than {MOST_BYTES:,}"), 0
-        block.append(item)
-        size += taken
-        if size >= BLOCK_BYTES or len(block) >= BLOCK_RECORDS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
-def _size(record: Record | None) -> int:
-    """About how much memory a record takes: UTF-8 bytes of all its text, and 64 for each value, however deep."""
-    total, waiting = 0, [record] if record else []
-    while waiting:
-        value: Any = waiting.pop()
-        total += 64
-        if isinstance(value, str):
-            total += len(value.encode("utf-8", "surrogatepass"))
-        elif isinstance(value, dict):
-            waiting += [*value, *value.values()]
-        elif isinstance(value, list):
-            waiting += value
-    return total
-
-
-def _side(item: Item, whole_text: bool, part: str, config: DataConfig) -> Item | None:
-    """The item as it stands in `part`, or None if it belongs to the other one. Malformed ones count as training's."""
-    if not config.holdout:
-        return item
-    if item.record is None:
-        return item if part == "train" else None
-    if whole_text:
-        text = item.record["text"]
-        cut = len(text) - round(len(text) * config.holdout)
-        return item._replace(record={"text": text[:cut] if part == "train" else text[cut:]})
-    try:
-        held_out = is_held_out(asks(item.record, config), config.holdout)
-    except ValueError as error:
-        return Item(item.where, None, str(error)) if part == "train" else None
-    return item if held_out == (part == "validation") else None
-
-
-def _write_shards(
-    folder: Path, source: Source, part: str, config: DataConfig, tokenizer: Tokenizer, context: int
-) -> int:
-    """A shard for each block, where it is not there yet, a few at a time; how many there are.
+def _write_shards(source: Source, gone: Path | None, form: Form, folder: Path) -> int:
+    """A shard for each block, where it is not there yet, a few at a time.
 
     Threads are enough: the tokenizer, which takes most of the time, holds no lock of Python's.
     """
-
-    task = make_task(config, tokenizer, context)
+    task = make_task(form.config, form.tokenizer, form.context)
 
     def make(numbered: tuple[int, list[Item]]) -> int:
-        shard, block = numbered
-        if not _shard_file(folder, shard).exists():
-            _write_shard(folder, shard, block, task, tokenizer.vocab_size, context)
-        return len(block)
+        shard, items = numbered
+        if not shard_file(folder, shard).exists():
+            write_shard(folder, shard, items, task, form)
+        return len(items)
 
-    progress = Progress(f"prepare {source.name} ({part}): records", source.records)
+    progress = Progress(f"prepare {source.name} ({form.part}): records", source.records)
     workers = min(os.cpu_count() or 1, MOST_WORKERS)
     shards, records = 0, 0
-    for size in prefetch(make, enumerate(_blocks(source, part, config)), ahead=workers, workers=workers):
+    for size in prefetch(make, _blocks(source, gone, form), ahead=workers, workers=workers):
         shards, records = shards + 1, records + size
         progress.update(records)
     return shards
 
 
-def _write_shard(folder: Path, shard: int, block: list[Item], task: Task, vocab_size: int, context: int) -> None:
-    """Encode and pack a block; the shard's JSON comes last and makes it count."""
-    kept, bad = [], []
-    for item in block:
-        try:
-            if item.record is None:
-                raise ValueError(item.fault)
-            kept.append((item.where, task.draft(item.record)))
-        except ValueError as error:
-            bad.append(f"{item.where}: {str(error)[:MOST_SAID]}")
-    encoded = task.finish([draft for _, draft in kept])
-    examples = [example for one in encoded for example in one.examples]
-    places = [where for (where, _), one in zip(kept, encoded, strict=True) for _ in one.examples]
-    rows, groups = pack(examples, context)
-    fresh = _rows_file(folder, shard).with_suffix(".tmp")
-    writer = ArrayRecordWriter(str(fresh), "group_size:1")  # one record a group: read at random places
-    for row in rows:
-        writer.write(row.tobytes())
-    writer.close()
-    put(fresh, _rows_file(folder, shard))
-    write_text(_where_file(folder, shard), "".join("\t".join(places[i] for i in group) + "\n" for group in groups))
-    targets = np.concatenate([np.zeros(0, np.int32), *(example.ids[1:] for example in examples)])
-    weights = np.concatenate([np.zeros(0), *(example.weights[1:] for example in examples)])
-    counts = np.bincount(targets, weights, minlength=vocab_size)
-    _save_array(folder / f"counts-{shard:05}.npy", counts)
-    statistics = {
-        "records": len(block),
-        "bad": len(bad),
-        "bad_named": bad[:MOST_NAMED],
-        "examples": len(examples),
-        "rows": len(rows),
-        "tokens": sum(len(example.ids) - 1 for example in examples),
-        "scored": float(counts.sum()),
-        "cut_examples": sum(one.lost > 0 for one in encoded),
-        "cut_tokens": sum(one.lost for one in encoded),
-        "questions": [one.question for one in encoded if one.question is not None],
-    }
-    write_json(_shard_file(folder, shard), statistics)
+HERE = Engine(_find_gone, _write_shards)
+"""Threads of this process."""
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    fresh = path.with_suffix(".tmp.npy")
-    np.save(fresh, array)
-    put(fresh, path)
-
-
-def _load_array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}; remove {path.parent}, and it is made again") from error
-
-
-def _summarise(folder: Path, shards: int, source: str, part: str, context: int) -> dict[str, Any]:
+def _summarise(folder: Path, shards: int, source: str, form: Form) -> dict[str, Any]:
     """Add up the shards: the index, and beside it the questions and the counts of targets."""
-    index: dict[str, Any] = {"source": source, "part": part, "context": context, "shards": shards}
+    index: dict[str, Any] = {"source": source, "part": form.part, "context": form.context, "shards": shards}
     index |= dict.fromkeys((*SUMMED, "bad_named"), 0) | {"bad_named": [], "rows_of_shards": []}
+    if cleans(form.config):
+        index["removed"] = dict.fromkeys(REMOVED, 0)
     counts, questions = np.zeros(0), []
     for shard in range(shards):
-        found = read_json(_shard_file(folder, shard))
+        found = read_json(shard_file(folder, shard))
         index |= {name: index[name] + found[name] for name in SUMMED}
         index["bad_named"] = (index["bad_named"] + found["bad_named"])[:MOST_NAMED]
         index["rows_of_shards"].append(found["rows"])
+        if cleans(form.config):
+            index["removed"] = {reason: index["removed"][reason] + found["removed"][reason] for reason in REMOVED}
         questions += [json.dumps(question) + "\n" for question in found["questions"]]
-        shard_counts = _load_array(folder / f"counts-{shard:05}.npy")
+        shard_counts = load_array(counts_file(folder, shard))
         counts = shard_counts if not shard else counts + shard_counts
     write_text(folder / "questions.jsonl", "".join(questions))
-    _save_array(folder / "target_counts.npy", counts)
+    save_array(folder / "target_counts.npy", counts)
     return index
 
 
@@ -294,6 +287,13 @@ def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
         )
     if index["bad"]:
         say(f"{index['source']}: skipped {index['bad']} malformed of {index['records']} records: {named}", "yellow")
+    if cleans(config) and (removed := {reason: count for reason, count in index["removed"].items() if count}):
+        reasons = ", ".join(f"{count} {REMOVED[reason]}" for reason, count in removed.items())
+        say(
+            f"{index['source']} ({index['part']}): removed {sum(removed.values())} of {index['records']} records: "
+            f"{reasons}",
+            "yellow",
+        )
     if not index["rows"]:
         raise ValueError(f"{index['source']} ({index['part']}): no example is left of {index['records']} records")
     if not index["scored"]:

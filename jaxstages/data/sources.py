@@ -11,6 +11,7 @@
 | `world:NAME:SPLIT`     | the small world: text, pairs or chats; train or validation                     |
 """
 
+import functools
 import glob
 import gzip
 import hashlib
@@ -31,6 +32,9 @@ MOST_BYTES = 2**24
 PIECE = 2**22
 """Characters of a text file that make one record; a larger file is several."""
 
+RANGE = 100_000
+"""Records that one worker reads, of a source whose records are read at random places."""
+
 KINDS = {".txt": "text", ".jsonl": "JSONL", ".gz": "gzip", ".parquet": "Parquet", ".array_record": "ArrayRecord"}
 
 FAULTS = (OSError, EOFError, zlib.error, RuntimeError, ValueError, LookupError, ArithmeticError, MemoryError)
@@ -38,23 +42,34 @@ FAULTS = (OSError, EOFError, zlib.error, RuntimeError, ValueError, LookupError, 
 
 
 class Item(NamedTuple):
-    """One record and where it stands (`file:line`), or, with `record=None`, what is wrong with it."""
+    """One record and where it stands (`file:line`), or, with `record=None`, what is wrong with it, or why it was
+    removed (see `data/clean.py`)."""
 
     where: str
     record: Record | None
     fault: str = ""
+    removed: str = ""
+
+
+Part = Callable[[], Iterator[Item]]
+"""Reads some of a source's items, from their beginning each time. It can be pickled, and called on another machine."""
 
 
 class Source(NamedTuple):
-    """name: as in the recipe. read: `read() -> items`, from the beginning each time. fingerprint: SHA-256 of the bytes
+    """name: as in the recipe. parts: in order, each a file or a range of records. fingerprint: SHA-256 of the bytes
     that are read. records: how many there are, for the progress line. whole_text: each record is a whole text file, of
     which a share is held out at its end."""
 
     name: str
-    read: Callable[[], Iterator[Item]]
+    parts: tuple[Part, ...]
     fingerprint: str
     records: int
     whole_text: bool = False
+
+    def read(self) -> Iterator[Item]:
+        """All items, from the beginning each time."""
+        for part in self.parts:
+            yield from part()
 
 
 def open_source(name: str, data_dir: Path) -> Source:
@@ -82,23 +97,23 @@ def open_source(name: str, data_dir: Path) -> Source:
 
 def _open_files(name: str) -> Source:
     files = _matching(name)
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".gz": _read_jsonl}
-    readers |= {".parquet": _read_parquet, ".array_record": _read_array_record}
     for file in files:
         if re.search(r"[\t\n\r\ud800-\udfff]", str(file)):
             raise ValueError(f"{str(file)!r}: a tab, a new line or what is not UTF-8 in a file's name; rename it")
-        if file.suffix not in readers or (file.suffix == ".gz" and not file.name.endswith(".jsonl.gz")):
+        if file.suffix not in KINDS or (file.suffix == ".gz" and not file.name.endswith(".jsonl.gz")):
             raise ValueError(f"{file}: unknown kind of file; known: .txt .jsonl .jsonl.gz .parquet .array_record")
         if not file.stat().st_size:
             raise ValueError(f"{file} is empty; remove it from {name!r} or fill it")
-
-    def read() -> Iterator[Item]:
-        for file in files:
-            with _named(file):
-                yield from readers[file.suffix](file)
-
+    parts = tuple(functools.partial(_read_file, file) for file in files)
     whole_text = all(file.suffix == ".txt" for file in files)
-    return Source(name, read, _fingerprint(files), sum(map(_count, files)), whole_text)
+    return Source(name, parts, _fingerprint(files), sum(map(_count, files)), whole_text)
+
+
+def _read_file(file: Path) -> Iterator[Item]:
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".gz": _read_jsonl}
+    readers |= {".parquet": _read_parquet, ".array_record": _read_array_record}
+    with _named(file):
+        yield from readers[file.suffix](file)
 
 
 def _matching(name: str) -> list[Path]:
@@ -237,17 +252,26 @@ def _read_array_record(file: Path) -> Iterator[Item]:
     reader.close()
 
 
+def _ranges(read: Callable[[range], Iterator[Item]], records: int) -> tuple[Part, ...]:
+    numbers = range(records)
+    return tuple(functools.partial(read, numbers[start : start + RANGE]) for start in range(0, records, RANGE))
+
+
 def _open_world(name: str, dataset: str, split: str, data_dir: Path) -> Source:
     from jaxstages.world.builders import open_world
 
-    records = open_world(dataset, split, str(data_dir))
-
-    def read() -> Iterator[Item]:
-        for number in range(len(records)):
-            yield Item(f"{name}:{number + 1}", records[number])
-
+    records = len(open_world(dataset, split, str(data_dir)))
     folders = sorted((data_dir / f"world_{dataset}").rglob(f"*-{split}.array_record*"))
-    return Source(name, read, _fingerprint(folders), len(records))
+    parts = _ranges(functools.partial(_read_world, name, dataset, split, str(data_dir)), records)
+    return Source(name, parts, _fingerprint(folders), records)
+
+
+def _read_world(name: str, dataset: str, split: str, data_dir: str, numbers: range) -> Iterator[Item]:
+    from jaxstages.world.builders import open_world
+
+    records = open_world(dataset, split, data_dir)
+    for number in numbers:
+        yield Item(f"{name}:{number + 1}", records[number])
 
 
 def _plain(value: Any) -> Any:
@@ -261,43 +285,57 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _builder(dataset: str, data_dir: str, prepare: bool) -> Any:  # TFDS's decorators hide its methods' parameters
+    import tensorflow_datasets as tfds
+
+    if (Path(dataset) / "dataset_info.json").exists():
+        return tfds.builder_from_directory(dataset)
+    builder: Any = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+    if prepare:
+        builder.download_and_prepare()
+    return builder
+
+
 def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
     import tensorflow_datasets as tfds
 
-    builder: Any  # TFDS's decorators hide its methods' parameters
     try:
-        if (Path(dataset) / "dataset_info.json").exists():
-            builder = tfds.builder_from_directory(dataset)
-        else:
-            builder = tfds.builder(dataset, data_dir=str(data_dir), file_format="array_record")
-            builder.download_and_prepare()
-        records = builder.as_data_source(split=split)
+        builder = _builder(dataset, str(data_dir), prepare=True)
+        records = len(builder.as_data_source(split=split))
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"{name}: TFDS can't open it: {str(error).splitlines()[0]}") from error
-
-    def read() -> Iterator[Item]:
-        for number in range(len(records)):
-            where = f"{name}:{number + 1}"
-            try:
-                yield Item(where, _plain(records[number]))
-            except UnicodeDecodeError as error:
-                yield Item(where, None, f"not UTF-8: {error}")
-
     files = sorted(Path(str(builder.data_path)).glob("*.array_record*"))
     # A builder's files hold all its splits: which one is read has to be in the fingerprint.
     digest = hashlib.sha256(f"{_fingerprint(files)} {split}".encode()).hexdigest()
-    return Source(name, read, digest, len(records))
+    parts = _ranges(functools.partial(_read_tfds, name, dataset, split, str(data_dir)), records)
+    return Source(name, parts, digest, records)
 
 
-def _open_hf(name: str, dataset: str, split: str) -> Source:
+def _read_tfds(name: str, dataset: str, split: str, data_dir: str, numbers: range) -> Iterator[Item]:
+    records = _builder(dataset, data_dir, prepare=False).as_data_source(split=split)
+    for number in numbers:
+        where = f"{name}:{number + 1}"
+        try:
+            yield Item(where, _plain(records[number]))
+        except UnicodeDecodeError as error:
+            yield Item(where, None, f"not UTF-8: {error}")
+
+
+def _load_hf(name: str, dataset: str, split: str) -> Any:
     try:
         datasets = importlib.import_module("datasets")  # an extra: type checkers need not find it
     except ImportError as error:
         raise ValueError(f"{name}: Hugging Face datasets is not installed; pip install jaxstages[hf]") from error
-    records = datasets.load_dataset(dataset, split=split)
+    return datasets.load_dataset(dataset, split=split)
 
-    def read() -> Iterator[Item]:
-        for number, record in enumerate(records, start=1):
-            yield Item(f"{name}:{number}", dict(record))
 
-    return Source(name, read, records._fingerprint, len(records))
+def _open_hf(name: str, dataset: str, split: str) -> Source:
+    records = _load_hf(name, dataset, split)
+    parts = _ranges(functools.partial(_read_hf, name, dataset, split), len(records))
+    return Source(name, parts, records._fingerprint, len(records))
+
+
+def _read_hf(name: str, dataset: str, split: str, numbers: range) -> Iterator[Item]:
+    records = _load_hf(name, dataset, split)
+    for number in numbers:
+        yield Item(f"{name}:{number + 1}", dict(records[number]))
