@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,13 +43,6 @@ SUMMED = ("nll", "weight", "correct")
 
 COMPILING = 10.0
 """What compiles may take so many times the seconds of the watchdog."""
-
-
-class Placed(NamedTuple):
-    """A batch on the devices, and how many of its slots hold tokens."""
-
-    batch: Batch
-    tokens: int
 
 
 def train_stage(bench: Workbench) -> dict[str, Any] | None:
@@ -149,17 +142,17 @@ class _Run:
         if self._stopping.should_stop(self.stopping_state) or self._border(first, state, last):
             return state, first
         progress = Progress(self._bench.name, self._config.steps, first)
-        pending: collections.deque[tuple[int, Sums, int]] = collections.deque()
+        pending: collections.deque[tuple[int, Sums]] = collections.deque()
         self._restart_clock()
         self._alive(COMPILING)
-        for k, placed in enumerate(prefetch(self._place, range(first, last)), start=first):
+        for k, batch in enumerate(prefetch(self._place, range(first, last)), start=first):
             try:
-                state, sums = train_step(state, placed.batch)
+                state, sums = train_step(state, batch)
             except FloatingPointError:
                 with jax.disable_jit():
-                    step_function(state, placed.batch)  # raises again, where it happens
+                    step_function(state, batch)  # raises again, where it happens
                 raise
-            pending.append((k + 1, sums, placed.tokens))
+            pending.append((k + 1, sums))
             if k == first:  # compilation is not training time
                 jax.block_until_ready(sums)
                 freeze_objects()
@@ -215,24 +208,27 @@ class _Run:
         if self._signals.poll():
             raise _Abandoned
 
-    def _place(self, k: int) -> Placed:
+    def _place(self, k: int) -> Batch:
         rows = self._batches.batch(k)
-        if not np.any(rows.weights_BL) and jax.process_count() == 1:
+        if jax.process_count() == 1:  # of several, each sees its own rows only
+            self._check_weight(k, np.any(rows.weights_BL))
+        return place_batch(rows, self._config.batch_size, self._bench.rows)
+
+    def _check_weight(self, k: int, weight: Any) -> None:
+        if not weight:
             raise ValueError(
                 f"batch {k} has no trained-on token; look at the data with `jaxstages inspect`, or raise "
                 f"config.{self._bench.name}.loop.batch_size"
             )
-        size = self._config.batch_size
-        tokens = int(np.sum(rows.segments_BL > 0)) * size // len(rows.tokens_BL)
-        return Placed(place_batch(rows, size, self._bench.rows), tokens)
 
     def _restart_clock(self) -> None:
         self._clock, self._clock_tokens = time.monotonic(), 0
 
-    def _read(self, step: int, sums: Sums, tokens: int) -> None:
+    def _read(self, step: int, sums: Sums) -> None:
         """Take in the sums of one step; raises Diverged where too many in a row are not finite."""
         values = {name: float(value) for name, value in jax.device_get(sums).items()}
-        interval = self._carried["interval"]
+        self._check_weight(step - 1, values["weight"])
+        tokens, interval = int(values["tokens"]), self._carried["interval"]
         if values["applied"]:
             for name in SUMMED:
                 interval[name] += values[name]

@@ -43,21 +43,22 @@ weights of others:
   --topology=KIND:GRID     v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1, cpu:8, or local (the default)
 
 several processes, and faults:
-  --coordinator=HOST:PORT, --processes=N, --process=I
-                           in training, one process of several: number 0 listens there for the others
+  --coordinator=HOST:PORT, --process_count=N, --process_id=I
+                           in training, one process of several: number 0 listens there for the others. Where they are
+                           absent, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell, or a cluster
+                           does: SLURM, TPU pods, Kubernetes, Open MPI; --process_count=1 asks nobody
   --beam_options=OPTIONS   prepare as an Apache Beam pipeline, on Dataflow, Flink, Spark or here: such options as
                            '--runner=DirectRunner --direct_num_workers=4'; the same rows, to the bit (docs/data.md)
   --debug_nans             in training: end at the first operation that gives a NaN, and name it (slow)
 
 exit codes: 0 done; 2 change something and try again; 70 diverged, the last good checkpoint stands; 74 disk or storage
-failed; 75 interrupted after a complete save, start it again; 1 anything else
+failed; 75 interrupted after a complete save, or a host was lost, start it again; 1 anything else
 """
 
 import contextlib
 import dataclasses
 import difflib
 import os
-import re
 import sys
 import traceback
 import typing
@@ -70,6 +71,8 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
+from jaxstages import hosts
+from jaxstages.cluster import ENVIRONMENT, Place, find_place
 from jaxstages.commands.answering import Manner
 from jaxstages.commands.chat import chat
 from jaxstages.commands.checkpoints import checkpoints
@@ -79,14 +82,14 @@ from jaxstages.commands.inspect import inspect
 from jaxstages.commands.plan import plan
 from jaxstages.commands.prepare import prepare_all
 from jaxstages.commands.recipe import resolve_recipe
-from jaxstages.commands.train import Place, train, train_all
+from jaxstages.commands.train import train, train_all
 from jaxstages.commands.transfer import export_model, import_model
 from jaxstages.config import HELD, STAGES, Recipe
 from jaxstages.types import Diverged, Interrupted
 
 FLAGS_OF = {
     "prepare": ("beam_options",),
-    **dict.fromkeys(("run", *STAGES), ("debug_nans", *Place._fields)),
+    **dict.fromkeys(("run", *STAGES), ("debug_nans", *ENVIRONMENT)),
     **dict.fromkeys(("inspect", "evaluate", "checkpoints"), ("stage",)),
     "generate": ("stage", "prompt", "prompts", "out", *Manner._fields),
     "chat": ("stage", *Manner._fields),
@@ -118,8 +121,8 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     flags.DEFINE_bool("adapter", False, "export adapters by themselves", flag_values=values)
     flags.DEFINE_string("dtype", "float32", "of exported weights", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
-    flags.DEFINE_integer("processes", None, "how many there are", flag_values=values, lower_bound=1)
-    flags.DEFINE_integer("process", None, "number of this one", flag_values=values, lower_bound=0)
+    flags.DEFINE_integer("process_count", None, "how many there are", flag_values=values, lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "number of this one", flag_values=values, lower_bound=0)
     flags.DEFINE_string("beam_options", None, "of the pipeline that prepares", flag_values=values)
     flags.DEFINE_bool("debug_nans", False, "end at the first operation that gives a NaN", flag_values=values)
     return config_flags.DEFINE_config_file(
@@ -144,6 +147,9 @@ def main(argv: list[str]) -> int:
         return _fail(70, f"--debug_nans: {str(error).splitlines()[0]} {_place_of(error)}")
     except OSError as error:
         return _fail(74, f"{error}; nothing that was saved before is lost")
+    except Exception as error:
+        hosts.tell_end(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        raise
     return 0
 
 
@@ -156,6 +162,7 @@ def _place_of(error: BaseException) -> str:
 
 
 def _fail(code: int, text: str) -> int:
+    hosts.tell_end(code, text)
     with contextlib.suppress(OSError):  # of a log on a full disk: the code tells it
         print(f"jaxstages: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return code
@@ -220,18 +227,7 @@ def _manner(values: flags.FlagValues) -> Manner:
 
 
 def _place(values: flags.FlagValues) -> Place | None:
-    given: dict[str, Any] = {name: values[name].value for name in Place._fields}
-    if all(value is None for value in given.values()):
-        return None
-    for name, value in given.items():
-        if value is None:
-            raise ValueError(f"--{name} is missing; several processes need {', '.join(f'--{n}' for n in given)}")
-    place = Place(**given)
-    if place.process >= place.processes:
-        raise ValueError(f"--process={place.process} must be less than --processes={place.processes}")
-    if not re.fullmatch(r".+:\d{1,5}", place.coordinator):
-        raise ValueError(f"--coordinator={place.coordinator!r} must be HOST:PORT, such as 10.0.0.2:8476")
-    return place
+    return find_place({name: values[name].value for name in ENVIRONMENT})
 
 
 def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | None, list[str]]:

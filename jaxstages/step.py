@@ -50,8 +50,9 @@ def make_train_step(
         frozen: tree of bools like params; gradients of the true ones are 0, are not computed, and don't count in the
             norm. That they stay as they are is the optimizer's part.
 
-    Returns a step whose sums are those of `cross_entropy_sums`, "grad_norm" before clipping, "update_norm", "applied"
-    (1 or 0), "skipped" (updates so far that were not applied) and "streak" (steps in a row that were not finite).
+    Returns a step whose sums are those of `cross_entropy_sums`, "tokens" (slots that hold one), "grad_norm" before
+    clipping, "update_norm", "applied" (1 or 0), "skipped" (updates so far that were not applied) and "streak" (steps in
+    a row that were not finite).
     """
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Sums]:
@@ -99,7 +100,8 @@ def make_train_step(
             lambda new, old: jnp.where(applied, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         verdict = {"applied": applied.astype(jnp.float32), "skipped": guard.skipped, "streak": guard.streak}
-        return TrainState(state.step + 1, params, opt_state, guard), sums | norms | verdict
+        tokens = {"tokens": jnp.sum(batch.segments_BL > 0)}
+        return TrainState(state.step + 1, params, opt_state, guard), sums | tokens | norms | verdict
 
     return step
 

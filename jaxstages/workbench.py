@@ -279,8 +279,7 @@ def _attend(config: ModelConfig, parts: int, rows: list[Prepared]) -> Attend | N
     # Layers that see differently far may need different kernels.
     choices = {reach: choose_attend(shape._replace(reach=reach), machine) for reach in reaches_of(config)}
     said = "; ".join(dict.fromkeys(choice.said for choice in choices.values()))
-    if not hosts.agree(said):
-        raise ValueError(f"{said}: the hosts differ in this; give all of them the same GPUs, jax and drivers")
+    hosts.compare({"attention": said})
     say(said)
     return lambda query, key, value, segments, reach: choices[reach].attend(query, key, value, segments, reach)
 

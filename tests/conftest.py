@@ -59,7 +59,14 @@ def _no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
 LONGEST = (
     *("reliability/test_stops.py", "reliability/test_crash_points.py", "test_door.py", "reliability/test_disk_full.py"),
     *("test_stages.py", "reliability/test_hang.py", "reliability/test_nonfinite.py", "reliability/test_corruption.py"),
-    *("reliability/test_lock.py", "test_model.py", "test_compilation.py", "test_generate.py", "test_kernels.py"),
+    *(
+        "reliability/test_hosts_lost.py",
+        "reliability/test_lock.py",
+        "test_model.py",
+        "test_compilation.py",
+        "test_generate.py",
+        "test_kernels.py",
+    ),
     *("reliability/test_durability.py", "reliability/test_handoff.py", "test_world.py", "reliability/test_resume.py"),
 )
 """The files that take long, in about this order: were one begun last, a worker would wait for the other."""
@@ -83,6 +90,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("native", 2, "crash points inside native code"),
         ("races", 1, "pairs of runs in one directory"),
         ("pairs", 1, "SIGTERMs to two processes"),
+        ("hosts", 2, "processes that train as one run"),
+        ("lost", 1, "of them that die at random instants"),
         ("disks", 3, "sizes of a disk that is too small"),
         ("fuzz", 200, "random recipes, and as many data files"),
         ("seed", 0, "of what is random"),

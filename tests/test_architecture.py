@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "jaxstages"
 
 FLOORS = [
-    {"__init__", "types", "guard", "disk", "signals", "hosts", "process", "config", "data_config", "world"},
+    {"__init__", "types", "guard", "disk", "signals", "hosts", "cluster", "process", "config", "data_config", "world"},
     {
         *("losses", "optim", "early_stopping", "sharding", "metrics", "console", "workdir", "verdict", "validate"),
         *("manifest", "fingerprint"),
@@ -59,7 +59,7 @@ SAME_FLOOR |= {
     "decode.generate": {"decode.sampling"},
     "decode.stream": {"decode.generate", "decode.sampling"},
 }
-SAME_FLOOR |= {"__main__": {"main"}, "types": {"guard"}, "hosts": {"signals"}}
+SAME_FLOOR |= {"__main__": {"main"}, "types": {"guard"}, "hosts": {"signals", "cluster", "types"}}
 """What may look sideways: a module to its neighbour that stands, in the table of DESIGN, before it."""
 
 HOMES = {

@@ -305,6 +305,23 @@ def test_held_out_rows_count_once_whatever_the_batch(tmp_path: Path, tokenizer: 
         assert sum(float(batch.weights_BL.sum()) for batch in batches) == source.index["scored"]
 
 
+@pytest.mark.parametrize(("size", "hosts"), [(2, 2), (4, 2), (4, 4), (6, 3), (64, 4)])
+def test_held_out_rows_count_once_on_any_number_of_hosts(
+    tmp_path: Path, tokenizer: Tokenizer, size: int, hosts: int
+) -> None:
+    """Also where the last batch has less rows than there are hosts: all of them have as many batches."""
+    source = prepared(tmp_path, tokenizer)
+    alone = [batch.tokens_BL for batch in batches_once([source], batch_size=size)]
+    each = [
+        list(batches_once([source], batch_size=size, here=range(p * size // hosts, (p + 1) * size // hosts)))
+        for p in range(hosts)
+    ]
+    assert {len(batches) for batches in each} == {len(alone)}
+    assert sum(float(batch.weights_BL.sum()) for batches in each for batch in batches) == source.index["scored"]
+    for number, whole in enumerate(alone):
+        np.testing.assert_array_equal(np.concatenate([batches[number].tokens_BL for batches in each]), whole)
+
+
 def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
     assert list(prefetch(lambda k: k * k, range(3, 9))) == [k * k for k in range(3, 9)]
 

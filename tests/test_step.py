@@ -38,7 +38,7 @@ def test_one_step_is_the_gradient_of_the_weighted_mean() -> None:
     after, sums = jax.jit(make_train_step(bigram, tx))(state, batch)
     np.testing.assert_allclose(after.params["table"], expected, atol=1e-6)
     assert int(after.step) == 1
-    assert float(sums["weight"]) == batch.weights_BL.sum()
+    assert float(sums["weight"]) == batch.weights_BL.sum() and sums["tokens"] == np.sum(batch.segments_BL > 0)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])

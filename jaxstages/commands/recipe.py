@@ -1,6 +1,7 @@
 """Which recipe a command works with: the one given, or the workdir's own; and whether it may have changed."""
 
 import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,24 @@ def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False)
     return given
 
 
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
 def keep_recipe(recipe: Recipe, workdir: Path) -> None:
     """Write `workdir/recipe.json`, with the versions of what runs it."""
-    versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in VERSIONS}
-    write_json(workdir / "recipe.json", {"recipe": recipes.to_dict(recipe), "versions": versions})
+    write_json(workdir / "recipe.json", {"recipe": recipes.to_dict(recipe), "versions": versions()})
+
+
+def told(recipe: Recipe) -> dict[str, str]:
+    """What all processes of a run must have in common: versions, and the recipe's fields, each by its flag."""
+    flat = dict(_leaves("config", recipes.to_dict(recipe)))
+    return {f"the version of {name}": version for name, version in versions().items()} | flat
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(f"{path}.{name}", inner)
+    else:
+        yield path, repr(value)

@@ -1,32 +1,28 @@
 """`run`, `pretrain`, `finetune`, `instruct`: do what is not done, resume what is begun."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from jaxstages import config as recipes
 from jaxstages import hosts
-from jaxstages.commands.recipe import keep_recipe
+from jaxstages.cluster import Place
+from jaxstages.commands.recipe import keep_recipe, told
 from jaxstages.config import Recipe
 from jaxstages.console import say
 from jaxstages.interop.hf_import import bring, source_of
 from jaxstages.parent import check_lineage, finished
 from jaxstages.report.matrix import stage_matrix
 from jaxstages.stages import finetune, instruct, pretrain
-from jaxstages.types import Interrupted
+from jaxstages.types import Diverged, Interrupted
 from jaxstages.workbench import prepare_stages
 from jaxstages.workdir import lock, result_file
 
+SHOWN_WITHIN = 60
+"""Seconds that shared storage has to show what process 0 has written: attributes are cached on NFS."""
+
 DRIVERS = {"pretrain": pretrain.run, "finetune": finetune.run, "instruct": instruct.run}
-
-
-class Place(NamedTuple):
-    """Which process this one is, of how many, and where (HOST:PORT) process 0 waits for the others."""
-
-    coordinator: str
-    processes: int
-    process: int
 
 
 def train(recipe: Recipe, workdir: Path, name: str, place: Place | None = None) -> bool:
@@ -49,22 +45,51 @@ def train_all(recipe: Recipe, workdir: Path, place: Place | None = None) -> None
 def _ready(recipe: Recipe, workdir: Path, names: list[str], place: Place | None) -> Iterator[None]:
     """The run's lock, and the data of all stages prepared: what is bad in a late one is found now, not after hours.
 
-    Of several processes the first does that alone, and the others join it when it is done.
+    Of several processes the first does that alone, and the others join it when it is done. Then all see that they have
+    the same recipe, versions and rows.
     """
     with contextlib.ExitStack() as held:
-        if place is None or place.process == 0:
+        if place is not None:
+            say(str(place), "cyan")
+        if place is None or place.process_id == 0:
             held.enter_context(lock(workdir))
             keep_recipe(recipe, workdir)
             _import(recipe, workdir, place)
             prepare_stages(recipe, workdir, names)
-        if place is not None:
-            hosts.join(*place)
+        if place is None:
+            yield
+            return
+        hosts.join(place)
         try:
+            _compare(recipe, workdir, names)
             yield
         except Interrupted:  # so are the others
             hosts.leave()
             raise
+        except (Diverged, FloatingPointError):  # a number of the run, not of a host
+            raise
+        except Exception as error:
+            hosts.wait_for_loss(error)
+            raise
         hosts.leave()
+
+
+def _compare(recipe: Recipe, workdir: Path, names: list[str]) -> None:
+    """Raises ValueError, in all processes, where one would train something else than the others."""
+    there = {"recipe.json in --workdir": "there" if _appears(workdir / "recipe.json") else "missing"}
+    hosts.compare(told(recipe) | there)
+    rows = prepare_stages(recipe, workdir, names)
+    hosts.compare({f"the rows of {name}": " ".join(part.folder.name for part in rows[name]) for name in names})
+
+
+def _appears(file: Path) -> bool:
+    """Is it there? What another host has just written, network storage may show a while later."""
+    end = time.monotonic() + SHOWN_WITHIN
+    while not file.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _import(recipe: Recipe, workdir: Path, place: Place | None) -> None:

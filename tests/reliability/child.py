@@ -61,9 +61,9 @@ def tell_phases(slots: mmap.mmap) -> None:
     within(train, "stage_matrix", "end", slots)
     read, steps = loop._Run._read, loop._Run.steps
 
-    def noted(self: Any, step: int, sums: Any, tokens: int) -> None:
+    def noted(self: Any, step: int, sums: Any) -> None:
         slots[2], slots[3] = step % 256, step // 256
-        read(self, step, sums, tokens)
+        read(self, step, sums)
 
     def begun(self: Any, state: Any, first: int, last: int) -> Any:
         slots[2], slots[3] = first % 256, first // 256
@@ -91,8 +91,10 @@ def main() -> None:
     with stop_signals():  # as the door itself does, which is one import later here
         slots[0] = PHASES.index("import")
         import jaxstages.main  # noqa: F401
+        from jaxstages import hosts
         from tests.compiled import write_whole_files
 
+        hosts.LOST_AFTER = int(os.environ.get("JAXSTAGES_TEST_LOST_AFTER", hosts.LOST_AFTER))
         tell_phases(slots)
         write_whole_files()
         door.cli()

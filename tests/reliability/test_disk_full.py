@@ -112,9 +112,9 @@ def test_an_error_of_the_background_save_ends_the_run_within_a_step(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         seal(folder)
 
-    def noted(self: Any, number: int, sums: Any, tokens: int) -> None:
+    def noted(self: Any, number: int, sums: Any) -> None:
         read_since.extend([number] * bool(failed))
-        read(self, number, sums, tokens)
+        read(self, number, sums)
 
     monkeypatch.setattr(manifest, "seal", full)
     monkeypatch.setattr(loop._Run, "_read", noted)

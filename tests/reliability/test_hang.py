@@ -190,10 +190,11 @@ LEAVES = """
 import os, signal, sys, time
 import jax
 from jaxstages import hosts
+from jaxstages.cluster import Place
 
 process, port = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_enable_preemption_service", process == 0)  # 1 will never hear that 0 was asked to stop
-hosts.join(f"127.0.0.1:{port}", 2, process)
+hosts.join(Place(f"127.0.0.1:{port}", 2, process))
 hosts.meet("both are here")
 if process == 0:
     os.kill(os.getpid(), signal.SIGTERM)

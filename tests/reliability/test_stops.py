@@ -102,7 +102,8 @@ def start_pair(home: Home, work: Path) -> list[Child]:
 
 
 def start_one(home: Home, work: Path, process: int, port: int) -> Child:
-    return home.start(work, more=(f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={process}"))
+    more = (f"--coordinator=127.0.0.1:{port}", "--process_count=2", f"--process_id={process}")
+    return home.start(work, more=more)
 
 
 def ends_of(home: Home, work: Path, pair: list[Child]) -> list[int]:
