@@ -1,78 +1,20 @@
-"""The door: flags in, one command, an exit code out.
-
-usage: jaxstages COMMAND --workdir=DIR [--config=FILE[:VARIANT]] [--config.FIELD=VALUE ...]
-
-commands:
-  run        all stages of the recipe that are not done yet, then the stage matrix
-  pretrain, finetune, instruct
-             one stage; started again, it resumes
-  prepare    tokenizer and packed rows, made ahead of training                       [--beam_options]
-  inspect    a decoded batch with its trained-on tokens in colour, packing, shares   [--stage]
-  evaluate   held-out scores of a stage's best checkpoint, or the matrix of all      [--stage]
-  checkpoints list | verify | diff STAGE/STEP STAGE/STEP
-             what a run has kept, whether it can be trusted, and how two differ     [--stage]
-  generate   answers as JSON lines: --prompt=TEXT or --prompts=FILE.jsonl            [--stage --out, sampling]
-  chat       talk with a stage's best checkpoint; /help there says what it can do    [--stage, sampling]
-  import     a folder of Hugging Face's form (--from=DIR) becomes WORKDIR/import, which all stages and commands take
-  plan       does a stage fit a machine that you have not, and how fast should it be: --topology=v5e:4x4   [--stage]
-  export     a stage's best checkpoint becomes such a folder (--to=DIR)               [--stage --dtype
-             --adapter]
-
-flags:
-  --workdir=DIR            where the run lives
-  --config=FILE[:VARIANT]  the recipe, such as configs/demo.py; not needed where DIR has a recipe.json
-  --config.FIELD=VALUE     change a field of it: --config.pretrain.optim.schedule.peak_lr=3e-4
-  --stage=NAME             import, pretrain, finetune or instruct
-  --prompt=TEXT, --prompts=FILE.jsonl ({"prompt": ...} a line), --out=FILE.jsonl
-                           answers are kept in OUT.part as they are done; started again, it goes on from there
-sampling:
-  --max_new_tokens=N       at most (default: the recipe's)
-  --temperature=T          0, the default, takes the likeliest token; above, tokens are drawn
-  --top_k=K                among the K likeliest
-  --top_p=P                among the fewest likeliest that have probability P together
-  --min_p=P                among those at least P times as probable as the likeliest
-  --repetition_penalty=R   above 1, tokens of the prompt or the answer become less likely
-  --stop=TEXT              ends an answer, before it; may be given again, or be a JSON list: '["\\n\\n", "User:"]'
-  --seed=S                 the same seed gives the same answers
-
-weights of others:
-  --from=DIR, --to=DIR     where they lie; where ours are to be written
-  --dtype=NAME             of the exported weights: float32 (the default) or bfloat16
-  --adapter                export the adapters of a stage by themselves, for PEFT
-
-  --topology=KIND:GRID     v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1, cpu:8, or local (the default)
-
-several processes, and faults:
-  --coordinator=HOST:PORT, --process_count=N, --process_id=I
-                           in training, one process of several: number 0 listens there for the others. Where they are
-                           absent, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell, or a cluster
-                           does: SLURM, TPU pods, Kubernetes, Open MPI; --process_count=1 asks nobody
-  --beam_options=OPTIONS   prepare as an Apache Beam pipeline, on Dataflow, Flink, Spark or here: such options as
-                           '--runner=DirectRunner --direct_num_workers=4'; the same rows, to the bit (docs/data.md)
-  --debug_nans             in training: end at the first operation that gives a NaN, and name it (slow)
-
-exit codes: 0 done; 2 change something and try again; 70 diverged, the last good checkpoint stands; 74 disk or storage
-failed; 75 interrupted after a complete save, or a host was lost, start it again; 1 anything else
-"""
+"""The door: flags in, one command, an exit code out. What can be said is in `command_line.py`."""
 
 import contextlib
-import dataclasses
 import difflib
 import os
 import sys
 import traceback
-import typing
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax: the compiler's notes are not for our users
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
 
 from jaxstages import hosts
 from jaxstages.cluster import ENVIRONMENT, Place, find_place
+from jaxstages.command_line import FLAGS_OF, USAGE, parse
 from jaxstages.commands.answering import Manner
 from jaxstages.commands.chat import chat
 from jaxstages.commands.checkpoints import checkpoints
@@ -84,56 +26,13 @@ from jaxstages.commands.prepare import prepare_all
 from jaxstages.commands.recipe import resolve_recipe
 from jaxstages.commands.train import train, train_all
 from jaxstages.commands.transfer import export_model, import_model
-from jaxstages.config import HELD, STAGES, Recipe
 from jaxstages.types import Diverged, Interrupted
-
-FLAGS_OF = {
-    "prepare": ("beam_options",),
-    **dict.fromkeys(("run", *STAGES), ("debug_nans", *ENVIRONMENT)),
-    **dict.fromkeys(("inspect", "evaluate", "checkpoints"), ("stage",)),
-    "generate": ("stage", "prompt", "prompts", "out", *Manner._fields),
-    "chat": ("stage", *Manner._fields),
-    "import": ("from",),
-    "export": ("stage", "to", "dtype", "adapter"),
-    "plan": ("stage", "topology"),
-}
-"""Command -> the flags that it takes beside --config and --workdir."""
-
-
-def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
-    """All flags of the program; what --config names is loaded when `argv` is parsed."""
-    flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
-    flags.DEFINE_enum("stage", None, HELD, "which stage", flag_values=values)
-    flags.DEFINE_string("prompt", None, "text to answer", flag_values=values)
-    flags.DEFINE_string("prompts", None, "JSON lines with a prompt each", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 0, "at most; 0 is the recipe's", flag_values=values)
-    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "draw among so many; 0 is all", flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "draw among the likeliest with this probability", flag_values=values)
-    flags.DEFINE_float("min_p", 0.0, "draw among those so many times as probable as the likeliest", flag_values=values)
-    flags.DEFINE_float("repetition_penalty", 1.0, "of tokens that were there already", flag_values=values)
-    flags.DEFINE_multi_string("stop", [], "text that ends an answer", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of sampling", flag_values=values)
-    flags.DEFINE_string("out", None, "where to write JSON lines", flag_values=values)
-    flags.DEFINE_string("from", None, "folder to import", flag_values=values)
-    flags.DEFINE_string("to", None, "folder to export to", flag_values=values)
-    flags.DEFINE_string("topology", "local", "what to plan for", flag_values=values)
-    flags.DEFINE_bool("adapter", False, "export adapters by themselves", flag_values=values)
-    flags.DEFINE_string("dtype", "float32", "of exported weights", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
-    flags.DEFINE_integer("process_count", None, "how many there are", flag_values=values, lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "number of this one", flag_values=values, lower_bound=0)
-    flags.DEFINE_string("beam_options", None, "of the pipeline that prepares", flag_values=values)
-    flags.DEFINE_bool("debug_nans", False, "end at the first operation that gives a NaN", flag_values=values)
-    return config_flags.DEFINE_config_file(
-        "config", None, "the recipe", lock_config=True, sys_argv=argv, flag_values=values
-    )
 
 
 def main(argv: list[str]) -> int:
     """Run one command; the exit code."""
     if len(argv) < 2 or {"--help", "-h", "-help", "help"} & set(argv[1:]):
-        print(__doc__)
+        print(USAGE)
         return 0 if len(argv) > 1 else 2
     try:
         _dispatch(argv)
@@ -184,7 +83,7 @@ def _dispatch(argv: list[str]) -> None:
         near = difflib.get_close_matches(command, FLAGS_OF, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"unknown command {command!r}; {hint}known: {', '.join(FLAGS_OF)}")
-    values, given, words = _parse(command, argv)
+    values, given, words = parse(command, argv)
     if command == "plan":
         if given is None:
             raise ValueError("plan needs --config=FILE, the recipe to plan for, such as configs/scale.py:1b_v5e16")
@@ -228,46 +127,3 @@ def _manner(values: flags.FlagValues) -> Manner:
 
 def _place(values: flags.FlagValues) -> Place | None:
     return find_place({name: values[name].value for name in ENVIRONMENT})
-
-
-def _parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | None, list[str]]:
-    """The flags, the recipe that --config gives, and what stands beside the flags (only `checkpoints` takes that)."""
-    values = flags.FlagValues()
-    holder = define_flags(values, argv)
-    for word in argv[2:]:
-        if word.startswith("--config."):
-            _check_field(word.removeprefix("--config.").partition("=")[0])
-    try:
-        rest = values([argv[0], *argv[2:]])
-    except (ImportError, SyntaxError, NameError, OSError, ArithmeticError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"the recipe's file can't be loaded: {type(error).__name__}: {error}") from error
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"--config can't be set so: {error.args[0] if error.args else error}") from error
-    if len(rest) > 1 and command != "checkpoints":
-        raise ValueError(f"{rest[1]!r} is no flag; write --flag=value")
-    for name in {name for names in FLAGS_OF.values() for name in names}:
-        if values[name].present and name not in FLAGS_OF[command]:
-            raise ValueError(f"--{name} does not apply to {command}")
-    recipe = holder.value
-    if recipe is not None and not isinstance(recipe, Recipe):
-        named = next(word for word in argv if word.startswith(("--config=", "-config=")))
-        raise ValueError(
-            f"{named}: no such file, or its get_config() gives no Recipe; name one such as configs/demo.py"
-        )
-    return values, recipe, rest[1:]
-
-
-def _check_field(path: str) -> None:
-    """Raises ValueError for a recipe's field that does not exist, with the nearest that does."""
-    kind, seen = Recipe, "config"
-    for name in path.split("."):
-        if not dataclasses.is_dataclass(kind):
-            raise ValueError(f"--{seen} has no fields, and so no {name!r}")
-        hints = typing.get_type_hints(kind)
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"did you mean --{seen}.{near[0]}? " if near else ""
-            raise ValueError(f"unknown field --{seen}.{name}; {hint}known: {', '.join(hints)}")
-        seen = f"{seen}.{name}"
-        options = [option for option in typing.get_args(hints[name]) if dataclasses.is_dataclass(option)]
-        kind = options[0] if options else hints[name]

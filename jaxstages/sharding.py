@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxstages.config import MeshConfig, RulesConfig
+from jaxstages.mesh_config import MeshConfig, RulesConfig
 from jaxstages.models.spread import GATHERED
 from jaxstages.types import ALONE, Batch, Names, Params, Placement
 

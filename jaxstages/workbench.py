@@ -22,7 +22,6 @@ from jaxstages.config import (
     LoraConfig,
     ModelConfig,
     Recipe,
-    RulesConfig,
     StageConfig,
 )
 from jaxstages.console import say
@@ -32,6 +31,7 @@ from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import texts
 from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, make_tokenizer
 from jaxstages.fingerprint import named_leaves
+from jaxstages.mesh_config import RulesConfig
 from jaxstages.models import lora
 from jaxstages.models.attention import AT_ONCE, Attend
 from jaxstages.models.kernels import Shape, choose_attend, machine_of

@@ -14,8 +14,9 @@ import pytest
 
 from jaxstages import config as recipes
 from jaxstages.checkpoint import steps_of
+from jaxstages.command_line import FLAGS_OF
 from jaxstages.disk import read_json
-from jaxstages.main import FLAGS_OF, main
+from jaxstages.main import main
 from jaxstages.metrics import read_metrics
 from jaxstages.validate import validate
 from jaxstages.workdir import checkpoint_folder
@@ -114,7 +115,7 @@ def test_the_flags_are_frozen() -> None:
     """A new flag needs an argument in review, and a line here."""
     from absl import flags
 
-    from jaxstages.main import define_flags
+    from jaxstages.command_line import define_flags
 
     values = flags.FlagValues()
     define_flags(values, [])

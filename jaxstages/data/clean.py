@@ -75,21 +75,22 @@ def clean_item(item: Item, config: DataConfig) -> Item:
     clean = config.clean
     if item.record is None or clean == CleanConfig():
         return item
+    record = item.record
     if clean.control_characters != "keep" or clean.unicode != "none":
         try:
-            item = item._replace(record=_clean_value(item.record, clean))
+            record = _clean_value(record, clean)
         except RecursionError:
             return Item(item.where, None, "nested too deeply to be cleaned")
     if clean.min_characters or clean.max_characters:
         try:
-            length = sum(map(len, texts(item.record, config)))
+            length = sum(map(len, texts(record, config)))
         except ValueError:
-            return item  # counted and named when it is tokenized
+            return item._replace(record=record)  # counted and named when it is tokenized
         if length < clean.min_characters:
             return item._replace(removed="too_short")
         if clean.max_characters and length > clean.max_characters:
             return item._replace(removed="too_long")
-    return item
+    return item._replace(record=record)
 
 
 def compared(item: Item, config: DataConfig) -> str | None:
