@@ -212,13 +212,13 @@ def start(home: Path, work: Path) -> subprocess.Popen:
 
 
 def wait_for_checkpoint(process: subprocess.Popen, stage_dir: Path, step: int) -> None:
-    for _ in range(2400):
+    for _ in range(6000):
         folder = stage_dir / "checkpoints"
         if folder.exists() and any(p.name.isdecimal() and int(p.name) >= step for p in folder.iterdir()):
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    raise AssertionError(f"no checkpoint {step} of {stage_dir.name} in two minutes")
+    raise AssertionError(f"no checkpoint {step} of {stage_dir.name} in five minutes")
 
 
 def test_killed_and_terminated_it_ends_in_the_same_bits(home: Path, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from jaxstages.checkpoint import read_meta, steps_of
 from jaxstages.config import EarlyStoppingConfig, ModelConfig, Recipe
 from jaxstages.disk import read_json
 from jaxstages.metrics import read_metrics
-from jaxstages.models.attention import Attend
 from jaxstages.models.transformer import make_model
 from jaxstages.sharding import make_mesh
 from jaxstages.types import Model
@@ -146,7 +145,7 @@ class Child:
         """The step of the stage's last save that was begun, 0 where none was since the process started."""
         return self.slots[4]
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 300) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -188,10 +187,10 @@ def quick_runs() -> Iterator[None]:
     """One device, and each model traced once: a run takes seconds."""
     made: dict[str, Model] = {}
 
-    def traced_once(config: ModelConfig, vocab: int, *, attend: Attend | None) -> Model:
+    def traced_once(config: ModelConfig, vocab: int, **settings: Any) -> Model:
         key = f"{config} {vocab}"
         if key not in made:
-            model = make_model(config, vocab, attend=attend)
+            model = make_model(config, vocab, **settings)
             made[key] = model._replace(init=jax.jit(model.init), headless=jax.jit(model.headless))
         return made[key]
 

@@ -286,7 +286,7 @@ class Lab:
 
     def ready(self, name: str, bad: set[int], most: int = 10) -> tuple[Recipe, Path]:
         """A recipe and a new workdir in which the batches `bad` give NaN, and `most` of them in a row are too many."""
-        self._patch.setattr(workbench, "make_model", lambda config, vocab, attend: self.model(bad))
+        self._patch.setattr(workbench, "make_model", lambda config, vocab, **_: self.model(bad))
         recipe, work = copy.deepcopy(self.recipe), self.folder / name
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(self.folder / "bench" / "tokenizer", work / "tokenizer")
@@ -313,9 +313,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, pyt
 def lab(shared: tuple[Path, pytest.MonkeyPatch]) -> Lab:
     folder, patch = shared
     with pytest.MonkeyPatch.context() as for_now:
-        for_now.setattr(
-            workbench, "make_model", lambda config, vocab, attend: small_model(vocab, lambda x, batch, key: x)
-        )
+        for_now.setattr(workbench, "make_model", lambda config, vocab, **_: small_model(vocab, lambda x, batch, key: x))
         return Lab(folder, patch)
 
 
@@ -506,7 +504,7 @@ def test_debug_nans_names_the_operation_and_its_line(
     def spoil(x_BLD: jax.Array, batch: Batch, key: jax.Array | None) -> jax.Array:
         return maker(x_BLD) if (key is not None) == trains else x_BLD
 
-    monkeypatch.setattr(workbench, "make_model", lambda config, vocab, attend: small_model(vocab, spoil))
+    monkeypatch.setattr(workbench, "make_model", lambda config, vocab, **_: small_model(vocab, spoil))
     recipe, work = make_recipe(shared[0]), tmp_path / "work"
     recipe.finetune = recipe.instruct = None
     recipe.pretrain.loop.batch_size = recipe.pretrain.evaluation.batch_size = 4

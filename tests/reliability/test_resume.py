@@ -35,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Data, prepared rows and compiled functions, for a small model with dropout."""
     folder = tmp_path_factory.mktemp("home")
     with quick_runs(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbench, "make_model", lambda config, vocab, attend: small_model(vocab, dropout))
+        patch.setattr(workbench, "make_model", lambda config, vocab, **_: small_model(vocab, dropout))
         yield folder
 
 
