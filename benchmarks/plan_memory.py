@@ -76,7 +76,9 @@ def measure(sizes: dict) -> tuple[int, int]:
     predicted = 8 * make_plan(recipe, "pretrain", topology_of("local")).step_bytes
     parts = make_parts(recipe, "pretrain", recipe.pretrain, make_mesh(recipe.mesh), 8192)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.shapes)
-    make = jax.jit(lambda key: init_state(parts.model.init(key), parts.tx), out_shardings=shardings)
+    make = jax.jit(
+        lambda key: init_state(parts.model.init(key), parts.tx, parts.stage.optim.spike_window), out_shardings=shardings
+    )
     compiled = jit_step(parts, remat)[1].lower(parts.shapes, batch_shapes(parts)).compile()
     made = make.lower(jax.random.key(0)).compile()
     draw = np.random.default_rng(0)
