@@ -7,11 +7,13 @@
     jaxstages plan --config=configs/scale.py:8b_8gpu     --topology=h200:8
     jaxstages plan --config=configs/scale.py:8b_lora     --topology=h200:1
 
-    jaxstages run  --config=configs/scale.py:8b_v5p128   --workdir=RUN           the same on every host, see launch/
+    jaxstages run --config=configs/scale.py:8b_v5p128 --workdir=RUN             the same on every host, see launch/
 
 Pretraining reads `data/pretrain/*.jsonl` ({"text"} a line), instruction tuning `data/chats/*.jsonl` ({"messages"} a
 line), with the tokenizer in `data/tokenizer.json`. `8b_lora` and `8b_8gpu` start from a folder of Hugging Face's form,
-`data/base`. Nothing of this was run at that size: what `plan` says of each is in docs/plan.md.
+`data/base`.
+
+Expect what `plan` says of each, in docs/plan.md: an estimate. Nothing of this was run at that size.
 """
 
 from typing import NamedTuple
@@ -70,10 +72,11 @@ PLACES = {
 }
 
 
-def get_config(variant: str = "1b_v5e16") -> Recipe:
-    """Variants: the keys of `PLACES`, a size and where it runs."""
+def get_config(variant: str = "") -> Recipe:
+    """Variants: the keys of `PLACES`, a size and where it runs; by default the first."""
+    variant = variant or next(iter(PLACES))
     if variant not in PLACES:
-        raise ValueError(f"configs/scale.py:{variant}: known variants: {', '.join(PLACES)}")
+        raise ValueError(f"configs/scale.py has no variant {variant!r}; known: {', '.join(PLACES)}")
     place = PLACES[variant]
     size = SIZES[place.size]
     model = ModelConfig(
