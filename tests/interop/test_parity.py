@@ -158,7 +158,7 @@ def test_adapters_are_the_same_beside_the_base_in_peft(kind: dict[str, Any], tmp
     assert made.finetune is not None
     made.finetune.init_from = f"hf:{tmp_path}/theirs"
     made.finetune.lora = LoraConfig(rank=4, **kind)
-    made.finetune.optim.schedule.peak_lr = 0.1
+    made.finetune.optim.schedule.peak_lr = 0.03
     work = tmp_path / "work"
     train(adopted(made, work), work, "finetune")
     call("export", f"--workdir={work}", f"--to={tmp_path}/merged")

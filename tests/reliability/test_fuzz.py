@@ -177,7 +177,7 @@ def test_random_words(
 ) -> None:
     start, counts = time.monotonic(), Counter()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main, "prepare_all", lambda recipe, workdir: None)
+    monkeypatch.setattr(main, "prepare_all", lambda *_: None)
     write_data(Path("data"))
     load = "from pathlib import Path\nfrom tests.tiny import recipe\ndef get_config(variant=''):\n    "
     Path("tiny.py").write_text(f"{load}return recipe(Path('data'))\n")
