@@ -72,17 +72,18 @@ def _clean_value(value: Any, config: CleanConfig) -> Any:
 
 def clean_item(item: Item, config: DataConfig) -> Item:
     """The item with all text in its record cleaned, and with `removed` set where it is too short or too long."""
-    clean = config.clean
-    if item.record is None or clean == CleanConfig():
+    clean, record = config.clean, item.record
+    if record is None or clean == CleanConfig():
         return item
     if clean.control_characters != "keep" or clean.unicode != "none":
         try:
-            item = item._replace(record=_clean_value(item.record, clean))
+            record = _clean_value(record, clean)
+            item = item._replace(record=record)
         except RecursionError:
             return Item(item.where, None, "nested too deeply to be cleaned")
     if clean.min_characters or clean.max_characters:
         try:
-            length = sum(map(len, texts(item.record, config)))
+            length = sum(map(len, texts(record, config)))
         except ValueError:
             return item  # counted and named when it is tokenized
         if length < clean.min_characters:
