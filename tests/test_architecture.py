@@ -175,7 +175,7 @@ def test_files_and_core_stay_readable() -> None:
     long = {name: count for name, count in lines.items() if count > 400}
     assert not long, f"over 400 lines: {long}"
     core = sum(count for name, count in lines.items() if floor_of(name) < CORE and not within(name, "world"))
-    assert core <= 8600, f"the core has {core} lines"
+    assert core <= 8800, f"the core has {core} lines"
     road = sum(lines[name] for name in ROAD)
     assert road <= 1700, f"the road has {road} lines"
 
