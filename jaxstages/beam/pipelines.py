@@ -71,6 +71,7 @@ def make_engine(options: str) -> Engine:
     """The engine that runs Beam with these options, such as "--runner=DirectRunner --direct_num_workers=4"."""
     try:
         parsed = PipelineOptions(shlex.split(options))
+        parsed.get_all_options()  # it reads them late
     except (ValueError, SystemExit) as error:  # argparse's way to refuse
         raise ValueError(
             f"--beam_options={options!r} can't be read; see its lines above, or close the quotes"
