@@ -91,6 +91,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("races", 1, "pairs of runs in one directory"),
         ("pairs", 1, "SIGTERMs to two processes"),
         ("hosts", 2, "processes that train as one run"),
+        ("stages", 1, "that they train, 1 or 3"),
         ("lost", 1, "of them that die at random instants"),
         ("disks", 3, "sizes of a disk that is too small"),
         ("fuzz", 200, "random recipes, and as many data files"),

@@ -72,25 +72,25 @@ def _clean_value(value: Any, config: CleanConfig) -> Any:
 
 def clean_item(item: Item, config: DataConfig) -> Item:
     """The item with all text in its record cleaned, and with `removed` set where it is too short or too long."""
-    clean = config.clean
-    if item.record is None or clean == CleanConfig():
+    clean, record = config.clean, item.record
+    if record is None or clean == CleanConfig():
         return item
-    record = item.record
     if clean.control_characters != "keep" or clean.unicode != "none":
         try:
             record = _clean_value(record, clean)
+            item = item._replace(record=record)
         except RecursionError:
             return Item(item.where, None, "nested too deeply to be cleaned")
     if clean.min_characters or clean.max_characters:
         try:
             length = sum(map(len, texts(record, config)))
         except ValueError:
-            return item._replace(record=record)  # counted and named when it is tokenized
+            return item  # counted and named when it is tokenized
         if length < clean.min_characters:
             return item._replace(removed="too_short")
         if clean.max_characters and length > clean.max_characters:
             return item._replace(removed="too_long")
-    return item._replace(record=record)
+    return item
 
 
 def compared(item: Item, config: DataConfig) -> str | None:
