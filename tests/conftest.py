@@ -82,18 +82,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much the tests under `reliability/` do: the defaults are for `make test`, `make soak` gives more."""
     for name, count, what in (
-        ("kills", 4, "SIGKILLs at random instants"),
-        ("terms", 3, "SIGTERMs at random instants"),
+        ("kills", 3, "SIGKILLs at random instants"),
+        ("terms", 2, "SIGTERMs at random instants"),
         ("faults", 40, "random faults in checkpoints"),
-        ("every", 100, "each how many-th crash point is gone on from"),
-        ("errors", 350, "each how many-th call fails"),
-        ("native", 2, "crash points inside native code"),
+        ("every", 200, "each how many-th crash point is gone on from"),
+        ("errors", 700, "each how many-th call fails"),
+        ("native", 1, "crash points inside native code"),
         ("races", 1, "pairs of runs in one directory"),
-        ("pairs", 1, "SIGTERMs to two processes"),
+        ("pairs", 0, "SIGTERMs to two processes"),
         ("hosts", 2, "processes that train as one run"),
         ("stages", 1, "that they train, 1 or 3"),
         ("lost", 1, "of them that die at random instants"),
-        ("disks", 3, "sizes of a disk that is too small"),
+        ("disks", 2, "sizes of a disk that is too small"),
         ("fuzz", 200, "random recipes, and as many data files"),
         ("seed", 0, "of what is random"),
     ):

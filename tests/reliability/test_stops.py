@@ -128,6 +128,10 @@ def ends_of(home: Home, work: Path, pair: list[Child]) -> list[int]:
 
 def test_two_processes_asked_to_stop(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A signal to one of them, or to both: both save the same step and end with code 75."""
+    if not request.config.getoption("--pairs"):
+        pytest.skip(
+            "it takes minutes: `make soak`, or --pairs=1; of two processes, test_hosts_lost.py has the short tests"
+        )
     home, dice = Home(tmp_path / "home", command=("pretrain",)), random.Random(request.config.getoption("--seed"))
     assert ends_of(home, home.folder / "whole", start_pair(home, home.folder / "whole")) == [0, 0]
     whole = outcome(home.folder / "whole")
