@@ -7,14 +7,19 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 BENCH := --rows=C1,C2,C3
 SOAK := --kills=500 --terms=200 --pairs=200 --hosts=4 --stages=3 --lost=10 --faults=2000 --every=1 --errors=1 --native=120 --fuzz=20000 --races=50 --disks=8
 
-.PHONY: demo demo-control test coverage soak bench check lock clean
+.PHONY: .venv demo demo-control test coverage soak bench check lock clean
 
-.venv: requirements.lock pyproject.toml
+# The lock names every package, so pip resolves nothing: a release of tomorrow can't change what is installed. `installed` is
+# there only when all of it went well.
+.venv: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --require-hashes --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
-	touch .venv
+	$(BIN)/pip check
+	touch $@
 
 demo: .venv  ## all three stages on the embedded small world, in runs/demo
 	$(BIN)/jaxstages run --config=configs/demo.py --workdir=runs/demo
