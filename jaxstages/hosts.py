@@ -229,6 +229,9 @@ def leave() -> None:
 _leaving = threading.Event()
 """This process knows how it ends: the end of another changes nothing."""
 
+_ends_with: list[int] = []
+"""The code of its end by a fault, once it is told."""
+
 
 def _client() -> Any:
     client = distributed.global_state.client
@@ -241,6 +244,8 @@ def _by_abort(_: int) -> None:
     jaxlib 0.10.2 can't call one (std::bad_cast). So SIGABRT is taken here, by C: Python's own handlers would never run.
     The client holds its lock then, and answers no more: an abort in which it does answer is one of another kind, and
     goes on as it would have."""
+    if _ends_with:  # all have heard, and process 0 was gone before its last answer was here
+        os._exit(_ends_with[0])
     if _leaving.is_set():
         time.sleep(2 * TOLD_WITHIN)  # the process ends just now, and knows its code
     if _answers():
@@ -280,16 +285,18 @@ def _end_with_the_others() -> None:
         return
     _leaving.set()
     _say(f"process {told['process']} ended: {told['text']}")
+    _ends_with.append(told["code"])
     _until_all_have_heard()
     os._exit(told["code"])
 
 
 def tell_end(code: int, text: str) -> None:
-    """This process is about to end by a fault: the others do so too, at once and for the same reason. Nothing happens
-    where it is alone, or has left them."""
+    """This process is about to end by a fault, which it has printed: the others do so too, at once and for the same
+    reason. Nothing happens where it is alone, or has left them."""
     if not distributed.is_initialized() or _leaving.is_set():
         return
     _leaving.set()
+    _ends_with.append(code)
     number = distributed.global_state.process_id
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or nobody is there any more
         _client().key_value_set(_END, json.dumps({"process": number, "code": code, "text": text}))

@@ -47,8 +47,9 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         return _fail(74, f"{error}; nothing that was saved before is lost")
     except Exception as error:
+        traceback.print_exc()
         hosts.tell_end(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        raise
+        return 1
     return 0
 
 
@@ -61,9 +62,9 @@ def _place_of(error: BaseException) -> str:
 
 
 def _fail(code: int, text: str) -> int:
-    hosts.tell_end(code, text)
     with contextlib.suppress(OSError):  # of a log on a full disk: the code tells it
         print(f"jaxstages: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    hosts.tell_end(code, text)
     return code
 
 

@@ -4,7 +4,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _rename = os.rename  # that of before the tests which count, or fail, the program's calls
 
@@ -32,3 +34,19 @@ def write_whole_files() -> None:
             _rename(part, entry)
 
     LRUCache.put = put
+
+
+def traced_once(make_model: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but stages with one model share it, and its trace: tracing is most of a run that compiles nothing."""
+    import jax
+
+    made: dict[str, Any] = {}
+
+    def make(config: Any, vocab: int, **settings: Any) -> Any:
+        key = f"{config} {vocab} {settings}"
+        if key not in made:
+            model = make_model(config, vocab, **settings)
+            made[key] = model._replace(init=jax.jit(model.init), headless=jax.jit(model.headless))
+        return made[key]
+
+    return make

@@ -135,6 +135,7 @@ def make_model(
     alone = Backend(platform, attend_packed, ALONE)
     decoder = Transformer(config, vocab, alone, stacked=False)
 
+    @jax.jit  # traced once, however often its shapes are asked for
     def boxed(key: Array) -> Params:
         row = jnp.zeros((1, 2), jnp.int32)  # which no mesh could split
         variables: Any = Transformer(config, vocab, alone).init(

@@ -7,6 +7,7 @@ last step that was read (low and high byte), slot 4 the step of the stage's last
 
 import mmap
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,15 @@ def main() -> None:
     slots = shared(os.environ["JAXSTAGES_TEST_PHASES"])
     with stop_signals():  # as the door itself does, which is one import later here
         slots[0] = PHASES.index("import")
+        sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would load what only tests/interop needs
         import jaxstages.main  # noqa: F401
-        from jaxstages import hosts
-        from tests.compiled import write_whole_files
+        from jaxstages import hosts, workbench
+        from tests.compiled import traced_once, write_whole_files
 
         hosts.LOST_AFTER = int(os.environ.get("JAXSTAGES_TEST_LOST_AFTER", hosts.LOST_AFTER))
         tell_phases(slots)
         write_whole_files()
+        workbench.make_model = traced_once(workbench.make_model)
         door.cli()
 
 

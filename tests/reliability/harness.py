@@ -21,12 +21,10 @@ import pytest
 from jaxstages import config as recipes
 from jaxstages import workbench
 from jaxstages.checkpoint import read_meta, steps_of
-from jaxstages.config import EarlyStoppingConfig, ModelConfig, Recipe
+from jaxstages.config import EarlyStoppingConfig, Recipe
 from jaxstages.disk import read_json
 from jaxstages.metrics import read_metrics
-from jaxstages.models.transformer import make_model
 from jaxstages.sharding import make_mesh
-from jaxstages.types import Model
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder
 from tests import compiled
 from tests.reliability.child import PHASES, SLOTS, shared
@@ -185,17 +183,8 @@ def outcome(work: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def quick_runs() -> Iterator[None]:
     """One device, and each model traced once: a run takes seconds."""
-    made: dict[str, Model] = {}
-
-    def traced_once(config: ModelConfig, vocab: int, **settings: Any) -> Model:
-        key = f"{config} {vocab}"
-        if key not in made:
-            model = make_model(config, vocab, **settings)
-            made[key] = model._replace(init=jax.jit(model.init), headless=jax.jit(model.headless))
-        return made[key]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbench, "make_model", traced_once)
+        patch.setattr(workbench, "make_model", compiled.traced_once(workbench.make_model))
         patch.setattr(workbench, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         yield
 

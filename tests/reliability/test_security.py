@@ -322,7 +322,7 @@ def test_the_lock_pins_and_hashes_all_it_names() -> None:
 
 def test_make_installs_what_the_hashes_say_and_nothing_beside_it() -> None:
     installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line]
-    assert any("--require-hashes -r requirements.lock" in line for line in installs)
+    assert any("--require-hashes --no-deps -r requirements.lock" in line for line in installs)
     for line in installs:
         assert "--require-hashes" in line or ("--no-deps" in line and "--no-build-isolation" in line), line
 
