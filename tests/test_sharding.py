@@ -45,6 +45,7 @@ MODEL = ModelConfig(
     layers=2, width=64, ff_width=128, context=32, attention=AttentionConfig(heads=8, kv_heads=8, head_dim=8)
 )
 MIXTURE = dataclasses.replace(MODEL, experts=ExpertsConfig(count=8, per_token=2))
+MIXED = (MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
 WORDS, BATCH = 128, 16
 
 
@@ -116,7 +117,7 @@ def test_nor_on_accumulation_under_a_mesh(one_device: list[float]) -> None:
     np.testing.assert_allclose(Run(MODEL, MeshConfig(data=8)).losses(2), one_device, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", [MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
+@pytest.mark.parametrize("config", MIXED)
 def test_nor_do_those_of_a_mixture(config: MeshConfig) -> None:
     """Experts on several devices, and each split over tensor."""
     alone = Run(MIXTURE, MeshConfig(), jax.devices()[:1]).losses()
@@ -127,15 +128,24 @@ def test_nor_do_those_of_a_mixture(config: MeshConfig) -> None:
 def test_a_step_sends_what_theory_says(name: str) -> None:
     """Of each kind within 5 %, nothing of a kind that theory does not have; XLA for CPU sums each projection's gradient
     by its input alone."""
-    run = Run(MODEL, MESHES[name])
+    check_exchanges(MODEL, MESHES[name])
+
+
+@pytest.mark.parametrize("config", [*MIXED, MeshConfig(data=1, expert=8), MeshConfig(data=1, context=2, expert=4)])
+def test_and_so_does_one_of_a_mixture(config: MeshConfig) -> None:
+    check_exchanges(MIXTURE, config)
+
+
+def check_exchanges(model: ModelConfig, config: MeshConfig) -> None:
+    run = Run(model, config)
     found, wanted = run.exchanges(), dict.fromkeys(("all-gather", "all-reduce", "reduce-scatter", "all-to-all"), 0)
     small = found.pop(SMALL)
-    for _, kind, size in expected(MODEL, WORDS, run.mesh, BATCH, merges=False):
+    for _, kind, size in expected(model, WORDS, run.mesh, BATCH, merges=False):
         wanted[kind] += size
     assert found.keys() <= wanted.keys()
     for kind, size in wanted.items():
         assert found.get(kind, 0) == pytest.approx(size, rel=0.05), (kind, found, wanted)
-    assert small < 16 * MODEL.layers * MODEL.width * 4
+    assert small < 16 * model.layers * model.width * 4
 
 
 def test_fsdp_holds_an_eighth_of_parameters_and_optimizer() -> None:

@@ -7,7 +7,7 @@ more than is needed, or keep it.
 | gradient of a kernel         | summed over the devices that have other rows; each keeps the part that it stores   |
 | lookup of tokens             | tokens, and their embeddings, from those that store other parts of the embedding   |
 | attention, where rows are split | keys and values of the whole row                                                |
-| a mixture of experts         | tokens to all that share the experts, and back what those give                     |
+| a mixture of experts         | tokens to all that share the experts, and back what those give; kernels, as above  |
 
 Legend: B batch, L length, D width, V vocab, I inputs, O outputs, H query heads, G key/value heads, K head dim,
 E experts, F feed-forward.
@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from jaxstages.types import ALONE, Names, Placement
@@ -118,22 +119,55 @@ def _part(axes: tuple[str, ...]) -> Array:
 
 def mix_over(mix: Callable[..., Array], place: Placement) -> Callable[..., Array]:
     """`mix(x_BLD, router_DE, gate_EDF, up_EDF, down_EFD) -> [B, L, D]` with experts on several devices: each has the
-    tokens of all that share the experts, and adds what its own give; nothing is dropped."""
+    tokens of all that share the experts, and adds what its own give; nothing is dropped. Kernels are gathered for it,
+    and again in the backward pass."""
+    if place is ALONE:
+        return lambda x_BLD, router_DE, *kernels: _flat(mix, x_BLD, router_DE, kernels, 0)
+    experts, shares = place.axes("expert"), place.axes("ff")
+    meet = tuple(axis for axis in experts if axis in place.axes("rows"))
+    apart = tuple(axis for axis in (*shares, *experts) if axis not in meet)
 
+    def whole(kernel: Array, names: Names, *split: str) -> Array:
+        for name in split:
+            if axes := place.axes(name):
+                kernel = jax.lax.all_gather(kernel, axes, axis=names.index(name), tiled=True)
+        return kernel
+
+    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
     def local(x_BLD: Array, router_DE: Array, gate: Array, up: Array, down: Array) -> Array:
-        experts, shares = place.axes("expert"), place.axes("ff")
-        meet = tuple(axis for axis in experts if axis in place.axes("rows"))
+        router_DE = whole(router_DE, _ROUTER, GATHERED, "expert")
+        kernels = (whole(gate, _IN, GATHERED), whole(up, _IN, GATHERED), whole(down, _OUT, GATHERED))
         if meet:
-            x_BLD = jax.lax.all_gather(x_BLD, meet, axis=0, tiled=True)
-        first = _part(experts) * len(gate) if experts else 0
-        x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        out = mix(x_MD, router_DE, (gate, up, down), first=first).reshape(x_BLD.shape)
-        if shares:
-            out = jax.lax.psum(out, shares)
-        if apart := tuple(axis for axis in experts if axis not in meet):
-            out = jax.lax.psum(out, apart)
-        return jax.lax.psum_scatter(out, meet, scatter_dimension=0, tiled=True) if meet else out
+            x_BLD = checkpoint_name(jax.lax.all_gather(x_BLD, meet, axis=0, tiled=True), "tokens")  # which are kept
+        out = _flat(mix, x_BLD, router_DE, kernels, _part(experts) * len(gate) if experts else 0)
+        if meet:
+            out = jax.lax.psum_scatter(out, meet, scatter_dimension=0, tiled=True)
+        return _sum_over(out, apart) if apart else out
 
-    wide = ("expert", "", "ff")
-    names = ((*ROWS, ""), ("", ""), wide, wide, ("expert", "ff", ""))
-    return place.local(local, names, (*ROWS, ""))
+    return place.local(local, ((*ROWS, ""), _ROUTER, _IN, _IN, _OUT), (*ROWS, ""))
+
+
+_ROUTER, _IN, _OUT = (GATHERED, "expert"), ("expert", GATHERED, "ff"), ("expert", "ff", GATHERED)
+
+
+def _flat(mix: Callable[..., Array], x_BLD: Array, router_DE: Array, kernels: tuple[Array, ...], first: Any) -> Array:
+    x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    return mix(x_MD, router_DE, kernels, first=first).reshape(x_BLD.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_over(x: Array, axes: tuple[str, ...]) -> Array:
+    """Of what several devices have, each of which gets the sum. Its gradient comes to each as its share of one in
+    `size` (`jax.shard_map` sees that they have the same), and is whole again without asking the others."""
+    return jax.lax.psum(x, axes)
+
+
+def _sum_forward(x: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
+    return jax.lax.psum(x, axes), None
+
+
+def _sum_backward(axes: tuple[str, ...], _: None, d_out: Array) -> tuple[Array]:
+    return (d_out * jax.lax.axis_size(axes),)
+
+
+_sum_over.defvjp(_sum_forward, _sum_backward)

@@ -85,7 +85,7 @@ def _within(program: _Program, name: str, times: int) -> Iterator[tuple[str, Col
         result, kind, operation, rest = match.groups()
         types[result] = kind
         plain = operation.removesuffix("-start")
-        if plain in KINDS:
+        if plain in KINDS and not re.search(r"replica_groups=\{\{\d+\}|replica_groups=\[\d+,1\]", rest):
             channel = re.search(r"channel_id=\d+", rest)
             yield (
                 channel.group() if channel else result,
@@ -139,7 +139,8 @@ def expected(
     | data    | gradients are summed
     | tensor  | activations are summed twice a layer and direction (Shoeybi et al. 2019)
     | context | keys and values are gathered, their gradients scattered
-    | expert  | tokens are gathered, and what experts give is scattered, in both directions
+    | expert  | tokens are gathered, and what experts give is scattered, in both directions: without capacity no
+    |         | all-to-all would be of a fixed size
 
     Args:
         merges: the compiler sums what several projections give back to one input once, and not each by itself.
@@ -158,7 +159,23 @@ def expected(
     kernels = layers * dense * wide // tensor
     table = vocab * config.width // tensor
     heads_out = 1 if merges else 3
-    found = []
+    # A mixture's kernels of one device's experts, and its router, which is float32.
+    mixed = layers * 3 * mix * config.width * config.ff_width * wide // (expert * tensor)
+    router = layers * config.width * mix * 4
+    again = 3 if recomputes else 2
+    found = [
+        ("experts", "all-gather", again * mixed if fsdp > 1 else 0),
+        ("router", "all-gather", again * router if fsdp * expert > 1 else 0),
+        ("gradients of experts", "reduce-scatter", mixed if fsdp > 1 else 0),
+        ("gradients of experts", "all-reduce", mixed // fsdp if data * context > 1 else 0),
+        ("gradient of router", "reduce-scatter", router if fsdp * expert > 1 else 0),
+        ("gradient of router", "all-reduce", router // (fsdp * expert) if data * context > 1 else 0),
+    ]
+    if mix and expert > 1:
+        found += [
+            ("tokens, to their experts", "all-gather", again * layers * hidden * expert),
+            ("what experts give, and gradients", "reduce-scatter", again * layers * hidden * expert),
+        ]
     if fsdp > 1:
         # What is added to the residual stream last is not computed again: nothing of the backward pass needs it.
         last = 0 if mix else layers * config.ff_width * config.width * wide // tensor
@@ -180,7 +197,7 @@ def expected(
         found.append(("gradient of head, of each part", "all-reduce", table // fsdp * 4))
     if tensor > 1:
         passes = 2 * (2 if recomputes else 1)
-        back = heads_out + (0 if mix else 1 if merges or not gates else 2)
+        back = heads_out + (1 if mix or merges or not gates else 2)
         found += [
             ("outputs of attention and feed-forward", "all-reduce", passes * layers * hidden),
             ("gradients of their inputs", "all-reduce", back * layers * hidden),
