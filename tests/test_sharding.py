@@ -24,7 +24,7 @@ from jaxstages.fingerprint import fingerprint
 from jaxstages.models.transformer import make_model
 from jaxstages.optim import make_optimizer
 from jaxstages.plan.collectives import SMALL, collectives_of, expected, total
-from jaxstages.sharding import batch_sharding, check_batch, make_mesh, make_placement, param_shardings
+from jaxstages.sharding import _arranged, batch_sharding, check_batch, make_mesh, make_placement, param_shardings
 from jaxstages.step import init_state, make_train_step
 from jaxstages.types import Batch
 from jaxstages.workbench import state_shapes
@@ -193,3 +193,27 @@ def test_what_does_not_fit_is_named() -> None:
         param_shardings(params, model.axes, mesh)
     with pytest.raises(ValueError, match="batch_size=12 must be divisible by 16"):
         check_batch("batch_size", 12, 2, make_mesh(MeshConfig(data=8)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What of a TPU the arrangement of a mesh looks at."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def test_data_alone_crosses_from_slice_to_slice() -> None:
+    """Two slices of 2x4 chips; what talks most lies within one."""
+    chips = [Chip(8 * part + 4 * x + y, part, (x, y, 0)) for part in range(2) for x in range(2) for y in range(4)]
+    arranged = _arranged((4, 2, 1, 1, 2), chips[::-1])
+    for half, block in enumerate(np.split(arranged, 2)):
+        assert {chip.slice_index for chip in block.flat} == {half}
+    assert {chip.id for chip in arranged.flat} == set(range(16))
+    with pytest.raises(ValueError, match=r"mesh.data=1 must be a multiple of the 2 slices"):
+        _arranged((1, 16, 1, 1, 1), chips)
