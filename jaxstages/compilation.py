@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxstages.console import say
 from jaxstages.models.lora import join
 from jaxstages.optim import path_matches
+from jaxstages.sharding import make_placement
 from jaxstages.step import TrainStep, make_train_step
 from jaxstages.types import Batch, Headless, Params, Sums, TrainState
 from jaxstages.workbench import Parts, Workbench
@@ -71,6 +72,7 @@ def jit_step(bench: Parts | Workbench, remat: str) -> tuple[Any, Any]:
         loss_tile=config.loss_tile,
         spike_sigma=optim.spike_sigma,
         frozen=path_matches(optim.freeze, bench.shapes.params),
+        place=make_placement(bench.mesh, bench.recipe.mesh.rules),
     )
 
     def step(state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, Sums]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxstages.types import Headless, Sums
+from jaxstages.types import ALONE, Headless, Placement, Sums
 
 
 def cross_entropy_sums(
@@ -21,6 +21,7 @@ def cross_entropy_sums(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     tile: int = 0,
+    place: Placement = ALONE,
 ) -> Sums:
     """Weighted sums over tokens of the negative log-likelihood and of what is minimised.
 
@@ -33,6 +34,7 @@ def cross_entropy_sums(
         z_loss: factor of `log(sum(exp(logits)))**2`, which keeps logits from drifting (PaLM, Chowdhery et al. 2022).
         tile: of `Headless`, logits of so many positions of each row exist at once, or of a few less, so that the tiles
             are equal; 0 is all of them. Saves memory, and costs some time.
+        place: which device holds what.
 
     Returns:
         "nll" in nats; "objective", which is nll unless smoothing or z-loss are on, and the only one that gradients are
@@ -42,7 +44,7 @@ def cross_entropy_sums(
     if isinstance(outputs, Headless):
         length = targets_BL.shape[1]
         at_once = max(n for n in range(1, min(tile or length, length) + 1) if length % n == 0)
-        sums: Any = _headless_sums(outputs, targets_BL, weights_BL, label_smoothing, z_loss, at_once)
+        sums: Any = _headless_sums(outputs, targets_BL, weights_BL, label_smoothing, z_loss, at_once, place)
     else:
         sums, _ = _sums_of_logits(outputs, targets_BL, weights_BL, label_smoothing, z_loss)
     aside = {name: jax.lax.stop_gradient(value) for name, value in sums.items() if name != "objective"}
@@ -73,21 +75,21 @@ def _sums_of_logits(
     return sums | {"weight": jnp.sum(weights_BL)}, lse_BL
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _headless_sums(
-    outputs: Headless, targets: Array, weights: Array, smoothing: float, z_loss: float, tile: int
+    outputs: Headless, targets: Array, weights: Array, smoothing: float, z_loss: float, tile: int, place: Placement
 ) -> Sums:
-    return _tile_by_tile(outputs, targets, weights, smoothing, z_loss, tile, False)[0]
+    return _tile_by_tile(outputs, targets, weights, smoothing, z_loss, tile, place, False)[0]
 
 
 def _headless_forward(
-    outputs: Headless, targets: Array, weights: Array, smoothing: float, z_loss: float, tile: int
+    outputs: Headless, targets: Array, weights: Array, smoothing: float, z_loss: float, tile: int, place: Placement
 ) -> tuple[Sums, Any]:
-    sums, gradients = _tile_by_tile(outputs, targets, weights, smoothing, z_loss, tile, True)
+    sums, gradients = _tile_by_tile(outputs, targets, weights, smoothing, z_loss, tile, place, True)
     return sums, (gradients, outputs.softcap)
 
 
-def _headless_backward(smoothing: float, z_loss: float, tile: int, saved: Any, d_sums: Sums) -> Any:
+def _headless_backward(smoothing: float, z_loss: float, tile: int, place: Placement, saved: Any, d_sums: Sums) -> Any:
     gradients, softcap = saved
     d_hidden, d_head = ((d.astype(jnp.float32) * d_sums["objective"]).astype(d.dtype) for d in gradients)
     return Headless(d_hidden, d_head, None if softcap is None else jnp.zeros_like(softcap)), None, None
@@ -103,10 +105,12 @@ def _tile_by_tile(
     smoothing: float,
     z_loss: float,
     tile: int,
+    place: Placement,
     differentiate: bool,
 ) -> tuple[Sums, tuple[Array, Array] | None]:
     """The sums and, made in the same pass, the objective's gradients by hidden and head (as in Liger's fused linear
-    cross-entropy, Hsu et al. 2024, but with the tiles along the row, so that each device keeps its own rows)."""
+    cross-entropy, Hsu et al. 2024, but with the tiles along the row, so that each device keeps its own rows). Devices add up what their own rows give
+    to the head, and are asked for it once, after the last tile."""
     hidden_BLD, head_VD, softcap = outputs
     dtype, vocab = hidden_BLD.dtype, head_VD.shape[0]
 
@@ -127,8 +131,9 @@ def _tile_by_tile(
         # Operands of the model's dtype: float32 ones would take the matmuls off the fast path of accelerators.
         d_logits = jnp.where(weights_BT[..., None] > 0, d_logits, 0.0).astype(dtype)
         d_hidden_BTD = jnp.einsum("BTV,VD->BTD", d_logits, head_VD.astype(dtype))
-        return sums, (d_hidden_BTD, _head_gradient(d_logits, hidden_BTD))
+        return sums, (d_hidden_BTD, _head_gradient(d_logits, hidden_BTD, parts, place))
 
+    parts = place.parts("rows") if tile < targets_BL.shape[1] else 1
     length = targets_BL.shape[1]
     if tile == length:
         sums, gradients = one((hidden_BLD, targets_BL, weights_BL))
@@ -144,16 +149,23 @@ def _tile_by_tile(
         return jax.tree.map(jnp.add, total, (sums, gradients[1])), gradients[0]
 
     zero = dict.fromkeys(("nll", "objective", "correct", "weight"), jnp.zeros(()))
-    start = (zero, jnp.zeros(head_VD.shape, jnp.float32) if differentiate else None)
+    shape = head_VD.shape if parts == 1 else (parts, *head_VD.shape)
+    start = (zero, jnp.zeros(shape, jnp.float32) if differentiate else None)
     (sums, d_head), d_hiddens = jax.lax.scan(add, start, tuple(map(split, (hidden_BLD, targets_BL, weights_BL))))
     if d_head is None:
         return sums, None
+    d_head = jnp.sum(d_head, axis=0) if parts > 1 else d_head
     return sums, (d_hiddens.swapaxes(0, 1).reshape(hidden_BLD.shape), d_head.astype(head_VD.dtype))
 
 
-def _head_gradient(d_logits_BTV: Array, hidden_BTD: Array) -> Float[Array, "V D"]:
-    """Summed in float32, over tokens. Both operands lie as they are, neither is copied, and the narrower is first: the
-    other way round takes 1.4 times as long on CPU. The barrier keeps XLA from turning it back."""
+def _head_gradient(d_logits_BTV: Array, hidden_BTD: Array, parts: int, place: Placement) -> Float[Array, "*P V D"]:
+    """Summed in float32, over tokens; of each part of the rows by itself where there are several. Both operands lie as
+    they are, neither is copied, and the narrower is first: the other way round takes 1.4 times as long on CPU. The
+    barrier keeps XLA from turning it back."""
+    if parts > 1:
+        apart = (x.reshape(parts, -1, *x.shape[1:]) for x in (d_logits_BTV, hidden_BTD))
+        found = jnp.einsum("PBTV,PBTD->PVD", *apart, preferred_element_type=jnp.float32)
+        return place.activation(found, ("rows", "vocab", ""))
     narrow, wide = sorted((d_logits_BTV, hidden_BTD), key=lambda x: x.shape[-1])
     rows = ((0, 1), (0, 1))
     found = jax.lax.dot_general(narrow, wide, (rows, ((), ())), preferred_element_type=jnp.float32)

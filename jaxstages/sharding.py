@@ -102,6 +102,7 @@ def make_placement(mesh: Mesh, rules: RulesConfig = RULES) -> Placement:
         split=lambda x, names: put(x, spec_of(names, rules)),
         local=local,
         axes=lambda name: tuple(axis for axis in getattr(rules, name, ()) if mesh.shape[axis] > 1),
+        parts=lambda name: _product(mesh, getattr(rules, name, ())),
     )
 
 

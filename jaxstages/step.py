@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jaxstages.guard import init_guard, judge
 from jaxstages.losses import cross_entropy_sums
 from jaxstages.optim import global_norm
-from jaxstages.types import Batch, Headless, Params, Sums, TrainState
+from jaxstages.types import ALONE, Batch, Headless, Params, Placement, Sums, TrainState
 
 Apply = Callable[[Params, Batch, Array | None], Array | Headless]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Sums]]
@@ -36,6 +36,7 @@ def make_train_step(
     loss_tile: int = 0,
     spike_sigma: float = 0.0,
     frozen: Params | None = None,
+    place: Placement = ALONE,
 ) -> TrainStep:
     """One optimizer update as `step(state, batch) -> (state, sums)`, to be jitted with the state donated.
 
@@ -49,6 +50,7 @@ def make_train_step(
         accumulate: parts that the batch is split into, one after the other, to save memory; divides B.
         frozen: tree of bools like params; gradients of the true ones are 0, are not computed, and don't count in the
             norm. That they stay as they are is the optimizer's part.
+        place: which device holds what.
 
     Returns a step whose sums are those of `cross_entropy_sums`, "tokens" (slots that hold one), "grad_norm" before
     clipping, "update_norm", "applied" (1 or 0), "skipped" (updates so far that were not applied) and "streak" (steps in
@@ -65,6 +67,7 @@ def make_train_step(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             tile=loss_tile,
+            place=place,
         )
         return sums["objective"], sums
 

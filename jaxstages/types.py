@@ -81,6 +81,7 @@ class Placement(NamedTuple):
     split: `split(x, names)`, a parameter, or its gradient, as it is stored.
     local: `local(function, names_of_inputs, names_of_output)`, the function with each device's parts of its arrays.
     axes: `axes(name)`, the axes of the mesh that split a logical axis, for collectives within `local`.
+    parts: `parts(name)`, into how many parts they split it.
     """
 
     activation: Callable[[Array, Names], Array] = lambda x, _names: x
@@ -88,6 +89,7 @@ class Placement(NamedTuple):
     split: Callable[[Array, Names], Array] = lambda x, _names: x
     local: Callable[[Callable[..., Array], tuple[Names, ...], Names], Callable[..., Array]] = lambda f, _ins, _out: f
     axes: Callable[[str], tuple[str, ...]] = lambda _name: ()
+    parts: Callable[[str], int] = lambda _name: 1
 
 
 ALONE = Placement()

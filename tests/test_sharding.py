@@ -54,19 +54,20 @@ class Run:
 
     def __init__(self, config: ModelConfig, mesh_config: MeshConfig, devices: list[Any] | None = None) -> None:
         self.mesh = make_mesh(mesh_config, devices)
-        self.model = make_model(config, WORDS, place=make_placement(self.mesh, mesh_config.rules))
+        self.place = make_placement(self.mesh, mesh_config.rules)
+        self.model = make_model(config, WORDS, place=self.place)
         self.tx = make_optimizer(OptimConfig(), STEPS, self.model.axes)
         stage = StageConfig(loop=LoopConfig(steps=STEPS))
         self.shapes = state_shapes(self.model, self.tx, stage, self.mesh, mesh_config.rules)
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         self.rows = batch_sharding(self.mesh, mesh_config.rules)
 
-    def jitted(self, accumulate: int = 1) -> Any:
-        step = make_train_step(self.model.headless, self.tx, accumulate=accumulate)
+    def jitted(self, accumulate: int = 1, tile: int = 0) -> Any:
+        step = make_train_step(self.model.headless, self.tx, accumulate=accumulate, loss_tile=tile, place=self.place)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
-    def losses(self, accumulate: int = 1) -> list[float]:
-        step = self.jitted(accumulate)
+    def losses(self, accumulate: int = 1, tile: int = 0) -> list[float]:
+        step = self.jitted(accumulate, tile)
         state = jax.jit(lambda key: init_state(self.model.init(key), self.tx, WINDOW), out_shardings=self.shardings)(
             jax.random.key(0)
         )
@@ -80,11 +81,11 @@ class Run:
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         return losses
 
-    def exchanges(self) -> dict[str, int]:
+    def exchanges(self, tile: int = 0) -> dict[str, int]:
         fields = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
         shape = (BATCH, MODEL.context)
         batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=self.rows) for dtype in fields))
-        return total(collectives_of(self.jitted().lower(self.shapes, batch).compile().as_text()))
+        return total(collectives_of(self.jitted(tile=tile).lower(self.shapes, batch).compile().as_text()))
 
 
 def rows_of_words() -> Batch:
@@ -117,6 +118,17 @@ def test_nor_on_accumulation_under_a_mesh(one_device: list[float]) -> None:
     np.testing.assert_allclose(Run(MODEL, MeshConfig(data=8)).losses(2), one_device, rtol=1e-5)
 
 
+def test_nor_on_tiles_of_the_loss(one_device: list[float]) -> None:
+    run = Run(MODEL, MESHES["data 2 x fsdp 2 x tensor 2"])
+    np.testing.assert_allclose(run.losses(tile=8), one_device, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["data 8", "fsdp 8", "data 2 x fsdp 2 x tensor 2"])
+def test_tiles_of_the_loss_send_nothing_more(name: str) -> None:
+    """The head's gradient is summed once, and not for each of four tiles."""
+    check_exchanges(MODEL, MESHES[name], tile=8)
+
+
 @pytest.mark.parametrize("config", MIXED)
 def test_nor_do_those_of_a_mixture(config: MeshConfig) -> None:
     """Experts on several devices, and each split over tensor."""
@@ -136,9 +148,9 @@ def test_and_so_does_one_of_a_mixture(config: MeshConfig) -> None:
     check_exchanges(MIXTURE, config)
 
 
-def check_exchanges(model: ModelConfig, config: MeshConfig) -> None:
+def check_exchanges(model: ModelConfig, config: MeshConfig, tile: int = 0) -> None:
     run = Run(model, config)
-    found, wanted = run.exchanges(), dict.fromkeys(("all-gather", "all-reduce", "reduce-scatter", "all-to-all"), 0)
+    found, wanted = run.exchanges(tile), dict.fromkeys(("all-gather", "all-reduce", "reduce-scatter", "all-to-all"), 0)
     small = found.pop(SMALL)
     for _, kind, size in expected(model, WORDS, run.mesh, BATCH, merges=False):
         wanted[kind] += size
