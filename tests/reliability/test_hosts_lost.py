@@ -60,6 +60,8 @@ def start_all(home: Home, work: Path, count: int, **environment: str) -> list[Ch
         for number in range(count)
     ]
     logs = [work.with_name(f"{work.name}.{number}.log") for number in range(count)]
+    for log in logs:
+        log.unlink(missing_ok=True)  # of the start before
     return [
         home.start(work, more=place if count > 1 else (), log=log, XLA_FLAGS=QUICK, **environment)
         for place, log in zip(places, logs, strict=True)
@@ -94,7 +96,9 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], stages: tuple[
         }
         for one, other in zip(ours["lines"], theirs["lines"], strict=True):
             assert (one["step"], one["kind"], one.get("tokens")) == (other["step"], other["kind"], other.get("tokens"))
-            assert one.get("loss") == pytest.approx(other.get("loss"), rel=1e-5)
+            assert ("loss" in one) == ("loss" in other)
+            if "loss" in one:
+                assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 def test_a_host_that_dies_ends_all_and_others_go_on(
@@ -115,9 +119,12 @@ def test_a_host_that_dies_ends_all_and_others_go_on(
             victim, number = dice.randrange(size), signal.SIGKILL
             if kills > 1 and not dice.randrange(4):
                 number = signal.SIGSTOP  # as one whose network is cut: nobody hears of it
-            hits.update(children[victim].phases)
+            phases, took = children[victim].phases, survive(children, victim, number)
+            if took is None:
+                break
+            hits.update(phases)
             victims[f"process {victim} of {size}, {number.name}"] += 1
-            seconds.append(survive(children, victim, number))
+            seconds.append(took)
             sent += 1
         for child in children:
             child.kill() if child.running() else None
@@ -132,8 +139,9 @@ def test_a_host_that_dies_ends_all_and_others_go_on(
     assert max(seconds) < 60
 
 
-def survive(children: list[Child], victim: int, number: int) -> float:
-    """Seconds until all but the victim have ended, each with code 75 and one line that says why."""
+def survive(children: list[Child], victim: int, number: int) -> float | None:
+    """Seconds until all but the victim have ended, each with code 75 and one line that says why. None where the run was
+    over already, so that they ended well."""
     began = time.monotonic()
     children[victim].kill(number)
     others = [child for place, child in enumerate(children) if place != victim]
@@ -142,6 +150,9 @@ def survive(children: list[Child], victim: int, number: int) -> float:
     if number == signal.SIGSTOP:
         children[victim].kill()
     logs = [child.log() for child in others]
+    if set(codes) == {0}:
+        assert (children[0].work / "pretrain" / "result.json").exists()
+        return None
     assert codes == [75] * len(others), "\n".join(logs)
     for log in logs:
         (line,) = [line for line in log.splitlines() if re.match("jaxstages: .*(is lost|again to go on)", line)]
