@@ -109,8 +109,8 @@ def _tile_by_tile(
     differentiate: bool,
 ) -> tuple[Sums, tuple[Array, Array] | None]:
     """The sums and, made in the same pass, the objective's gradients by hidden and head (as in Liger's fused linear
-    cross-entropy, Hsu et al. 2024, but with the tiles along the row, so that each device keeps its own rows). Devices add up what their own rows give
-    to the head, and are asked for it once, after the last tile."""
+    cross-entropy, Hsu et al. 2024, but with the tiles along the row, so that each device keeps its own rows). Devices
+    add up what their own rows give to the head, and are asked for it once, after the last tile."""
     hidden_BLD, head_VD, softcap = outputs
     dtype, vocab = hidden_BLD.dtype, head_VD.shape[0]
 

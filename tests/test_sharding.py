@@ -118,8 +118,9 @@ def test_nor_on_accumulation_under_a_mesh(one_device: list[float]) -> None:
     np.testing.assert_allclose(Run(MODEL, MeshConfig(data=8)).losses(2), one_device, rtol=1e-5)
 
 
-def test_nor_on_tiles_of_the_loss(one_device: list[float]) -> None:
-    run = Run(MODEL, MESHES["data 2 x fsdp 2 x tensor 2"])
+@pytest.mark.parametrize("name", ["data 2 x fsdp 2 x tensor 2", "context 2 x fsdp 2 x tensor 2"])
+def test_nor_on_tiles_of_the_loss(name: str, one_device: list[float]) -> None:
+    run = Run(MODEL, MESHES[name])
     np.testing.assert_allclose(run.losses(tile=8), one_device, rtol=1e-5)
 
 
