@@ -149,13 +149,12 @@ def _tile_by_tile(
         return jax.tree.map(jnp.add, total, (sums, gradients[1])), gradients[0]
 
     zero = dict.fromkeys(("nll", "objective", "correct", "weight"), jnp.zeros(()))
-    shape = head_VD.shape if parts == 1 else (parts, *head_VD.shape)
-    start = (zero, jnp.zeros(shape, jnp.float32) if differentiate else None)
+    start = (zero, jnp.zeros((parts,) * (parts > 1) + head_VD.shape, jnp.float32) if differentiate else None)
     (sums, d_head), d_hiddens = jax.lax.scan(add, start, tuple(map(split, (hidden_BLD, targets_BL, weights_BL))))
     if d_head is None:
         return sums, None
-    d_head = jnp.sum(d_head, axis=0) if parts > 1 else d_head
-    return sums, (d_hiddens.swapaxes(0, 1).reshape(hidden_BLD.shape), d_head.astype(head_VD.dtype))
+    d_head_VD = (jnp.sum(d_head, axis=0) if parts > 1 else d_head).astype(head_VD.dtype)
+    return sums, (d_hiddens.swapaxes(0, 1).reshape(hidden_BLD.shape), d_head_VD)
 
 
 def _head_gradient(d_logits_BTV: Array, hidden_BTD: Array, parts: int, place: Placement) -> Float[Array, "*P V D"]:

@@ -119,18 +119,16 @@ def _part(axes: tuple[str, ...]) -> Array:
 
 def mix_over(mix: Callable[..., Array], place: Placement) -> Callable[..., Array]:
     """`mix(x_BLD, router_DE, gate_EDF, up_EDF, down_EFD) -> [B, L, D]` with experts on several devices: each has the
-    tokens of all that share the experts, and adds what its own give; nothing is dropped. Kernels are gathered for it,
-    and again in the backward pass."""
+    tokens of all that share the experts, and adds what its own give; nothing is dropped. Kernels are gathered twice."""
     if place is ALONE:
-        return lambda x_BLD, router_DE, *kernels: _flat(mix, x_BLD, router_DE, kernels, 0)
+        return lambda x, router, *kernels: mix(x.reshape(-1, x.shape[-1]), router, kernels, first=0).reshape(x.shape)
     experts, shares = place.axes("expert"), place.axes("ff")
     meet = tuple(axis for axis in experts if axis in place.axes("rows"))
     apart = tuple(axis for axis in (*shares, *experts) if axis not in meet)
 
     def whole(kernel: Array, names: Names, *split: str) -> Array:
-        for name in split:
-            if axes := place.axes(name):
-                kernel = jax.lax.all_gather(kernel, axes, axis=names.index(name), tiled=True)
+        for name in filter(place.axes, split):
+            kernel = jax.lax.all_gather(kernel, place.axes(name), axis=names.index(name), tiled=True)
         return kernel
 
     @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
@@ -139,7 +137,8 @@ def mix_over(mix: Callable[..., Array], place: Placement) -> Callable[..., Array
         kernels = (whole(gate, _IN, GATHERED), whole(up, _IN, GATHERED), whole(down, _OUT, GATHERED))
         if meet:
             x_BLD = checkpoint_name(jax.lax.all_gather(x_BLD, meet, axis=0, tiled=True), "tokens")  # which are kept
-        out = _flat(mix, x_BLD, router_DE, kernels, _part(experts) * len(gate) if experts else 0)
+        first = _part(experts) * len(gate) if experts else 0
+        out = mix(x_BLD.reshape(-1, x_BLD.shape[-1]), router_DE, kernels, first=first).reshape(x_BLD.shape)
         if meet:
             out = jax.lax.psum_scatter(out, meet, scatter_dimension=0, tiled=True)
         return _sum_over(out, apart) if apart else out
@@ -150,24 +149,9 @@ def mix_over(mix: Callable[..., Array], place: Placement) -> Callable[..., Array
 _ROUTER, _IN, _OUT = (GATHERED, "expert"), ("expert", GATHERED, "ff"), ("expert", "ff", GATHERED)
 
 
-def _flat(mix: Callable[..., Array], x_BLD: Array, router_DE: Array, kernels: tuple[Array, ...], first: Any) -> Array:
-    x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    return mix(x_MD, router_DE, kernels, first=first).reshape(x_BLD.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sum_over(x: Array, axes: tuple[str, ...]) -> Array:
-    """Of what several devices have, each of which gets the sum. Its gradient comes to each as its share of one in
-    `size` (`jax.shard_map` sees that they have the same), and is whole again without asking the others."""
-    return jax.lax.psum(x, axes)
-
-
-def _sum_forward(x: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
-    return jax.lax.psum(x, axes), None
-
-
-def _sum_backward(axes: tuple[str, ...], _: None, d_out: Array) -> tuple[Array]:
-    return (d_out * jax.lax.axis_size(axes),)
-
-
-_sum_over.defvjp(_sum_forward, _sum_backward)
+_sum_over = jax.custom_vjp(lambda x, axes: jax.lax.psum(x, axes), nondiff_argnums=(1,))
+"""Of what several devices have, each of which gets the sum. Its gradient comes to each as its share of one in `size`
+(`jax.shard_map` sees that they have the same), and is whole again without asking the others."""
+_sum_over.defvjp(
+    lambda x, axes: (jax.lax.psum(x, axes), None), lambda axes, _, d_out: (d_out * jax.lax.axis_size(axes),)
+)

@@ -138,10 +138,8 @@ def make_model(
     @jax.jit  # traced once, however often its shapes are asked for
     def boxed(key: Array) -> Params:
         row = jnp.zeros((1, 2), jnp.int32)  # which no mesh could split
-        variables: Any = Transformer(config, vocab, alone).init(
-            key, row, row, row, None, True
-        )  # a dict, if Flax's type says more
-        return variables["params"]
+        variables: Any = Transformer(config, vocab, alone).init(key, row, row, row, None, True)
+        return variables["params"]  # a dict, if Flax's type says more
 
     def init(key: Array) -> Params:
         return nn.unbox(boxed(key))
