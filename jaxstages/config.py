@@ -1,7 +1,7 @@
 """The recipe: typed dataclasses, one owner each, and their form as JSON.
 
 Plain (not frozen) dataclasses, so that `--config.pretrain.optim.schedule.peak_lr=3e-4` can set a field; after
-`validate` (in `validate.py`) nothing writes to them.
+`validate` (in `commands/validate.py`) nothing writes to them.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class TokenizerConfig:
     kind: str = "bpe"
     vocab_size: int = 1024
     path: str = ""
-    """For kind "file": a `tokenizer.json`."""
+    """For kind "file": a `tokenizer.json`, or a `.model` of SentencePiece."""
     sources: tuple[str, ...] = ()
     """What "bpe" and "characters" are trained on; by default the training sources of every stage."""
     max_bytes: int = 20_000_000

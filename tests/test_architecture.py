@@ -11,11 +11,12 @@ FLOORS = [
         *("config", "data_config", "mesh_config", "world"),
     },
     {
-        *("losses", "optim", "early_stopping", "sharding", "metrics", "console", "workdir", "verdict", "validate"),
+        *("losses", "optim", "early_stopping", "sharding", "metrics", "console", "workdir", "verdict"),
         *("manifest", "fingerprint"),
         *(
             "data.sources",
             "data.template",
+            "data.sentencepiece",
             "data.tokenizer",
             "data.prefetch",
             "data.duplicates",
@@ -41,7 +42,7 @@ FLOORS = [
 """Floor 0 first. A name stands for a module, or for a folder with all that is in it."""
 
 SAME_FLOOR = {"data.tasks": {"data.chat"}, "data.packing": {"data.tasks"}, "decode.label": {"data.pipeline"}}
-SAME_FLOOR |= {"data.tokenizer": {"data.template"}, "data.chat": {"data.answers"}}
+SAME_FLOOR |= {"data.tokenizer": {"data.template", "data.sentencepiece"}, "data.chat": {"data.answers"}}
 SAME_FLOOR |= {"data.clean": {"data.tasks"}, "data.prepare": {"data.shards"}, "config": {"data_config", "mesh_config"}}
 SAME_FLOOR |= {
     "data.pipeline": {"data.prepare"},
@@ -74,7 +75,7 @@ HOMES = {
     "flax": {"models"},
     "grain": {"data.pipeline", "data.prepare"},
     "orbax": {"arrays", "checkpoint"},
-    "tokenizers": {"data.tokenizer"},
+    "tokenizers": {"data.tokenizer", "data.sentencepiece"},
     "jinja2": {"data.template"},
     "sacrebleu": {"metrics"},
     "tensorboardX": {"metrics"},
@@ -201,7 +202,7 @@ def test_files_and_core_stay_readable() -> None:
     long = {name: count for name, count in lines.items() if count > 400}
     assert not long, f"over 400 lines: {long}"
     core = sum(count for name, count in lines.items() if floor_of(name) < CORE and not within(name, "world"))
-    assert core <= 9500, f"the core has {core} lines"
+    assert core <= 9400, f"the core has {core} lines"
     road = sum(lines[name] for name in ROAD)
     assert road <= 1700, f"the road has {road} lines"
 

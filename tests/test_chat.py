@@ -19,10 +19,12 @@ import tokenizers
 from jaxstages.config import DataConfig, TokenizerConfig
 from jaxstages.data.chat import TEMPLATE, Chat, chat_name, check_messages, make_chat, tools_of
 from jaxstages.data.prepare import prepare
+from jaxstages.data.sentencepiece import BPE, UNIGRAM
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import make_task
 from jaxstages.data.template import DATE, MARKS, make_render
 from jaxstages.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from tests.tiny import sentencepiece_model
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TEMPLATES = sorted((SHARED / "chat_templates").glob("*.jinja"))
@@ -140,12 +142,20 @@ def test_golden_renderings(goldens: list[dict[str, Any]]) -> None:
 
 @absent
 @pytest.mark.parametrize(
-    ("name", "strings"), [("gpt2", 30), ("mistral_v3", 30), ("qwen3", 32), ("torchtitan_tiny", 30)]
+    ("file", "strings"),
+    [
+        ("gpt2/tokenizer.json", 30),
+        ("mistral_v3/tokenizer.json", 30),
+        ("mistral_v3/tokenizer.model", 30),
+        ("qwen3/tokenizer.json", 32),
+        ("spm_unigram_32k/tokenizer.model", 30),
+        ("torchtitan_tiny/tokenizer.json", 30),
+    ],
 )
-def test_golden_tokenizations(tmp_path: Path, name: str, strings: int) -> None:
+def test_golden_tokenizations(tmp_path: Path, file: str, strings: int) -> None:
     """As text, but for one string of Qwen3 that has special tokens: those are text to us, where it is a user's."""
-    source = SHARED / "tokenizers" / name
-    config = TokenizerConfig(kind="file", path=str(source / "tokenizer.json"))
+    source, name = (SHARED / "tokenizers" / file).parent, file.split("/")[0]
+    config = TokenizerConfig(kind="file", path=str(SHARED / "tokenizers" / file))
     tokenizer = make_tokenizer(config, iter(()), tmp_path / "tokenizer.json")
     goldens = [json.loads(line) for line in (source / "golden.jsonl").read_text(encoding="utf-8").split("\n") if line]
     different = [one["text"] for one in goldens if tokenizer.encode(one["text"]).tolist() != one["ids"]]
@@ -153,8 +163,9 @@ def test_golden_tokenizations(tmp_path: Path, name: str, strings: int) -> None:
     assert len(goldens) == strings and all(tokenizer.show(one["ids"]) == one["decoded"] for one in goldens)
     tokenizer.backend.encode_special_tokens = False
     for one in goldens:
-        for special, ids in ((False, one["ids"]), (True, one["ids_special"])):
-            assert tokenizer.backend.encode(one["text"], add_special_tokens=special).ids == ids, one["text"]
+        for special, ids in ((False, one["ids"]), (True, one.get("ids_special"))):
+            if ids is not None and not (special and file.endswith(".model")):
+                assert tokenizer.backend.encode(one["text"], add_special_tokens=special).ids == ids, one["text"]
         if tokenizer.template:
             assert [*tokenizer.begin, *one["ids"]] == one["ids_special"]
 
@@ -175,9 +186,59 @@ def test_a_text_of_a_template_is_tokenized_as_others_do(goldens: list[dict[str, 
     assert compared == 6
 
 
-def test_sentencepiece_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is SentencePiece's; convert it to a tokenizer.json"):
-        make_tokenizer(TokenizerConfig(kind="file", path="a/tokenizer.model"), iter(()), tmp_path / "tokenizer.json")
+def take_model(folder: Path, content: bytes) -> Tokenizer:
+    (folder / "small.model").write_bytes(content)
+    config = TokenizerConfig(kind="file", path=str(folder / "small.model"))
+    return make_tokenizer(config, iter(()), folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", [UNIGRAM, BPE])
+def test_a_model_of_sentencepiece(tmp_path: Path, kind: int) -> None:
+    """Spaces are one, and none at the ends; what no piece has is unknown, or bytes; <s> in a text is text."""
+    tokenizer = take_model(tmp_path, sentencepiece_model(kind))
+    names = {i: name for name, i in tokenizer.backend.get_vocab().items()}
+
+    def pieces(text: str) -> list[str]:
+        return [names[i] for i in tokenizer.encode(text).tolist()]
+
+    assert pieces("  a  ab ") == ["\u2581a", "\u2581a", "b"] and pieces("") == []
+    assert pieces("qyz a") == ["\u2581", "<unk>", "\u2581a"]
+    assert tokenizer.decode(tokenizer.encode("a qyz ab")) == "a  \u2047  ab"
+    assert pieces("a<s>") == ["\u2581a", "<", "s", ">"] and tokenizer.decode(tokenizer.encode("a<s>")) == "a<s>"
+    assert pieces("<unk>")[1:] == ["<", "<unk>", ">"] and pieces("a<word>a") == ["\u2581a", "<word>", "a"]
+    tokenizer = take_model(tmp_path, sentencepiece_model(kind, {35: 1}, {3: 0, 4: 0}))
+    assert pieces(" a  b\n") == ["\u2581a", "\u2581", "\u2581", "b", "<0x0A>"]
+    assert tokenizer.decode(tokenizer.encode(" a  b\n<0x0A>")) == " a  b\n<0x0A>"
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode("a  b").tolist() == tokenizer.encode("a  b").tolist()
+
+
+def test_damaged_models_of_sentencepiece_are_refused(tmp_path: Path) -> None:
+    whole = sentencepiece_model(UNIGRAM)
+    for content, complaint in (
+        (sentencepiece_model(3), "its type is 3, of words or characters; take one of unigram"),
+        (b"", "none of its 0 pieces is for what it doesn't know"),
+        (b'{"model": {}}', "small.model can't be read as a model of SentencePiece"),
+        (b"\xff" * 2**20, "no number ends at byte 10"),
+        (whole[: len(whole) // 2], "it ends within field"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            take_model(tmp_path, content)
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_text_never_yields_control_where_a_model_has_it_as_a_word(tmp_path: Path, beside: bool) -> None:
+    """A unigram's, and one of whole words: the library finds "</s>" in a text as it finds "a"."""
+    unigram = tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("<", -2.0)], unk_id=0)
+    words = tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "<": 3}, "<unk>")
+    for model in (unigram, words):
+        backend = tokenizers.Tokenizer(model)
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit() if beside else None
+        backend.add_special_tokens(["</s>"])
+        (tmp_path / "other.json").write_text(backend.to_str())
+        config = TokenizerConfig(kind="file", path=str(tmp_path / "other.json"))
+        tokenizer = make_tokenizer(config, iter(()), tmp_path / "tokenizer.json")
+        assert tokenizer.encode("</s>").tolist() == [3, 0] and tokenizer.encode("a").tolist() == [2]
 
 
 # What is trained on.

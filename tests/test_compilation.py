@@ -99,7 +99,7 @@ def test_memory_of_this_machine(bench: Workbench) -> None:
 
 
 def test_unknown_is_refused_at_the_door(tmp_path: Path) -> None:
-    from jaxstages.validate import validate
+    from jaxstages.commands.validate import validate
 
     tiny = recipe(tmp_path)
     assert tiny.pretrain is not None

@@ -15,10 +15,10 @@ import pytest
 from jaxstages import config as recipes
 from jaxstages.checkpoint import steps_of
 from jaxstages.command_line import FLAGS_OF
+from jaxstages.commands.validate import validate
 from jaxstages.disk import read_json
 from jaxstages.main import main
 from jaxstages.metrics import read_metrics
-from jaxstages.validate import validate
 from jaxstages.workdir import checkpoint_folder
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data

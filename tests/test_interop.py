@@ -21,7 +21,8 @@ from jaxstages import config as recipes
 from jaxstages.checkpoint import read_meta
 from jaxstages.commands.recipe import resolve_recipe
 from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, TokenizerConfig
-from jaxstages.data.tokenizer import make_tokenizer
+from jaxstages.data.sentencepiece import BPE
+from jaxstages.data.tokenizer import load_tokenizer, make_tokenizer
 from jaxstages.disk import read_json, write_json
 from jaxstages.fingerprint import named_leaves
 from jaxstages.interop import peft
@@ -32,7 +33,7 @@ from jaxstages.interop.layout import places_of, shape_of
 from jaxstages.main import main
 from jaxstages.models.transformer import make_model
 from jaxstages.workdir import checkpoint_folder
-from tests.tiny import model_config, recipe, write_data
+from tests.tiny import model_config, recipe, sentencepiece_model, write_data
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 6, "tie_word_embeddings": False},
@@ -277,6 +278,25 @@ def test_a_folder_that_is_not_whole_is_refused(
     assert complaint in err and err.count("\n") == 1, err
     assert not (tmp_path / "work" / "import" / "result.json").exists()
     assert call("generate", f"--workdir={tmp_path}/work", "--prompt=x") == 2
+
+
+def test_a_folder_with_a_model_of_sentencepiece(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What the class of transformers puts in front by default, `<s>`, is put; a file that was changed is refused."""
+    folder, work = tmp_path / "model", f"--workdir={tmp_path}/work"
+    shutil.copytree(llama, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(BPE, {35: 1}))
+    beside = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
+    write_json(folder / "tokenizer_config.json", beside)
+    assert call("import", f"--from={folder}", work) == 0, capsys.readouterr().err
+    assert resolve_recipe(None, tmp_path / "work").tokenizer.path == f"{folder}/tokenizer.model"
+    tokenizer = load_tokenizer(tmp_path / "work" / "tokenizer" / "tokenizer.json")
+    assert tokenizer.begin == (1,) and tokenizer.decode(tokenizer.encode("a ab\n")) == "a ab\n"
+    assert call("generate", work, "--prompt=a ab", "--max_new_tokens=2") == 0, capsys.readouterr().err
+    assert call("import", f"--from={folder}", work) == 0
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(BPE))
+    capsys.readouterr()
+    assert call("import", f"--from={folder}", work) == 2 and "tokenizer.model differ" in capsys.readouterr().err
 
 
 class Marker:

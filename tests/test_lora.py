@@ -16,6 +16,7 @@ from jaxstages.checkpoint import read_meta, steps_of, stored_shapes
 from jaxstages.commands.checkpoints import checkpoints
 from jaxstages.commands.evaluate import evaluate
 from jaxstages.commands.train import train
+from jaxstages.commands.validate import validate
 from jaxstages.compilation import batch_shapes, compile_step
 from jaxstages.config import LoraConfig, MeshConfig, Recipe
 from jaxstages.disk import read_json, write_json
@@ -25,7 +26,6 @@ from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
 from jaxstages.parent import contract_of, read_base, read_parent, read_trained
 from jaxstages.types import Model, Params
-from jaxstages.validate import validate
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import checkpoint_folder
 from tests.tiny import VOCAB, mixed_batch, model_config, write_data

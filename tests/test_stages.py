@@ -12,12 +12,12 @@ import pytest
 
 from jaxstages import config as recipes
 from jaxstages.commands.train import train, train_all
+from jaxstages.commands.validate import validate
 from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
 from jaxstages.disk import read_json, write_json
 from jaxstages.fingerprint import fingerprint, params_sha256
 from jaxstages.metrics import read_metrics
 from jaxstages.types import Diverged
-from jaxstages.validate import validate
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 

@@ -1,6 +1,7 @@
 """Small things that many tests use: a batch, a model, a recipe with its data."""
 
 import json
+import struct
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -94,3 +95,34 @@ def recipe(folder: Path, steps: int = 6) -> Recipe:
 
 
 __all__ = ["EarlyStoppingConfig", "example", "mixed_batch", "model_config", "packed_batch", "recipe", "write_data"]
+
+
+def _varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + _varint(value >> 7)
+
+
+def _message(*fields: tuple[int, int | float | bytes]) -> bytes:
+    """Fields by number, as protocol buffers are written."""
+    written = b""
+    for number, value in fields:
+        match value:
+            case int():
+                written += _varint(number * 8) + _varint(value)
+            case float():
+                written += _varint(number * 8 + 5) + struct.pack("<f", value)
+            case bytes():
+                written += _varint(number * 8 + 2) + _varint(len(value)) + value
+    return written
+
+
+def sentencepiece_model(
+    kind: int, trainer: dict[int, int] | None = None, normal: dict[int, int] | None = None
+) -> bytes:
+    """A small `.model`: letters, one word, three control pieces, one that is always whole, a byte; numbers of fields as
+    in sentencepiece_model.proto."""
+    pieces: list[tuple[str, float, int]] = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("<word>", 0.0, 4)]
+    pieces += [("<0x0A>", 0.0, 6), ("\u2581a", -1.0, 1), ("b", -2.0, 1), ("a", -3.0, 1), ("\u2581", -4.0, 1)]
+    pieces += [(letter, -5.0, 1) for letter in "<>s0xA"]
+    content = [_message((1, text.encode()), (2, score), (3, of)) for text, score, of in pieces]
+    told = _message((3, kind), *(trainer or {}).items())
+    return _message(*((1, piece) for piece in content), (2, told), (3, _message(*(normal or {}).items())))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxstages import config as recipes
+from jaxstages.commands.validate import validate
 from jaxstages.compilation import LADDER, SHARE, batch_shapes, bytes_of, jit_step
 from jaxstages.config import Recipe, StageConfig
 from jaxstages.console import duration, say
@@ -16,7 +17,6 @@ from jaxstages.plan.chips import Topology, topology_of
 from jaxstages.plan.collectives import SMALL, collectives_of, expected, total
 from jaxstages.plan.estimate import Flops, Roofline, flops_per_token, held_bytes, roofline, wire_bytes
 from jaxstages.sharding import make_mesh
-from jaxstages.validate import validate
 from jaxstages.workbench import Parts, check_fit, make_parts
 
 GIB = 2**30

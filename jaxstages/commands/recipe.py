@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxstages import config as recipes
+from jaxstages.commands.validate import validate
 from jaxstages.config import Recipe
 from jaxstages.disk import read_json, write_json
 from jaxstages.interop.hf_import import adopted
-from jaxstages.validate import validate
 from jaxstages.workdir import checkpoints_folder, result_file, tokenizer_file
 
 FREE = (".loop.stop_after", ".loop.log_every", ".loop.keep", ".evaluation.batch_size")

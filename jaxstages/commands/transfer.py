@@ -6,7 +6,7 @@ from jaxstages import config as recipes
 from jaxstages.commands.recipe import keep_recipe, resolve_recipe
 from jaxstages.config import ModelConfig, Recipe
 from jaxstages.interop.hf_export import DTYPES, export
-from jaxstages.interop.hf_import import adopt, bring, describe, find_folder, source_of
+from jaxstages.interop.hf_import import adopt, bring, describe, find_folder, source_of, tokenizer_of
 from jaxstages.interop.peft import export_adapter
 from jaxstages.parent import finished, last_finished
 from jaxstages.workdir import checkpoints_folder, lock, result_file
@@ -27,7 +27,7 @@ def import_model(given: Recipe | None, workdir: Path, source: str | None) -> Non
     if given is None and not (workdir / "recipe.json").is_file():
         given = Recipe(name=Path(source).resolve().name, model=ModelConfig(context=found.model.context))
     if given is not None:
-        given = adopt(given, found, folder / "tokenizer.json")
+        given = adopt(given, found, tokenizer_of(folder))
     with lock(workdir):
         recipe = resolve_recipe(given, workdir, importing=True)
         keep_recipe(recipe, workdir)

@@ -1,4 +1,4 @@
-"""Text <-> token ids: train a byte-level BPE or a character tokenizer, or load any `tokenizer.json`."""
+"""Text <-> token ids: train a byte-level BPE or a character tokenizer, or load any `tokenizer.json` or `.model`."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxstages.config import TokenizerConfig
+from jaxstages.data.sentencepiece import ONE_BYTE, keep_apart, read_sentencepiece
 from jaxstages.data.template import make_render
 from jaxstages.disk import read_json, write_json, write_text
 
@@ -93,7 +94,7 @@ class Tokenizer(NamedTuple):
             if token in control:
                 continue
             # A byte-level vocabulary spells each byte as one character; a SentencePiece one marks spaces by U+2581.
-            one_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token)
+            one_byte = ONE_BYTE.fullmatch(token)
             sizes[i] = len(token) if byte_level else 1 if one_byte else len(token.replace("\u2581", " ").encode())
         return sizes
 
@@ -263,6 +264,8 @@ def _read_dialect(path: Path, backend: tokenizers.Tokenizer) -> _Dialect | None:
     backend.add_special_tokens(sorted(known - {*_special_tokens(backend)}))
     with _refused(f"{path} can't encode; take another"):
         puts_bos = backend.encode("").ids[:1] == [backend.token_to_id(bos)]
+    if path.suffix == ".model":  # it can't say; these classes of transformers do by default
+        puts_bos = text_of("tokenizer_class", "").startswith(("Llama", "CodeLlama", "Gemma"))
     return _Dialect(bos, eos, bool(found.get("add_bos_token", puts_bos)), text_of("chat_template", "default"))
 
 
@@ -315,6 +318,8 @@ def _open(content: bytes, path: Path) -> Tokenizer:
             raise ValueError(f"{_config_file(path)}: bos_token {bos!r} is no token of {path.name}")
         begin = (found,)
     backend.encode_special_tokens = True  # a user's "<|end|>" is text, never control
+    with _refused(f"{path} can't encode the data; take another"):
+        keep_apart(backend, _special_tokens(backend))
     backend.no_padding()
     backend.no_truncation()
     return Tokenizer(backend, specials, digest, begin, template, bos, eos)
@@ -362,14 +367,13 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path, se
             backend.add_special_tokens(list(SPECIAL_TOKENS))
         case "file":
             source = Path(config.path)
-            if source.suffix == ".model":
-                raise ValueError(
-                    f"config.tokenizer.path={config.path!r} is SentencePiece's; convert it to a tokenizer.json first "
-                    "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OUT), of transformers, writes one)"
-                )
             if not source.is_file():
                 raise ValueError(f"config.tokenizer.path={config.path!r}: no such file")
-            backend = _parse(source.read_bytes(), source)
+            content = source.read_bytes()
+            if source.suffix == ".model":
+                with _refused(f"{source} can't be read as a model of SentencePiece"):
+                    content = read_sentencepiece(content).to_str().encode()
+            backend = _parse(content, source)
             dialect = _read_dialect(source, backend)
             ours = SPECIAL_TOKENS if not (dialect and dialect.template) else (SEPARATOR,) if separator else ()
             backend.add_special_tokens([t for t in ours if backend.token_to_id(t) is None])

@@ -39,7 +39,7 @@ SCHEME = "hf:"
 KEPT = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
 """Files of the source that stay in `WORKDIR/import/source/`."""
 
-READ = ("*.json", "*.safetensors", "*.jinja", "README.md")
+READ = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")
 """Files that a folder may be read by."""
 
 
@@ -76,6 +76,12 @@ def find_folder(source: str) -> Path:
         return Path(hub.snapshot_download(source, allow_patterns=list(READ)))
     except Exception as error:  # of many types: no network, no such name, no right to it
         raise ValueError(f"{source} is no folder here, and the hub does not give it: {str(error)[:200]}") from error
+
+
+def tokenizer_of(folder: Path) -> Path:
+    """`tokenizer.json`, or SentencePiece's `tokenizer.model` where that is all there is."""
+    found, other = folder / "tokenizer.json", folder / "tokenizer.model"
+    return other if other.is_file() and not found.is_file() else found
 
 
 def describe(folder: Path) -> Described:
@@ -119,7 +125,7 @@ def adopted(recipe: Recipe, workdir: Path) -> Recipe:
     if source is None:
         return recipe
     folder = find_folder(source)
-    return adopt(recipe, describe(folder), folder / "tokenizer.json")
+    return adopt(recipe, describe(folder), tokenizer_of(folder))
 
 
 def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
@@ -142,10 +148,10 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
         say("import: config.json names code of its own (auto_map), which is not used", "yellow")
     _keep_source(folder, workdir)
     shutil.rmtree(stage_dir / "checkpoints", ignore_errors=True)  # of an import that was killed
-    if not (folder / "tokenizer.json").is_file() and not tokenizer_file(workdir).exists():
+    if not tokenizer_of(folder).is_file() and not tokenizer_file(workdir).exists():
         raise ValueError(
-            f"{folder} has no tokenizer.json; AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), of "
-            "transformers, makes one"
+            f"{folder} has no tokenizer.json and no tokenizer.model; "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), of transformers, makes the first"
         )
     bench = open_workbench(recipe, IMPORT, workdir, with_data=False)
     plan = make_plan(bench, found, stored, folder)
@@ -197,7 +203,7 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
 def _keep_source(folder: Path, workdir: Path) -> None:
     kept = kept_source(workdir)
     make_folder(kept)
-    write_json(kept / "where.json", {"tokenizer": str(folder / "tokenizer.json")})
+    write_json(kept / "where.json", {"tokenizer": str(tokenizer_of(folder))})
     for name in reversed(KEPT):  # config.json last: where it is, the others are
         if (folder / name).is_file():
             shutil.copyfile(folder / name, kept / f"{name}.tmp")
@@ -221,9 +227,9 @@ def _check_source(source: str, before: dict[str, Any], stage_dir: Path) -> None:
 
 def digests(folder: Path) -> dict[str, list[Any]]:
     """Name -> size and SHA-256 of the files that make the model."""
-    names = [path for pattern in READ[:3] for path in sorted(folder.glob(pattern)) if path.is_file()]
+    names = {path for pattern in READ[:3] for path in folder.glob(pattern)} | {tokenizer_of(folder)}
     found = {}
-    for path in sorted(names):
+    for path in sorted(path for path in names if path.is_file()):
         with path.open("rb") as file:
             found[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
     return found

@@ -25,16 +25,17 @@ from jaxstages import config as recipes
 from jaxstages import disk, main
 from jaxstages.commands.generate import _read_prompts
 from jaxstages.commands.recipe import resolve_recipe
+from jaxstages.commands.validate import validate
 from jaxstages.config import DataConfig, Recipe, StageConfig, TokenizerConfig
 from jaxstages.data import tokenizer as tokenizing
 from jaxstages.data.prepare import Prepared, prepare
+from jaxstages.data.sentencepiece import BPE, UNIGRAM
 from jaxstages.data.sources import open_source
 from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
-from jaxstages.validate import validate
 from jaxstages.workbench import open_tokenizer
 from tests.reliability.harness import print_table
 from tests.tiny import recipe as tiny_recipe
-from tests.tiny import write_data
+from tests.tiny import sentencepiece_model, write_data
 
 ROOT = Path(__file__).parents[2]
 
@@ -295,9 +296,9 @@ def test_a_prompt_may_have_any_letter(tmp_path: Path) -> None:
 # Tokenizers -------------------------------------------------------------------------------------------------------
 
 
-def foreign(tmp_path: Path, content: bytes) -> Tokenizer:
-    (tmp_path / "foreign.json").write_bytes(content)
-    config = TokenizerConfig(kind="file", path=str(tmp_path / "foreign.json"))
+def foreign(tmp_path: Path, content: bytes, name: str = "foreign.json") -> Tokenizer:
+    (tmp_path / name).write_bytes(content)
+    config = TokenizerConfig(kind="file", path=str(tmp_path / name))
     found = make_tokenizer(config, iter(()), tmp_path / "taken.json")
     assert found.decode(found.encode("a red house 1")) is not None and len(found.token_bytes()) == found.vocab_size
     return found
@@ -330,6 +331,21 @@ def test_random_tokenizers(
         content = damaged(rng, own) if rng.random() < 0.2 else json.dumps(value).encode()
         counts[outcome(seed, lambda content=content: foreign(tmp_path, content))] += 1
     report("tokenizers", counts, start, capfd)
+
+
+def test_random_models_of_sentencepiece(
+    tmp_path: Path, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start, counts = time.monotonic(), Counter()
+    plain = [sentencepiece_model(kind, {35: 1}) for kind in (UNIGRAM, BPE)]
+    for one in plain:
+        foreign(tmp_path, one, "foreign.model")
+    for case in range(request.config.getoption("--fuzz")):
+        seed = f"{request.config.getoption('--seed')}/{case}"
+        rng = random.Random(seed)
+        content = damaged(rng, rng.choice(plain))
+        counts[outcome(seed, lambda content=content: foreign(tmp_path, content, "foreign.model"))] += 1
+    report("models of SentencePiece", counts, start, capfd)
 
 
 @pytest.mark.parametrize(

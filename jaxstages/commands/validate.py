@@ -278,7 +278,7 @@ def validate(recipe: Recipe, imported: bool = False) -> None:
     if attention.position == "rope" and attention.head_dim % 2:
         raise ValueError(f"config.model.attention.head_dim={attention.head_dim} must be even for rope")
     if recipe.tokenizer.kind == "file" and not recipe.tokenizer.path:
-        raise ValueError('config.tokenizer.path is empty; kind "file" needs the path of a tokenizer.json')
+        raise ValueError('config.tokenizer.path is empty; kind "file" needs the path of a tokenizer.json or .model')
     for name, stage in stages(recipe).items():
         _check_stage(name, stage)
         _check_lora(name, stage, imported)
