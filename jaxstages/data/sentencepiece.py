@@ -110,16 +110,10 @@ def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def _normalizers(normal: dict[int, list[Any]]) -> list[normalizers.Normalizer]:
-    """Characters by Unicode's rule, or else by the model's own map (by which the library can lose an accent); one space
-    for several, none at the ends; one in front; each as U+2581."""
-    found: list[normalizers.Normalizer] = []
-    match normal.get(1, [b""])[-1]:
-        case b"nmt_nfkc":
-            found += [normalizers.Nmt(), normalizers.NFKC()]
-        case b"nfkc":
-            found.append(normalizers.NFKC())
-        case _:
-            found += [normalizers.Precompiled(table) for table in normal.get(2, []) if table]
+    """The model's own map of characters; one space for several, none at the ends; one in front; each as U+2581."""
+    found: list[normalizers.Normalizer] = [normalizers.Precompiled(table) for table in normal.get(2, []) if table]
+    if b"nfkc" in normal.get(1, [b""])[-1]:  # first: by the map alone, the library loses accents of what it maps
+        found.insert(0, normalizers.NFKC())
     if _flag(normal, 4):
         found += [normalizers.Replace(tokenizers.Regex(many), to) for many, to in (("^ +| +$", ""), (" {2,}", " "))]
     if _flag(normal, 3):

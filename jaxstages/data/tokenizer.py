@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxstages.config import TokenizerConfig
 from jaxstages.data.sentencepiece import ONE_BYTE, keep_apart, read_sentencepiece
@@ -375,6 +375,11 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path, se
                     content = read_sentencepiece(content).to_str().encode()
             backend = _parse(content, source)
             dialect = _read_dialect(source, backend)
+            begin = backend.token_to_id(dialect.bos) if dialect and dialect.add_bos else None
+            if dialect and begin is not None and backend.post_processor is None:
+                backend.post_processor = processors.TemplateProcessing(
+                    [dialect.bos, "$A"], None, [(dialect.bos, begin)]
+                )
             ours = SPECIAL_TOKENS if not (dialect and dialect.template) else (SEPARATOR,) if separator else ()
             backend.add_special_tokens([t for t in ours if backend.token_to_id(t) is None])
         case _:
