@@ -10,6 +10,7 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from jaxstages.fingerprint import (
     tree_of,
 )
 from jaxstages.manifest import Damaged, quarantine
+from jaxstages.process import step_aside
 from jaxstages.types import Diverged, Params, TrainState
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
 
@@ -60,6 +62,10 @@ META: Form = {
 """What a checkpoint says of itself."""
 
 TRASH = "trash"
+
+COPIED = 2**28
+"""Bytes of a state that is copied to be saved, so that the loop goes on while Orbax takes it over, which takes some
+50 ms whatever the size: longer than a small model's step. Not with several processes, where Orbax asks the others."""
 
 
 class Restored(NamedTuple):
@@ -94,7 +100,9 @@ class Checkpoints:
     def __init__(self, stage_dir: Path, keep: int) -> None:
         self._stage_dir, self._keep, self._best = stage_dir, keep, _KeepBest()
         self._folder = checkpoints_folder(stage_dir).absolute()
-        self._saving: int | None = None
+        self._saving = -1
+        self._thread = ThreadPoolExecutor(1, "save", step_aside)
+        self._done: Future[None] | None = None
         self._meta: dict[str, Any] = {}
         self._prints: Callable[[], Fingerprint]
         self._manager: _Manager | None = None
@@ -155,35 +163,48 @@ class Checkpoints:
         """
         self.wait()
         self._best.step = best_step
+        small = jax.process_count() == 1 and sum(leaf.nbytes for leaf in jax.tree.leaves(state)) <= COPIED
+        if small:
+            state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state), may_alias=False)
         train = _train_item(state, stopping)
         meta = meta | {"format": FORMAT, "step": step, "best_step": best_step}
         self._meta, self._prints = meta, begin_fingerprint({"params": state.params, "train": train})
         items = ocp.args.Composite(params=to_save(state.params), train=to_save(train))
         self._saving = step
         with self._as_storage_errors():
-            if not self._open().save(step, args=items, force=True):
-                raise OSError(f"checkpoint {step} was not taken")
+            if not small:
+                self._take(items)
+            self._done = self._thread.submit(self._finish, items if small else None)
+
+    def _take(self, items: ocp.args.Composite) -> None:
+        if not self._open().save(self._saving, args=items, force=True):
+            raise OSError(f"checkpoint {self._saving} was not taken")
+
+    def _finish(self, items: ocp.args.Composite | None) -> None:
+        """The rest of a save, in its thread; with items, all of it."""
+        if items is not None:
+            self._take(items)
+        manager = self._open()
+        manager.wait_until_finished()
+        manager.check_for_errors()
+        if hosts.leads():
+            # What Orbax wrote after the seal, and the name of the folder.
+            for path in (*self._folder.glob(f"{self._saving}/*"), self._folder / str(self._saving), self._folder):
+                sync(path)
+            # Orbax moves what it deletes here, and leaves it.
+            shutil.rmtree(self._folder / TRASH, ignore_errors=True)
 
     def poll(self) -> None:
-        """Finish a save that is done in the background; raises OSError if it has failed. Costs nothing otherwise."""
-        if self._saving is not None and not self._open().is_saving_in_progress():
+        """Raises OSError if a save in the background has failed. Costs nothing otherwise."""
+        if self._done is not None and self._done.done():
             self.wait()
 
     def wait(self) -> None:
         """Until the save in flight is on disk, under its name; raises OSError if it has failed."""
-        if self._saving is None:
-            return
-        with self._as_storage_errors():
-            manager = self._open()
-            manager.wait_until_finished()
-            manager.check_for_errors()
-            if hosts.leads():
-                # What Orbax wrote after the seal, and the name of the folder.
-                for path in (*self._folder.glob(f"{self._saving}/*"), self._folder / str(self._saving), self._folder):
-                    sync(path)
-                # Orbax moves what it deletes here, and leaves it.
-                shutil.rmtree(self._folder / TRASH, ignore_errors=True)
-        self._saving = None
+        if self._done is not None:
+            with self._as_storage_errors():
+                self._done.result()
+            self._done = None
 
     def check_last(self, step: int) -> None:
         """Read the files of the last save back; raises OSError if it is not there as it was written."""
@@ -228,11 +249,11 @@ class Checkpoints:
         try:
             yield
         except Diverged:
-            self._saving = None
+            self._done = None
             raise
         except Exception as error:
-            step, self._saving = self._saving, None
-            raise OSError(f"{self._folder}: saving step {step} failed: {str(error)[:300]}") from error
+            self._done = None
+            raise OSError(f"{self._folder}: saving step {self._saving} failed: {str(error)[:300]}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -242,6 +263,7 @@ class Checkpoints:
             if error is None:
                 self.wait()
         finally:
+            self._thread.shutdown()
             if self._manager is not None:
                 with contextlib.suppress(Exception):  # it is told already: by wait, or by the error under way
                     self._manager.close()

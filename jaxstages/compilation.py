@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from jaxstages.console import say
 from jaxstages.models.lora import join
 from jaxstages.optim import path_matches
-from jaxstages.sharding import make_placement
 from jaxstages.step import TrainStep, make_train_step
 from jaxstages.types import Batch, Headless, Params, Sums, TrainState
-from jaxstages.workbench import Parts, Workbench
+from jaxstages.workbench import Parts
 
 LADDER = ("none", "dots", "full")
 """Of "auto": each saves more memory than the one before, and takes more time."""
@@ -30,14 +29,14 @@ SHARE = 0.92
 """Of the memory that a step may take; the rest is for what a compiler's count leaves out."""
 
 
-def compile_step(bench: Parts | Workbench, base: Params | None = None) -> tuple[TrainStep, Any]:
+def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, Any]:
     """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; `base` is
     what its adapters lie beside."""
     step, jitted = _chosen(bench, bench.stage.loop.remat)
     return functools.partial(step, base=base), functools.partial(jitted, base=base)
 
 
-def _chosen(bench: Parts | Workbench, asked: str) -> tuple[Any, Any]:
+def _chosen(bench: Parts, asked: str) -> tuple[Any, Any]:
     if asked != "auto":
         return jit_step(bench, asked)
     limit = _memory_of(bench.mesh.devices.flat[0])
@@ -48,7 +47,7 @@ def _chosen(bench: Parts | Workbench, asked: str) -> tuple[Any, Any]:
     return found
 
 
-def _first_that_fits(bench: Parts | Workbench, limit: int) -> tuple[str, tuple[Any, Any], int]:
+def _first_that_fits(bench: Parts, limit: int) -> tuple[str, tuple[Any, Any], int]:
     for rung in LADDER:
         found = jit_step(bench, rung)
         need = bytes_of(found[1].lower(bench.shapes, batch_shapes(bench), base=bench.base).compile())
@@ -57,7 +56,7 @@ def _first_that_fits(bench: Parts | Workbench, limit: int) -> tuple[str, tuple[A
     raise AssertionError("the last one is returned")
 
 
-def jit_step(bench: Parts | Workbench, remat: str) -> tuple[Any, Any]:
+def jit_step(bench: Parts, remat: str) -> tuple[Any, Any]:
     """The step, and the step jitted: `step(state, batch, base)`. The base is an argument, and no constant of the
     program; nothing is differentiated by it."""
     config, optim, neftune = bench.stage.loop, bench.stage.optim, bench.stage.neftune_alpha
@@ -72,7 +71,7 @@ def jit_step(bench: Parts | Workbench, remat: str) -> tuple[Any, Any]:
         loss_tile=config.loss_tile,
         spike_sigma=optim.spike_sigma,
         frozen=path_matches(optim.freeze, bench.shapes.params),
-        place=make_placement(bench.mesh, bench.recipe.mesh.rules),
+        place=bench.place,
     )
 
     def step(state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, Sums]:
@@ -90,7 +89,7 @@ def jit_step(bench: Parts | Workbench, remat: str) -> tuple[Any, Any]:
     return step, jitted
 
 
-def batch_shapes(bench: Parts | Workbench) -> Batch:
+def batch_shapes(bench: Parts) -> Batch:
     shape, rows = (bench.stage.loop.batch_size, bench.recipe.model.context), bench.rows
     dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
     fields: Any = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes)

@@ -25,7 +25,7 @@ from jaxstages.data.prefetch import prefetch
 from jaxstages.disk import write_json
 from jaxstages.early_stopping import EarlyStopping, early_stopping
 from jaxstages.evaluate import Report, make_evaluate, unigram_perplexity
-from jaxstages.fingerprint import params_sha256
+from jaxstages.fingerprint import fingerprint, params_sha256
 from jaxstages.metrics import MetricsWriter, plain, read_metrics
 from jaxstages.models.lora import join
 from jaxstages.optim import make_schedule
@@ -155,6 +155,7 @@ class _Run:
             pending.append((k + 1, sums))
             if k == first:  # compilation is not training time
                 jax.block_until_ready(sums)
+                fingerprint(state)  # which the first save would compile
                 freeze_objects()
                 self._signals.unsaved = True
                 self._restart_clock()

@@ -1,10 +1,13 @@
-"""What the process keeps: freed memory, compiled functions, and objects that the collector leaves alone."""
+"""What the process keeps: freed memory, compiled functions, and objects that the collector leaves alone; and which of
+its threads stand back."""
 
+import contextlib
 import ctypes
 import gc
 import hashlib
 import os
 import sys
+import threading
 from pathlib import Path
 
 # Of glibc's malloc.h.
@@ -68,3 +71,11 @@ def freeze_objects() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def step_aside() -> None:
+    """From now on this thread, and those that it starts, leave most of the CPU time to others (on Linux); not all, for
+    a save must end while other programs keep the machine busy."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

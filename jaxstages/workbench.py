@@ -1,11 +1,11 @@
 """What a stage works with, made from its part of the recipe: mesh, tokenizer, model, optimizer and prepared data."""
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +49,15 @@ from jaxstages.sharding import (
     param_shardings,
 )
 from jaxstages.step import init_state
-from jaxstages.types import Model, Params, TrainState
+from jaxstages.types import Model, Params, Placement, TrainState
 from jaxstages.workdir import tokenizer_file
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True)
+class Parts:
     """What a step is compiled from.
 
+    place: which device holds what.
     remake: `remake(remat=..., neftune=...)`, the model with other settings of these.
     params, shapes: the model's parameters, and the train state, as shapes with shardings; nothing is computed for them.
     base: of a stage that trains adapters, which are the state's parameters, the parameters as they are held; else None.
@@ -65,6 +67,7 @@ class Parts(NamedTuple):
     name: str
     stage: StageConfig
     mesh: Mesh
+    place: Placement
     remake: Callable[..., Model]
     model: Model
     tx: optax.GradientTransformationExtraArgs
@@ -76,6 +79,20 @@ class Parts(NamedTuple):
     def rows(self) -> NamedSharding:
         """How a batch is split."""
         return batch_sharding(self.mesh, self.recipe.mesh.rules)
+
+
+@dataclass(frozen=True)
+class Workbench(Parts):
+    """What a stage works with: its `Parts`, and where it works on what."""
+
+    workdir: Path
+    tokenizer: Tokenizer
+    train: list[Prepared]
+    held_out: list[Prepared]
+
+    @property
+    def stage_dir(self) -> Path:
+        return self.workdir / self.name
 
 
 def make_parts(
@@ -93,15 +110,14 @@ def make_parts(
         ValueError: a dim of a parameter can't be split over the mesh.
     """
     rules = recipe.mesh.rules
-    remake = functools.partial(
-        make_model, recipe.model, vocab, platform=platform, attend=attend, place=make_placement(mesh, rules)
-    )
+    place = make_placement(mesh, rules)
+    remake = functools.partial(make_model, recipe.model, vocab, platform=platform, attend=attend, place=place)
     model = remake()
     tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
     params = params_shapes(model, mesh, rules)
     base = base_shapes(model, params, stage.lora, mesh, rules) if stage.lora.rank else None
     shapes = state_shapes(model, tx, stage, mesh, rules)
-    return Parts(recipe, name, stage, mesh, remake, model, tx, params, base, shapes)
+    return Parts(recipe, name, stage, mesh, place, remake, model, tx, params, base, shapes)
 
 
 def check_fit(recipe: Recipe, name: str, stage: StageConfig, mesh: Mesh) -> None:
@@ -110,35 +126,6 @@ def check_fit(recipe: Recipe, name: str, stage: StageConfig, mesh: Mesh) -> None
     check_batch(f"config.{name}.loop.batch_size", stage.loop.batch_size, stage.loop.accumulate, mesh, rules)
     check_batch(f"config.{name}.evaluation.batch_size", stage.evaluation.batch_size, 1, mesh, rules)
     check_context(recipe.model.context, mesh, rules)
-
-
-class Workbench(NamedTuple):
-    """What a stage works with: its `Parts`, and where it works on what."""
-
-    recipe: Recipe
-    name: str
-    stage: StageConfig
-    mesh: Mesh
-    remake: Callable[..., Model]
-    model: Model
-    tx: optax.GradientTransformationExtraArgs
-    params: Params
-    base: Params | None
-    shapes: TrainState
-
-    workdir: Path
-    tokenizer: Tokenizer
-    train: list[Prepared]
-    held_out: list[Prepared]
-
-    @property
-    def rows(self) -> NamedSharding:
-        """How a batch is split."""
-        return batch_sharding(self.mesh, self.recipe.mesh.rules)
-
-    @property
-    def stage_dir(self) -> Path:
-        return self.workdir / self.name
 
 
 def cache_folder(recipe: Recipe, workdir: Path) -> Path:
@@ -224,7 +211,7 @@ def _import_stage(known: dict[str, StageConfig], tokenizer: Tokenizer, with_data
     """What was imported is looked at as the recipe's first stage would; without one it answers, if it has a chat
     template, or goes on with a text."""
     if known:
-        return dataclasses.replace(next(iter(known.values())), lora=LoraConfig())
+        return replace(next(iter(known.values())), lora=LoraConfig())
     if with_data:
         raise ValueError("the recipe has no stage, and so no data; name a recipe that has with --config=FILE")
     devices = jax.device_count()
@@ -255,7 +242,7 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
     train, held_out = prepare_stage(stage, tokenizer, recipe.model.context, cache) if with_data else ([], [])
     attend = _attend(recipe.model, mesh.shape["context"], [*train, *held_out])
     parts = make_parts(recipe, name, stage, mesh, tokenizer.vocab_size, attend)
-    return Workbench(*parts, workdir, tokenizer, train, held_out)
+    return Workbench(**vars(parts), workdir=workdir, tokenizer=tokenizer, train=train, held_out=held_out)
 
 
 def _attend(config: ModelConfig, parts: int, rows: list[Prepared]) -> Attend | None:

@@ -2,17 +2,22 @@
 
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from jax.experimental import multihost_utils
 
-from jaxstages.checkpoint import Checkpoints, steps_of
+from jaxstages import checkpoint
+from jaxstages.checkpoint import META, Checkpoints, _Manager, steps_of
 from jaxstages.early_stopping import early_stopping
+from jaxstages.fingerprint import fingerprint
 from jaxstages.step import init_state
 from tests.reliability.harness import (
     SAVE_EVERY,
@@ -94,6 +99,38 @@ def test_a_save_does_not_ask_whether_to_stop(tmp_path: Path, monkeypatch: pytest
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, state, early_stopping().init(), {}, 1)
     assert steps_of(tmp_path) == [1] and asked == []
+
+
+@pytest.mark.parametrize("most", [2**28, 0])
+def test_a_state_that_is_being_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """A small one may be overwritten before Orbax has looked at it; of any size, an error is told."""
+    gate, save = threading.Event(), _Manager.save
+
+    def slow(self: _Manager, *args: Any, **named: Any) -> bool:
+        assert gate.wait(30)
+        return save(self, *args, **named)
+
+    monkeypatch.setattr(checkpoint, "COPIED", most)
+    monkeypatch.setattr(_Manager, "save", slow)
+    state = init_state({"table": jnp.arange(1000.0)}, optax.adam(0.1))
+    stopping, meta = early_stopping().init(), {name: types[0]() for name, types in META.items()}
+    expected = fingerprint(state).digests
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        if not most:
+            gate.set()
+        checkpoints.save(1, state, stopping, meta, 1)
+        checkpoints.poll()
+        jax.jit(lambda old: jax.tree.map(lambda x: x * 0 + 7, old), donate_argnums=0)(state)
+        gate.set()
+        checkpoints.check_last(1)
+        found = checkpoints.restore_newest(target, stopping)
+        assert found is not None and fingerprint(found.state).digests == expected
+        monkeypatch.setattr(_Manager, "save", lambda *args, **named: False)
+        with pytest.raises(OSError, match="saving step 2 failed: checkpoint 2 was not taken"):
+            checkpoints.save(2, found.state, stopping, meta, 2)
+            checkpoints.wait()
+    assert steps_of(tmp_path) == [1]
 
 
 def start_pair(home: Home, work: Path) -> list[Child]:
