@@ -38,6 +38,7 @@ from jaxstages.fingerprint import (
 )
 from jaxstages.manifest import Damaged, quarantine
 from jaxstages.process import step_aside
+from jaxstages.sharding import shardings_of
 from jaxstages.types import Diverged, Params, TrainState
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
 
@@ -165,7 +166,7 @@ class Checkpoints:
         self._best.step = best_step
         small = jax.process_count() == 1 and sum(leaf.nbytes for leaf in jax.tree.leaves(state)) <= COPIED
         if small:
-            state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, state), may_alias=False)
+            state = jax.device_put(state, shardings_of(state), may_alias=False)
         train = _train_item(state, stopping)
         meta = meta | {"format": FORMAT, "step": step, "best_step": best_step}
         self._meta, self._prints = meta, begin_fingerprint({"params": state.params, "train": train})

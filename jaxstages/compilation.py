@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxstages.console import say
 from jaxstages.models.lora import join
 from jaxstages.optim import path_matches
+from jaxstages.sharding import shardings_of
 from jaxstages.step import TrainStep, make_train_step
 from jaxstages.types import Batch, Headless, Params, Sums, TrainState
 from jaxstages.workbench import Parts
@@ -32,28 +33,23 @@ SHARE = 0.92
 def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, Any]:
     """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; `base` is
     what its adapters lie beside."""
-    step, jitted = _chosen(bench, bench.stage.loop.remat)
+    remat = bench.stage.loop.remat
+    step, jitted = _first_that_fits(bench) if remat == "auto" else jit_step(bench, remat)
     return functools.partial(step, base=base), functools.partial(jitted, base=base)
 
 
-def _chosen(bench: Parts, asked: str) -> tuple[Any, Any]:
-    if asked != "auto":
-        return jit_step(bench, asked)
+def _first_that_fits(bench: Parts) -> tuple[Any, Any]:
     limit = _memory_of(bench.mesh.devices.flat[0])
-    rung, found, need = _first_that_fits(bench, limit)
+
+    def tried(rung: str) -> tuple[str, tuple[Any, Any], int]:
+        found = jit_step(bench, rung)
+        return rung, found, bytes_of(found[1].lower(bench.shapes, batch_shapes(bench), base=bench.base).compile())
+
+    rung, found, need = next(one for one in map(tried, LADDER) if one[2] <= SHARE * limit or one[0] == LADDER[-1])
     say(f"{bench.name}: remat {rung}: a step takes {need / 2**30:.2f} of {limit / 2**30:.2f} GiB a device", "cyan")
     if need > SHARE * limit:
         say(f"{bench.name}: that may be too much; lower loop.batch_size, or raise loop.accumulate", "yellow")
     return found
-
-
-def _first_that_fits(bench: Parts, limit: int) -> tuple[str, tuple[Any, Any], int]:
-    for rung in LADDER:
-        found = jit_step(bench, rung)
-        need = bytes_of(found[1].lower(bench.shapes, batch_shapes(bench), base=bench.base).compile())
-        if need <= SHARE * limit or rung == LADDER[-1]:
-            return rung, found, need
-    raise AssertionError("the last one is returned")
 
 
 def jit_step(bench: Parts, remat: str) -> tuple[Any, Any]:
@@ -84,9 +80,21 @@ def jit_step(bench: Parts, remat: str) -> tuple[Any, Any]:
     jitted = jax.jit(
         step,
         donate_argnums=() if debug else 0,  # to find the operation, the step is run again
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, bench.shapes), None),
+        out_shardings=(shardings_of(bench.shapes), None),
+        compiler_options=_compiler_options(bench),
     )
     return step, jitted
+
+
+def _compiler_options(bench: Parts) -> dict[str, str | bool]:
+    """Tried on a program of one operation: raises ValueError for one that XLA does not have, or a wrong value."""
+    asked, words = bench.stage.loop.compiler_options, {"true": True, "false": False}
+    options = {name: words.get(value, value) for name, _, value in (option.partition("=") for option in asked)}
+    try:
+        jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"config.{bench.name}.loop.compiler_options={asked}: {error}; mend or drop it") from error
+    return options
 
 
 def batch_shapes(bench: Parts) -> Batch:

@@ -207,6 +207,8 @@ class LoopConfig:
     remat: str = "none"
     """What the backward pass computes again to save memory: "none", "dots" (all but matrix products), "offload" (these
     are kept in the host's memory), "full", or "auto", the least that fits the device. On CPU without model.unroll."""
+    compiler_options: tuple[str, ...] = ()
+    """Of XLA, for the step alone, such as "xla_gpu_enable_triton_gemm=false"; `XLA_FLAGS` sets them for all."""
     eval_every: int = 100
     save_every: int = 100
     log_every: int = 10

@@ -128,11 +128,7 @@ def make_answer(
 ) -> Callable[[Params, Sequence[Sequence[int]]], list[str]]:
     """`answer(params, prompts)`: what the recipe's way of sampling gives for each."""
     texts = make_texts(bench, recipe_sampling(bench), between=between)
-
-    def answer(params: Params, prompts: Sequence[Sequence[int]]) -> list[str]:
-        return [text for batch in texts(params, prompts, 0) for text in batch]
-
-    return answer
+    return lambda params, prompts: [text for batch in texts(params, prompts, 0) for text in batch]
 
 
 def make_classify(

@@ -44,7 +44,8 @@ def check(folder: Path, hash_up_to: int | None = None) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise Damaged(f"{folder} is no folder")
     try:
-        listed = {str(name): (int(size), str(sha)) for name, (size, sha) in _listed(folder).items()}
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        listed = {str(name): (int(size), str(sha)) for name, (size, sha) in listed.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{folder} has no readable {MANIFEST}: {error}") from error
     files = _files(folder)
@@ -55,10 +56,6 @@ def check(folder: Path, hash_up_to: int | None = None) -> None:
         whole = file.is_file() and not file.is_symlink() and file.stat().st_size == size
         if not whole or ((hash_up_to is None or size <= hash_up_to) and _sha256(file) != digest):
             raise Damaged(f"{file} is damaged: it is not the file of {size} bytes that was written")
-
-
-def _listed(folder: Path) -> dict[str, list[int | str]]:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _files(folder: Path) -> dict[str, Path]:

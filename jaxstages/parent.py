@@ -19,6 +19,7 @@ from jaxstages.disk import Form, read_json
 from jaxstages.fingerprint import params_sha256
 from jaxstages.manifest import Damaged
 from jaxstages.models import lora
+from jaxstages.sharding import shardings_of
 from jaxstages.types import Params
 from jaxstages.workbench import Workbench, base_shapes
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, result_file
@@ -63,8 +64,8 @@ def read_parent(folder: Path, bench: Workbench, contract: dict[str, Any]) -> tup
         return params, lineage
     # A program of its own: in one with the merge, the compiler may leave out a rounding to bfloat16 and back.
     base = hold_base(bench, read_base(folder, meta, bench, contract), config)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, bench.params)
-    return jax.jit(lambda b, a: lora.merge(b, a, config), out_shardings=shardings)(base, params), lineage
+    merge = jax.jit(lambda b, a: lora.merge(b, a, config), out_shardings=shardings_of(bench.params))
+    return merge(base, params), lineage
 
 
 def read_base(stage_dir: Path, meta: dict[str, Any], bench: Workbench, contract: dict[str, Any]) -> Params:
@@ -192,7 +193,5 @@ def hold_base(bench: Workbench, params: Params, config: LoraConfig) -> Params:
     """Parameters that adapters lie beside, as these were trained beside them."""
     if config.base == "float32":
         return params
-    shardings = jax.tree.map(
-        lambda leaf: leaf.sharding, base_shapes(bench.model, bench.params, config, bench.mesh, bench.recipe.mesh.rules)
-    )
-    return jax.jit(lambda p: lora.hold(p, bench.model.axes, config.base), out_shardings=shardings)(params)
+    held = base_shapes(bench.model, bench.params, config, bench.mesh, bench.recipe.mesh.rules)
+    return jax.jit(lambda p: lora.hold(p, bench.model.axes, config.base), out_shardings=shardings_of(held))(params)

@@ -132,6 +132,11 @@ def like_params(tree: Any, params: Params, shardings: Params, mesh: Mesh) -> Any
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def shardings_of(tree: Any) -> Any:
+    """How the leaves, arrays or shapes, are placed."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def batch_sharding(mesh: Mesh, rules: RulesConfig = RULES) -> NamedSharding:
     """Of a batch's fields, [B, L]."""
     return NamedSharding(mesh, spec_of(("rows", "length"), rules))

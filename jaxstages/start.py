@@ -21,6 +21,7 @@ from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
 from jaxstages.fingerprint import kind_of, named_leaves
 from jaxstages.models import lora
 from jaxstages.parent import check_contract, check_lineage, contract_of, hold_base, lora_of, read_base, read_parent
+from jaxstages.sharding import shardings_of
 from jaxstages.step import init_state
 from jaxstages.types import Params, TrainState
 from jaxstages.workbench import Workbench
@@ -122,24 +123,21 @@ def _check_data(bench: Workbench, meta: dict[str, Any]) -> None:
 
 
 def _from_scratch(bench: Workbench) -> Params:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, bench.shapes.params)
     # Each device makes its own part: no host ever holds the whole.
-    return jax.jit(bench.model.init, out_shardings=shardings)(jax.random.key(bench.recipe.seed))
+    make = jax.jit(bench.model.init, out_shardings=shardings_of(bench.shapes.params))
+    return make(jax.random.key(bench.recipe.seed))
 
 
 def _fresh_state(bench: Workbench, params: Params) -> TrainState:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, bench.shapes)
-    return jax.jit(
-        lambda p: init_state(p, bench.tx, bench.stage.optim.spike_window), out_shardings=shardings, donate_argnums=0
-    )(params)
+    window, shardings = bench.stage.optim.spike_window, shardings_of(bench.shapes)
+    return jax.jit(lambda p: init_state(p, bench.tx, window), out_shardings=shardings, donate_argnums=0)(params)
 
 
 def _adapters(bench: Workbench, base: Params) -> Params:
     """Fresh ones, as the recipe says."""
     key = jax.random.fold_in(jax.random.key(bench.recipe.seed), recipes.STAGES.index(bench.name))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, bench.shapes.params)
-    make = jax.jit(lambda k, b: lora.init(k, b, bench.model.axes, bench.stage.lora), out_shardings=shardings)
-    return make(key, base)
+    shardings = shardings_of(bench.shapes.params)
+    return jax.jit(lambda k, b: lora.init(k, b, bench.model.axes, bench.stage.lora), out_shardings=shardings)(key, base)
 
 
 def _millions(params: Params) -> str:

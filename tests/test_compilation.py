@@ -98,6 +98,24 @@ def test_memory_of_this_machine(bench: Workbench) -> None:
     assert int(step(state, packed_batch([[example(40, r)] for r in range(8)], 64))[0].step) == 1
 
 
+def test_compiler_options_are_the_step_s_own(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.stage.loop, "remat", "none")
+    loop = bench.stage.loop
+    monkeypatch.setattr(loop, "compiler_options", (f"xla_dump_to={tmp_path}", "xla_dump_hlo_as_text=true"))
+    _, step = compile_step(bench)
+    assert not [*tmp_path.glob("*jit_step*")]
+    step.func.lower(bench.shapes, compilation.batch_shapes(bench)).compile()
+    jax.jit(lambda other: other + 1)(1)
+    assert [*tmp_path.glob("*jit_step*.txt")] and not [*tmp_path.glob("*lambda*")]
+    for wrong, complaint in (
+        ("xla_cpu_fast", r"No such compile option: 'xla_cpu_fast'; mend or drop it"),
+        ("xla_cpu_enable_fast_math=perhaps", "'perhaps' is not a valid bool"),
+    ):
+        monkeypatch.setattr(loop, "compiler_options", (wrong,))
+        with pytest.raises(ValueError, match=f"config.pretrain.loop.compiler_options=.*{complaint}"):
+            compile_step(bench)
+
+
 def test_unknown_is_refused_at_the_door(tmp_path: Path) -> None:
     from jaxstages.commands.validate import validate
 

@@ -25,11 +25,11 @@ from jaxstages.data import duplicates
 from jaxstages.data.clean import REMOVED, cleans, key_of, size_of
 from jaxstages.data.prefetch import prefetch
 from jaxstages.data.shards import (
+    MOST_NAMED,
     Block,
     Form,
     counts_file,
     documents_of,
-    gone_file,
     items_of,
     load_array,
     rows_file,
@@ -55,9 +55,6 @@ MOST_WORKERS = 8
 """Shards that are made at once: more would only wait for Python, and each holds a block in memory."""
 
 SUMMED = ("records", "bad", "examples", "rows", "tokens", "scored", "cut_examples", "cut_tokens")
-
-MOST_NAMED = 5
-"""Malformed records that are named; all of them are counted."""
 
 HASH_UP_TO = 2**20
 """Bytes up to which the files of a cache are hashed whenever it is opened. Larger are the rows, which have checksums of
@@ -166,15 +163,11 @@ def find_gone(source: Source, config: DataConfig, cache: Path, engine: Engine | 
         if not (folder / manifest.MANIFEST).exists():
             make_folder(folder)
             (engine or HERE).find_gone(source, config, folder)
-            found = sum(len(load_array(gone_file(folder, n))) for n in _numbers(folder, source))
+            found = sum(len(load_array(file)) for file in folder.glob("gone-*.npy"))
             write_json(folder / "index.json", {"source": source.name, "near_duplicates": found})
             manifest.seal(folder)
     _check(folder, source)
     return folder
-
-
-def _numbers(folder: Path, source: Source) -> list[int]:
-    return [number for number in range(len(source.parts)) if gone_file(folder, number).exists()]
 
 
 def _folder(cache: Path, key: list[Any]) -> Path:
