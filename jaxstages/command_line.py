@@ -35,7 +35,8 @@ commands:
 flags:
   --workdir=DIR            where the run lives
   --config=FILE[:VARIANT]  the recipe, such as configs/demo.py; not needed where DIR has a recipe.json
-  --config.FIELD=VALUE     change a field of it: --config.pretrain.optim.schedule.peak_lr=3e-4
+  --config.FIELD=VALUE     change a field of that file: --config.pretrain.optim.schedule.peak_lr=3e-4, or leave a
+                           stage out: --config.instruct=None
   --stage=NAME             import, pretrain, finetune or instruct
   --prompt=TEXT, --prompts=FILE.jsonl ({"prompt": ...} a line), --out=FILE.jsonl
                            answers are kept in OUT.part as they are done; started again, it goes on from there
@@ -116,9 +117,12 @@ def parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | Non
     """The flags, the recipe that --config gives, and what stands beside the flags (only `checkpoints` takes that)."""
     values = flags.FlagValues()
     holder = define_flags(values, argv)
+    named = any(word.split("=")[0] in ("--config", "-config") for word in argv)
     for word in argv[2:]:
         if word.startswith("--config."):
             _check_field(word.removeprefix("--config.").partition("=")[0])
+            if not named:
+                raise ValueError(f"{word} changes a recipe's field: name its file too, --config=FILE")
     try:
         rest = values([argv[0], *argv[2:]])
     except (ImportError, SyntaxError, NameError, OSError, ArithmeticError, RuntimeError, AssertionError) as error:

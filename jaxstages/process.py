@@ -74,8 +74,7 @@ def freeze_objects() -> None:
 
 
 def step_aside() -> None:
-    """From now on this thread, and those that it starts, leave most of the CPU time to others (on Linux); not all, for
-    a save must end while other programs keep the machine busy."""
+    """From now on this thread, and those that it starts, leave most of the CPU time to others, not all (Linux)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -68,6 +68,10 @@ OPTIM = "--config.pretrain.optim"
         (("run", "--workdir=new"), "new has no recipe.json; name a recipe with --config="),
         (("run", "--workdir=new", "--config=nowhere.py"), "nowhere.py"),
         ((*NEW, f"{OPTIM}.clip_nrom=1"), f"unknown field {OPTIM}.clip_nrom; did you mean {OPTIM}.clip_norm?"),
+        (
+            ("run", "--workdir={}/work", f"{OPTIM}.clip_norm=1"),
+            "clip_norm=1 changes a recipe's field: name its file too",
+        ),
         ((*NEW, f"{OPTIM}.schedule.peek_lr=1"), f"did you mean {OPTIM}.schedule.peak_lr?"),
         ((*NEW, f"{OPTIM}.schedule.peak_lr=nan"), "peak_lr=nan must be a finite number"),
         ((*NEW, f"{OPTIM}.schedule.peak_lr=-1"), "peak_lr=-1.0 must be larger than 0"),

@@ -126,7 +126,10 @@ def _matching(name: str) -> list[Path]:
             if known != path:
                 raise ValueError(f"{name!r} matches one file twice, as {known} and {path}; remove the link to it")
     if not found:
-        raise ValueError(f"no file matches {name!r} (looked from {Path.cwd()}); name a file or a pattern that does")
+        raise ValueError(
+            f"no file matches {name!r} (looked from {Path.cwd()}); name a file or a pattern that does, or leave its "
+            "stage out: --config.STAGE=None"
+        )
     return sorted(found.values(), key=str)
 
 

@@ -70,18 +70,19 @@ def tell_phases(slots: mmap.mmap) -> None:
         slots[2], slots[3] = first % 256, first // 256
         return steps(self, state, first, last)
 
-    restore, save = checkpoint.Checkpoints.restore_newest, checkpoint._Manager.save
+    restore, save = checkpoint.Checkpoints.restore_newest, checkpoint.Checkpoints.save
 
     def opened(self: Any, *args: Any) -> Any:
         slots[4] = 0  # of the stage before
         return restore(self, *args)
 
-    def saving(self: Any, step: int, **named: Any) -> Any:
+    def saving(self: Any, step: int, *args: Any) -> Any:
+        self.wait()  # as it begins itself
         slots[4] = step
-        return save(self, step, **named)
+        return save(self, step, *args)
 
     loop._Run._read, loop._Run.steps = noted, begun
-    checkpoint.Checkpoints.restore_newest, checkpoint._Manager.save = opened, saving
+    checkpoint.Checkpoints.restore_newest, checkpoint.Checkpoints.save = opened, saving
 
 
 def main() -> None:
