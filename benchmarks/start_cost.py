@@ -32,8 +32,8 @@ def child(workdir: str) -> None:
     from jaxstages.__main__ import cli
     from jaxstages.compilation import compile_step
 
-    def compile_clocked(bench):
-        function, jitted = compile_step(bench)
+    def compile_clocked(bench, base=None):
+        function, jitted = compile_step(bench, base)
 
         def step(state, batch):
             jax.block_until_ready(jitted(state, batch))
