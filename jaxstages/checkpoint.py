@@ -202,10 +202,10 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the save in flight is on disk, under its name; raises OSError if it has failed."""
-        if self._done is not None:
+        done, self._done = self._done, None
+        if done is not None:
             with self._as_storage_errors():
-                self._done.result()
-            self._done = None
+                done.result()
 
     def check_last(self, step: int) -> None:
         """Read the files of the last save back; raises OSError if it is not there as it was written."""
@@ -250,10 +250,8 @@ class Checkpoints:
         try:
             yield
         except Diverged:
-            self._done = None
             raise
         except Exception as error:
-            self._done = None
             raise OSError(f"{self._folder}: saving step {self._saving} failed: {str(error)[:300]}") from error
 
     def __enter__(self) -> "Checkpoints":

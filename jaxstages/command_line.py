@@ -117,7 +117,7 @@ def parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | Non
     """The flags, the recipe that --config gives, and what stands beside the flags (only `checkpoints` takes that)."""
     values = flags.FlagValues()
     holder = define_flags(values, argv)
-    named = any(word.split("=")[0] in ("--config", "-config") for word in argv)
+    named = next((word for word in argv if word.split("=")[0] in ("--config", "-config")), "")
     for word in argv[2:]:
         if word.startswith("--config."):
             _check_field(word.removeprefix("--config.").partition("=")[0])
@@ -136,7 +136,6 @@ def parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | Non
             raise ValueError(f"--{name} does not apply to {command}")
     recipe = holder.value
     if recipe is not None and not isinstance(recipe, Recipe):
-        named = next(word for word in argv if word.startswith(("--config=", "-config=")))
         raise ValueError(
             f"{named}: no such file, or its get_config() gives no Recipe; name one such as configs/demo.py"
         )

@@ -9,6 +9,7 @@
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,27 @@ SHARE = 0.92
 def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, Any]:
     """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; `base` is
     what its adapters lie beside."""
-    remat = bench.stage.loop.remat
-    step, jitted = _first_that_fits(bench) if remat == "auto" else jit_step(bench, remat)
+    if bench.stage.loop.remat == "auto":
+        limit = _memory_of(bench.mesh.devices.flat[0])
+        rung, (step, jitted), compiled = first_that_fits(bench, LADDER, SHARE * limit)
+        need = bytes_of(compiled)
+        say(f"{bench.name}: remat {rung}: a step takes {need / 2**30:.2f} of {limit / 2**30:.2f} GiB a device", "cyan")
+        if need > SHARE * limit:
+            say(f"{bench.name}: that may be too much; lower loop.batch_size, or raise loop.accumulate", "yellow")
+    else:
+        step, jitted = jit_step(bench, bench.stage.loop.remat)
     return functools.partial(step, base=base), functools.partial(jitted, base=base)
 
 
-def _first_that_fits(bench: Parts) -> tuple[Any, Any]:
-    limit = _memory_of(bench.mesh.devices.flat[0])
-
-    def tried(rung: str) -> tuple[str, tuple[Any, Any], int]:
+def first_that_fits(bench: Parts, rungs: Sequence[str], most: float) -> tuple[str, tuple[Any, Any], Any]:
+    """The first way of `remat` by which a step takes at most so many bytes of a device, or else the last: its name,
+    what `jit_step` gives for it, and that compiled."""
+    for rung in rungs:
         found = jit_step(bench, rung)
-        return rung, found, bytes_of(found[1].lower(bench.shapes, batch_shapes(bench), base=bench.base).compile())
-
-    rung, found, need = next(one for one in map(tried, LADDER) if one[2] <= SHARE * limit or one[0] == LADDER[-1])
-    say(f"{bench.name}: remat {rung}: a step takes {need / 2**30:.2f} of {limit / 2**30:.2f} GiB a device", "cyan")
-    if need > SHARE * limit:
-        say(f"{bench.name}: that may be too much; lower loop.batch_size, or raise loop.accumulate", "yellow")
-    return found
+        compiled = found[1].lower(bench.shapes, batch_shapes(bench), base=bench.base).compile()
+        if bytes_of(compiled) <= most or rung == rungs[-1]:
+            return rung, found, compiled
+    raise AssertionError("the last one is returned")
 
 
 def jit_step(bench: Parts, remat: str) -> tuple[Any, Any]:
@@ -91,7 +96,8 @@ def _compiler_options(bench: Parts) -> dict[str, str | bool]:
     asked, words = bench.stage.loop.compiler_options, {"true": True, "false": False}
     options = {name: words.get(value, value) for name, _, value in (option.partition("=") for option in asked)}
     try:
-        jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
+        if options:
+            jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"config.{bench.name}.loop.compiler_options={asked}: {error}; mend or drop it") from error
     return options

@@ -108,7 +108,7 @@ def join(place: Place) -> None:
     threading.Thread(target=_end_with_the_others, name="end", daemon=True).start()
     ctypes.CDLL(None).signal(int(signal.SIGABRT), _C_HANDLER)
     if place.process_id:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  it stays open to the end
 
 
 def _check_address(coordinator: str) -> None:

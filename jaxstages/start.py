@@ -124,8 +124,7 @@ def _check_data(bench: Workbench, meta: dict[str, Any]) -> None:
 
 def _from_scratch(bench: Workbench) -> Params:
     # Each device makes its own part: no host ever holds the whole.
-    make = jax.jit(bench.model.init, out_shardings=shardings_of(bench.shapes.params))
-    return make(jax.random.key(bench.recipe.seed))
+    return jax.jit(bench.model.init, out_shardings=shardings_of(bench.shapes.params))(jax.random.key(bench.recipe.seed))
 
 
 def _fresh_state(bench: Workbench, params: Params) -> TrainState:

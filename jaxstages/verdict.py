@@ -38,7 +38,8 @@ def judge(train: list[tuple[int, float]], held_out: list[tuple[int, float]], bas
         evidence = f"held-out loss rose from {first:.3f} to {last:.3f}"
         if not train or train[-1][1] > train[0][1]:
             return Verdict("diverging", f"{evidence}, and so did the training loss", "Halve peak_lr")
-    tail = _tail_loss(train)
+    end = [loss for _, loss in train[-max(len(train) // 10, 1) :]]
+    tail = sum(end) / len(end) if end else math.nan
     if last > best * (1 + OVERFIT_RISE) and _at(train, best_step) > tail:
         return Verdict(
             "overfit",
@@ -61,11 +62,6 @@ def judge(train: list[tuple[int, float]], held_out: list[tuple[int, float]], bas
             "Train for more steps, or with a larger model or peak_lr",
         )
     return Verdict("healthy", f"held-out loss settled at {last:.3f}, training loss at {tail:.3f}", "Nothing to mend")
-
-
-def _tail_loss(train: list[tuple[int, float]]) -> float:
-    tail = [loss for _, loss in train[-max(len(train) // 10, 1) :]]
-    return sum(tail) / len(tail) if tail else math.nan
 
 
 def _at(train: list[tuple[int, float]], step: int) -> float:

@@ -7,7 +7,7 @@ import jax
 
 from jaxstages import config as recipes
 from jaxstages.commands.validate import validate
-from jaxstages.compilation import LADDER, SHARE, batch_shapes, bytes_of, jit_step
+from jaxstages.compilation import LADDER, SHARE, bytes_of, first_that_fits
 from jaxstages.config import Recipe, StageConfig
 from jaxstages.console import duration, say
 from jaxstages.models.attention import Attend
@@ -91,13 +91,8 @@ def _compile(parts: Parts, topology: Topology) -> tuple[str, Any]:
     """With the recipe's remat, or the first of the ladder that fits."""
     asked = parts.stage.loop.remat
     limit = topology.chip.memory * SHARE if topology.chip else float("inf")
-    rungs = LADDER if asked == "auto" else (asked,)
-    for rung in rungs:
-        step = jit_step(parts, rung)[1]
-        compiled = step.lower(parts.shapes, batch_shapes(parts), base=parts.base).compile()
-        if bytes_of(compiled) <= limit or rung == rungs[-1]:
-            return rung, compiled
-    raise AssertionError("the last one is returned")
+    rung, _, compiled = first_that_fits(parts, LADDER if asked == "auto" else (asked,), limit)
+    return rung, compiled
 
 
 def _attend(recipe: Recipe, platform: str) -> Attend | None:
