@@ -30,20 +30,25 @@ LADDER = ("none", "dots", "full")
 SHARE = 0.92
 """Of the memory that a step may take; the rest is for what a compiler's count leaves out."""
 
+MUCH = 2**28
+"""Temporary bytes of a step on CPU, beside which the milliseconds that are waited between two steps are nothing."""
+
 
 def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, Any]:
     """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; `base` is
-    what its adapters lie beside."""
-    if bench.stage.loop.remat == "auto":
-        limit = _memory_of(bench.mesh.devices.flat[0])
-        rung, (step, jitted), compiled = first_that_fits(bench, LADDER, SHARE * limit)
+    what its adapters lie beside. On CPU a step with much temporary memory is waited for: the next one, dispatched while
+    it runs, would have its own beside it."""
+    asked, device = bench.stage.loop.remat, bench.mesh.devices.flat[0]
+    rungs, limit = (LADDER, _memory_of(device)) if asked == "auto" else ((asked,), 0)
+    rung, (step, jitted), compiled = first_that_fits(bench, rungs, SHARE * limit)
+    if asked == "auto":
         need = bytes_of(compiled)
         say(f"{bench.name}: remat {rung}: a step takes {need / 2**30:.2f} of {limit / 2**30:.2f} GiB a device", "cyan")
         if need > SHARE * limit:
             say(f"{bench.name}: that may be too much; lower loop.batch_size, or raise loop.accumulate", "yellow")
-    else:
-        step, jitted = jit_step(bench, bench.stage.loop.remat)
-    return functools.partial(step, base=base), functools.partial(jitted, base=base)
+    jitted = functools.partial(jitted, base=base)
+    waits = device.platform == "cpu" and compiled.memory_analysis().temp_size_in_bytes > MUCH
+    return functools.partial(step, base=base), (lambda *args: jax.block_until_ready(jitted(*args))) if waits else jitted
 
 
 def first_that_fits(bench: Parts, rungs: Sequence[str], most: float) -> tuple[str, tuple[Any, Any], Any]:

@@ -37,8 +37,7 @@ def judge(
     that is full; with 0 there are none. Only finite values enter the window, spikes among them: where the loss stays
     on a new level, that becomes what is usual.
     """
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-    applied = finite
+    finite = applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
     if spike_sigma:
         window = state.losses_W.shape[0]
         for value, past_W in ((loss, state.losses_W), (grad_norm, state.norms_W)):

@@ -54,15 +54,12 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
 
 
 def path_matches(patterns: tuple[str, ...], params: Params) -> Params:
-    """Tree of bools: does the parameter's path (`layers/attention/query/kernel`) contain one of the patterns?
+    """Tree of bools: does the parameter's path (`layers/attention/query/kernel`) contain one of the patterns?"""
 
-    Raises:
-        ValueError: a pattern that matches no parameter, with the paths that there are.
-    """
-    paths = jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params
-    )
-    return jax.tree.map(lambda path: any(re.search(pattern, path) for pattern in patterns), paths)
+    def one(path: Any, _: Any) -> bool:
+        return any(re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/")) for pattern in patterns)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def check_patterns(name: str, patterns: tuple[str, ...], params: Params) -> None:

@@ -10,6 +10,7 @@ from jaxstages import compilation, workbench
 from jaxstages.compilation import LADDER, compile_step
 from jaxstages.config import ModelConfig
 from jaxstages.models.transformer import REMAT, make_model
+from jaxstages.sharding import place_batch, shardings_of
 from jaxstages.step import init_state
 from jaxstages.workbench import Workbench, open_workbench, prepare_stages
 from tests.tiny import VOCAB, example, mixed_batch, model_config, packed_batch, recipe, write_data
@@ -98,13 +99,33 @@ def test_memory_of_this_machine(bench: Workbench) -> None:
     assert int(step(state, packed_batch([[example(40, r)] for r in range(8)], 64))[0].step) == 1
 
 
+def test_a_large_step_is_waited_for_and_compiled_once(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On CPU; what is found on the way to its size is what runs."""
+    monkeypatch.setattr(bench.stage.loop, "remat", "none")
+    params = jax.jit(bench.model.init)(jax.random.key(0))
+    state = init_state(params, bench.tx, bench.stage.optim.spike_window)
+    state = jax.device_put(state, shardings_of(bench.shapes))
+    batch = place_batch(packed_batch([[example(40, r)] for r in range(8)], 64), 8, bench.rows)
+    for most, waits in ((0, True), (2**60, False)):
+        monkeypatch.setattr(compilation, "MUCH", most)
+        with jax.log_compiles():
+            _, step = compile_step(bench)
+            caplog.clear()
+            for _ in range(3):
+                state, sums = step(state, batch)
+                ready = sums["nll"].is_ready()
+                jax.block_until_ready(state)
+        assert ready == waits
+        assert not [line for line in caplog.messages if "Compiling jit(step)" in line]
+
+
 def test_compiler_options_are_the_step_s_own(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.stage.loop, "remat", "none")
     loop = bench.stage.loop
     monkeypatch.setattr(loop, "compiler_options", (f"xla_dump_to={tmp_path}", "xla_dump_hlo_as_text=true"))
-    _, step = compile_step(bench)
-    assert not [*tmp_path.glob("*jit_step*")]
-    step.func.lower(bench.shapes, compilation.batch_shapes(bench)).compile()
+    compile_step(bench)
     jax.jit(lambda other: other + 1)(1)
     assert [*tmp_path.glob("*jit_step*.txt")] and not [*tmp_path.glob("*lambda*")]
     for wrong, complaint in (
