@@ -1,8 +1,10 @@
 """Import and export without torch or transformers: folders written by the tests, refusals, kills, the command line."""
 
+import dataclasses
 import json
 import os
 import pickle
+import runpy
 import shutil
 import signal
 import subprocess
@@ -578,6 +580,12 @@ def test_a_model_trained_here_becomes_the_nearest_family() -> None:
         kind(attention=AttentionConfig(**part, qk_norm=True), activation="relu2")
     with pytest.raises(ValueError, match="no family"):
         kind(norm="layernorm", bias=False)
+
+
+@pytest.mark.parametrize("name", ["demo", "text_to_chat"])
+def test_what_the_recipes_train_has_a_family(name: str) -> None:
+    recipe = runpy.run_path(str(Path(__file__).parents[1] / "configs" / f"{name}.py"))["get_config"]()
+    assert choose_family(dataclasses.replace(recipe.model, vocab_size=64))[0].model_type == "qwen3"
 
 
 def test_what_has_no_effect_does_not_keep_a_model_from_its_family() -> None:
