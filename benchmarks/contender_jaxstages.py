@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from tokens import Batches
 from weights import count_params, from_gpt2, from_peft, lora_config, model_config
 
-from jaxstages.compilation import MUCH
+from jaxstages.compilation import paced
 from jaxstages.config import OptimConfig, ScheduleConfig
 from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
@@ -90,12 +90,9 @@ def main() -> None:
         return
     recorder = Recorder(flags.warmup, flags.steps, lambda: jax.block_until_ready(state))
     recorder.begin()
-    found = step.func.lower(state, batch(0), base=base).compile().memory_analysis()
-    waits = row.device == "cpu" and found.temp_size_in_bytes > MUCH  # as in `compile_step`
+    step = paced(step, step.func.lower(state, batch(0), base=base).compile(), row.device)
     for k in range(recorder.total):
         state, sums = step(state, batch(k))
-        if waits:
-            jax.block_until_ready(state)
         recorder.step_done(sums["nll"])
     recorder.losses = [float(nll) / row.tokens_per_step for nll in recorder.losses]
     stats = jax.devices()[0].memory_stats() if row.device == "gpu" else None

@@ -36,8 +36,7 @@ MUCH = 2**28
 
 def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, Any]:
     """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; `base` is
-    what its adapters lie beside. On CPU a step with much temporary memory is waited for: the next one, dispatched while
-    it runs, would have its own beside it."""
+    what its adapters lie beside."""
     asked, device = bench.stage.loop.remat, bench.mesh.devices.flat[0]
     rungs, limit = (LADDER, _memory_of(device)) if asked == "auto" else ((asked,), 0)
     rung, (step, jitted), compiled = first_that_fits(bench, rungs, SHARE * limit)
@@ -46,9 +45,14 @@ def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, A
         say(f"{bench.name}: remat {rung}: a step takes {need / 2**30:.2f} of {limit / 2**30:.2f} GiB a device", "cyan")
         if need > SHARE * limit:
             say(f"{bench.name}: that may be too much; lower loop.batch_size, or raise loop.accumulate", "yellow")
-    jitted = functools.partial(jitted, base=base)
-    waits = device.platform == "cpu" and compiled.memory_analysis().temp_size_in_bytes > MUCH
-    return functools.partial(step, base=base), (lambda *args: jax.block_until_ready(jitted(*args))) if waits else jitted
+    return functools.partial(step, base=base), paced(functools.partial(jitted, base=base), compiled, device.platform)
+
+
+def paced(jitted: Any, compiled: Any, platform: str) -> Any:
+    """The jitted step. On CPU one with much temporary memory is waited for: the next one, dispatched while it runs,
+    would have its own beside it."""
+    much = compiled.memory_analysis().temp_size_in_bytes > MUCH
+    return (lambda *args: jax.block_until_ready(jitted(*args))) if platform == "cpu" and much else jitted
 
 
 def first_that_fits(bench: Parts, rungs: Sequence[str], most: float) -> tuple[str, tuple[Any, Any], Any]:

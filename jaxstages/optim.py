@@ -66,10 +66,8 @@ def check_patterns(name: str, patterns: tuple[str, ...], params: Params) -> None
     """Raises ValueError for a pattern without a parameter: nothing is frozen by a typo in silence."""
     for pattern in patterns:
         if not any(jax.tree.leaves(path_matches((pattern,), params))):
-            paths = [
-                jax.tree_util.keystr(path, simple=True, separator="/")
-                for path, _ in jax.tree_util.tree_leaves_with_path(params)
-            ]
+            leaves = jax.tree_util.tree_leaves_with_path(params)
+            paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
             raise ValueError(f"{name}: {pattern!r} matches no parameter; there are {', '.join(paths)}")
 
 
@@ -115,9 +113,6 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
         # DoRA's magnitudes are lengths, as a norm's scale is.
         return jax.tree.map(lambda excepted: not excepted, path_matches((*config.no_decay, "magnitude$"), params))
 
-    def frozen(params: Params) -> Params:
-        return path_matches(config.freeze, params)
-
     b1, b2, decay = config.beta1, config.beta2, config.weight_decay
     match config.name:
         case "adamw":
@@ -156,7 +151,7 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
         )
     if config.freeze:
         # Last, so that neither decay nor momentum can move what is frozen.
-        parts.append(optax.masked(optax.set_to_zero(), frozen))
+        parts.append(optax.masked(optax.set_to_zero(), functools.partial(path_matches, config.freeze)))
     chain = optax.with_extra_args_support(optax.chain(*parts))
 
     def update(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **extra: Any) -> Any:

@@ -125,6 +125,7 @@ def test_compiler_options_are_the_step_s_own(bench: Workbench, tmp_path: Path, m
     monkeypatch.setattr(bench.stage.loop, "remat", "none")
     loop = bench.stage.loop
     monkeypatch.setattr(loop, "compiler_options", (f"xla_dump_to={tmp_path}", "xla_dump_hlo_as_text=true"))
+    assert not [*tmp_path.glob("*jit_step*")]
     compile_step(bench)
     jax.jit(lambda other: other + 1)(1)
     assert [*tmp_path.glob("*jit_step*.txt")] and not [*tmp_path.glob("*lambda*")]
