@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import traceback
 import typing
 from typing import Any
 
@@ -39,7 +40,8 @@ flags:
                            stage out: --config.instruct=None
   --stage=NAME             import, pretrain, finetune or instruct
   --prompt=TEXT, --prompts=FILE.jsonl ({"prompt": ...} a line), --out=FILE.jsonl
-                           answers are kept in OUT.part as they are done; started again, it goes on from there
+                           a line is {"prompt", "text", "tokens"}, tokens being how many were made; answers are
+                           kept in OUT.part as they are done; started again, it goes on from there
 sampling:
   --max_new_tokens=N       at most (default: the recipe's)
   --temperature=T          0, the default, takes the likeliest token; above, tokens are drawn
@@ -89,7 +91,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     flags.DEFINE_enum("stage", None, HELD, "which stage", flag_values=values)
     flags.DEFINE_string("prompt", None, "text to answer", flag_values=values)
     flags.DEFINE_string("prompts", None, "JSON lines with a prompt each", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 0, "at most; 0 is the recipe's", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", None, "at most (default: the recipe's)", flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
     flags.DEFINE_integer("top_k", 0, "draw among so many; 0 is all", flag_values=values)
     flags.DEFINE_float("top_p", 1.0, "draw among the likeliest with this probability", flag_values=values)
@@ -125,10 +127,8 @@ def parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | Non
                 raise ValueError(f"{word} changes a recipe's field: name its file too, --config=FILE")
     try:
         rest = values([argv[0], *argv[2:]])
-    except (ImportError, SyntaxError, NameError, OSError, ArithmeticError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"the recipe's file can't be loaded: {type(error).__name__}: {error}") from error
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"--config can't be set so: {error.args[0] if error.args else error}") from error
+    except Exception as error:
+        raise _explained(error, named, argv) from None
     if len(rest) > 1 and command != "checkpoints":
         raise ValueError(f"{rest[1]!r} is no flag; write --flag=value")
     for name in {name for names in FLAGS_OF.values() for name in names}:
@@ -140,6 +140,26 @@ def parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | Non
             f"{named}: no such file, or its get_config() gives no Recipe; name one such as configs/demo.py"
         )
     return values, recipe, rest[1:]
+
+
+def _explained(error: BaseException, named: str, argv: list[str]) -> BaseException:
+    """What is wrong with the flags, or with the file that --config names, in a user's words."""
+    while "Error whilst parsing config file" in str(error) and error.__context__ is not None:
+        error = error.__context__  # ml_collections puts it, with a traceback, into the text of another
+    if isinstance(error, flags.Error):
+        return error
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "<module>")]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    if isinstance(error, ValueError):
+        return ValueError(f"{named}: {error}{place}")
+    if frames or not isinstance(error, KeyError | AttributeError | TypeError):
+        return ValueError(f"{named}: the recipe's file can't be loaded: {type(error).__name__}: {error}{place}")
+    said = str(error.args[0] if error.args else error)
+    for word in argv:
+        if "'NoneType'" in said and word.split("=")[0] == f"--config.{said.rpartition(' ')[2]}":
+            stage = word.split(".")[1]
+            return ValueError(f"{word} changes what is not there: the recipe has no {stage}, or leaves it out")
+    return ValueError(f"--config can't be set so: {said}")
 
 
 def _check_field(path: str) -> None:

@@ -92,7 +92,7 @@ def make_texts(
     batch_size: int = 0,
     seed: int = 0,
     between: Callable[[], None] = lambda: None,
-) -> Callable[[Params, Sequence[Sequence[int]], int], Iterator[list[str]]]:
+) -> Callable[[Params, Sequence[Sequence[int]], int], Iterator[list[TextStream]]]:
     """`texts(params, prompts, first)`: what is generated for each, a batch at a time; see `make_answers`.
 
     Args:
@@ -111,14 +111,16 @@ def make_texts(
         done=(lambda tokens: any(stop in decode(tokens) for stop in stops)) if stops else None,
     )
 
-    def text(tokens: list[int]) -> str:
-        spoken = TextStream(decode, stops)
-        spoken.feed(tokens, last=True)
-        return spoken.text
+    def spoken(tokens: list[int]) -> TextStream:
+        stream = TextStream(decode, stops)
+        for piece in [[token] for token in tokens] if stops else [tokens]:
+            stream.feed(piece)
+        stream.feed([], last=True)
+        return stream
 
-    def texts(params: Params, prompts: Sequence[Sequence[int]], first: int) -> Iterator[list[str]]:
+    def texts(params: Params, prompts: Sequence[Sequence[int]], first: int) -> Iterator[list[TextStream]]:
         for batch in answers(params, prompts, first):
-            yield [text(tokens) for tokens in batch]
+            yield [spoken(tokens) for tokens in batch]
 
     return texts
 
@@ -128,7 +130,7 @@ def make_answer(
 ) -> Callable[[Params, Sequence[Sequence[int]]], list[str]]:
     """`answer(params, prompts)`: what the recipe's way of sampling gives for each."""
     texts = make_texts(bench, recipe_sampling(bench), between=between)
-    return lambda params, prompts: [text for batch in texts(params, prompts, 0) for text in batch]
+    return lambda params, prompts: [found.text for batch in texts(params, prompts, 0) for found in batch]
 
 
 def make_classify(

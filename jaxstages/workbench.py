@@ -15,15 +15,7 @@ from jaxtyping import Array
 
 from jaxstages import config as recipes
 from jaxstages import hosts
-from jaxstages.config import (
-    DataConfig,
-    EvaluationConfig,
-    LoopConfig,
-    LoraConfig,
-    ModelConfig,
-    Recipe,
-    StageConfig,
-)
+from jaxstages.config import DataConfig, EvaluationConfig, LoopConfig, LoraConfig, ModelConfig, Recipe, StageConfig
 from jaxstages.console import say
 from jaxstages.data.prepare import Engine, Prepared, find_gone, prepare
 from jaxstages.data.shards import items_of

@@ -120,9 +120,9 @@ def test_a_file_goes_on_where_it_was_killed(home: Path, tmp_path: Path, monkeypa
     assert whole.count("\n") == 20 and not (tmp_path / "out.jsonl.part").exists()
     answers, asked = generating._answers, []
 
-    def killed(answering, seed, prompts, done):
+    def killed(answering, seed, prompts, ids, done):
         asked.append(done)
-        for n, line in enumerate(answers(answering, seed, prompts, done)):
+        for n, line in enumerate(answers(answering, seed, prompts, ids, done)):
             if len(asked) == 1 and n == 11:
                 raise OSError("killed")
             yield line
@@ -134,5 +134,6 @@ def test_a_file_goes_on_where_it_was_killed(home: Path, tmp_path: Path, monkeypa
     with part.open("a") as file:
         file.write('{"prompt": "say 11", "te')
     assert main(words) == 0 and out.read_text() == whole
+    out.unlink()
     assert main([*words, "--seed=5"]) == 0 and out.read_text() != whole
     assert asked == [0, 11, 0]

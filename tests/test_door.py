@@ -46,6 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     less += "    return found\n"
     (root / "less.py").write_text((root / "tiny.py").read_text() + less)
     (root / "broken.py").write_text("def get_config(:\n")
+    (root / "wrong.py").write_text("def get_config():\n    return {}['model']\n")
     assert main(["jaxstages", "run", f"--config={root}/tiny.py", f"--workdir={root}/work"]) == 0
     return root
 
@@ -91,6 +92,21 @@ OPTIM = "--config.pretrain.optim"
         (("run", "--workdir={}/work", "--config={}/tiny.py", "--config.model.layers=3"), "config.model.layers: 2 -> 3"),
         (("run", "--workdir={}/work", "--config={}/less.py"), "config.pretrain: StageConfig("),
         (("run", "--workdir=new", "--config={}/broken.py"), "the recipe's file can't be loaded: SyntaxError"),
+        ((*NEW[:2], "--config={}/tiny.py:x"), "tiny.py:x: invalid literal for int() with base 10: 'x' ({}/tiny.py:8)"),
+        ((*NEW[:2], "--config={}/wrong.py"), "can't be loaded: KeyError: 'model' ({}/wrong.py:2)"),
+        (
+            (*NEW, "--config.finetune=None", "--config.finetune.loop.steps=3"),
+            "--config.finetune.loop.steps=3 changes what is not there: the recipe has no finetune, or leaves it out",
+        ),
+        (
+            ("generate", "--workdir={}/work", "--prompt=x", "--max_new_tokens=0"),
+            "--max_new_tokens=0 must be at least 1",
+        ),
+        (("generate", "--workdir={}/work", "--prompt=x", "--out={}/tiny.py"), "tiny.py is there already; remove it"),
+        (
+            ("generate", "--workdir={}/work", "--stage=pretrain", "--prompt=" + "red " * 60, "--max_new_tokens=60"),
+            "tokens; with max_new_tokens=60 a context of 64 has room for 4: shorten it, or give a smaller",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
@@ -104,7 +120,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     assert call(*(word.replace("{}", str(home)) for word in words)) == 2
     err = capsys.readouterr().err
-    assert complaint in err and err.count("\n") == 1 and "Traceback" not in err
+    assert complaint.replace("{}", str(home)) in err and err.count("\n") == 1 and "Traceback" not in err
 
 
 def test_help_names_every_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,13 +151,25 @@ def test_generate_writes_json_lines_and_seeds_reproduce(home: Path, tmp_path: Pa
     prompts.write_text('{"prompt": "say red"}\n{"prompt": "say blue and a longer one than before"}\n')
     texts = []
     for seed in (1, 1, 2):
-        out = tmp_path / "out.jsonl"
+        out = tmp_path / f"out{len(texts)}.jsonl"
         words = ["generate", f"--workdir={home}/work", f"--prompts={prompts}", "--temperature=2", f"--seed={seed}"]
         assert call(*words, "--max_new_tokens=12", f"--out={out}") == 0
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         assert [set(line) for line in lines] == [{"prompt", "text", "tokens"}] * 2
         texts.append([line["text"] for line in lines])
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_counts_the_tokens_that_were_made(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not those of the text read again, which may be more, nor those after a stop text."""
+    words = ["generate", f"--workdir={home}/work", "--stage=pretrain", "--prompt=say", "--max_new_tokens=20"]
+    assert call(*words, "--temperature=3") == 0
+    free = json.loads(capsys.readouterr().out)
+    assert free["tokens"] == 20
+    stop = free["text"][4:7]
+    assert call(*words, "--temperature=3", f"--stop={stop}") == 0
+    cut = json.loads(capsys.readouterr().out)
+    assert cut["text"] == free["text"].partition(stop)[0] and 0 < cut["tokens"] < 20
 
 
 def test_inspect_marks_what_is_trained_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +195,15 @@ def test_checkpoints_are_listed_verified_and_compared(
     one, other = (f"finetune/{step}" for step in steps_of(stage_dir)[-2:])
     assert call("checkpoints", "list", work) == 0
     out = capsys.readouterr().out
-    assert out.count("latest") == 3 and out.count("handed on") == 3
+    assert out.count("latest") == 3 and out.count("best, handed on") == 3
+    steps, best = steps_of(stage_dir), read_json(stage_dir / "result.json")["best_step"]
+    (stage_dir / "result.json").unlink()
+    assert call("checkpoints", "list", work, "--stage=finetune") == 0
+    kept = dict(re.findall(r"finetune │ +(\d+) │ ([a-z, ]+) │", capsys.readouterr().out))
+    marks = {step: ["best"] * (step == best) + ["latest"] * (step == steps[-1]) for step in steps}
+    assert {int(step): mark.strip() for step, mark in kept.items()} == {
+        step: ", ".join(found) or "recent" for step, found in marks.items()
+    }
 
     assert call("checkpoints", "diff", one, other, work) == 0
     out = capsys.readouterr().out

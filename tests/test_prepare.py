@@ -71,7 +71,7 @@ def test_patterns_take_files_in_order_and_text_files_are_whole(tmp_path: Path) -
     (tmp_path / "a.txt").write_text("first")
     source = open_source(str(tmp_path / "*.txt"), tmp_path)
     assert [item.record for item in source.read()] == [{"text": "first"}, {"text": "second\n\nfile"}]
-    assert source.whole_text
+    assert source.texts == 2
 
 
 @pytest.mark.parametrize(
@@ -194,6 +194,25 @@ def test_hold_out_of_a_text_file_is_its_tail(tmp_path: Path, tokenizer: Tokenize
         targets = np.concatenate([b.targets_BL[b.weights_BL > 0] for b in rows])
         text = tokenizer.decode(targets)
         assert set(text) == {letter} and len(text) == count
+
+
+def test_of_many_text_files_whole_ones_are_held_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for n, record in enumerate(RECORDS):
+        (tmp_path / f"{n:02}.txt").write_text(record["text"])
+    source, config = open_source(str(tmp_path / "*.txt"), tmp_path), DataConfig(task="lm", holdout=0.3)
+    sides = [prepare(source, part, config, tokenizer, 32, tmp_path / "cache") for part in ("train", "validation")]
+    numbers = [_numbers(side, tokenizer) for side in sides]
+    assert sorted(numbers[0] + numbers[1]) == [*range(60)] and len(numbers[1]) > 8
+
+
+@pytest.mark.parametrize(("files", "share"), [(1, 0.01), (3, 0.001)])
+def test_a_share_that_holds_out_nothing_says_so(tmp_path: Path, tokenizer: Tokenizer, files: int, share: float) -> None:
+    for n in range(files):
+        (tmp_path / f"{n}.txt").write_text(f"a short text, number {n}")
+    source, config = open_source(str(tmp_path / "*.txt"), tmp_path), DataConfig(task="lm", holdout=share)
+    assert prepare(source, "train", config, tokenizer, 32, tmp_path / "cache").index["records"] == files
+    with pytest.raises(ValueError, match=f"no example is left of 0 records; change data.holdout={share}, or name"):
+        prepare(source, "validation", config, tokenizer, 32, tmp_path / "cache")
 
 
 def test_the_cache_is_used_and_its_key_is_all_that_matters(tmp_path: Path, tokenizer: Tokenizer) -> None:

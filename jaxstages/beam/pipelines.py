@@ -42,6 +42,7 @@ from jaxstages.data.shards import (
     PART_BITS,
     Block,
     Form,
+    cuts_texts,
     documents_of,
     files_of,
     gone_file,
@@ -235,7 +236,7 @@ def write_shards(options: Any, source: Source, gone: Path | None, form: Form, fo
     block = Block(prepare.BLOCK_BYTES, prepare.BLOCK_RECORDS)
     with _pipeline(options, folder, f"prepare {source.name} ({form.part})") as pipeline:
         read = _parts(pipeline, source) | "read" >> beam.FlatMap(
-            read_items, gone, source.whole_text, form.part, form.config
+            read_items, gone, cuts_texts(source, form.config), form.part, form.config
         ).with_outputs(SIZES, main="items")
         nothing = pipeline | "begin with nothing" >> beam.Create([(-1, b"")])  # where a source has no parts
         begins = (
@@ -260,12 +261,12 @@ def write_shards(options: Any, source: Source, gone: Path | None, form: Form, fo
 
 
 def read_items(
-    numbered: tuple[int, Part], gone: Path | None, whole_text: bool, part: str, config: DataConfig
+    numbered: tuple[int, Part], gone: Path | None, cut: bool, part: str, config: DataConfig
 ) -> Iterator[tuple[int, bytes] | Any]:
     """The items of a part with their places in the order; beside them, at the end, all their sizes."""
     number, read = numbered
     sizes = array.array("i")
-    for place, item in enumerate(items_of_part(read, read_gone(gone, number), whole_text, part, config)):
+    for place, item in enumerate(items_of_part(read, read_gone(gone, number), cut, part, config)):
         sizes.append(size_of(item.record))
         yield (number << PART_BITS) + place, PICKLED.encode(item)
     yield beam.pvalue.TaggedOutput(SIZES, (number, sizes.tobytes()))

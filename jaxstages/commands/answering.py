@@ -13,9 +13,9 @@ from jaxstages.workbench import Workbench, open_workbench
 
 
 class Manner(NamedTuple):
-    """How to answer, a field a flag. max_new_tokens: 0 means the recipe's. stop: texts, or JSON lists of texts."""
+    """How to answer, a field a flag. max_new_tokens: None means the recipe's. stop: texts, or JSON lists of texts."""
 
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float
     top_k: int
     top_p: float
@@ -41,12 +41,10 @@ def check_manner(manner: Manner) -> tuple[Sampling, tuple[str, ...]]:
     Raises:
         ValueError: a flag's value; it names the flag.
     """
-    if manner.max_new_tokens < 0:
-        raise ValueError(f"--max_new_tokens={manner.max_new_tokens} must be at least 1")
     if not 0 <= manner.seed < 2**32:
         raise ValueError(f"--seed={manner.seed} must be between 0 and {2**32 - 1}")
     sampling = Sampling(
-        max_new_tokens=manner.max_new_tokens or 1,
+        max_new_tokens=1 if manner.max_new_tokens is None else manner.max_new_tokens,
         temperature=manner.temperature,
         top_k=manner.top_k,
         top_p=manner.top_p,

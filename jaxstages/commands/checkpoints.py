@@ -1,5 +1,6 @@
 """`checkpoints list | verify | diff`: what a run has kept, whether it can be trusted, and how two of them differ."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def _list(folders: list[Path]) -> None:
         table.add_column(heading, justify="right" if heading in ("step", "tokens", "MB", "files") else "left")
     for folder in folders:
         steps = steps_of(folder)
-        handed_on = finished(folder)["best_step"] if result_file(folder).exists() else None
+        best, mark = _best_of(folder, steps)
         for step in steps:
             try:
                 meta = read_meta(checkpoint_folder(folder, step))
@@ -53,15 +54,25 @@ def _list(folders: list[Path]) -> None:
                 table.add_row(folder.name, str(step), "damaged", "", "", "", str(error))
                 continue
             files = [path for path in checkpoint_folder(folder, step).rglob("*") if path.is_file()]
-            marks = ["handed on"] * (step == handed_on) + ["latest"] * (step == steps[-1])
-            best = ", ".join(f"{name} {value:.4g}" for name, value in meta["carried"]["best"].items() if value)
+            marks = [mark] * (step == best) + ["latest"] * (step == steps[-1])
+            scores = ", ".join(f"{name} {value:.4g}" for name, value in meta["carried"]["best"].items() if value)
             size = sum(path.stat().st_size for path in files) / 1e6
-            cells = (f"{meta['carried']['tokens']:,}", f"{size:.2f}", str(len(files)), best)
-            table.add_row(folder.name, str(step), ", ".join(marks) or "best", *cells)
+            cells = (f"{meta['carried']['tokens']:,}", f"{size:.2f}", str(len(files)), scores)
+            table.add_row(folder.name, str(step), ", ".join(marks) or "recent", *cells)
     Console(width=None if Console().is_terminal else 140).print(table)
     for folder in folders:
         for reason in sorted(quarantine_folder(folder).glob("*.reason")):
             say(f"in quarantine: {reason.with_suffix('')}: {reason.read_text(encoding='utf-8').strip()}", "yellow")
+
+
+def _best_of(folder: Path, steps: Sequence[int]) -> tuple[int, str]:
+    """The best step, as the stage's result or its newest readable checkpoint says, and what it is kept as."""
+    if result_file(folder).exists():
+        return finished(folder)["best_step"], "best, handed on"
+    for step in reversed(steps):
+        with contextlib.suppress(manifest.Damaged):  # the table says so
+            return read_meta(checkpoint_folder(folder, step))["best_step"], "best"
+    return -1, ""
 
 
 def _verify(folders: list[Path]) -> None:

@@ -26,10 +26,13 @@ class Request(NamedTuple):
 
 
 def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request) -> None:
-    """Write {"prompt", "text", "tokens"} a line, tokens being those of the text, to `--out` or the standard output.
+    """Write {"prompt", "text", "tokens"} a line to `--out` or the standard output; tokens are those that were made.
 
     Answers are written as they are done, to `OUT.part`, which becomes OUT when all are there; started again with the
     same flags, what is in it is not done again.
+
+    Raises:
+        ValueError: a flag's value; a prompt that is no text, or is too long; OUT is there already.
     """
     if (request.prompt is None) == (request.prompts is None):
         raise ValueError("generate needs --prompt=TEXT or --prompts=FILE.jsonl, one of them")
@@ -39,9 +42,12 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"prompt {prompt[:50]!r} is no text: {error}") from error
+    if request.out is not None and Path(request.out).exists():
+        raise ValueError(f"--out={request.out} is there already; remove it, or name another file")
     answering = open_answering(recipe, workdir, stage, request.manner)
+    ids = _fitting(answering, prompts)
     if request.out is None:
-        for line in _answers(answering, request.manner.seed, prompts, 0):
+        for line in _answers(answering, request.manner.seed, prompts, ids, 0):
             print(line, flush=True)
         return
     out = Path(request.out)
@@ -50,7 +56,7 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
     make_folder(out.parent)
     done = _resume(part, head, prompts)
     with part.open("a", encoding="utf-8") as file:
-        for line in _answers(answering, request.manner.seed, prompts, done):
+        for line in _answers(answering, request.manner.seed, prompts, ids, done):
             file.write(line + "\n")
             file.flush()
     lines = part.read_text(encoding="utf-8").split("\n", 1)[1]
@@ -90,16 +96,29 @@ def _prompt_of(line: str) -> str | None:
         return None
 
 
-def _answers(answering: Answering, seed: int, prompts: list[str], done: int) -> Iterator[str]:
+def _fitting(answering: Answering, prompts: list[str]) -> list[list[int]]:
+    """The prompts' tokens. Raises ValueError for one that leaves too little room in the context."""
+    bench, most = answering.bench, answering.sampling.max_new_tokens
+    room, ids = bench.recipe.model.context - most, prompt_ids(bench, prompts)
+    for number, prompt in enumerate(ids, start=1):
+        if len(prompt) > room:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={most} a context of "
+                f"{bench.recipe.model.context} has room for {room}: shorten it, or give a smaller --max_new_tokens"
+            )
+    return ids
+
+
+def _answers(answering: Answering, seed: int, prompts: list[str], ids: list[list[int]], done: int) -> Iterator[str]:
     """A line for each prompt but the first `done`; each has the same answer wherever one begins."""
-    bench, left = answering.bench, prompts[done:]
-    rows = _rows(answering, len(left))
+    bench = answering.bench
+    rows = _rows(answering, len(prompts) - done)
     texts = make_texts(bench, answering.sampling, stops=answering.stops, batch_size=rows, seed=seed)
     progress = Progress("generate", len(prompts), done, to=sys.stderr) if len(prompts) > rows else None
-    for batch in texts(answering.params, prompt_ids(bench, left), done):
-        for text in batch:
-            tokens = len(bench.tokenizer.encode(text))
-            yield json.dumps({"prompt": prompts[done], "text": text, "tokens": tokens}, ensure_ascii=False)
+    for batch in texts(answering.params, ids[done:], done):
+        for found in batch:
+            line = {"prompt": prompts[done], "text": found.text, "tokens": len(found.ids)}
+            yield json.dumps(line, ensure_ascii=False)
             done += 1
         if progress is not None:
             progress.update(done)

@@ -9,7 +9,7 @@
 
 import re
 import unicodedata
-from typing import Any
+from typing import Any, Literal
 
 from jaxstages.config import DataConfig
 from jaxstages.data.sources import Item, Record
@@ -22,6 +22,7 @@ MOST_BYTES = 2**25
 REMOVED = {"too_short": "too short", "too_long": "too long", "near_duplicate": "near-duplicates"}
 """Reasons, as an index counts them, and as they are said."""
 
+_FORMS: dict[str, Literal["NFC", "NFKC"]] = {"nfc": "NFC", "nfkc": "NFKC"}
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 
 
@@ -53,13 +54,7 @@ def size_of(record: Record | None) -> int:
 def clean_text(text: str, config: CleanConfig) -> str:
     if config.control_characters == "remove":
         text = _CONTROL.sub("", text)
-    match config.unicode:
-        case "nfc":
-            return unicodedata.normalize("NFC", text)
-        case "nfkc":
-            return unicodedata.normalize("NFKC", text)
-        case _:
-            return text
+    return text if config.unicode == "none" else unicodedata.normalize(_FORMS[config.unicode], text)
 
 
 def _clean_value(value: Any, config: CleanConfig) -> Any:

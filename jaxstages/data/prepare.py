@@ -29,6 +29,7 @@ from jaxstages.data.shards import (
     Block,
     Form,
     counts_file,
+    cuts_texts,
     documents_of,
     items_of,
     load_array,
@@ -137,6 +138,7 @@ def prepare(
     engine = engine or HERE
     parts = [VERSION, source.fingerprint, tokenizer.sha256, context, config.task]
     parts += [config.holdout, part] if config.holdout else [""]
+    parts += ["whole files"] if config.holdout and source.texts and not cuts_texts(source, config) else []
     folder = _folder(cache, [*parts, *_texts_key(config)])
     with hold(folder.with_suffix(".lock"), wait=True):  # another run may be making the same rows
         if not (folder / manifest.MANIFEST).exists():
@@ -288,7 +290,8 @@ def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
             "yellow",
         )
     if not index["rows"]:
-        raise ValueError(f"{index['source']} ({index['part']}): no example is left of {index['records']} records")
+        tip = f"; change data.holdout={config.holdout}, or name data.validation instead" if config.holdout else ""
+        raise ValueError(f"{index['source']} ({index['part']}): no example is left of {index['records']} records{tip}")
     if not index["scored"]:
         raise ValueError(
             f"{index['source']} ({index['part']}): every token is masked, nothing is trained on; "

@@ -23,6 +23,9 @@ from jaxstages.disk import put, write_json, write_text
 MOST_NAMED, MOST_SAID = 5, 300
 """Malformed records that are named, each with so many letters of its fault; all of them are counted."""
 
+FEW = 5
+"""Text files that the held-out share must make for whole ones to be taken: of fewer, a hash would often take none."""
+
 PART_BITS = 40
 """A document's place in the order of its source is the number of its part, and in these bits its number there."""
 
@@ -93,6 +96,11 @@ def read_gone(folder: Path | None, number: int) -> Container[int]:
     return frozenset(load_array(gone_file(folder, number)).tolist())
 
 
+def cuts_texts(source: Source, config: DataConfig) -> bool:
+    """Is the end of each text held out, and no whole record?"""
+    return 0 < source.texts * config.holdout < FEW
+
+
 def items_of(source: Source, part: str, config: DataConfig, gone: Path | None) -> Iterator[Item]:
     """The items of one part ("train" or "validation"): with `config.holdout` its side of the source, else all.
 
@@ -100,16 +108,16 @@ def items_of(source: Source, part: str, config: DataConfig, gone: Path | None) -
         gone: the folder that `write_gone` wrote to, or None if all documents stay.
     """
     for number, read in enumerate(source.parts):
-        yield from items_of_part(read, read_gone(gone, number), source.whole_text, part, config)
+        yield from items_of_part(read, read_gone(gone, number), cuts_texts(source, config), part, config)
 
 
-def items_of_part(read: Part, gone: Container[int], whole_text: bool, part: str, config: DataConfig) -> Iterator[Item]:
+def items_of_part(read: Part, gone: Container[int], cut: bool, part: str, config: DataConfig) -> Iterator[Item]:
     """The same, of one of a source's parts. Of a removed one only the reason stays."""
     for place, item in enumerate(read()):
         cleaned = clean_item(item, config)
         if place in gone:
             cleaned = cleaned._replace(removed="near_duplicate")
-        sided = _side(cleaned, whole_text, part, config)
+        sided = _side(cleaned, cut, part, config)
         if sided is None:
             continue
         if sided.removed:
@@ -119,16 +127,17 @@ def items_of_part(read: Part, gone: Container[int], whole_text: bool, part: str,
         yield sided
 
 
-def _side(item: Item, whole_text: bool, part: str, config: DataConfig) -> Item | None:
+def _side(item: Item, cut: bool, part: str, config: DataConfig) -> Item | None:
     """The item as it stands in `part`, or None if it belongs to the other one. Malformed ones count as training's."""
     if not config.holdout:
         return item
     if item.record is None:
         return item if part == "train" else None
-    if whole_text:
+    if cut:
         text = item.record["text"]
-        cut = len(text) - round(len(text) * config.holdout)
-        return item._replace(record={"text": text[:cut] if part == "train" else text[cut:]})
+        end = len(text) - round(len(text) * config.holdout)
+        text = text[:end] if part == "train" else text[end:]
+        return item._replace(record={"text": text}) if text else None
     try:
         held_out = is_held_out(asks(item.record, config), config.holdout)
     except ValueError as error:

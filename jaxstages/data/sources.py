@@ -57,14 +57,14 @@ Part = Callable[[], Iterator[Item]]
 
 class Source(NamedTuple):
     """name: as in the recipe. parts: in order, each a file or a range of records. fingerprint: SHA-256 of the bytes
-    that are read. records: how many there are, for the progress line. whole_text: each record is a whole text file, of
-    which a share is held out at its end."""
+    that are read. records: how many there are, for the progress line. texts: of how many text files it is made, 0 if of
+    anything else too."""
 
     name: str
     parts: tuple[Part, ...]
     fingerprint: str
     records: int
-    whole_text: bool = False
+    texts: int = 0
 
     def read(self) -> Iterator[Item]:
         """All items, from the beginning each time."""
@@ -105,8 +105,8 @@ def _open_files(name: str) -> Source:
         if not file.stat().st_size:
             raise ValueError(f"{file} is empty; remove it from {name!r} or fill it")
     parts = tuple(functools.partial(_read_file, file) for file in files)
-    whole_text = all(file.suffix == ".txt" for file in files)
-    return Source(name, parts, _fingerprint(files), sum(map(_count, files)), whole_text)
+    texts = len(files) if all(file.suffix == ".txt" for file in files) else 0
+    return Source(name, parts, _fingerprint(files), sum(map(_count, files)), texts)
 
 
 def _read_file(file: Path) -> Iterator[Item]:

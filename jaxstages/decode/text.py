@@ -7,7 +7,7 @@ HALF = "\ufffd"
 
 
 class TextStream:
-    """text: what may be shown so far. ended: a stop string came; the text is cut before it.
+    """text: what may be shown so far. ended: a stop string came; the text is cut before it. ids: tokens up to there.
 
     | tokens so far        | text, stop string "\\n\\n" |
     | `Hi` `!`             | Hi!                      |
@@ -17,16 +17,16 @@ class TextStream:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, stops
-        self._ids: list[int] = []
+        self.ids: list[int] = []
         self.text = ""
         self.ended = False
 
     def feed(self, ids: Sequence[int], last: bool = False) -> str:
         """The text that these tokens add; with `last` also what was held back for what might have come."""
-        self._ids += ids
         if self.ended:
             return ""
-        whole = self._decode(self._ids)  # all of them: a token's text may depend on those before it
+        self.ids += ids
+        whole = self._decode(self.ids)  # all of them: a token's text may depend on those before it
         ends = [place for stop in self._stops if (place := whole.find(stop)) >= 0]
         if ends:
             self.ended, whole = True, whole[: min(ends)]

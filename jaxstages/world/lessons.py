@@ -9,16 +9,7 @@ from typing import NamedTuple
 
 from jaxstages.world import knowledge
 from jaxstages.world.clauses import ONE_IN, draw_phrase, phrase_combinations
-from jaxstages.world.grammar import (
-    Clause,
-    Phrase,
-    Place,
-    english,
-    english_phrase,
-    french,
-    french_phrase,
-    french_place,
-)
+from jaxstages.world.grammar import Clause, Phrase, Place, english, english_phrase, french, french_phrase, french_place
 from jaxstages.world.knowledge import CATEGORIES, NUMBERS, OPPOSITES, PLURALS, noun_phrase
 from jaxstages.world.lexicon import NOUNS, PLACES, VERBS
 from jaxstages.world.people import with_article
