@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 
 CONTENDERS = {
     "jaxstages": ["contender_jaxstages.py"],
+    "flax": ["contender_flax.py"],
     "nanogpt-eager": ["contender_nanogpt.py", "--mode=eager"],
     "nanogpt-eager-fused": ["contender_nanogpt.py", "--mode=eager", "--optimizer=fused"],
     "nanogpt-compile": ["contender_nanogpt.py", "--mode=compile"],
@@ -42,7 +43,7 @@ CONTENDERS = {
     "peft-compile": ["contender_peft.py", "--mode=compile"],
     "peft-trainer": ["contender_peft.py", "--loop=trainer"],
 }
-"""Those without "fused", and the trainer, are as shipped; the others are tuned."""
+"""Plain Flax, those without "fused", and the trainer, are as shipped; the others are tuned."""
 
 
 def takes_part(contender: str, row: Row) -> bool:

@@ -92,7 +92,7 @@ class Placement(NamedTuple):
     parts: Callable[[str], int] = lambda _name: 1
 
 
-ALONE = Placement()
+ALONE = Placement()  # one device; to be compared by ==, for Flax makes another of a tuple among a module's fields
 
 
 class Model(NamedTuple):

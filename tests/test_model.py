@@ -144,6 +144,16 @@ def test_scan_and_unrolled_layers_are_the_same_function_of_the_same_parameters()
     np.testing.assert_allclose(scanned.apply(params, batch, None), unrolled.apply(params, batch, None), atol=1e-5)
 
 
+@pytest.mark.parametrize("experts", [None, ExpertsConfig(count=4, per_token=2)])
+def test_on_one_device_nothing_goes_the_way_of_a_mesh(experts: ExpertsConfig | None) -> None:
+    """The same numbers come out of it, but slower: a model of one CPU takes the linear maps made for that."""
+    model = make_model(model_config(**({"experts": experts} if experts else {})), VOCAB)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    program = str(jax.make_jaxpr(lambda params: model.apply(params, mixed_batch(), None))(params))
+    assert "_linear_on_cpu" in program
+    assert not [way for way in ("_linear_over", "shard_map", "sharding_constraint") if way in program]
+
+
 def test_dropout_needs_a_key_and_follows_it() -> None:
     model, params = make(dropout=0.3)
     batch = mixed_batch(2)

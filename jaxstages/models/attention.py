@@ -140,7 +140,7 @@ def attend_over(attend: Attend, place: Placement, length: int) -> Attend:
 
     A row of another length takes the plain formula: to learn the parameters' shapes, two tokens are enough.
     """
-    if place is ALONE:
+    if place == ALONE:
         return attend
     context = place.axes("length")
 

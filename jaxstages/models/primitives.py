@@ -79,7 +79,7 @@ def linear(
     Args:
         place: which device holds what. names: the kernel's logical axes.
     """
-    if place is not ALONE:
+    if place != ALONE:
         out: Any = _linear_over(x, kernel_IO, place, names)
         return out
     if platform != "cpu":

@@ -57,7 +57,7 @@ def _summed(place: Placement) -> tuple[str, ...]:
 
 def lookup_over(table_VD: Array, tokens_BL: Array, place: Placement) -> Array:
     """`table[tokens]`, [B, L, D]. Devices that store other columns of the table exchange rows for columns."""
-    if place is ALONE or not set(place.axes(GATHERED)) <= set(place.axes("rows")):
+    if place == ALONE or not set(place.axes(GATHERED)) <= set(place.axes("rows")):
         return place.activation(table_VD[tokens_BL], (*ROWS, ""))
     out: Any = _lookup(table_VD, tokens_BL, place)
     return out
@@ -120,7 +120,7 @@ def _part(axes: tuple[str, ...]) -> Array:
 def mix_over(mix: Callable[..., Array], place: Placement) -> Callable[..., Array]:
     """`mix(x_BLD, router_DE, gate_EDF, up_EDF, down_EFD) -> [B, L, D]` with experts on several devices: each has the
     tokens of all that share the experts, and adds what its own give; nothing is dropped. Kernels are gathered twice."""
-    if place is ALONE:
+    if place == ALONE:
         return lambda x, router, *kernels: mix(x.reshape(-1, x.shape[-1]), router, kernels, first=0).reshape(x.shape)
     experts, shares = place.axes("expert"), place.axes("ff")
     meet = tuple(axis for axis in experts if axis in place.axes("rows"))

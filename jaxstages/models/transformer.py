@@ -128,7 +128,7 @@ def make_model(
     platform = platform or jax.default_backend()
     attend = attend or (attend_in_tiles if platform == "cpu" else attend_packed)
     # The forms that are fast on CPU know one device only.
-    forms = platform if place is ALONE else "several"
+    forms = platform if place == ALONE else "several"
     vocab = max(vocab, config.vocab_size)
     spread = Backend(forms, attend_over(attend, place, config.context), place, remat)
     module = Transformer(config, vocab, spread, neftune=neftune)
