@@ -168,8 +168,9 @@ class Checkpoints:
         if small:
             state = jax.device_put(state, shardings_of(state), may_alias=False)
         train = _train_item(state, stopping)
-        meta = meta | {"format": FORMAT, "step": step, "best_step": best_step}
-        self._meta, self._prints = meta, begin_fingerprint({"params": state.params, "train": train})
+        self._meta = meta | {"format": FORMAT, "step": step, "best_step": best_step}
+        leaves = {"params": state.params, "train": train}
+        self._prints = (lambda: fingerprint(leaves)) if small else begin_fingerprint(leaves)  # copies may wait
         items = ocp.args.Composite(params=to_save(state.params), train=to_save(train))
         self._saving = step
         with self._as_storage_errors():

@@ -166,6 +166,5 @@ def _head_gradient(d_logits_BTV: Array, hidden_BTD: Array, parts: int, place: Pl
         found = jnp.einsum("PBTV,PBTD->PVD", *apart, preferred_element_type=jnp.float32)
         return place.activation(found, ("rows", "vocab", ""))
     narrow, wide = sorted((d_logits_BTV, hidden_BTD), key=lambda x: x.shape[-1])
-    rows = ((0, 1), (0, 1))
-    found = jax.lax.dot_general(narrow, wide, (rows, ((), ())), preferred_element_type=jnp.float32)
+    found = jax.lax.dot_general(narrow, wide, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
     return found if len(found) == d_logits_BTV.shape[-1] else jax.lax.optimization_barrier(found).T
