@@ -86,7 +86,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ("terms", 2, "SIGTERMs at random instants"),
         ("faults", 40, "random faults in checkpoints"),
         ("every", 200, "each how many-th crash point is gone on from"),
-        ("errors", 700, "each how many-th call fails"),
+        ("errors", 1000, "each how many-th call fails"),
         ("native", 1, "crash points inside native code"),
         ("races", 1, "pairs of runs in one directory"),
         ("pairs", 0, "SIGTERMs to two processes"),
