@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from contender import Recorder, contender_flags, print_check, print_result
+from contender import Recorder, contender_flags, print_check
+from jax_result import grad_norm, print_jax_result
 from rows import Row
 from safetensors.numpy import load_file
 from tokens import Batches
@@ -96,8 +97,7 @@ def main() -> None:
 
     if flags.check:
         loss, grads = jax.jit(jax.value_and_grad(loss_of))(params, *batch(0))
-        squares = [np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(grads)]
-        print_check(parameters, float(loss), float(np.sqrt(np.sum(squares))))
+        print_check(parameters, float(loss), grad_norm(grads))
         return
     step, opt_state = jax.jit(train_step, donate_argnums=(0, 1)), tx.init(params)
     recorder = Recorder(flags.warmup, flags.steps, lambda: jax.block_until_ready(params))
@@ -105,15 +105,7 @@ def main() -> None:
     for k in range(recorder.total):
         params, opt_state, loss = step(params, opt_state, *batch(k))
         recorder.step_done(loss)
-    stats = jax.devices()[0].memory_stats() if row.device == "gpu" else None
-    print_result(
-        row,
-        recorder,
-        framework="jax",
-        parameters=parameters,
-        packages=("jax", "jaxlib", "optax", "flax", "numpy"),
-        peak_device_bytes=stats["peak_bytes_in_use"] if stats else None,
-    )
+    print_jax_result(row, recorder, parameters, ("optax", "flax"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from contender import Recorder, contender_flags, print_check, print_result
+from contender import Recorder, contender_flags, print_check
+from jax_result import grad_norm, print_jax_result
 from rows import Row
 from safetensors.numpy import load_file
 from tokens import Batches
@@ -85,8 +86,7 @@ def main() -> None:
 
     if flags.check:
         state, sums = step(state, batch(0))
-        squares = [np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(state.opt_state)]
-        print_check(parameters, float(sums["nll"]) / float(sums["weight"]), float(np.sqrt(np.sum(squares))))
+        print_check(parameters, float(sums["nll"]) / float(sums["weight"]), grad_norm(state.opt_state))
         return
     recorder = Recorder(flags.warmup, flags.steps, lambda: jax.block_until_ready(state))
     recorder.begin()
@@ -95,15 +95,7 @@ def main() -> None:
         state, sums = step(state, batch(k))
         recorder.step_done(sums["nll"])
     recorder.losses = [float(nll) / row.tokens_per_step for nll in recorder.losses]
-    stats = jax.devices()[0].memory_stats() if row.device == "gpu" else None
-    print_result(
-        row,
-        recorder,
-        framework="jax",
-        parameters=parameters,
-        packages=("jax", "jaxlib", "jaxstages", "optax", "flax", "numpy"),
-        peak_device_bytes=stats["peak_bytes_in_use"] if stats else None,
-    )
+    print_jax_result(row, recorder, parameters, ("jaxstages", "optax", "flax"))
 
 
 if __name__ == "__main__":
