@@ -1,4 +1,4 @@
-"""One folder of compiled functions for all processes of a test session: what one has compiled, the others load."""
+"""How tests compile: quickly, and into one folder for all processes; what one has compiled, the others load."""
 
 import atexit
 import os
@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import Any
 
 _rename = os.rename  # that of before the tests which count, or fail, the program's calls
+
+QUICK = (
+    "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_backend_optimization_level=0"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+"""Flags of XLA. Tests are about values, not speed: most of their time goes to compiling, and of that most to LLVM."""
+
+MODELS = 16
+"""The most that share a trace at a time: each holds what was compiled of it, and a process may have so many maps."""
 
 NAME = "JAXSTAGES_TEST_COMPILED"
 """The environment variable that tells workers and child processes of the folder."""
@@ -37,16 +46,20 @@ def write_whole_files() -> None:
 
 
 def traced_once(make_model: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, but stages with one model share it, and its trace: tracing is most of a run that compiles nothing."""
+    """The same, but runs with one model share it, and its trace: tracing is most of a run that compiles nothing."""
     import jax
 
-    made: dict[str, Any] = {}
+    made: list[tuple[Any, Any]] = []  # not a dict: a mesh and a function are told apart by `==`, not by their text
 
     def make(config: Any, vocab: int, **settings: Any) -> Any:
-        key = f"{config} {vocab} {settings}"
-        if key not in made:
-            model = make_model(config, vocab, **settings)
-            made[key] = model._replace(init=jax.jit(model.init), headless=jax.jit(model.headless))
-        return made[key]
+        key = (str(config), vocab, settings)
+        for known, model in made:
+            if known == key:
+                return model
+        model = make_model(config, vocab, **settings)
+        model = model._replace(init=jax.jit(model.init), headless=jax.jit(model.headless))
+        made.append((key, model))
+        del made[:-MODELS]
+        return model
 
     return make

@@ -3,13 +3,10 @@
 import atexit
 import os
 
-# Before jax starts its backend. Tests are about values, not speed: most of their time goes to compiling, and of that
-# most to LLVM's optimizations.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
-    + " --xla_backend_optimization_level=0"
-)
+from tests import compiled
+
+# Before jax starts its backend.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {compiled.QUICK}"
 
 import shutil
 import tempfile
@@ -29,7 +26,7 @@ jaxtyping.install_import_hook(
 )
 
 import jaxstages  # noqa: E402, F401  (sets the XLA flags that it needs)
-from tests import compiled  # noqa: E402
+from jaxstages import workbench  # noqa: E402
 
 # Child processes keep what they compile here, not in the home of who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxstages-")
@@ -43,6 +40,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+workbench.make_model = compiled.traced_once(workbench.make_model)
 
 # The same examples each time, and no deadline: a slow machine is no failure.
 hypothesis.settings.register_profile(

@@ -20,6 +20,7 @@ from jaxstages.disk import read_json
 from jaxstages.main import main
 from jaxstages.metrics import read_metrics
 from jaxstages.workdir import checkpoint_folder
+from tests import compiled
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -247,8 +248,8 @@ def test_recipe_json_is_the_recipe(home: Path) -> None:
 
 
 def start(home: Path, work: Path) -> subprocess.Popen:
-    words = [sys.executable, "-m", "jaxstages", "run", f"--config={home}/tiny.py:60", f"--workdir={work}"]
-    env = os.environ | {"XLA_FLAGS": ""}  # one device, as most users have
+    words = [sys.executable, "-m", "jaxstages", "run", f"--config={home}/tiny.py:24", f"--workdir={work}"]
+    env = os.environ | {"XLA_FLAGS": compiled.QUICK}  # one device, as most users have
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -265,8 +266,9 @@ def wait_for_checkpoint(process: subprocess.Popen, stage_dir: Path, step: int) -
 def test_killed_and_terminated_it_ends_in_the_same_bits(home: Path, tmp_path: Path) -> None:
     """At other instants, and in each stage: `reliability/test_stops.py`."""
     whole, work = start(home, tmp_path / "whole"), tmp_path / "killed"
+    assert whole.communicate() and whole.returncode == 0
     process = start(home, work)
-    wait_for_checkpoint(process, work / "finetune", 20)
+    wait_for_checkpoint(process, work / "finetune", 8)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -282,7 +284,6 @@ def test_killed_and_terminated_it_ends_in_the_same_bits(home: Path, tmp_path: Pa
     assert process.returncode == 75 and "interrupted" in out, out
     process = start(home, work)
     assert "instruct: resumes at step" in process.communicate()[0] and process.returncode == 0
-    assert whole.communicate() and whole.returncode == 0
     for stage in recipes.STAGES:
         one, two = (read_json(tmp_path / name / stage / "result.json") for name in ("whole", "killed"))
         for name in ("params_sha256", "last_params_sha256", "best", "best_step", "tokens"):

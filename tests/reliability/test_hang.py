@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jaxstages.checkpoint import steps_of
+from tests import compiled
 from tests.reliability.harness import ROOT, Home, free_port, outcome
 
 SCRIPT = """
@@ -105,7 +106,7 @@ class Lab:
         script, log = self.folder / f"{name}.py", self.folder / f"{name}.log"
         script.write_text(SCRIPT.replace("PLACE", place).replace("READ", read).replace("COMPILE", comp))
         environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
-        environment["XLA_FLAGS"] = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+        environment["XLA_FLAGS"] = compiled.QUICK
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
         environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         words = (f"--config={self.folder}/recipe.py", f"--workdir={self.folder / name}")

@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 
 from jaxstages.disk import read_json
+from tests.compiled import QUICK
 from tests.reliability.harness import ROOT, Child, Home, free_port, outcome, print_table, unlike, wait_for
 
 PHASES = ("restore", "hand-off", "compile", "step", "evaluate", "save", "commit", "finish")
 """What a host that dies may be doing; before them it has not joined the others."""
-
-QUICK = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_backend_optimization_level=0"
-"""Most of the time of these runs goes to compiling: nobody else has programs for as many devices."""
 
 SHORT = {"JAXSTAGES_TEST_LOST_AFTER": "6"}
 """Seconds until a host counts as lost, where a test does not measure that time itself."""
@@ -63,7 +61,7 @@ def start_all(home: Home, work: Path, count: int, **environment: str) -> list[Ch
     for log in logs:
         log.unlink(missing_ok=True)  # of the start before
     return [
-        home.start(work, more=place if count > 1 else (), log=log, XLA_FLAGS=QUICK, **environment)
+        home.start(work, more=place if count > 1 else (), log=log, **environment)
         for place, log in zip(places, logs, strict=True)
     ]
 
