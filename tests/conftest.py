@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 
 from tests import compiled
 
@@ -18,7 +19,8 @@ import jaxtyping
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHAPED = [file for file in (ROOT / "jaxstages").rglob("*.py") if "from jaxtyping" in file.read_text()]
+SHAPES = re.compile(r"from jaxtyping import .*\b(Bool|Float|Int)\b")
+SHAPED = [file for file in (ROOT / "jaxstages").rglob("*.py") if SHAPES.search(file.read_text())]
 # Shapes and dtypes are checked at each call of the modules that tell them. Elsewhere it would find nothing that pyright
 # does not, and cost a loop of small calls 10 to 40 times its time.
 jaxtyping.install_import_hook(
@@ -56,17 +58,11 @@ def _no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LONGEST = (
-    *("reliability/test_stops.py", "reliability/test_crash_points.py", "test_door.py", "reliability/test_disk_full.py"),
-    *("test_stages.py", "reliability/test_hang.py", "reliability/test_nonfinite.py", "reliability/test_corruption.py"),
-    *(
-        "reliability/test_hosts_lost.py",
-        "reliability/test_lock.py",
-        "test_model.py",
-        "test_compilation.py",
-        "test_generate.py",
-        "test_kernels.py",
-    ),
-    *("reliability/test_durability.py", "reliability/test_handoff.py", "test_world.py", "reliability/test_resume.py"),
+    *("reliability/test_stops.py", "interop/test_parity.py", "reliability/test_crash_points.py", "test_lora.py"),
+    *("test_stages.py", "test_door.py", "test_sharding.py", "reliability/test_resume.py", "reliability/test_hang.py"),
+    *("reliability/test_fuzz.py", "test_interop.py", "reliability/test_disk_full.py", "reliability/test_hosts_lost.py"),
+    *("reliability/test_nonfinite.py", "reliability/test_lock.py", "reliability/test_corruption.py", "test_model.py"),
+    *("test_compilation.py", "test_generate.py", "test_kernels.py", "reliability/test_durability.py", "test_world.py"),
 )
 """The files that take long, in about this order: were one begun last, a worker would wait for the other."""
 
