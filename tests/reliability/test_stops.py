@@ -95,16 +95,17 @@ def test_a_kill_and_a_stop_as_a_user_sees_them(home: Home, whole: dict, tmp_path
     """One in the second stage, one in the third; what the run says, and what it goes on to."""
     work = tmp_path / "work"
     child = home.start(work)
+    told = child.output.read_text
     until_saved(child, "finetune")
     child.kill()
-    assert "pretrain: completed" in child.log() and not (work / "finetune" / "result.json").exists()
+    assert "pretrain: completed" in told() and not (work / "finetune" / "result.json").exists()
     child = home.start(work)
     until_saved(child, "instruct")
     child.kill(signal.SIGTERM)
     assert child.wait() == 75
-    assert "finetune: resumes at step" in child.log() and "instruct: interrupted; saved at step" in child.log()
-    assert "instruct: resumes at step" not in child.log() and home.run(work) == 0
-    assert "instruct: resumes at step" in child.log() and unlike(outcome(work), whole) == []
+    assert "finetune: resumes at step" in told() and "instruct: interrupted; saved at step" in told()
+    assert "instruct: resumes at step" not in told() and home.run(work) == 0
+    assert "instruct: resumes at step" in told() and unlike(outcome(work), whole) == []
 
 
 def until_saved(child: Child, stage: str) -> None:
