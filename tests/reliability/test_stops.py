@@ -91,31 +91,6 @@ def test_asked_to_stop_at_random_instants(
     assert max(tally.redone, default=0) <= 1 and max(tally.seconds) < 25
 
 
-def test_a_kill_and_a_stop_as_a_user_sees_them(home: Home, whole: dict, tmp_path: Path) -> None:
-    """One in the second stage, one in the third; what the run says, and what it goes on to."""
-    work = tmp_path / "work"
-    child = home.start(work)
-    told = child.output.read_text
-    until_saved(child, "finetune")
-    child.kill()
-    assert "pretrain: completed" in told() and not (work / "finetune" / "result.json").exists()
-    child = home.start(work)
-    until_saved(child, "instruct")
-    child.kill(signal.SIGTERM)
-    assert child.wait() == 75
-    assert "finetune: resumes at step" in told() and "instruct: interrupted; saved at step" in told()
-    assert "instruct: resumes at step" not in told() and home.run(work) == 0
-    assert "instruct: resumes at step" in told() and unlike(outcome(work), whole) == []
-
-
-def until_saved(child: Child, stage: str) -> None:
-    """Until a checkpoint of the stage is there, which then has three quarters of its steps before it."""
-    end = time.monotonic() + 120
-    while not steps_of(child.work / stage):
-        assert child.running() and time.monotonic() < end, child.log()
-        time.sleep(0.001)
-
-
 def test_a_save_does_not_ask_whether_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Orbax would, by its own numbers: processes that ask by others would then be told to stop at different places."""
     asked: list[int] = []
