@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,17 +138,23 @@ def test_what_is_looked_at_together_does_not_matter(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(attention, "TILE", tile)
         monkeypatch.setattr(attention, "BLOCK", block)
         found.append(attend_in_tiles(query, key, value, segments, Reach()))
-    for lanes, tile in itertools.product((2, 3, 6), (1, 2**20)):
-        monkeypatch.setattr(attention, "TILE", tile)
-        monkeypatch.setattr(attention, "_lanes", lambda batch, lanes=lanes: lanes)
-        found.append(attend_in_tiles(query, key, value, segments, Reach()))
     for other in found[1:]:
         close(other, found[0])
 
 
-def test_rows_that_lie_on_several_devices_have_no_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would be sent to each other."""
-    monkeypatch.setattr(attention, "LANES", 4)
-    assert attention._lanes(6) == 1 < jax.device_count()
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert attention._lanes(6) == 2
+def test_what_makes_exponentials_reads_a_slice_in_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA:CPU makes no vectors of a fusion that reads a loop's slice along rows and along columns."""
+    monkeypatch.setattr(attention, "TILE", 1)
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    array, segments = jnp.ones((4, 16, 2, 8)), jnp.ones((4, 16), jnp.int32)
+
+    def both(array: jax.Array, segments: jax.Array) -> Any:
+        return jax.vjp(lambda *qkv: attend_in_tiles(*qkv, segments, Reach()), array, array, array)[1](array)
+
+    program = jax.jit(both).lower(array, segments).compile().as_text()
+    assert program
+    fusions = [part for part in re.split(r"\n(?=%)", program) if " exponential(" in part]
+    slices = [(name, part) for part in fusions for name in re.findall(r"(%\S+) = \S+ dynamic-slice\(", part)]
+    assert slices
+    for name, part in slices:
+        assert len(re.findall(rf"{re.escape(name)}[,)]", part)) == 1, part

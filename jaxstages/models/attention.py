@@ -5,30 +5,24 @@ that share a key/value head, K head dim, T queries of a block.
 """
 
 import functools
-import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxstages.models.primitives import row_sum
 from jaxstages.models.spread import ROWS
 from jaxstages.types import ALONE, Placement
 
 BLOCK = 128
 """Queries of a block on CPU: keys after its last query are left out."""
 
-TILE = 2**18
-"""Scores that are looked at together on CPU: 1 MiB of float32, what a core's own cache holds."""
+TILE = 2**17
+"""Scores that are looked at together on CPU: 512 KiB of float32, for a core's own cache to hold."""
 
 AT_ONCE = 256
 """Queries whose scores exist at once where a row's tokens lie on several devices."""
-
-LANES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-"""Parts of the batch that one device attends to side by side on CPU: the cores of this process."""
 
 HIDDEN = -1e30
 """The score of a key that may not be seen. Finite, for inf - inf is NaN."""
@@ -52,14 +46,7 @@ def packed_mask(segments_BL: Int[Array, "B L"], window: int = 0) -> Bool[Array, 
 
     Padding (segment 0) sees padding before it, so that no softmax is over nothing.
     """
-    row = slice(0, segments_BL.shape[1])
-    return _seen(segments_BL, row, row, window)[:, None]
-
-
-def _seen(segments_BL: Array, queries: slice, keys: slice, window: int) -> Bool[Array, "B T S"]:
-    back_TS = jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
-    near_TS = (back_TS >= 0) & (back_TS < window) if window else back_TS >= 0
-    return (segments_BL[:, queries, None] == segments_BL[:, None, keys]) & near_TS[None]
+    return chunk_mask(segments_BL, segments_BL, 0, window)
 
 
 def chunk_mask(
@@ -187,6 +174,9 @@ def attend_chunk(
 
 # On CPU, as in FlashAttention (Dao et al. 2022), but in plain operations: tile by tile, with what lies in the masked
 # half left out; kept is one number a query, from which the backward pass makes the shares again.
+#
+# Scores lie keys by queries, [N, S, R, T] with N = B * G: a maximum or a sum over keys then takes row by row, where
+# along a row XLA:CPU takes number by number; and products transpose their narrow operand, never the scores.
 
 
 def attend_in_tiles(query_BLHK: Array, key_BLGK: Array, value_BLGK: Array, segments_BL: Array, reach: Reach) -> Array:
@@ -201,99 +191,109 @@ def _in_tiles(query: Array, key: Array, value: Array, segments: Array, reach: Re
 
 
 def _tiles_forward(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> tuple[Array, Any]:
-    forward = functools.partial(_rows_forward, reach=reach)
-    out, lse = _rows_by_rows(forward, query.shape, (query, key, value, segments))
-    return out, (query, key, value, segments, out, lse)
+    seen = _seen(query, key, value, segments)
+    out_NKRL, lse = _tile_by_tile(functools.partial(_tile_forward, reach=reach), seen)
+    out = _from_columns(out_NKRL, query)
+    return out, (seen, out, lse)
 
 
-def _tiles_backward(reach: Reach, saved: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
-    backward = functools.partial(_rows_backward, reach=reach)
-    return *_rows_by_rows(backward, saved[0].shape, (*saved, d_out)), None
+def _tiles_backward(reach: Reach, saved: Any, d_out: Array) -> tuple[Array | None, ...]:
+    seen, out, lse = saved
+    groups = seen.key_NKS.shape[0] // out.shape[0]
+    more = (_to_columns(out, groups), lse, _to_columns(d_out, groups))
+    found = _tile_by_tile(functools.partial(_tile_backward, reach=reach), seen, *more)
+    return *(_from_columns(d_NKRL, out) for d_NKRL in found), None
 
 
 _in_tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
-def _rows_by_rows(rows: Callable[..., Any], shape: tuple[int, ...], arrays: tuple[Array, ...]) -> Any:
-    """`rows(*arrays)`, in as many lanes as there are cores, each for as many rows of the batch at once as have no more
-    than a tile of scores. XLA:CPU runs what does not depend on each other side by side, but a batch of small products
-    in one thread."""
-    batch, length, heads, _ = shape
-    lanes = _lanes(batch)
-    at_once = max(TILE // (heads * min(BLOCK, length) * length), 1)
-    lane = batch // lanes
-    parts = next(n for n in range(1, lane + 1) if lane % n == 0 and lane // n <= at_once)
+class _Seen(NamedTuple):
+    """What tiles are made of. Segments are told twice, in two types, so that they stay two arrays: XLA:CPU makes no
+    vectors of what reads one slice of a loop both along rows and along columns (exp took seven times as long)."""
 
-    def one(arrays: list[Array]) -> Any:
-        if parts == 1:
-            return rows(*arrays)
-        split = [array.reshape(parts, lane // parts, *array.shape[1:]) for array in arrays]
-        found = jax.lax.map(lambda part: rows(*part), split)
-        return jax.tree.map(lambda array: array.reshape(lane, *array.shape[2:]), found)
-
-    found = [one([array[start : start + lane] for array in arrays]) for start in range(0, batch, lane)]
-    return jax.tree.map(lambda *lanes: jnp.concatenate(lanes), *found)
+    query_NKRL: Array
+    key_NKS: Array
+    value_NKS: Array
+    segments_NL: Array
+    key_segments_NS: Array
 
 
-def _lanes(batch: int) -> int:
-    """Several devices, or processes, have their own rows already: lanes would send them to each other."""
-    return math.gcd(batch, LANES) if jax.device_count() == 1 else 1
+def _seen(query: Array, key: Array, value: Array, segments: Array) -> _Seen:
+    groups = key.shape[2]
+    key_NKS, value_NKS = (_to_columns(x, groups)[:, :, 0] for x in (key, value))
+    segments_NL = jnp.repeat(segments, groups, axis=0)
+    return _Seen(_to_columns(query, groups), key_NKS, value_NKS, segments_NL, segments_NL.astype(jnp.float32))
 
 
-def _blocks(length: int, window: int) -> list[tuple[slice, slice]]:
+def _to_columns(x_BLHK: Array, groups: int) -> Float[Array, "N K R L"]:
+    return jax.lax.collapse(_split_heads(x_BLHK, groups).transpose(0, 1, 4, 2, 3), 0, 2)
+
+
+def _from_columns(x_NKRL: Array, like_BLHK: Array) -> Float[Array, "B L H K"]:
+    x_BGKRL = x_NKRL.reshape(like_BLHK.shape[0], -1, *x_NKRL.shape[1:])
+    return _join_heads(x_BGKRL.transpose(0, 1, 3, 4, 2)).astype(like_BLHK.dtype)
+
+
+def _tile_by_tile(tile: Callable[..., Any], seen: _Seen, *more: Array) -> Any:
+    """`tile(seen, *more)` in float32, for as many of N at once as have no more than a tile of scores."""
+    every, _, shared, length = seen.query_NKRL.shape
+    most = max(TILE // (shared * min(BLOCK, length) * length), 1)
+    at_once = next(n for n in range(min(most, every), 0, -1) if every % n == 0)
+
+    def wide(arrays: tuple[Any, ...]) -> Any:
+        return tile(*jax.tree.map(lambda x: x.astype(jnp.float32), arrays))
+
+    if at_once == every:
+        return wide((seen, *more))
+    tiles = jax.tree.map(lambda x: x.reshape(every // at_once, at_once, *x.shape[1:]), (seen, *more))
+    return jax.tree.map(lambda x: jax.lax.collapse(x, 0, 2), jax.lax.map(wide, tiles))
+
+
+def _blocks(length: int, window: int) -> Iterator[tuple[slice, slice]]:
     """Queries of each block, and the keys that any of them may see."""
-    found = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        found.append((slice(start, stop), slice(max(start - window + 1, 0) if window else 0, stop)))
-    return found
+        yield slice(start, stop), slice(max(start - window + 1, 0) if window else 0, stop)
 
 
-def _scores(
-    query_BGRTK: Array, key_BGSK: Array, segments_BL: Array, queries: slice, keys: slice, reach: Reach
-) -> tuple[Array, Array | None]:
-    raw = jnp.einsum("BGRTK,BGSK->BGRTS", query_BGRTK, key_BGSK, preferred_element_type=jnp.float32)
-    capped, slope = _cap(raw * query_BGRTK.shape[-1] ** -0.5, reach.softcap)
-    return jnp.where(_seen(segments_BL, queries, keys, reach.window)[:, None, None], capped, HIDDEN), slope
+def _scores(seen: _Seen, queries: slice, keys: slice, reach: Reach) -> tuple[Float[Array, "N S R T"], Array | None]:
+    raw = jnp.einsum("NKS,NKRT->NSRT", seen.key_NKS[..., keys], seen.query_NKRL[..., queries])
+    capped, slope = _cap(raw * seen.key_NKS.shape[1] ** -0.5, reach.softcap)
+    back_ST = jnp.arange(queries.start, queries.stop)[None, :] - jnp.arange(keys.start, keys.stop)[:, None]
+    near_ST = (back_ST >= 0) & (back_ST < reach.window) if reach.window else back_ST >= 0
+    same_NST = seen.key_segments_NS[:, keys, None] == seen.segments_NL[:, None, queries]
+    return jnp.where((same_NST & near_ST[None])[:, :, None], capped, HIDDEN), slope
 
 
-def _rows_forward(query: Array, key: Array, value: Array, segments: Array, *, reach: Reach) -> tuple[Array, Array]:
+def _tile_forward(seen: _Seen, *, reach: Reach) -> tuple[Float[Array, "N K R L"], Float[Array, "N 1 R L"]]:
     """Outputs, and the log of the sum of the exponentials of each query's scores."""
-    query, key, value = _split_heads(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
     outs, lses = [], []
-    for queries, keys in _blocks(segments.shape[1], reach.window):
-        scores, _ = _scores(query[..., queries, :], key[..., keys, :], segments, queries, keys, reach)
-        most = jnp.max(scores, axis=-1, keepdims=True)
+    for queries, keys in _blocks(seen.query_NKRL.shape[3], reach.window):
+        scores, _ = _scores(seen, queries, keys, reach)
+        most = jnp.max(scores, axis=1, keepdims=True)
         powers = jnp.exp(scores - most)
-        total = row_sum(powers, "cpu")
-        mixed = jnp.einsum(
-            "BGRTS,BGSK->BGRTK", powers.astype(value.dtype), value[..., keys, :], preferred_element_type=jnp.float32
-        )
-        outs.append(mixed / total)
+        total = jnp.sum(powers, axis=1, keepdims=True)
+        outs.append(jnp.einsum("NKS,NSRT->NKRT", seen.value_NKS[..., keys], powers) / total)
         lses.append(most + jnp.log(total))
-    return _join_heads(jnp.concatenate(outs, axis=3)).astype(query.dtype), jnp.concatenate(lses, axis=3)
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
 
-def _rows_backward(
-    query: Array, key: Array, value: Array, segments: Array, out: Array, lse: Array, d_out: Array, *, reach: Reach
-) -> tuple[Array, Array, Array]:
-    groups, dtype, scale = key.shape[2], query.dtype, query.shape[-1] ** -0.5
-    along = row_sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), "cpu")
-    along, d_out, query = (_split_heads(x, groups) for x in (along, d_out, query))
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+def _tile_backward(
+    seen: _Seen, out: Array, lse: Array, d_out: Array, *, reach: Reach
+) -> tuple[Float[Array, "N K _ L"], ...]:
+    """Gradients of queries, keys and values."""
+    scale = out.shape[1] ** -0.5
+    along = jnp.sum(out * d_out, axis=1, keepdims=True)
+    query_NRLK, d_out_NRLK = (x.transpose(0, 2, 3, 1) for x in (seen.query_NKRL, d_out))
     d_queries = []
-    d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    for queries, keys in _blocks(segments.shape[1], reach.window):
-        scores, slope = _scores(query[..., queries, :], key[..., keys, :], segments, queries, keys, reach)
-        shares = jnp.exp(scores - lse[..., queries, :])
-        d_shares = product("BGRTK,BGSK->BGRTS", d_out[..., queries, :], value[..., keys, :])
-        d_scores = shares * (d_shares - along[..., queries, :]) * scale
-        d_scores = (d_scores if slope is None else d_scores * slope).astype(dtype)
-        d_queries.append(product("BGRTS,BGSK->BGRTK", d_scores, key[..., keys, :]))
-        d_key = d_key.at[..., keys, :].add(product("BGRTS,BGRTK->BGSK", d_scores, query[..., queries, :]))
-        d_value = d_value.at[..., keys, :].add(
-            product("BGRTS,BGRTK->BGSK", shares.astype(dtype), d_out[..., queries, :])
-        )
-    d_query = _join_heads(jnp.concatenate(d_queries, axis=3))
-    return d_query.astype(dtype), d_key.swapaxes(1, 2).astype(dtype), d_value.swapaxes(1, 2).astype(dtype)
+    d_key, d_value = (jnp.zeros_like(x.swapaxes(1, 2)) for x in (seen.key_NKS, seen.value_NKS))
+    for queries, keys in _blocks(out.shape[3], reach.window):
+        scores, slope = _scores(seen, queries, keys, reach)
+        shares = jnp.exp(scores - lse[..., queries])
+        d_shares = jnp.einsum("NKS,NKRT->NSRT", seen.value_NKS[..., keys], d_out[..., queries])
+        d_scores = shares * (d_shares - along[..., queries]) * (scale if slope is None else scale * slope)
+        d_queries.append(jnp.einsum("NKS,NSRT->NKRT", seen.key_NKS[..., keys], d_scores))
+        d_key = d_key.at[:, keys].add(jnp.einsum("NSRT,NRTK->NSK", d_scores, query_NRLK[..., queries, :]))
+        d_value = d_value.at[:, keys].add(jnp.einsum("NSRT,NRTK->NSK", shares, d_out_NRLK[..., queries, :]))
+    return jnp.concatenate(d_queries, axis=3), *(x.swapaxes(1, 2)[:, :, None] for x in (d_key, d_value))
