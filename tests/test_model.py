@@ -1,6 +1,7 @@
 """Properties of the transformer: who sees whom, by gradient; decoding equals the full pass; every option works."""
 
 import itertools
+from decimal import Decimal
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,18 @@ def test_rope_depends_on_relative_positions_only() -> None:
         return jnp.einsum("BLHK,BSHK->BHLS", q, q)
 
     np.testing.assert_allclose(scores(0), scores(37), atol=1e-4)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0, 1_000_000.0])
+@pytest.mark.parametrize("head_dim", [12, 64, 128])
+def test_rope_frequencies_are_rounded_once_a_step(head_dim: int, theta: float) -> None:
+    """`1 / theta ** (i / half)` where each of the three results is the float32 that is nearest to the true one."""
+    from jaxstages.models.rope import frequencies_of
+
+    found = frequencies_of(AttentionConfig(head_dim=head_dim, rope_theta=theta), "global")
+    for i, frequency in enumerate(found):
+        exponent = Decimal(float(np.float32(Decimal(i) / Decimal(head_dim // 2))))
+        assert frequency == np.float32(1 / Decimal(float(np.float32(Decimal(theta) ** exponent))))
 
 
 def test_layers_learn_the_same_whatever_their_number_of_key_heads() -> None:

@@ -230,9 +230,8 @@ def _to_columns(x_BLHK: Array, groups: int) -> Float[Array, "N K R L"]:
     return jax.lax.collapse(_split_heads(x_BLHK, groups).transpose(0, 1, 4, 2, 3), 0, 2)
 
 
-def _from_columns(x_NKRL: Array, like_BLHK: Array) -> Float[Array, "B L H K"]:
-    x_BGKRL = x_NKRL.reshape(like_BLHK.shape[0], -1, *x_NKRL.shape[1:])
-    return _join_heads(x_BGKRL.transpose(0, 1, 3, 4, 2)).astype(like_BLHK.dtype)
+def _from_columns(x_NKRL: Array, like: Array) -> Float[Array, "B L H K"]:
+    return _join_heads(x_NKRL.reshape(like.shape[0], -1, *x_NKRL.shape[1:]).transpose(0, 1, 3, 4, 2)).astype(like.dtype)
 
 
 def _tile_by_tile(tile: Callable[..., Any], seen: _Seen, *more: Array) -> Any:
