@@ -209,8 +209,8 @@ _in_tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
 class _Seen(NamedTuple):
-    """What tiles are made of. Segments are told twice, in two types, so that they stay two arrays: XLA:CPU makes no
-    vectors of what reads one slice of a loop both along rows and along columns (exp took seven times as long)."""
+    """What tiles are made of. Segments are there twice, for queries and for keys: XLA:CPU makes no vectors of what
+    reads one slice of a loop both along rows and along columns (exp took seven times as long)."""
 
     query_NKRL: Array
     key_NKS: Array
@@ -223,7 +223,7 @@ def _seen(query: Array, key: Array, value: Array, segments: Array) -> _Seen:
     groups = key.shape[2]
     key_NKS, value_NKS = (_to_columns(x, groups)[:, :, 0] for x in (key, value))
     segments_NL = jnp.repeat(segments, groups, axis=0)
-    return _Seen(_to_columns(query, groups), key_NKS, value_NKS, segments_NL, segments_NL.astype(jnp.float32))
+    return _Seen(_to_columns(query, groups), key_NKS, value_NKS, segments_NL, segments_NL)
 
 
 def _to_columns(x_BLHK: Array, groups: int) -> Float[Array, "N K R L"]:
