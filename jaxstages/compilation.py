@@ -9,6 +9,7 @@
 """
 
 import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ SHARE = 0.92
 MUCH = 2**28
 """Temporary bytes of a step on CPU, beside which the milliseconds that are waited between two steps are nothing."""
 
+GIVEN_BACK = 0.002
+"""Seconds until a step's temporary memory is free again, once its results are there."""
+
 
 def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, Any]:
     """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; `base` is
@@ -50,9 +54,15 @@ def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, A
 
 def paced(jitted: Any, compiled: Any, platform: str) -> Any:
     """The jitted step. On CPU one with much temporary memory is waited for: the next one, dispatched while it runs,
-    would have its own beside it."""
+    would have its own beside it, and so would one that is dispatched before the memory is given back."""
+
+    def step(*arguments: Any) -> Any:
+        results = jax.block_until_ready(jitted(*arguments))
+        time.sleep(GIVEN_BACK)
+        return results
+
     much = compiled.memory_analysis().temp_size_in_bytes > MUCH
-    return (lambda *args: jax.block_until_ready(jitted(*args))) if platform == "cpu" and much else jitted
+    return step if platform == "cpu" and much else jitted
 
 
 def first_that_fits(bench: Parts, rungs: Sequence[str], most: float) -> tuple[str, tuple[Any, Any], Any]:
