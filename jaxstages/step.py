@@ -3,6 +3,7 @@
 Legend: B batch, L length, V vocab, A accumulation.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,10 +96,14 @@ def make_train_step(
         grad_norm = global_norm(grads) / weight
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         mean_loss = sums["objective"] / weight
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=mean_loss, grad_norm=grad_norm)
+        update = functools.partial(tx.update, value=mean_loss, grad_norm=grad_norm)
+        given = (grads, state.opt_state, state.params)
+        updates, _ = update(*given)
         params: Any = optax.apply_updates(state.params, updates)  # optax's Params may be any tree, ours is a dict
         norms = {"grad_norm": grad_norm, "update_norm": global_norm(updates)}
         applied, guard = judge(state.guard, mean_loss, grad_norm, norms["update_norm"], spike_sigma)
+        # Made again, now that it is known whether it stays: kept until here, it would lie beside the old one.
+        _, opt_state = update(*jax.lax.optimization_barrier(given))
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(applied, new, old), (params, opt_state), (state.params, state.opt_state)
         )
