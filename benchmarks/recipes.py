@@ -10,6 +10,9 @@ from weights import model_config
 from jaxstages.config import DataConfig, EvaluationConfig, LoopConfig, Recipe, StageConfig, TokenizerConfig
 from jaxstages.data.tokenizer import SPECIAL_TOKENS
 
+CHARACTERS = 1_115_394
+"""Of Tiny Shakespeare, which nanoGPT's CPU setting trains on: how many rows there are to shuffle shows in the loop."""
+
 FIRST_LETTER = 0x4E00
 """Letters without case or spaces; there are 20,000 of them."""
 
@@ -26,7 +29,7 @@ def write_text(path: Path, row: Row, tokens: int) -> Path:
 
 def pretrain_recipe(row: Row, folder: Path, steps: int, save_every: int) -> Recipe:
     """The row's model trained for so many steps, evaluated on one batch at both ends."""
-    text = write_text(folder / f"{row.name}.txt", row, 200 * row.tokens_per_step)
+    text = write_text(folder / f"{row.name}.txt", row, CHARACTERS)
     return Recipe(
         name=row.name,
         tokenizer=TokenizerConfig(kind="characters"),
