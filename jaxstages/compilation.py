@@ -34,9 +34,6 @@ SHARE = 0.92
 MUCH = 2**28
 """Temporary bytes of a step on CPU, beside which the milliseconds that are waited between two steps are nothing."""
 
-GIVEN_BACK = 0.002
-"""Seconds until a step's temporary memory is free again, once its results are there."""
-
 
 def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, Any]:
     """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; `base` is
@@ -54,11 +51,11 @@ def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, A
 
 def paced(jitted: Any, compiled: Any, platform: str) -> Any:
     """The jitted step. On CPU one with much temporary memory is waited for: the next one, dispatched while it runs,
-    would have its own beside it, and so would one that is dispatched before the memory is given back."""
+    would have its own beside it, and so would one dispatched in the moment between the results and the release."""
 
     def step(*arguments: Any) -> Any:
         results = jax.block_until_ready(jitted(*arguments))
-        time.sleep(GIVEN_BACK)
+        time.sleep(0.002)
         return results
 
     much = compiled.memory_analysis().temp_size_in_bytes > MUCH
@@ -68,12 +65,11 @@ def paced(jitted: Any, compiled: Any, platform: str) -> Any:
 def first_that_fits(bench: Parts, rungs: Sequence[str], most: float) -> tuple[str, tuple[Any, Any], Any]:
     """The first way of `remat` by which a step takes at most so many bytes of a device, or else the last: its name,
     what `jit_step` gives for it, and that compiled."""
-    for rung in rungs:
-        found = jit_step(bench, rung)
-        compiled = found[1].lower(bench.shapes, batch_shapes(bench), base=bench.base).compile()
-        if bytes_of(compiled) <= most or rung == rungs[-1]:
-            return rung, found, compiled
-    raise AssertionError("the last one is returned")
+    rung, *others = rungs
+    found = jit_step(bench, rung)
+    compiled = found[1].lower(bench.shapes, batch_shapes(bench), base=bench.base).compile()
+    fits = bytes_of(compiled) <= most or not others
+    return (rung, found, compiled) if fits else first_that_fits(bench, others, most)
 
 
 def jit_step(bench: Parts, remat: str) -> tuple[Any, Any]:

@@ -59,8 +59,8 @@ class Heap(ctypes.Structure):
     """`mallinfo2` of glibc."""
 
     _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks mapped usmblks fsmblks used fordblks keepcost".split()
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "mapped")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "used", "fordblks", "keepcost")),
     ]
 
 

@@ -79,15 +79,9 @@ def asks(record: Record, config: DataConfig) -> str:
     Raises:
         ValueError: the record does not fit the task.
     """
-    match config.task:
-        case "lm":
-            return render(config.text, record)
-        case "seq2seq" | "classify":
-            return render(config.prompt, record)
-        case "chat":
-            return next(m["content"] for m in check_messages(record, tools=True) if m["role"] == "user")
-        case _:
-            raise ValueError(f"data.task={config.task!r}; known: lm, seq2seq, classify, chat")
+    if config.task == "chat":
+        return next(m["content"] for m in check_messages(record, tools=True) if m["role"] == "user")
+    return render(config.text if config.task == "lm" else config.prompt, record)
 
 
 def is_held_out(question: str, share: float) -> bool:
@@ -102,22 +96,16 @@ def texts(record: Record, config: DataConfig) -> list[str]:
     Raises:
         ValueError: the record does not fit the task.
     """
-    match config.task:
-        case "lm":
-            found = [render(config.text, record)]
-        case "seq2seq" | "classify":
-            found = [render(config.prompt, record), render(config.target, record)]
-        case "chat":
-            found = [message["content"] or "" for message in check_messages(record, tools=True)]
-        case _:
-            raise ValueError(f"data.task={config.task!r}; known: lm, seq2seq, classify, chat")
+    if config.task == "chat":
+        found = [message["content"] or "" for message in check_messages(record, tools=True)]
+    else:
+        found = [render(t, record) for t in ((config.text,) if config.task == "lm" else (config.prompt, config.target))]
     _check_text(*found, _kind(record))
     return found
 
 
 def _check_text(*found: str) -> None:
-    for text in found:
-        text.encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
+    "".join(found).encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
 
 
 def _kind(record: Record) -> str:
