@@ -22,7 +22,7 @@ from jaxstages.config import OptimConfig, ScheduleConfig
 from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
 from jaxstages.optim import make_optimizer
-from jaxstages.process import keep_freed_memory
+from jaxstages.process import keep_freed_memory, settle
 from jaxstages.step import init_state, make_train_step
 from jaxstages.types import Batch, Headless, Params, Sums, TrainState
 
@@ -91,6 +91,7 @@ def main() -> None:
     recorder = Recorder(flags.warmup, flags.steps, lambda: jax.block_until_ready(state))
     recorder.begin()
     step = paced(step, step.func.lower(state, batch(0), base=base).compile(), row.device)
+    settle()
     for k in range(recorder.total):
         state, sums = step(state, batch(k))
         recorder.step_done(sums["nll"])

@@ -30,7 +30,7 @@ from jaxstages.metrics import MetricsWriter, plain, read_metrics
 from jaxstages.models.lora import join
 from jaxstages.optim import make_schedule
 from jaxstages.parent import contract_of
-from jaxstages.process import freeze_objects, step_aside
+from jaxstages.process import settle, step_aside
 from jaxstages.sharding import place_batch, rows_here
 from jaxstages.signals import Stop, stop_signals, watchdog
 from jaxstages.start import Start, data_of, find_start
@@ -141,6 +141,7 @@ class _Run:
                 raise Interrupted(f"{self._bench.name}: interrupted before its first step; start it again") from None
         if self._stopping.should_stop(self.stopping_state) or self._border(first, state, last):
             return state, first
+        settle()
         progress = Progress(self._bench.name, self._config.steps, first)
         pending: collections.deque[tuple[int, Sums]] = collections.deque()
         self._restart_clock()
@@ -156,7 +157,6 @@ class _Run:
             if k == first:  # compilation is not training time
                 jax.block_until_ready(sums)
                 fingerprint(state)  # which the first save would compile
-                freeze_objects()
                 self._signals.unsaved = True
                 self._restart_clock()
             while len(pending) > 1:

@@ -65,12 +65,16 @@ def _processor() -> str:
     return hashlib.sha256(" ".join([os.uname().machine, *sorted(told.split())]).encode()).hexdigest()[:8]
 
 
-def freeze_objects() -> None:
-    """What is alive now stays: the collector need not look at it between steps. What an earlier run in this process had
-    frozen, or left, goes first."""
+def settle() -> None:
+    """Before the first step: what is alive stays, the collector need not look at it between steps (what an earlier run
+    in this process had frozen, or left, goes). What is free goes back to the system, once: a step's memory is one
+    piece, for which what loading and compiling left free is too small, and it would lie beside it."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def step_aside() -> None:

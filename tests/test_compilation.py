@@ -1,6 +1,8 @@
 """Recomputation: the same gradient for less memory, and the first of the ladder that fits."""
 
 import ctypes
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -88,6 +90,32 @@ def test_memory_is_given_back_before_the_next_step(monkeypatch: pytest.MonkeyPat
         waited(x)
         held += taken() - before > temporary / 2
     assert held < 20, f"after {held} of 200 steps"
+
+
+FREED = """
+import os
+import numpy as np
+from jaxstages.process import keep_freed_memory, settle
+
+def resident() -> int:
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+assert keep_freed_memory()
+arrays = [np.ones(2**20) for _ in range(64)]
+whole = resident()
+del arrays[::2]
+kept = resident()
+settle()
+print(whole - kept, kept - resident())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="malloc is not glibc's")
+def test_what_is_free_goes_back_before_the_first_step() -> None:
+    """Every second of 64 arrays of 8 MiB is freed: in holes that a step's memory, one piece, does not fit in."""
+    told = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True).stdout
+    at_once, then = map(int, told.split())
+    assert at_once < 2**25 and then > 31 * 2**23
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,6 @@ from jaxstages.data.tasks import Example
 from jaxstages.types import Batch, Model, Params
 
 
-def make_row_log_prob(model: Model) -> Callable[[Params, Batch], Float[Array, " B"]]:
-    """`row_log_prob(params, batch) -> [B]`: log-probability of each row's scored tokens."""
-
-    def row_log_prob(params: Params, batch: Batch) -> Array:
-        logits_BLV = model.apply(params, batch, None).astype(jnp.float32)
-        log_probs_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
-        chosen_BL = jnp.take_along_axis(log_probs_BLV, batch.targets_BL[..., None], axis=-1)[..., 0]
-        return jnp.sum(chosen_BL * batch.weights_BL, axis=1)
-
-    return row_log_prob
-
-
 def make_likeliest(
     model: Model,
     labels: Sequence[Sequence[int]],
@@ -45,7 +33,13 @@ def make_likeliest(
     longest = max(map(len, labels))
     if longest > context:
         raise ValueError(f"a label has {longest} tokens; it must be shorter than the context, {context}")
-    score = jax.jit(make_row_log_prob(model))
+
+    @jax.jit
+    def score(params: Params, batch: Batch) -> Float[Array, " B"]:
+        """Log-probability of each row's scored tokens."""
+        log_probs_BLV = jax.nn.log_softmax(model.apply(params, batch, None).astype(jnp.float32), axis=-1)
+        chosen_BL = jnp.take_along_axis(log_probs_BLV, batch.targets_BL[..., None], axis=-1)[..., 0]
+        return jnp.sum(chosen_BL * batch.weights_BL, axis=1)
 
     def likeliest(params: Params, prompts: Sequence[Sequence[int]]) -> list[int]:
         rows = [lay_out([_candidate(list(p), list(label), context)], context) for p in prompts for label in labels]
