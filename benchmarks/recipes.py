@@ -17,10 +17,10 @@ FIRST_LETTER = 0x4E00
 """Letters without case or spaces; there are 20,000 of them."""
 
 
-def write_text(path: Path, row: Row, tokens: int) -> Path:
+def write_text(path: Path, row: Row) -> Path:
     """A text whose characters, with our control tokens and that for unknown ones, make the row's vocabulary."""
     letters = row.vocab - len(SPECIAL_TOKENS) - 1
-    draw = np.random.default_rng(0).zipf(1.5, tokens) % letters
+    draw = np.random.default_rng(0).zipf(1.5, CHARACTERS) % letters
     draw[:letters] = np.arange(letters)  # so that all are there
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(chr(FIRST_LETTER + i) for i in np.cumsum(draw) % letters), encoding="utf-8")
@@ -29,7 +29,7 @@ def write_text(path: Path, row: Row, tokens: int) -> Path:
 
 def pretrain_recipe(row: Row, folder: Path, steps: int, save_every: int) -> Recipe:
     """The row's model trained for so many steps, evaluated on one batch at both ends."""
-    text = write_text(folder / f"{row.name}.txt", row, CHARACTERS)
+    text = write_text(folder / f"{row.name}.txt", row)
     return Recipe(
         name=row.name,
         tokenizer=TokenizerConfig(kind="characters"),

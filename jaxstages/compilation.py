@@ -55,7 +55,7 @@ def paced(jitted: Any, compiled: Any, platform: str) -> Any:
 
     def step(*arguments: Any) -> Any:
         results = jax.block_until_ready(jitted(*arguments))
-        time.sleep(0.002)
+        time.sleep(0.002)  # seconds until it is released; 0.0005 was too short after 1 step of 25
         return results
 
     much = compiled.memory_analysis().temp_size_in_bytes > MUCH

@@ -146,7 +146,7 @@ class _Run:
         pending: collections.deque[tuple[int, Sums]] = collections.deque()
         self._restart_clock()
         self._alive(COMPILING)
-        for k, batch in enumerate(prefetch(self._place, range(first, last)), start=first):
+        for k, batch in enumerate(prefetch(self._place, range(first, last), init=step_aside), start=first):
             try:
                 state, sums = train_step(state, batch)
             except FloatingPointError:
@@ -210,7 +210,6 @@ class _Run:
             raise _Abandoned
 
     def _place(self, k: int) -> Batch:
-        step_aside()  # XLA's threads come first; whoever waits for a batch leaves the cores to this one
         rows = self._batches.batch(k)
         if jax.process_count() == 1:  # of several, each sees its own rows only
             self._check_weight(k, np.any(rows.weights_BL))
