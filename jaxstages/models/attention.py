@@ -18,8 +18,8 @@ from jaxstages.types import ALONE, Placement
 BLOCK = 128
 """Queries of a block on CPU: keys after its last query are left out."""
 
-TILE = 2**17
-"""Scores that are looked at together on CPU: 512 KiB of float32, for a core's own cache to hold."""
+TILE = 2**18
+"""Scores that are looked at together on CPU: 1 MiB of float32, for the cores' own caches to hold."""
 
 AT_ONCE = 256
 """Queries whose scores exist at once where a row's tokens lie on several devices."""
@@ -176,7 +176,8 @@ def attend_chunk(
 # half left out; kept is one number a query, from which the backward pass makes the shares again.
 #
 # Scores lie keys by queries, [N, S, R, T] with N = B * G: a maximum or a sum over keys then takes row by row, where
-# along a row XLA:CPU takes number by number; and products transpose their narrow operand, never the scores.
+# along a row XLA:CPU takes number by number. And no product turns an operand, for XLA:CPU then takes a form of half the
+# speed: each is there as rows and as columns, made from what was given, for a product takes a turn before it back.
 
 
 def attend_in_tiles(query_BLHK: Array, key_BLGK: Array, value_BLGK: Array, segments_BL: Array, reach: Reach) -> Array:
@@ -193,50 +194,56 @@ def _in_tiles(query: Array, key: Array, value: Array, segments: Array, reach: Re
 def _tiles_forward(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> tuple[Array, Any]:
     seen = _seen(query, key, value, segments)
     out_NKRL, lse = _tile_by_tile(functools.partial(_tile_forward, reach=reach), seen)
-    out = _from_columns(out_NKRL, query)
-    return out, (seen, out, lse)
+    out = _from_rows(out_NKRL.transpose(0, 2, 3, 1), query)
+    return out, (query, key, value, segments, out, lse)
 
 
 def _tiles_backward(reach: Reach, saved: Any, d_out: Array) -> tuple[Array | None, ...]:
-    seen, out, lse = saved
-    groups = seen.key_NKS.shape[0] // out.shape[0]
-    more = (_to_columns(out, groups), lse, _to_columns(d_out, groups))
-    found = _tile_by_tile(functools.partial(_tile_backward, reach=reach), seen, *more)
-    return *(_from_columns(d_NKRL, out) for d_NKRL in found), None
+    query, key, value, segments, out, lse = saved
+    more = (*(_both(x, key.shape[2]) for x in (out, d_out)), lse)
+    found = _tile_by_tile(functools.partial(_tile_backward, reach=reach), _seen(query, key, value, segments), *more)
+    return *(_from_rows(d_NRLK, out) for d_NRLK in found), None
 
 
 _in_tiles.defvjp(_tiles_forward, _tiles_backward)
+
+
+class _Both(NamedTuple):
+    """One array both ways."""
+
+    rows: Float[Array, "N R L K"]
+    columns: Float[Array, "N K R L"]
 
 
 class _Seen(NamedTuple):
     """What tiles are made of. Segments are there twice, for queries and for keys: XLA:CPU makes no vectors of what
     reads one slice of a loop both along rows and along columns (exp took seven times as long)."""
 
-    query_NKRL: Array
-    key_NKS: Array
-    value_NKS: Array
+    query: _Both
+    key: _Both
+    value: _Both
     segments_NL: Array
     key_segments_NS: Array
 
 
 def _seen(query: Array, key: Array, value: Array, segments: Array) -> _Seen:
-    groups = key.shape[2]
-    key_NKS, value_NKS = (_to_columns(x, groups)[:, :, 0] for x in (key, value))
-    segments_NL = jnp.repeat(segments, groups, axis=0)
-    return _Seen(_to_columns(query, groups), key_NKS, value_NKS, segments_NL, segments_NL)
+    both = functools.partial(_both, groups=key.shape[2])
+    segments_NL = jnp.repeat(segments, key.shape[2], axis=0)
+    return _Seen(both(query), both(key), both(value), segments_NL, segments_NL)
 
 
-def _to_columns(x_BLHK: Array, groups: int) -> Float[Array, "N K R L"]:
-    return jax.lax.collapse(_split_heads(x_BLHK, groups).transpose(0, 1, 4, 2, 3), 0, 2)
+def _both(x_BLHK: Array, groups: int) -> _Both:
+    rows = jax.lax.collapse(_split_heads(x_BLHK, groups), 0, 2)
+    return _Both(rows, rows.transpose(0, 3, 1, 2))
 
 
-def _from_columns(x_NKRL: Array, like: Array) -> Float[Array, "B L H K"]:
-    return _join_heads(x_NKRL.reshape(like.shape[0], -1, *x_NKRL.shape[1:]).transpose(0, 1, 3, 4, 2)).astype(like.dtype)
+def _from_rows(x_NRLK: Array, like: Array) -> Float[Array, "B L H K"]:
+    return _join_heads(x_NRLK.reshape(like.shape[0], -1, *x_NRLK.shape[1:])).astype(like.dtype)
 
 
-def _tile_by_tile(tile: Callable[..., Any], seen: _Seen, *more: Array) -> Any:
+def _tile_by_tile(tile: Callable[..., Any], seen: _Seen, *more: Any) -> Any:
     """`tile(seen, *more)` in float32, for as many of N at once as have no more than a tile of scores."""
-    every, _, shared, length = seen.query_NKRL.shape
+    every, shared, length, _ = seen.query.rows.shape
     most = max(TILE // (shared * min(BLOCK, length) * length), 1)
     at_once = next(n for n in range(min(most, every), 0, -1) if every % n == 0)
 
@@ -257,8 +264,8 @@ def _blocks(length: int, window: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _scores(seen: _Seen, queries: slice, keys: slice, reach: Reach) -> tuple[Float[Array, "N S R T"], Array | None]:
-    raw = jnp.einsum("NKS,NKRT->NSRT", seen.key_NKS[..., keys], seen.query_NKRL[..., queries])
-    capped, slope = _cap(raw * seen.key_NKS.shape[1] ** -0.5, reach.softcap)
+    raw = jnp.einsum("NSK,NKRT->NSRT", seen.key.rows[:, 0, keys], seen.query.columns[..., queries])
+    capped, slope = _cap(raw * seen.key.rows.shape[3] ** -0.5, reach.softcap)
     back_ST = jnp.arange(queries.start, queries.stop)[None, :] - jnp.arange(keys.start, keys.stop)[:, None]
     near_ST = (back_ST >= 0) & (back_ST < reach.window) if reach.window else back_ST >= 0
     same_NST = seen.key_segments_NS[:, keys, None] == seen.segments_NL[:, None, queries]
@@ -268,31 +275,28 @@ def _scores(seen: _Seen, queries: slice, keys: slice, reach: Reach) -> tuple[Flo
 def _tile_forward(seen: _Seen, *, reach: Reach) -> tuple[Float[Array, "N K R L"], Float[Array, "N 1 R L"]]:
     """Outputs, and the log of the sum of the exponentials of each query's scores."""
     outs, lses = [], []
-    for queries, keys in _blocks(seen.query_NKRL.shape[3], reach.window):
+    for queries, keys in _blocks(seen.query.rows.shape[2], reach.window):
         scores, _ = _scores(seen, queries, keys, reach)
         most = jnp.max(scores, axis=1, keepdims=True)
         powers = jnp.exp(scores - most)
         total = jnp.sum(powers, axis=1, keepdims=True)
-        outs.append(jnp.einsum("NKS,NSRT->NKRT", seen.value_NKS[..., keys], powers) / total)
+        outs.append(jnp.einsum("NKS,NSRT->NKRT", seen.value.columns[:, :, 0, keys], powers) / total)
         lses.append(most + jnp.log(total))
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
 
-def _tile_backward(
-    seen: _Seen, out: Array, lse: Array, d_out: Array, *, reach: Reach
-) -> tuple[Float[Array, "N K _ L"], ...]:
-    """Gradients of queries, keys and values."""
-    scale = out.shape[1] ** -0.5
-    along = jnp.sum(out * d_out, axis=1, keepdims=True)
-    query_NRLK, d_out_NRLK = (x.transpose(0, 2, 3, 1) for x in (seen.query_NKRL, d_out))
+def _tile_backward(seen: _Seen, out: _Both, d_out: _Both, lse: Array, *, reach: Reach) -> tuple[Array, ...]:
+    """Gradients of queries, keys and values, each [N, _, L, K]."""
+    scale = seen.key.rows.shape[3] ** -0.5
+    along = jnp.sum(out.columns * d_out.columns, axis=1, keepdims=True)
     d_queries = []
-    d_key, d_value = (jnp.zeros_like(x.swapaxes(1, 2)) for x in (seen.key_NKS, seen.value_NKS))
-    for queries, keys in _blocks(out.shape[3], reach.window):
+    d_key, d_value = (jnp.zeros_like(x.rows[:, 0]) for x in (seen.key, seen.value))
+    for queries, keys in _blocks(lse.shape[3], reach.window):
         scores, slope = _scores(seen, queries, keys, reach)
         shares = jnp.exp(scores - lse[..., queries])
-        d_shares = jnp.einsum("NKS,NKRT->NSRT", seen.value_NKS[..., keys], d_out[..., queries])
+        d_shares = jnp.einsum("NSK,NKRT->NSRT", seen.value.rows[:, 0, keys], d_out.columns[..., queries])
         d_scores = shares * (d_shares - along[..., queries]) * (scale if slope is None else scale * slope)
-        d_queries.append(jnp.einsum("NKS,NSRT->NKRT", seen.key_NKS[..., keys], d_scores))
-        d_key = d_key.at[:, keys].add(jnp.einsum("NSRT,NRTK->NSK", d_scores, query_NRLK[..., queries, :]))
-        d_value = d_value.at[:, keys].add(jnp.einsum("NSRT,NRTK->NSK", shares, d_out_NRLK[..., queries, :]))
-    return jnp.concatenate(d_queries, axis=3), *(x.swapaxes(1, 2)[:, :, None] for x in (d_key, d_value))
+        d_queries.append(jnp.einsum("NKS,NSRT->NKRT", seen.key.columns[:, :, 0, keys], d_scores))
+        d_key = d_key.at[:, keys].add(jnp.einsum("NSRT,NRTK->NSK", d_scores, seen.query.rows[:, :, queries]))
+        d_value = d_value.at[:, keys].add(jnp.einsum("NSRT,NRTK->NSK", shares, d_out.rows[:, :, queries]))
+    return jnp.concatenate(d_queries, axis=3).transpose(0, 2, 3, 1), d_key[:, None], d_value[:, None]
