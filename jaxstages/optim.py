@@ -93,9 +93,16 @@ def _muon_dims(axes: Params) -> Params:
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
-    """Euclidean norm of all leaves together, in float32. As products: a sum of squares is a scalar loop on CPU."""
-    dot = functools.partial(jnp.tensordot, precision="highest", preferred_element_type=jnp.float32)
-    return jnp.sqrt(sum((dot(leaf, leaf, leaf.ndim) for leaf in jax.tree.leaves(tree)), jnp.zeros(())))
+    """Euclidean norm of all leaves together, in float32."""
+    squares = [jnp.atleast_1d(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    total = functools.partial(jax.lax.platform_dependent, cpu=_sum_by_rows, default=jnp.sum)
+    return jnp.sqrt(sum(map(total, squares), jnp.zeros(())))
+
+
+def _sum_by_rows(x: Array) -> Float[Array, ""]:
+    """Some rows, at most 32, are made one first: of a sum to a single number XLA:CPU makes a scalar loop."""
+    at_once = max(k for k in range(1, 33) if x.shape[0] % k == 0)
+    return jnp.sum(jax.lax.optimization_barrier(x.reshape(-1, at_once, *x.shape[1:]).sum(axis=1)))
 
 
 def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.GradientTransformationExtraArgs:
