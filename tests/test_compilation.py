@@ -110,12 +110,47 @@ print(whole - kept, kept - resident())
 """
 
 
+SCATTERED = """
+import ctypes, re, sys
+from jaxstages.process import keep_freed_memory, settle
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+libc.free.argtypes = libc.fclose.argtypes = (ctypes.c_void_p,)
+libc.malloc_info.argtypes = (ctypes.c_int, ctypes.c_void_p)
+
+def in_lists() -> int:
+    file = libc.fopen(sys.argv[1].encode(), b"w")
+    libc.malloc_info(0, file)
+    libc.fclose(file)
+    found = re.findall('from="([0-9]+)".* count="([0-9]+)"', open(sys.argv[1]).read())
+    return sum(int(count) for size, count in found if int(size) > 1024)
+
+assert keep_freed_memory()
+pieces = [libc.malloc(1100 + 7 * (number % 4000)) for number in range(40_000)]
+for piece in pieces[::2]:
+    libc.free(piece)
+before = in_lists()
+settle()
+print(before, in_lists())
+"""
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="malloc is not glibc's")
 def test_what_is_free_goes_back_before_the_first_step() -> None:
     """Every second of 64 arrays of 8 MiB is freed: in holes that a step's memory, one piece, does not fit in."""
     told = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True).stdout
     at_once, then = map(int, told.split())
     assert at_once < 2**25 and then > 31 * 2**23
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="malloc is not glibc's")
+def test_free_pieces_leave_the_lists_before_the_first_step(tmp_path: Path) -> None:
+    """Every second of 40,000 pieces of 1 to 29 KB is freed: each allocation of an array would walk over them."""
+    command = [sys.executable, "-c", SCATTERED, str(tmp_path / "info.xml")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    before, then = map(int, told.split())
+    assert before > 19_000 and then < 100
 
 
 @pytest.fixture(scope="module")
