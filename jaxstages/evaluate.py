@@ -46,15 +46,10 @@ def make_evaluate(bench: Workbench, between: Callable[[], None] = lambda: None) 
 
     def loss_sums(params: Params) -> Sums:
         total: Sums = {}
-        batches = batches_once(
-            bench.held_out,
-            batch_size=config.batch_size,
-            most=config.max_rows,
-            here=rows_here(config.batch_size, bench.rows),
-        )
-        for batch in batches:
+        size, rows = config.batch_size, bench.rows
+        for batch in batches_once(bench.held_out, batch_size=size, most=config.max_rows, here=rows_here(size, rows)):
             between()
-            sums = eval_step(params, place_batch(batch, config.batch_size, bench.rows))
+            sums = eval_step(params, place_batch(batch, size, rows))
             # Sums stay on the device, so that no batch waits for the one before.
             total = sums if not total else jax.tree.map(jnp.add, total, sums)
         return total
@@ -78,10 +73,8 @@ def make_evaluate(bench: Workbench, between: Callable[[], None] = lambda: None) 
 
 def recipe_sampling(bench: Workbench) -> Sampling:
     """Greedy, as many tokens as the recipe says, up to the end of the text or of the turn."""
-    special = bench.tokenizer.specials
-    return Sampling(
-        max_new_tokens=bench.stage.evaluation.max_new_tokens, stop=(special.end_of_text, special.end_of_turn)
-    )
+    special, most = bench.tokenizer.specials, bench.stage.evaluation.max_new_tokens
+    return Sampling(max_new_tokens=most, stop=(special.end_of_text, special.end_of_turn))
 
 
 def make_texts(

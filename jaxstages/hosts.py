@@ -7,7 +7,6 @@ which process 0 keeps.
 import contextlib
 import ctypes
 import faulthandler
-import functools
 import itertools
 import json
 import os
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,9 @@ ASKED_EVERY = 3600
 """Seconds for which a process asks once whether another has ended by a fault; it hears of that at once."""
 
 _END, _ENDED = "jaxstages/end", "jaxstages/ended"
+
+_questions, _polls = itertools.count(1), itertools.count(1)
+"""Every process asks the others the same questions, in the same order, and so has the same numbers for them."""
 
 
 def join(place: Place) -> None:
@@ -159,12 +161,6 @@ def from_leader(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if several() else value
 
 
-@functools.cache
-def _questions() -> Iterator[int]:
-    """Every process asks the others the same questions, in the same order."""
-    return itertools.count(1)
-
-
 def compare(said: Mapping[str, str]) -> None:
     """All processes say what must be the same in all of them; each must call this as often as the others.
 
@@ -173,7 +169,7 @@ def compare(said: Mapping[str, str]) -> None:
     """
     if not several():
         return
-    client, key, wait = _client(), f"jaxstages/question {next(_questions())}", 1000 * JOIN_WITHIN
+    client, key, wait = _client(), f"jaxstages/question {next(_questions)}", 1000 * JOIN_WITHIN
     client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(dict(said)))
     if leads():
         others = range(1, jax.process_count())
@@ -201,16 +197,10 @@ def whole(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.device_get(array))
 
 
-@functools.cache
-def _polls() -> Iterator[int]:
-    """JAX wants a number that grows with each question, and the same one in every process."""
-    return itertools.count(1)
-
-
 def asked_together() -> Callable[[], bool] | None:
     """`asked()`, for several processes, each of which must ask as often as the others: has one of them got a signal?
     All get the same answer to the same question. None where there is one process."""
-    return (lambda: multihost_utils.reached_preemption_sync_point(next(_polls()))) if several() else None
+    return (lambda: multihost_utils.reached_preemption_sync_point(next(_polls))) if several() else None
 
 
 def leave() -> None:

@@ -56,10 +56,7 @@ def train_stage(bench: Workbench) -> dict[str, Any] | None:
     """
     config, stop = bench.stage.loop, bench.stage.early_stopping
     stopping = early_stopping(mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta)
-    with (
-        Checkpoints(bench.stage_dir, config.keep) as checkpoints,
-        stop_signals(hosts.asked_together()) as signals,
-    ):
+    with Checkpoints(bench.stage_dir, config.keep) as checkpoints, stop_signals(hosts.asked_together()) as signals:
         start = find_start(bench, checkpoints, stopping)
         step = int(start.state.step)
         with (

@@ -63,10 +63,7 @@ def score_labels(predictions: Sequence[str], references: Sequence[str]) -> Metri
         hits = sum(p == label == r for p, r in pairs)
         claimed, true = sum(p == label for p, _ in pairs), sum(r == label for _, r in pairs)
         f1.append(2 * hits / (claimed + true))
-    return {
-        "accuracy": 100.0 * sum(p == r for p, r in pairs) / len(pairs),
-        "macro_f1": 100.0 * sum(f1) / len(f1),
-    }
+    return {"accuracy": 100.0 * sum(p == r for p, r in pairs) / len(pairs), "macro_f1": 100.0 * sum(f1) / len(f1)}
 
 
 def plain(value: Any) -> Any:

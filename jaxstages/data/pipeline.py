@@ -52,12 +52,7 @@ def to_batch(rows: Sequence[np.ndarray]) -> Batch:
 
 
 def batches_by_step(
-    sources: Sequence[Prepared],
-    *,
-    batch_size: int,
-    seed: int,
-    weights: Sequence[float] = (),
-    here: range | None = None,
+    sources: Sequence[Prepared], *, batch_size: int, seed: int, weights: Sequence[float] = (), here: range | None = None
 ) -> Batches:
     """Batches k = 0, 1, ... of the training rows; of each, the rows `here`, by default all.
 

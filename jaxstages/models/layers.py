@@ -241,12 +241,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BLD: Array,
-        kind: Kind,
-        positions_BL: Array,
-        segments_BL: Array | None,
-        cache: Cache | None,
+        self, x_BLD: Array, kind: Kind, positions_BL: Array, segments_BL: Array | None, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         config, backend = self.config, self.backend
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
