@@ -150,7 +150,7 @@ def test_the_global_norm_of_what_is_split_over_devices_gathers_nothing() -> None
 
 
 def test_the_global_norm_keeps_no_squares() -> None:
-    """Of a sum to a single number XLA:CPU makes a scalar loop, over squares that it writes out first: eight times as
+    """Of a sum to a single number XLA:CPU makes a scalar loop, over squares that it writes out first: seven times as
     long, in 38 million numbers, as when rows are added up before."""
     leaf = jax.ShapeDtypeStruct((1024, 512), "float32")
     as_users = {"xla_cpu_opt_preset": "CPU_OPT_PRESET_DEFAULT"}
