@@ -132,13 +132,8 @@ def make_classify(
     """`classify(params, questions)`: accuracy and macro-F1 among all labels that the stage's data has."""
     labels = sorted({q.reference for source in (*bench.train, *bench.held_out) for q in source.questions()})
     ids = [[*tokens.tolist(), bench.tokenizer.specials.end_of_text] for tokens in bench.tokenizer.encode_batch(labels)]
-    likeliest = make_likeliest(
-        bench.model,
-        ids,
-        context=bench.recipe.model.context,
-        batch_size=bench.stage.evaluation.batch_size,
-        between=between,
-    )
+    context, size = bench.recipe.model.context, bench.stage.evaluation.batch_size
+    likeliest = make_likeliest(bench.model, ids, context=context, batch_size=size, between=between)
 
     def classify(params: Params, questions: Sequence[Question]) -> Metrics:
         chosen = likeliest(params, [question.prompt for question in questions])

@@ -256,7 +256,7 @@ class _Run:
 
     def _report_skipped(self, step: int, values: dict[str, float]) -> None:
         """Name the batch whose update was not applied; raises Diverged where it was one too many."""
-        streak, most = int(values["streak"]), self._bench.stage.optim.max_bad_steps
+        streak, most, saved = int(values["streak"]), self._bench.stage.optim.max_bad_steps, self._saved_step
         loss = values["nll"] / values["weight"]
         numbers = f"loss {loss:.4g}, gradient {values['grad_norm']:.4g}, update {values['update_norm']:.4g}"
         why = f"not finite, {streak} in a row" if streak else "a spike"
@@ -270,9 +270,7 @@ class _Run:
             "yellow",
         )
         if streak >= most:
-            stands = (
-                f"the checkpoint at step {self._saved_step} stands" if self._saved_step else "nothing was saved yet"
-            )
+            stands = f"the checkpoint at step {saved} stands" if saved else "nothing was saved yet"
             raise Diverged(
                 f"{self._bench.name}: {streak} steps in a row, up to step {step}, are not finite ({numbers}); "
                 f"{stands}. Halve peak_lr, lengthen the warm-up, or find the operation with --debug_nans"

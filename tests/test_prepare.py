@@ -4,7 +4,10 @@ import gzip
 import json
 import re
 import shutil
+import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 
 from jaxstages.config import DataConfig, TokenizerConfig
 from jaxstages.data import prepare as preparing
+from jaxstages.data import shards, sources
 from jaxstages.data.pipeline import batches_by_step, batches_once
 from jaxstages.data.prefetch import prefetch
 from jaxstages.data.prepare import Prepared, prepare
@@ -66,6 +70,58 @@ def test_every_format_gives_the_same_records(tmp_path: Path) -> None:
         assert [item.record for item in source.read()] == RECORDS, "it can be read again"
 
 
+@pytest.fixture
+def often_switched() -> Iterator[None]:
+    """Python goes from thread to thread much more often than it would."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+class InOrder:
+    """A reader of ArrayRecord that is only asked for the next record: by number each takes time by the file's size."""
+
+    def __init__(self, path: str, *options: str) -> None:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        self._reader = ArrayRecordReader(path, *options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def read(self) -> bytes:
+        return self._reader.read()
+
+
+def test_no_record_is_asked_for_by_number(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    for record in RECORDS:
+        writer.write(json.dumps(record).encode())
+    writer.close()
+    monkeypatch.setattr(sources, "ArrayRecordReader", InOrder)
+    monkeypatch.setattr(shards, "ArrayRecordReader", InOrder)
+    assert [item.record for item in open_source(str(tmp_path / "a.array_record"), tmp_path).read()] == RECORDS
+    assert all_rows(prepared(tmp_path, tokenizer, RECORDS))
+
+
+def test_several_threads_read_each_their_own_row(tmp_path: Path, tokenizer: Tokenizer, often_switched: None) -> None:
+    rows = prepared(tmp_path, tokenizer, [{"text": f"{i} {i * i}"} for i in range(2000)])
+    batch = batches_by_step([rows], batch_size=1, seed=0).batch
+    alone = [batch(k).tokens_BL.tobytes() for k in range(rows.index["rows"])]
+    with ThreadPoolExecutor(8) as pool:
+        assert [one.tokens_BL.tobytes() for one in pool.map(batch, range(len(alone)))] == alone
+
+
+def test_rows_are_found_among_shards_of_which_some_are_empty(tmp_path: Path) -> None:
+    source = Prepared(tmp_path, {"rows_of_shards": [0, 2, 0, 0, 1, 0]})
+    assert [source.find(row) for row in range(3)] == [(1, 0), (1, 1), (4, 0)]
+
+
 def test_patterns_take_files_in_order_and_text_files_are_whole(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second\n\nfile")
     (tmp_path / "a.txt").write_text("first")
@@ -91,6 +147,7 @@ def test_sources_that_are_not_there_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, complaint: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as where the extra is not installed
     Path("empty.txt").touch()
     Path("strange.docx").write_text("x")
     with pytest.raises(ValueError, match=complaint):

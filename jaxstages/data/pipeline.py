@@ -3,7 +3,9 @@
 Nothing about the position is stored: a run that resumes at step k asks for batch k. Legend: B batch, L length.
 """
 
+import functools
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,23 +27,23 @@ class Batches(NamedTuple):
 
 
 class _Rows:
-    """Random access to the packed rows of one cache, each int32 [5, L]."""
+    """Random access to the packed rows of one cache, each int32 [5, L], for several threads."""
 
     def __init__(self, prepared: Prepared) -> None:
-        shards = zip(prepared.shards, prepared.index["rows_of_shards"], strict=True)
-        # Any: Grain's class has another base on Windows, one without a length.
-        self._records: Any = grain.sources.ArrayRecordDataSource([str(path) for path, rows in shards if rows])
-        self._length = prepared.index["context"]
-        self._folder = prepared.folder
+        self._prepared, self._lock = prepared, threading.Lock()
+        self._reader = functools.cache(prepared.open)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._prepared.index["rows"]
 
     def __getitem__(self, index: int) -> np.ndarray:
+        shard, place = self._prepared.find(index)
         try:
-            return np.frombuffer(self._records[index], np.int32).reshape(FIELDS, self._length)
+            with self._lock:
+                (reader := self._reader(shard)).seek(place)
+                return np.frombuffer(reader.read(), np.int32).reshape(FIELDS, self._prepared.index["context"])
         except Exception as error:  # of whatever type array_record has for a broken checksum
-            folder = self._folder
+            folder = self._prepared.folder
             raise ValueError(f"{folder} is damaged at row {index}: {error}; remove it, and it is made again") from error
 
 

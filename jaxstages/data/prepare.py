@@ -6,6 +6,8 @@ next run goes on after the shards that are there. Beside it is a folder for the 
 removed. Who makes the shards is an `Engine`: threads of this process, or Beam's workers; the bytes are the same.
 """
 
+import bisect
+import functools
 import hashlib
 import itertools
 import json
@@ -33,7 +35,7 @@ from jaxstages.data.shards import (
     documents_of,
     items_of,
     load_array,
-    rows_file,
+    open_rows,
     save_array,
     shard_file,
     shards_of,
@@ -76,23 +78,28 @@ class Prepared:
     folder: Path
     index: dict[str, Any]
 
-    @property
-    def shards(self) -> list[Path]:
-        return [rows_file(self.folder, n) for n in range(self.index["shards"])]
-
     def questions(self) -> list[Question]:
         """Held-out questions in the order of their records."""
         lines = (self.folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
         return [Question(*json.loads(line)) for line in lines]
 
+    def find(self, row: int) -> tuple[int, int]:
+        """The shard that holds row `row`, and which of its rows it is."""
+        shard = bisect.bisect(self._starts, row) - 1
+        return shard, row - self._starts[shard]
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        return [0, *itertools.accumulate(self.index["rows_of_shards"])]
+
+    def open(self, shard: int) -> Any:
+        """A reader of a shard's rows."""
+        return open_rows(self.folder, shard)
+
     def where(self, row: int) -> list[str]:
         """The records, `file:line`, whose examples row `row` holds."""
-        for shard, rows in enumerate(self.index["rows_of_shards"]):
-            if row < rows:
-                lines = where_file(self.folder, shard).read_text(encoding="utf-8").split("\n")
-                return lines[row].split("\t")
-            row -= rows
-        raise IndexError(row)
+        shard, place = self.find(row)
+        return where_file(self.folder, shard).read_text(encoding="utf-8").split("\n")[place].split("\t")
 
     def most_segments(self) -> int:
         """Examples in the row that has the most."""
@@ -274,7 +281,7 @@ def _summarise(folder: Path, shards: int, source: str, form: Form) -> dict[str, 
 def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
     """Raises ValueError for data that must not be trained on, whether it was made now or lay in the cache."""
     index = prepared.index
-    named = "; ".join(index["bad_named"])
+    name, named = f"{index['source']} ({index['part']})", "; ".join(index["bad_named"])
     if index["bad"] > config.max_bad_share * index["records"]:
         raise ValueError(
             f"{index['source']}: {index['bad']} of {index['records']} records are malformed, more than "
@@ -284,22 +291,17 @@ def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
         say(f"{index['source']}: skipped {index['bad']} malformed of {index['records']} records: {named}", "yellow")
     if cleans(config) and (removed := {reason: count for reason, count in index["removed"].items() if count}):
         reasons = ", ".join(f"{count} {REMOVED[reason]}" for reason, count in removed.items())
-        say(
-            f"{index['source']} ({index['part']}): removed {sum(removed.values())} of {index['records']} records: "
-            f"{reasons}",
-            "yellow",
-        )
+        say(f"{name}: removed {sum(removed.values())} of {index['records']} records: {reasons}", "yellow")
     if not index["rows"]:
         tip = f"; change data.holdout={config.holdout}, or name data.validation instead" if config.holdout else ""
-        raise ValueError(f"{index['source']} ({index['part']}): no example is left of {index['records']} records{tip}")
+        raise ValueError(f"{name}: no example is left of {index['records']} records{tip}")
     if not index["scored"]:
         raise ValueError(
-            f"{index['source']} ({index['part']}): every token is masked, nothing is trained on; "
-            "check the task and the fields of its records with `jaxstages inspect`"
+            f"{name}: every token is masked, nothing is trained on; check the task and the fields of its records with "
+            "`jaxstages inspect`"
         )
     if config.task != "lm" and index["scored"] == index["tokens"]:
         raise ValueError(
-            f"{index['source']} ({index['part']}): no token is masked, the prompts would be trained on; look at its "
-            "records with `jaxstages inspect`"
+            f"{name}: no token is masked, the prompts would be trained on; look at its records with `jaxstages inspect`"
         )
     return prepared

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from jaxstages.config import DataConfig
 from jaxstages.data.clean import MOST_BYTES, REMOVED, clean_item, cleans, compared, size_of
@@ -153,6 +153,12 @@ def shards_of(sizes: Iterable[int], block: Block) -> Iterator[int]:
         total, count = total + size, count + 1
         if total >= block.bytes or count >= block.records:
             shard, total, count = shard + 1, 0, 0
+
+
+def open_rows(folder: Path, shard: int) -> Any:
+    """A reader to `seek` a row and `read` it, and nothing ahead. It would also take rows by number, at a cost by the
+    number of rows in its file: with 16,000, 37 us a row for 7."""
+    return ArrayRecordReader(str(rows_file(folder, shard)), "readahead_buffer_size:0,max_parallelism:0")
 
 
 def write_shard(folder: Path, shard: int, items: list[Item], task: Task, form: Form) -> None:
