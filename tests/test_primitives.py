@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 from typing import Any
 
@@ -84,6 +85,23 @@ def test_activation(name: str) -> None:
             )
             assert error.max() < 1e-6, (name, float(x[error.argmax()]), error.max())
     assert activate(name, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_unrolled_layers_keep_an_activations_input_and_value_only(name: str) -> None:
+    """By the compiler's count of what lives at once, in arrays of a layer's size."""
+    layers, shape = 12, (64, 1024)
+
+    def loss(x: jax.Array, downs: jax.Array, ups: jax.Array) -> jax.Array:
+        for n in range(layers):
+            x = linear(activate(name, linear(x, downs[n], "cpu")), ups[n], "cpu")
+        return jnp.sum(x)
+
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 8), (layers, 8, 1024), (layers, 1024, 8))]
+    as_users = {"xla_cpu_opt_preset": "CPU_OPT_PRESET_DEFAULT"}
+    lowered = jax.jit(jax.grad(loss, (1, 2))).lower(*arguments)
+    found = lowered.compile(compiler_options=as_users).memory_analysis().temp_size_in_bytes
+    assert found / (4 * math.prod(shape)) < 2 * layers + 8, found / 262144
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
