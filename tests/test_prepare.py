@@ -40,6 +40,15 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
     return path
 
 
+def write_array_record(path: Path, records: list[dict]) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(json.dumps(record).encode())
+    writer.close()
+
+
 def prepared(tmp_path: Path, tokenizer: Tokenizer, records: list[dict] = RECORDS, part: str = "train", **data: object):
     source = open_source(str(write_jsonl(tmp_path / "data.jsonl", records)), tmp_path)
     return prepare(source, part, DataConfig(task="lm", **data), tokenizer, 32, tmp_path / "cache")
@@ -52,17 +61,13 @@ def all_rows(source: Prepared) -> list[Batch]:
 def test_every_format_gives_the_same_records(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
-    from array_record.python.array_record_module import ArrayRecordWriter
 
     lines = [json.dumps(record).encode() for record in RECORDS]
     write_jsonl(tmp_path / "a.jsonl", RECORDS)
     with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
         file.write(b"\n".join(lines))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
-    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
-    for line in lines:
-        writer.write(line)
-    writer.close()
+    write_array_record(tmp_path / "a.array_record", RECORDS)
     for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.array_record"):
         source = open_source(str(tmp_path / name), tmp_path)
         assert [item.record for item in source.read()] == RECORDS, name
@@ -97,12 +102,7 @@ class InOrder:
 def test_no_record_is_asked_for_by_number(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
-    for record in RECORDS:
-        writer.write(json.dumps(record).encode())
-    writer.close()
+    write_array_record(tmp_path / "a.array_record", RECORDS)
     monkeypatch.setattr(sources, "ArrayRecordReader", InOrder)
     monkeypatch.setattr(shards, "ArrayRecordReader", InOrder)
     assert [item.record for item in open_source(str(tmp_path / "a.array_record"), tmp_path).read()] == RECORDS
