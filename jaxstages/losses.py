@@ -46,17 +46,20 @@ def cross_entropy_sums(
         at_once = max(n for n in range(1, min(tile or length, length) + 1) if length % n == 0)
         sums: Any = _headless_sums(outputs, targets_BL, weights_BL, label_smoothing, z_loss, at_once, place)
     else:
-        sums, _ = _sums_of_logits(outputs, targets_BL, weights_BL, label_smoothing, z_loss)
+        sums, *_ = _sums_of_logits(outputs, targets_BL, weights_BL, label_smoothing, z_loss)
     aside = {name: jax.lax.stop_gradient(value) for name, value in sums.items() if name != "objective"}
     return aside | {"objective": sums["objective"]}
 
 
 def _sums_of_logits(
     logits_BLV: Array, targets_BL: Array, weights_BL: Array, label_smoothing: float, z_loss: float
-) -> tuple[Sums, Array]:
-    """The sums, and the log of the sum of the exponentials of each token's logits."""
+) -> tuple[Sums, Array, Array]:
+    """The sums, the log of the sum of the exponentials of each token's logits, and their shares of that sum."""
     logits_BLV = logits_BLV.astype(jnp.float32)
-    lse_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    most_BL = jax.lax.stop_gradient(jnp.max(logits_BLV, axis=-1))
+    powers_BLV = jnp.exp(logits_BLV - most_BL[..., None])
+    total_BL = jnp.sum(powers_BLV, axis=-1)
+    lse_BL = most_BL + jnp.log(total_BL)
     target_logits_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
     nll_BL = lse_BL - target_logits_BL
     objective_BL = nll_BL
@@ -65,14 +68,14 @@ def _sums_of_logits(
         objective_BL = (1.0 - label_smoothing) * nll_BL + label_smoothing * uniform_nll_BL
     if z_loss:
         objective_BL = objective_BL + z_loss * jnp.square(lse_BL)
-    correct_BL = (target_logits_BL >= jnp.max(logits_BLV, axis=-1)).astype(jnp.float32)
+    correct_BL = (target_logits_BL >= most_BL).astype(jnp.float32)
 
     def total(values_BL: Array) -> Array:
         # Selection, not only multiplication: 0 * inf would be NaN.
         return jnp.sum(jnp.where(weights_BL > 0, values_BL * weights_BL, 0.0))
 
     sums = {"nll": total(nll_BL), "objective": total(objective_BL), "correct": total(correct_BL)}
-    return sums | {"weight": jnp.sum(weights_BL)}, lse_BL
+    return sums | {"weight": jnp.sum(weights_BL)}, lse_BL, powers_BLV / total_BL[..., None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -114,39 +117,38 @@ def _tile_by_tile(
     hidden_BLD, head_VD, softcap = outputs
     dtype, vocab = hidden_BLD.dtype, head_VD.shape[0]
 
-    def one(part: tuple[Array, Array, Array]) -> tuple[Sums, Any]:
-        hidden_BTD, targets_BT, weights_BT = part
-        logits_BTV = Headless(hidden_BTD, head_VD, softcap).logits()
-        sums, lse_BT = _sums_of_logits(logits_BTV, targets_BT, weights_BT, smoothing, z_loss)
+    def one(part: tuple[Array, Array, Array]) -> tuple[tuple[Sums, Any], Any]:
+        hidden_BTD, targets, weights = part
+        logits = Headless(hidden_BTD, head_VD, softcap).logits()
+        if place == ALONE:  # in two dims, as products have it, what is made of logits on CPU takes their place
+            logits, targets, weights = (jax.lax.collapse(x, 0, 2) for x in (logits, targets, weights))
+        sums, lse, shares = _sums_of_logits(logits, targets, weights, smoothing, z_loss)
         if not differentiate:
-            return sums, None
-        shares_BTV = jnp.exp(logits_BTV - lse_BT[..., None])
+            return (sums, None), None
         # Of z * lse**2 the gradient is 2 * z * lse times the shares, which is how the lse's own gradient comes in.
-        slope_BT = 1.0 + 2.0 * z_loss * lse_BT if z_loss else jnp.ones_like(lse_BT)
-        is_target = targets_BT[..., None] == jnp.arange(vocab)[None, None, :]
-        wanted_BTV = jnp.where(is_target, 1.0 - smoothing, 0.0) + smoothing / vocab
-        d_logits = (shares_BTV * slope_BT[..., None] - wanted_BTV) * weights_BT[..., None]
+        slope = 1.0 + 2.0 * z_loss * lse if z_loss else jnp.ones_like(lse)
+        wanted = (1.0 - smoothing) * jax.nn.one_hot(targets, vocab) + smoothing / vocab
+        d_logits = (shares * slope[..., None] - wanted) * weights[..., None]
         if softcap is not None:
-            d_logits = d_logits * (1.0 - jnp.square(logits_BTV / softcap))
+            d_logits = d_logits * (1.0 - jnp.square(logits / softcap))
         # Operands of the model's dtype: float32 ones would take the matmuls off the fast path of accelerators.
-        d_logits = jnp.where(weights_BT[..., None] > 0, d_logits, 0.0).astype(dtype)
-        d_hidden_BTD = jnp.einsum("BTV,VD->BTD", d_logits, head_VD.astype(dtype))
-        return sums, (d_hidden_BTD, _head_gradient(d_logits, hidden_BTD, parts, place))
+        d_logits = jnp.where(weights[..., None] > 0, d_logits, 0.0).astype(dtype)
+        d_logits_BTV = d_logits.reshape(*hidden_BTD.shape[:2], vocab)
+        d_hidden_BTD = jnp.einsum("BTV,VD->BTD", d_logits_BTV, head_VD.astype(dtype))
+        return (sums, _head_gradient(d_logits_BTV, hidden_BTD, parts, place)), d_hidden_BTD
 
     parts = place.parts("rows") if tile < targets_BL.shape[1] else 1
     length = targets_BL.shape[1]
     if tile == length:
-        sums, gradients = one((hidden_BLD, targets_BL, weights_BL))
-        return sums, gradients and (gradients[0], gradients[1].astype(head_VD.dtype))
+        (sums, d_head), d_hidden = one((hidden_BLD, targets_BL, weights_BL))
+        return sums, None if d_head is None else (d_hidden, d_head.astype(head_VD.dtype))
 
     def split(x: Array) -> Array:
         return x.reshape(x.shape[0], length // tile, tile, *x.shape[2:]).swapaxes(0, 1)
 
     def add(total: Any, part: Any) -> tuple[Any, Any]:
-        sums, gradients = one(part)
-        if gradients is None:
-            return jax.tree.map(jnp.add, total, (sums, None)), None
-        return jax.tree.map(jnp.add, total, (sums, gradients[1])), gradients[0]
+        found, d_hidden = one(part)
+        return jax.tree.map(jnp.add, total, found), d_hidden
 
     zero = dict.fromkeys(("nll", "objective", "correct", "weight"), jnp.zeros(()))
     start = (zero, jnp.zeros((parts,) * (parts > 1) + head_VD.shape, jnp.float32) if differentiate else None)

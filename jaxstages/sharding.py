@@ -113,12 +113,8 @@ def like_params(tree: Any, params: Params, shardings: Params, mesh: Mesh) -> Any
     def keys(path: Any) -> tuple[str, ...]:
         return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
-    by_path = {
-        keys(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
+    by_path = {keys(path): (leaf.shape, sharding) for (path, leaf), sharding in leaves}
     whole = NamedSharding(mesh, PartitionSpec())
 
     def one(path: Any, leaf: Any) -> NamedSharding:

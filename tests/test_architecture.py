@@ -54,6 +54,7 @@ SAME_FLOOR |= {
 SAME_FLOOR |= {"models.lora": {"models.primitives"}, "checkpoint": {"arrays"}}
 SAME_FLOOR |= {
     "models.primitives": {"models.spread"},
+    "models.activations": {"models.primitives"},
     "models.attention": {"models.primitives", "models.spread"},
     "models.kernels": {"models.attention"},
     "models.transformer": {"models.layers"},

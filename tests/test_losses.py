@@ -141,6 +141,6 @@ def test_memory_of_a_tile_does_not_grow_with_the_row() -> None:
         return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 2 * 4096 * 4  # bytes of one position of both rows
-    assert temporary(128, 0) > 128 * logits
+    assert 128 * logits < temporary(128, 0) < 1.5 * 128 * logits  # powers, shares and gradient take their place
     assert temporary(128, 8) < 128 * logits / 4
     assert temporary(128, 8) - temporary(64, 8) < 64 * logits / 10

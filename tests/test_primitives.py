@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,6 +59,14 @@ def test_normalize(platform: str, centred: bool) -> None:
         close((out, *back(d_out)), (expected, *expected_back(wide[2])), 5e-6)
 
 
+def temporary(function: Callable[..., Any], *shapes: tuple[int, ...]) -> float:
+    """Float32 numbers that the function has in memory at once beside its arguments and results, by the compiler's own
+    count, compiled as it is for users."""
+    lowered = jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    compiled = lowered.compile(compiler_options={"xla_cpu_opt_preset": "CPU_OPT_PRESET_DEFAULT"})
+    return compiled.memory_analysis().temp_size_in_bytes / 4
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_activation(name: str) -> None:
     """Value and slope, near 0 and far out on both sides."""
@@ -97,12 +106,37 @@ def test_unrolled_layers_keep_an_activations_input_and_value_only(name: str) -> 
             x = linear(activate(name, linear(x, downs[n], "cpu")), ups[n], "cpu")
         return jnp.sum(x)
 
-    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 8), (layers, 8, 1024), (layers, 1024, 8))]
-    as_users = {"xla_cpu_opt_preset": "CPU_OPT_PRESET_DEFAULT"}
-    lowered = jax.jit(jax.grad(loss, (1, 2))).lower(*arguments)
-    found = lowered.compile(compiler_options=as_users).memory_analysis().temp_size_in_bytes
-    arrays = found / (4 * math.prod(shape))
+    arrays = temporary(jax.grad(loss, (1, 2)), (64, 8), (layers, 8, 1024), (layers, 1024, 8)) / math.prod(shape)
     assert arrays < 2 * layers + 8, arrays
+
+
+def test_unrolled_layers_keep_no_kernel() -> None:
+    """Slices of a stack, they are cut out in the forward pass and again in the backward pass: what is kept is an array
+    of a kernel's size a layer, the activation. (The kernels are frozen, for gradients would be there in the end.)"""
+    layers, size = 12, 512
+
+    def layer(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, None]:
+        return activate("relu2", linear(x, kernel, "cpu")), None
+
+    def loss(x: jax.Array, kernels: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.scan(layer, x, kernels, unroll=layers)[0])
+
+    arrays = temporary(jax.value_and_grad(loss), (size, size), (layers, size, size)) / size**2
+    assert arrays < 1.5 * layers, arrays
+
+
+def test_unrolled_attention_has_no_zeros_in_store() -> None:
+    """What the gradients are written into is made when they are, not at the start for all layers."""
+    layers, shape = 8, (8, 256, 8, 32)
+
+    def loss(x: jax.Array) -> jax.Array:
+        segments = jnp.ones(shape[:2], jnp.int32)
+        for n in range(layers):
+            x = attend_in_tiles(x * (n + 1), x * (n + 2), x * (n + 3), segments, Reach())
+        return jnp.sum(x)
+
+    arrays = temporary(jax.grad(loss), shape) / math.prod(shape) / layers
+    assert arrays < 8, arrays
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

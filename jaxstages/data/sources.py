@@ -237,11 +237,9 @@ def _open_parquet(file: Path) -> Any:
 
 
 def _read_parquet(file: Path) -> Iterator[Item]:
-    number = 0
-    for batch in _open_parquet(file).iter_batches(batch_size=100):
-        for record in batch.to_pylist():
-            number += 1
-            yield Item(f"{file}:{number}", record)
+    batches = _open_parquet(file).iter_batches(batch_size=100)
+    for number, record in enumerate((record for batch in batches for record in batch.to_pylist()), start=1):
+        yield Item(f"{file}:{number}", record)
 
 
 def _read_array_record(file: Path) -> Iterator[Item]:
@@ -269,8 +267,7 @@ def _read_world(name: str, dataset: str, split: str, data_dir: str, numbers: ran
     from jaxstages.world.builders import open_world
 
     records = open_world(dataset, split, data_dir)
-    for number in numbers:
-        yield Item(f"{name}:{number + 1}", records[number])
+    yield from (Item(f"{name}:{number + 1}", records[number]) for number in numbers)
 
 
 def _plain(value: Any) -> Any:
@@ -336,5 +333,4 @@ def _open_hf(name: str, dataset: str, split: str) -> Source:
 
 def _read_hf(name: str, dataset: str, split: str, numbers: range) -> Iterator[Item]:
     records = _load_hf(name, dataset, split)
-    for number in numbers:
-        yield Item(f"{name}:{number + 1}", dict(records[number]))
+    yield from (Item(f"{name}:{number + 1}", dict(records[number])) for number in numbers)
