@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxstages.models import attention
 from jaxstages.models.activations import KNOWN, activate
@@ -67,8 +68,9 @@ def temporary(function: Callable[..., Any], *shapes: tuple[int, ...]) -> float:
     return compiled.memory_analysis().temp_size_in_bytes / 4
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("name", KNOWN)
-def test_activation(name: str) -> None:
+def test_activation(name: str, platform: str) -> None:
     """Value and slope, near 0 and far out on both sides."""
     formulas = {
         "swiglu": lambda x: x / (1 + jnp.exp(-x)),
@@ -81,7 +83,7 @@ def test_activation(name: str) -> None:
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})  # as outside of these tests
     def value_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out, back = jax.vjp(lambda x: activate(name, x), x)
+        out, back = jax.vjp(lambda x: activate(name, x, platform), x)
         return out, back(jnp.ones_like(x))[0]
 
     out, slope = value_and_slope(x)
@@ -93,7 +95,20 @@ def test_activation(name: str) -> None:
                 np.maximum(np.abs(x), np.abs(other)), 1
             )
             assert error.max() < 1e-6, (name, float(x[error.argmax()]), error.max())
-    assert activate(name, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert activate(name, x.astype(jnp.bfloat16), platform).dtype == jnp.bfloat16
+
+
+def test_slopes_take_no_words_between_devices() -> None:
+    """As they would with the form for one device, in which all wait for a number that one of them has."""
+    rows = jax.sharding.NamedSharding(jax.sharding.Mesh(jax.devices()[:2], ("data",)), P("data"))
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=rows)
+
+    def collectives(platform: str) -> list[str]:
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(activate("gelu", x, platform)))), out_shardings=rows)
+        return re.findall("all-reduce|all-gather|collective-permute", gradient.lower(x).compile().as_text())
+
+    assert collectives("cpu")
+    assert not collectives("several")
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -103,7 +118,7 @@ def test_unrolled_layers_keep_an_activations_input_and_value_only(name: str) -> 
 
     def loss(x: jax.Array, downs: jax.Array, ups: jax.Array) -> jax.Array:
         for n in range(layers):
-            x = linear(activate(name, linear(x, downs[n], "cpu")), ups[n], "cpu")
+            x = linear(activate(name, linear(x, downs[n], "cpu"), "cpu"), ups[n], "cpu")
         return jnp.sum(x)
 
     arrays = temporary(jax.grad(loss, (1, 2)), (64, 8), (layers, 8, 1024), (layers, 1024, 8)) / math.prod(shape)
@@ -116,27 +131,13 @@ def test_unrolled_layers_keep_no_kernel() -> None:
     layers, size = 12, 512
 
     def layer(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, None]:
-        return activate("relu2", linear(x, kernel, "cpu")), None
+        return activate("relu2", linear(x, kernel, "cpu"), "cpu"), None
 
     def loss(x: jax.Array, kernels: jax.Array) -> jax.Array:
         return jnp.sum(jax.lax.scan(layer, x, kernels, unroll=layers)[0])
 
     arrays = temporary(jax.value_and_grad(loss), (size, size), (layers, size, size)) / size**2
     assert arrays < 1.5 * layers, arrays
-
-
-def test_unrolled_attention_has_no_zeros_in_store() -> None:
-    """What the gradients are written into is made when they are, not at the start for all layers."""
-    layers, shape = 8, (8, 256, 8, 32)
-
-    def loss(x: jax.Array) -> jax.Array:
-        segments = jnp.ones(shape[:2], jnp.int32)
-        for n in range(layers):
-            x = attend_in_tiles(x * (n + 1), x * (n + 2), x * (n + 3), segments, Reach())
-        return jnp.sum(x)
-
-    arrays = temporary(jax.grad(loss), shape) / math.prod(shape) / layers
-    assert arrays < 8, arrays
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

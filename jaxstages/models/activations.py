@@ -70,20 +70,21 @@ KNOWN = {
 """By the recipe's name."""
 
 
-def activate(name: str, x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """The function `name` of `KNOWN`, elementwise; in float32, whatever x is."""
-    out: Any = _activate(name, x)
+def activate(name: str, x: Float[Array, "*B F"], platform: str) -> Float[Array, "*B F"]:
+    """The function `name` of `KNOWN`, elementwise; in float32, whatever x is. platform: "cpu" is one of those alone."""
+    out: Any = _activate(name, platform, x)
     return out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _activate(name: str, x: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _activate(name: str, platform: str, x: Array) -> Array:
+    del platform
     return KNOWN[name].compute(x.astype(jnp.float32))[0].astype(x.dtype)
 
 
-def _backward(name: str, x: Array, d_out: Array) -> tuple[Array]:
-    _, slope = KNOWN[name].compute(again(x.astype(jnp.float32), d_out))
+def _backward(name: str, platform: str, x: Array, d_out: Array) -> tuple[Array]:
+    _, slope = KNOWN[name].compute(again(x, d_out, platform).astype(jnp.float32))
     return ((slope * d_out).astype(x.dtype),)
 
 
-_activate.defvjp(lambda name, x: (_activate(name, x), x), _backward)
+_activate.defvjp(lambda name, platform, x: (_activate(name, platform, x), x), _backward)

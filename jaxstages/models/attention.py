@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxstages.models.primitives import again
 from jaxstages.models.spread import ROWS
 from jaxstages.types import ALONE, Placement
 
@@ -201,7 +200,7 @@ def _tiles_forward(query: Array, key: Array, value: Array, segments: Array, reac
 
 def _tiles_backward(reach: Reach, saved: Any, d_out: Array) -> tuple[Array | None, ...]:
     query, key, value, segments, out, lse = saved
-    more = (lse, *(_both(x, key.shape[2]) for x in (out, d_out)))
+    more = (*(_both(x, key.shape[2]) for x in (out, d_out)), lse)
     found = _tile_by_tile(functools.partial(_tile_backward, reach=reach), _seen(query, key, value, segments), *more)
     return *(_from_rows(d_NRLK, out) for d_NRLK in found), None
 
@@ -218,8 +217,7 @@ class _Both(NamedTuple):
 
 class _Seen(NamedTuple):
     """What tiles are made of. Segments are there twice, for queries and for keys: XLA:CPU makes no vectors of what
-    reads one slice of a loop both along rows and along columns (exp took seven times as long). What a scan goes along
-    stays two; what its body only closes over would be merged."""
+    reads one slice of a loop both along rows and along columns (exp took seven times as long)."""
 
     query: _Both
     key: _Both
@@ -244,22 +242,18 @@ def _from_rows(x_NRLK: Array, like: Array) -> Float[Array, "B L H K"]:
 
 
 def _tile_by_tile(tile: Callable[..., Any], seen: _Seen, *more: Any) -> Any:
-    """`tile(seen, *more)` in float32, for as many of N at once as have no more than a tile of scores. The results begin
-    as zeros, made after the last argument: those of `lax.map` would be there from the start, for all layers."""
+    """`tile(seen, *more)` in float32, for as many of N at once as have no more than a tile of scores."""
     every, shared, length, _ = seen.query.rows.shape
     most = max(TILE // (shared * min(BLOCK, length) * length), 1)
     at_once = next(n for n in range(min(most, every), 0, -1) if every % n == 0)
 
-    def put(found: Any, given: tuple[Array, Any]) -> tuple[Any, None]:
-        n, part = given
-        new = tile(*jax.tree.map(lambda x: x.astype(jnp.float32), part))
-        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, n, 0), found, new), None
+    def wide(arrays: tuple[Any, ...]) -> Any:
+        return tile(*jax.tree.map(lambda x: x.astype(jnp.float32), arrays))
 
-    zero = again(jnp.float32(0), jax.tree.leaves((seen, *more))[-1])
-    zeros = jax.tree.map(lambda x: jnp.full(x.shape, zero), jax.eval_shape(tile, seen, *more))
-    zeros, tiles = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (zeros, (seen, *more)))
-    found, _ = jax.lax.scan(put, zeros, (jnp.arange(every // at_once), tiles))
-    return jax.tree.map(lambda x: jax.lax.collapse(x, 0, 2), found)
+    if at_once == every:
+        return wide((seen, *more))
+    tiles = jax.tree.map(lambda x: x.reshape(every // at_once, at_once, *x.shape[1:]), (seen, *more))
+    return jax.tree.map(lambda x: jax.lax.collapse(x, 0, 2), jax.lax.map(wide, tiles))
 
 
 def _blocks(length: int, window: int) -> Iterator[tuple[slice, slice]]:
@@ -291,7 +285,7 @@ def _tile_forward(seen: _Seen, *, reach: Reach) -> tuple[Float[Array, "N K R L"]
     return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
 
-def _tile_backward(seen: _Seen, lse: Array, out: _Both, d_out: _Both, *, reach: Reach) -> tuple[Array, ...]:
+def _tile_backward(seen: _Seen, out: _Both, d_out: _Both, lse: Array, *, reach: Reach) -> tuple[Array, ...]:
     """Gradients of queries, keys and values, each [N, _, L, K]."""
     scale = seen.key.rows.shape[3] ** -0.5
     along = jnp.sum(out.columns * d_out.columns, axis=1, keepdims=True)

@@ -200,9 +200,9 @@ class FeedForward(nn.Module):
         hidden = project((config.ff_width,), ("embed", "ff"), name="up")(x_BLD)
         if KNOWN[config.activation].gates:
             gate = project((config.ff_width,), ("embed", "ff"), name="gate")(x_BLD)
-            hidden = hidden * activate(config.activation, gate)
+            hidden = hidden * activate(config.activation, gate, self.backend.platform)
         else:
-            hidden = activate(config.activation, hidden)
+            hidden = activate(config.activation, hidden, self.backend.platform)
         hidden = self.backend.place.activation(hidden, (*ROWS, "ff"))
         scale = 0.02 / (2 * config.layers) ** 0.5
         return project((config.width,), ("ff", "embed"), scale, name="down")(hidden)
@@ -224,7 +224,7 @@ class Experts(nn.Module):
         down: Any = self.param("down", drawn("expert", "ff", "embed", scale=scale), (part.count, *wide[:0:-1]))
         mix = functools.partial(
             mix_experts,
-            activation=functools.partial(activate, config.activation),
+            activation=functools.partial(activate, config.activation, platform=self.backend.platform),
             per_token=part.per_token,
             normalize=part.normalize,
         )

@@ -23,12 +23,14 @@ _ROWS = (((0,), (0,)), ((), ()))
 """Both operands are contracted over their rows."""
 
 
-def again(x: Array, after: Array) -> Array:
+def again(x: Array, after: Array, platform: str) -> Array:
     """x, as a value that the compiler can make no sooner than `after`; NaN where the first of that is not finite.
 
     What the backward pass makes of what was there before, XLA:CPU makes in the forward pass already, or finds it there,
-    and keeps it; optimization barriers it drops too early. A sum, for fusion ends there: else each use of x would make
-    anew what `after` is made from."""
+    and keeps it. Elsewhere that is for an optimization barrier to prevent; here it is dropped too early. A sum, for
+    fusion ends there: else each use of x would make anew what `after` is made from."""
+    if platform != "cpu":
+        return jax.lax.optimization_barrier(x)
     return x + 0.0 * jnp.sum(after[(0,) * (after.ndim - 1)][:8]).astype(x.dtype)
 
 
@@ -40,7 +42,7 @@ def _linear_on_cpu(x_MI: Float[Array, "M I"], kernel_IO: Float[Array, "I O"]) ->
 def _on_cpu_backward(saved: tuple[Array, Array], d_out_MO: Array) -> tuple[Array, Array]:
     x_MI, kernel_IO = saved
     # Unrolled layers cut their kernels out of a stack: again, and not all of them kept.
-    d_x_MI = d_out_MO @ again(kernel_IO, d_out_MO).T
+    d_x_MI = d_out_MO @ again(kernel_IO, d_out_MO, "cpu").T
     if kernel_IO.shape[0] <= kernel_IO.shape[1]:
         return d_x_MI, jax.lax.dot_general(x_MI, d_out_MO, _ROWS)
     # The narrower operand comes first: the other way round this takes up to 1.8 times as long. The barrier keeps the
