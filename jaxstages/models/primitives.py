@@ -41,8 +41,8 @@ def _linear_on_cpu(x_MI: Float[Array, "M I"], kernel_IO: Float[Array, "I O"]) ->
 
 def _on_cpu_backward(saved: tuple[Array, Array], d_out_MO: Array) -> tuple[Array, Array]:
     x_MI, kernel_IO = saved
-    # Unrolled layers cut their kernels out of a stack: again, and not all of them kept.
-    d_x_MI = d_out_MO @ again(kernel_IO, d_out_MO, "cpu").T
+    # Unrolled layers cut kernels out of a stack: again, and none kept, where they are large beside activations.
+    d_x_MI = d_out_MO @ (again(kernel_IO, d_out_MO, "cpu") if 2 * kernel_IO.size > x_MI.size else kernel_IO).T
     if kernel_IO.shape[0] <= kernel_IO.shape[1]:
         return d_x_MI, jax.lax.dot_general(x_MI, d_out_MO, _ROWS)
     # The narrower operand comes first: the other way round this takes up to 1.8 times as long. The barrier keeps the
