@@ -132,8 +132,7 @@ def _tile_by_tile(
         if softcap is not None:
             d_logits = d_logits * (1.0 - jnp.square(logits / softcap))
         # Operands of the model's dtype: float32 ones would take the matmuls off the fast path of accelerators.
-        d_logits = jnp.where(weights[..., None] > 0, d_logits, 0.0).astype(dtype)
-        d_logits_BTV = d_logits.reshape(*hidden_BTD.shape[:2], vocab)
+        d_logits_BTV = jnp.where(weights[..., None] > 0, d_logits, 0.0).astype(dtype).reshape(*hidden_BTD.shape[:2], -1)
         d_hidden_BTD = jnp.einsum("BTV,VD->BTD", d_logits_BTV, head_VD.astype(dtype))
         return (sums, _head_gradient(d_logits_BTV, hidden_BTD, parts, place)), d_hidden_BTD
 

@@ -262,7 +262,7 @@ def _summarise(folder: Path, shards: int, source: str, form: Form) -> dict[str, 
     index |= dict.fromkeys((*SUMMED, "bad_named"), 0) | {"bad_named": [], "rows_of_shards": []}
     if cleans(form.config):
         index["removed"] = dict.fromkeys(REMOVED, 0)
-    questions = []
+    counts, questions = np.zeros(0), []
     for shard in range(shards):
         found = read_json(shard_file(folder, shard))
         index |= {name: index[name] + found[name] for name in SUMMED}
@@ -271,9 +271,10 @@ def _summarise(folder: Path, shards: int, source: str, form: Form) -> dict[str, 
         if cleans(form.config):
             index["removed"] = {reason: index["removed"][reason] + found["removed"][reason] for reason in REMOVED}
         questions += [json.dumps(question) + "\n" for question in found["questions"]]
+        shard_counts = load_array(counts_file(folder, shard))
+        counts = shard_counts if not shard else counts + shard_counts
     write_text(folder / "questions.jsonl", "".join(questions))
-    counts = (load_array(counts_file(folder, shard)) for shard in range(shards))
-    save_array(folder / "target_counts.npy", sum(counts, np.zeros(1)))
+    save_array(folder / "target_counts.npy", counts)
     return index
 
 

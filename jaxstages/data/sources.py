@@ -267,7 +267,8 @@ def _read_world(name: str, dataset: str, split: str, data_dir: str, numbers: ran
     from jaxstages.world.builders import open_world
 
     records = open_world(dataset, split, data_dir)
-    yield from (Item(f"{name}:{number + 1}", records[number]) for number in numbers)
+    for number in numbers:
+        yield Item(f"{name}:{number + 1}", records[number])
 
 
 def _plain(value: Any) -> Any:
@@ -333,4 +334,5 @@ def _open_hf(name: str, dataset: str, split: str) -> Source:
 
 def _read_hf(name: str, dataset: str, split: str, numbers: range) -> Iterator[Item]:
     records = _load_hf(name, dataset, split)
-    yield from (Item(f"{name}:{number + 1}", dict(records[number])) for number in numbers)
+    for number in numbers:
+        yield Item(f"{name}:{number + 1}", dict(records[number]))

@@ -89,11 +89,13 @@ class Tokenizer(NamedTuple):
         """float32 [V]: UTF-8 bytes of text that each token stands for; 0 for control tokens."""
         byte_level = '"ByteLevel"' in json.dumps(json.loads(self.backend.to_str())["decoder"])
         sizes = np.zeros(self.vocab_size, np.float32)
-        vocab = self.backend.get_vocab(with_added_tokens=True)
-        for token in vocab.keys() - {*_special_tokens(self.backend), UNKNOWN}:
+        control = {*_special_tokens(self.backend), UNKNOWN}
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            if token in control:
+                continue
             # A byte-level vocabulary spells each byte as one character; a SentencePiece one marks spaces by U+2581.
-            text = token.replace("\u2581", " ").encode()
-            sizes[vocab[token]] = len(token) if byte_level else 1 if ONE_BYTE.fullmatch(token) else len(text)
+            one_byte = ONE_BYTE.fullmatch(token)
+            sizes[i] = len(token) if byte_level else 1 if one_byte else len(token.replace("\u2581", " ").encode())
         return sizes
 
 

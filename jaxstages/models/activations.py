@@ -77,8 +77,7 @@ def activate(name: str, x: Float[Array, "*B F"], platform: str) -> Float[Array, 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _activate(name: str, platform: str, x: Array) -> Array:
-    del platform
+def _activate(name: str, _platform: str, x: Array) -> Array:
     return KNOWN[name].compute(x.astype(jnp.float32))[0].astype(x.dtype)
 
 
