@@ -140,6 +140,20 @@ def test_unrolled_layers_keep_no_kernel() -> None:
     assert arrays < 1.5 * layers, arrays
 
 
+def test_unrolled_layers_keep_no_output_of_a_norm() -> None:
+    """From the residual stream, which is kept as the activation's input is, the backward pass makes it again."""
+    layers, rows, width = 12, 512, 64
+
+    def loss(kernels: jax.Array, x: jax.Array) -> jax.Array:
+        for n in range(layers):
+            normed = normalize(x, jnp.ones(width), True, 1e-6, "cpu")
+            x = x + activate("relu2", linear(normed, kernels[n], "cpu"), "cpu")
+        return jnp.sum(x)
+
+    arrays = temporary(jax.grad(loss), (layers, width, width), (rows, width)) / (rows * width)
+    assert arrays < 2.5 * layers, arrays
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_bfloat16_goes_through_float32(platform: str) -> None:
     """Of 512 equal bfloat16 numbers, a sum in bfloat16 would stop growing at 256 times the first."""
