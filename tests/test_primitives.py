@@ -142,7 +142,7 @@ def test_unrolled_layers_keep_no_kernel() -> None:
 
 def test_unrolled_layers_keep_no_output_of_a_norm() -> None:
     """From the residual stream, which is kept as the activation's input is, the backward pass makes it again."""
-    layers, rows, width = 12, 512, 64
+    layers, rows, width = 12, 4096, 128
 
     def loss(kernels: jax.Array, x: jax.Array) -> jax.Array:
         for n in range(layers):

@@ -41,10 +41,10 @@ def _linear_on_cpu(x_MI: Float[Array, "M I"], kernel_IO: Float[Array, "I O"]) ->
 
 def _on_cpu_backward(saved: tuple[Array, Array], d_out_MO: Array) -> tuple[Array, Array]:
     x_MI, kernel_IO = saved
-    # Again, or unrolled layers would keep them: kernels cut out of a stack, where these are large, and norms' outputs.
+    # Again, or unrolled layers would keep them: kernels cut out of a stack, and norms' outputs, where these are large.
     d_x_MI = d_out_MO @ (again(kernel_IO, d_out_MO, "cpu") if 2 * kernel_IO.size > x_MI.size else kernel_IO).T
     if kernel_IO.shape[0] <= kernel_IO.shape[1]:
-        return d_x_MI, jax.lax.dot_general(again(x_MI, d_out_MO, "cpu"), d_out_MO, _ROWS)
+        return d_x_MI, jax.lax.dot_general(again(x_MI, d_out_MO, "cpu") if x_MI.size > 2**18 else x_MI, d_out_MO, _ROWS)
     # The narrower operand comes first: the other way round this takes up to 1.8 times as long. The barrier keeps the
     # compiler from turning it back.
     return d_x_MI, jax.lax.optimization_barrier(jax.lax.dot_general(d_out_MO, x_MI, _ROWS)).T
