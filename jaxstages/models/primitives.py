@@ -41,7 +41,7 @@ def _linear_on_cpu(x_MI: Float[Array, "M I"], kernel_IO: Float[Array, "I O"]) ->
 
 def _on_cpu_backward(saved: tuple[Array, Array], d_out_MO: Array) -> tuple[Array, Array]:
     x_MI, kernel_IO = saved
-    # Again, or unrolled layers would keep them: kernels cut out of a stack, and norms' outputs, where these are large.
+    # Again, or unrolled layers would keep them: large kernels, cut out of a stack, and norms' outputs of over 1 MiB.
     d_x_MI = d_out_MO @ (again(kernel_IO, d_out_MO, "cpu") if 2 * kernel_IO.size > x_MI.size else kernel_IO).T
     if kernel_IO.shape[0] <= kernel_IO.shape[1]:
         return d_x_MI, jax.lax.dot_general(again(x_MI, d_out_MO, "cpu") if x_MI.size > 2**18 else x_MI, d_out_MO, _ROWS)
