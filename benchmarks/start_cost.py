@@ -4,7 +4,8 @@
 
 Cold is with nothing there: the tokenizer is trained, rows are prepared, everything is compiled. Warm is the same
 command once more, with tokenizer, rows and compiled functions there, but no checkpoint. The held-out loss before the
-first step is part of both. Prints JSON, and keeps it in OUT/start.json.
+first step is part of both. To be run where PyTorch is not installed, as `make .venv` leaves it: tensorboardX imports it
+at the start, where it is there. Prints JSON, and keeps it in OUT/start.json.
 """
 
 import argparse
