@@ -1,7 +1,7 @@
 """The loop: steps, evaluation, early stopping, checkpoints. It never waits for the device but where it must.
 
-The sums of step k are read when step k + 1 is already dispatched, so the device always has work. Everything that a
-resumed run needs to write the same numbers is in the checkpoint.
+The sums of step k are read when step k + 1 is already dispatched, or later where steps are tiny, so the device always
+has work. Everything that a resumed run needs to write the same numbers is in the checkpoint.
 """
 
 import collections
@@ -40,6 +40,10 @@ from jaxstages.workbench import Workbench
 from jaxstages.workdir import result_file
 
 SUMMED = ("nll", "weight", "correct")
+
+TINY, AT_ONCE = 1e10, 8
+"""Of steps with fewer operations (6 a parameter and token, Kaplan et al. 2020) sums are read, and batches made, so many
+at once: what Python does for each of them would take a good part of its time, most of it in caches that are cold."""
 
 COMPILING = 10.0
 """What compiles may take so many times the seconds of the watchdog."""
@@ -104,6 +108,8 @@ class _Run:
             weights=bench.stage.data.weights,
             here=rows_here(self._config.batch_size, bench.rows),
         )
+        tokens, params = self._config.batch_size * bench.recipe.model.context, jax.tree.leaves(bench.params)
+        self._at_once = AT_ONCE if 6 * tokens * sum(leaf.size for leaf in params) < TINY else 1
         step = int(start.state.step)
         self._saved_step = step
         next_batch = self._batches.digest(step)
@@ -124,8 +130,6 @@ class _Run:
             )
         self._note = ""
         self._slack = COMPILING  # the first evaluation compiles
-        # A run that was interrupted in an evaluation makes it when it goes on; killed after that, once more.
-        self._there = [line for line in read_metrics(bench.stage_dir / "metrics.jsonl") if line["step"] == step]
 
     def steps(self, state: TrainState, first: int, last: int) -> tuple[TrainState, int]:
         """Steps first .. last - 1, or fewer if early stopping acts; the state, and the step that it is at."""
@@ -143,7 +147,8 @@ class _Run:
         pending: collections.deque[tuple[int, Sums]] = collections.deque()
         self._restart_clock()
         self._alive(COMPILING)
-        for k, batch in enumerate(prefetch(self._place, range(first, last), init=step_aside), start=first):
+        batches = prefetch(self._place, range(first, last), group=self._at_once, init=step_aside)
+        for k, batch in enumerate(batches, start=first):
             try:
                 state, sums = train_step(state, batch)
             except FloatingPointError:
@@ -156,8 +161,9 @@ class _Run:
                 fingerprint(state)  # which the first save would compile
                 self._signals.unsaved = True
                 self._restart_clock()
-            while len(pending) > 1:
-                self._read(*pending.popleft())
+            if len(pending) > self._at_once or k % self._config.log_every == 0:  # a line's clock is read in time
+                while len(pending) > 1:
+                    self._read(*pending.popleft())
             self._alive(1.0)
             self._checkpoints.poll()
             done = k + 1
@@ -167,8 +173,7 @@ class _Run:
             while pending:  # what is saved must be known to be finite
                 self._read(*pending.popleft())
             paused = time.monotonic()
-            if self._evaluates(done):
-                progress.clear()
+            progress.clear()
             if self._border(done, state, last):
                 return state, done
             self._clock += time.monotonic() - paused
@@ -176,8 +181,7 @@ class _Run:
 
     def _evaluates(self, step: int) -> bool:
         """Is an evaluation due at `step` that was not made yet (before a run was interrupted)?"""
-        due = step and (step % self._config.eval_every == 0 or step == self._config.steps)
-        return bool(due and self._carried["evaluated"] < step)
+        return self._carried["evaluated"] < step and (step % self._config.eval_every == 0 or step == self._config.steps)
 
     def _due(self, step: int, last: int) -> bool:
         return self._evaluates(step) or step % self._config.save_every == 0 or step == last
@@ -304,19 +308,13 @@ class _Run:
                 f"the best, {best:.4g}, was at step {int(self.stopping_state.best_step)}"
             )
             say(f"{self._bench.name}: early stopping at step {step}: {reason}", "yellow")
-            self._write_once(step, "event", {"event": "early_stopping", "reason": reason})
+            self._writer.write(step, "event", {"event": "early_stopping", "reason": reason})
         return improved
 
-    def _write_once(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        line = {"step": step, "kind": kind} | {name: plain(value) for name, value in values.items()}
-        if line not in self._there:
-            self._writer.write(step, kind, values)
-
     def _log_evaluation(self, step: int, report: Report, mark: str) -> None:
-        self._write_once(step, "eval", report.metrics)
-        bad = [name for name, value in report.metrics.items() if not math.isfinite(value)]
-        if bad:
-            self._write_once(step, "event", {"event": "not finite", "metrics": ", ".join(bad)})
+        self._writer.write(step, "eval", report.metrics)
+        if bad := [name for name, value in report.metrics.items() if not math.isfinite(value)]:
+            self._writer.write(step, "event", {"event": "not finite", "metrics": ", ".join(bad)})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items() if "/" not in name)
         say(f"{self._bench.name}: eval at step {step}: {shown}{f'  ({mark})' if mark else ''}", "green")
 

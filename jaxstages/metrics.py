@@ -68,33 +68,33 @@ def score_labels(predictions: Sequence[str], references: Sequence[str]) -> Metri
 
 def plain(value: Any) -> Any:
     """A number that JSON can hold: NaN and infinities become null."""
-    value = float(value) if isinstance(value, np.floating) else value
-    if isinstance(value, np.integer):
-        return int(value)
+    value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsWriter:
     """`metrics.jsonl`, a JSON object a line with "step" and "kind" ("train", "eval" or "event"), and TensorBoard files.
 
-    Opened at `step`, it drops the lines of later steps: a run that is resumed from there writes them again. Of several
+    Opened at `step`, it drops the lines of later steps: a run that is resumed from there writes them again. Those of
+    `step` itself it does not write twice: a run that was killed in between evaluates there once more. Of several
     processes one `writes`.
     """
 
     def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
-        self._file, self._board = None, SummaryWriter(write_to_disk=False)
+        self._file, self._board, self._there = None, SummaryWriter(write_to_disk=False), []
         if not writes:
             return
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._there = [line for line in kept if line["step"] == step]
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._file = path.open("a")
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        if self._file is None:
-            return
         line = {"step": step, "kind": kind} | {name: plain(value) for name, value in values.items()}
+        if self._file is None or line in self._there:
+            return
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in line.items():

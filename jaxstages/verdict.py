@@ -29,9 +29,8 @@ def judge(train: list[tuple[int, float]], held_out: list[tuple[int, float]], bas
     finite = [(step, loss) for step, loss in held_out if math.isfinite(loss)]
     if not finite or not math.isfinite(held_out[-1][1]):
         return Verdict("diverging", "the held-out loss is not finite", "Halve peak_lr, or lengthen the warm-up")
-    if any(not math.isfinite(loss) for _, loss in train):
-        step = next(step for step, loss in train if not math.isfinite(loss))
-        return Verdict("diverging", f"the training loss was not finite at step {step}", "Halve peak_lr")
+    if bad := [step for step, loss in train if not math.isfinite(loss)]:
+        return Verdict("diverging", f"the training loss was not finite at step {bad[0]}", "Halve peak_lr")
     first, last = finite[0][1], finite[-1][1]
     best_step, best = min(finite, key=lambda point: point[1])
     if last > 1.5 * first:

@@ -410,6 +410,20 @@ def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
         list(prefetch(broken, range(5)))
 
 
+@pytest.mark.parametrize(("group", "begun"), [(1, [3, 4, 5, 6, 7, 8]), (4, [4, 4, 8, 8, 8, 8])])
+def test_prefetch_begins_the_next_ones_in_groups(group: int, begun: list[int]) -> None:
+    asked: list[int] = []
+
+    def items() -> Iterator[int]:
+        for k in range(8):
+            asked.append(k)
+            yield k
+
+    made = prefetch(lambda k: -k, items(), group=group)
+    assert [(next(made), len(asked)) for _ in range(6)] == [(-k, count) for k, count in enumerate(begun)]
+    assert list(made) == [-6, -7]
+
+
 def test_questions_are_kept_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
     pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"q{i}", "target": f"a{i}", "kind": "k"} for i in range(10)])
     source = prepare(

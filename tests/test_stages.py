@@ -5,18 +5,20 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from jaxstages import config as recipes
+from jaxstages import loop
 from jaxstages.commands.train import train, train_all
 from jaxstages.commands.validate import validate
 from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
 from jaxstages.disk import read_json, write_json
 from jaxstages.fingerprint import fingerprint, params_sha256
-from jaxstages.metrics import read_metrics
+from jaxstages.metrics import MetricsWriter, read_metrics
 from jaxstages.types import Diverged
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
@@ -120,6 +122,51 @@ def test_resume_drops_lines_that_it_will_write_again(finished: tuple[Recipe, Pat
     recipe.pretrain.loop.stop_after = 0
     train(recipe, work, "pretrain")
     assert losses(work, "pretrain") == losses(finished[1], "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("tiny", "read_at"),
+    [(loop.TINY, [9] * 8 + [11] * 2 + [19] * 8 + [20] * 2), (0.0, [*range(2, 21), 20])],
+    ids=["tiny", "not_tiny"],
+)
+def test_sums_of_tiny_steps_are_read_by_eights_and_lines_in_time(
+    finished: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: float, read_at: list[int]
+) -> None:
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    shutil.copytree(finished[1] / "tokenizer", work / "tokenizer")
+    config = recipe.pretrain.loop
+    config.steps = config.eval_every = config.save_every = 20
+    config.log_every = 10
+    compile_step, read = loop.compile_step, loop._Run._read
+    dispatched, found = [0], []
+
+    def compile_counted(*arguments: Any) -> tuple[Any, Any]:
+        function, jitted = compile_step(*arguments)
+
+        def step(*state_and_batch: Any) -> Any:
+            dispatched[0] += 1
+            return jitted(*state_and_batch)
+
+        return function, step
+
+    def noted(run: Any, step: int, sums: Any) -> None:
+        found.append((step, dispatched[0]))
+        read(run, step, sums)
+
+    monkeypatch.setattr(loop, "TINY", tiny)
+    monkeypatch.setattr(loop, "compile_step", compile_counted)
+    monkeypatch.setattr(loop._Run, "_read", noted)
+    train(recipe, work, "pretrain")
+    assert found == list(zip(range(1, 21), read_at, strict=True))
+    assert list(losses(work, "pretrain")) == [10, 20]
+
+
+def test_a_line_of_the_step_that_a_run_goes_on_from_is_not_written_twice(tmp_path: Path) -> None:
+    for values in ({"loss": 2.0}, {"loss": math.nan}, {"loss": np.float32(0.5)}):
+        for _ in range(2):
+            with MetricsWriter(tmp_path, 3) as writer:
+                writer.write(3, "eval", values)
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2.0, None, 0.5]
 
 
 def test_early_stopping_stops_keeps_the_best_and_hands_it_on(finished: tuple[Recipe, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -10,15 +11,16 @@ U = TypeVar("U")
 
 
 def prefetch(
-    make: Callable[[T], U], items: Iterable[T], ahead: int = 2, workers: int = 1, init: Callable[[], None] | None = None
+    make: Callable[[T], U], items: Iterable[T], workers: int = 1, group: int = 1, init: Callable[[], None] | None = None
 ) -> Iterator[U]:
-    """make(item) of each item, in order; while one is used, `workers` threads make the next `ahead`. Each thread calls
-    `init` first."""
+    """make(item) of each item, in order; while one is used, `workers` threads make the next ones. Whenever these are
+    two, or one a thread, `group` more are begun. Each thread calls `init` first."""
     begun: collections.deque[concurrent.futures.Future[U]] = collections.deque()
+    rest, ahead = iter(items), max(workers, 2)
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=init) as pool:
-        for item in items:
-            begun.append(pool.submit(make, item))
-            if len(begun) > ahead:
+        while fresh := [pool.submit(make, item) for item in itertools.islice(rest, group)]:
+            begun.extend(fresh)
+            while len(begun) > ahead:
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()

@@ -211,7 +211,7 @@ def _find_gone(source: Source, config: DataConfig, folder: Path) -> None:
 
     def signed() -> Iterator[tuple[list[int], np.ndarray]]:
         workers = min(os.cpu_count() or 1, MOST_WORKERS)
-        for batch in prefetch(sign, duplicates.batches(documents()), ahead=workers, workers=workers):
+        for batch in prefetch(sign, duplicates.batches(documents()), workers=workers):
             progress.update(done)
             yield batch
 
@@ -246,7 +246,7 @@ def _write_shards(source: Source, gone: Path | None, form: Form, folder: Path) -
     progress = Progress(f"prepare {source.name} ({form.part}): records", source.records)
     workers = min(os.cpu_count() or 1, MOST_WORKERS)
     shards, records = 0, 0
-    for size in prefetch(make, _blocks(source, gone, form), ahead=workers, workers=workers):
+    for size in prefetch(make, _blocks(source, gone, form), workers=workers):
         shards, records = shards + 1, records + size
         progress.update(records)
     return shards
