@@ -81,5 +81,9 @@ ROWS = {
             name="G3", layers=48, heads=25, width=1600, context=1024, batch=16, vocab=50304,
             steps=50, warmup=5, dtype="bfloat16", device="gpu",
         ),
+        Row(
+            name="G5", layers=36, heads=32, width=4096, context=2048, batch=8, vocab=128256,
+            steps=20, warmup=3, dtype="bfloat16", device="gpu", rank=16,
+        ),
     )
 }  # fmt: skip
