@@ -36,7 +36,7 @@ def facts() -> dict[str, Any]:
     """Processor, cores, clock, memory, load, versions, environment and commit of this machine, for the record."""
     lines = dict(line.split(":", 1) for line in _output(["lscpu"]).splitlines() if ":" in line)
     gpu = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
-    # Cloud machines hide the name behind "AMD EPYC": the family tells a Zen 5, twice as fast in float32, from a Zen 4.
+    # Cloud machines hide the name behind "AMD EPYC": the family tells one from the next, twice as fast in XLA.
     kind = ", ".join(f"{name} {lines[name].strip()}" for name in ("CPU family", "Model") if name in lines)
     commit = _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"])
     return {

@@ -43,7 +43,7 @@ SUMMED = ("nll", "weight", "correct")
 
 TINY, AT_ONCE = 1e10, 8
 """Of steps with fewer operations (6 a parameter and token, Kaplan et al. 2020) sums are read, and batches made, so many
-at once: what Python does for each of them would take a good part of its time, most of it in caches that are cold."""
+at once: what Python does for one of them takes a good part of a step's time, most of it in caches that are cold."""
 
 COMPILING = 10.0
 """What compiles may take so many times the seconds of the watchdog."""
@@ -108,8 +108,8 @@ class _Run:
             weights=bench.stage.data.weights,
             here=rows_here(self._config.batch_size, bench.rows),
         )
-        tokens, params = self._config.batch_size * bench.recipe.model.context, jax.tree.leaves(bench.params)
-        self._at_once = AT_ONCE if 6 * tokens * sum(leaf.size for leaf in params) < TINY else 1
+        tokens, leaves = self._config.batch_size * bench.recipe.model.context, jax.tree.leaves(bench.params)
+        self._at_once = AT_ONCE if 6 * tokens * sum(leaf.size for leaf in leaves) < TINY else 1
         step = int(start.state.step)
         self._saved_step = step
         next_batch = self._batches.digest(step)
