@@ -179,12 +179,19 @@ class OptimConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
+    moment_dtype: str = "float32"
+    """Of the first moment (adamw, lion, muon, sgd): "float32" or "bfloat16", which saves 2 bytes a parameter. Second
+    moments stay float32: one step changes them by less than bfloat16 resolves."""
     muon_lr_factor: float = 20.0
-    """muon: learning rate of the matrices, as a multiple of the schedule's, which the rest (AdamW) follows."""
+    """muon: learning rate of the matrices, as a multiple of the schedule's, which the rest (AdamW) follows. Decay is
+    the same for both: `weight_decay` times the schedule's rate."""
     no_decay: tuple[str, ...] = ("scale", "bias", "embed")
-    """Parameters whose path has one of these regular expressions in it are not decayed."""
+    """Parameters whose path contains one of these regular expressions are not decayed."""
     freeze: tuple[str, ...] = ()
-    """Parameters whose path has one of these regular expressions in it stay as they are."""
+    """Parameters whose path contains one of these regular expressions are not trained."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """Learning-rate factors by path: (("embedding", 0.1),). The first regular expression that a parameter's path
+    contains gives its factor, of decay too; without one it is 1."""
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     max_bad_steps: int = 10
@@ -307,10 +314,20 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def _item_types(kind: Any, length: int) -> tuple[Any, ...] | None:
+    """Types of a tuple's items: `tuple[str, ...]` has as many as there are, `tuple[str, float]` two; None if the length
+    does not fit."""
+    options = typing.get_args(kind)
+    if options[-1] is Ellipsis:
+        return options[:1] * length
+    return options if len(options) == length else None
+
+
 def _has_type(value: Any, kind: Any) -> bool:
     options = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_has_type(item, options[0]) for item in value)
+        types = _item_types(kind, len(value)) if isinstance(value, tuple) else None
+        return types is not None and all(map(_has_type, value, types))
     if options:  # a stage, or None
         return any(_has_type(value, option) for option in options)
     if kind in (int, float):
@@ -322,7 +339,10 @@ def check_type(value: Any, kind: Any, path: str) -> None:
     """Raises ValueError for a field's value that is not of its type."""
     if not _has_type(value, kind):
         wanted = str(getattr(kind, "__name__", kind))
-        wanted = "a tuple, such as ('one',)" if wanted.startswith("tuple") else wanted
+        if kind == tuple[tuple[str, float], ...]:
+            wanted = "a tuple of pairs, such as (('name', 0.5),)"
+        elif wanted.startswith("tuple"):
+            wanted = "a tuple, such as ('one',)"
         raise ValueError(f"{path}={reprlib.repr(value)} is of type {type(value).__name__}; it must be {wanted}")
 
 
@@ -343,8 +363,9 @@ def _from_dict(kind: Any, value: Any, path: str) -> Any:
     options = typing.get_args(kind)
     if type(None) in options:
         return None if value is None else _from_dict(options[0], value, path)
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_from_dict(options[0], item, path) for item in value)
+    types = _item_types(kind, len(value)) if typing.get_origin(kind) is tuple and isinstance(value, list) else None
+    if types is not None:
+        return tuple(_from_dict(item_type, item, path) for item_type, item in zip(types, value, strict=True))
     check_type(value, kind, path)
     return float(str(value)) if kind is float else value  # by way of text, a whole number of any size gives a float
 

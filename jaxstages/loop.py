@@ -244,12 +244,13 @@ class _Run:
         weight = interval["weight"] or math.nan  # no step of the interval was applied: the loss is null
         loss, rate = interval["nll"] / weight, self._clock_tokens / seconds
         self._carried["seconds"] += seconds
+        # Of the optimizer's own count, which a skipped step does not advance.
+        scheduled = float(np.asarray(self._schedule(step - int(values["skipped"] + values["applied"]))))
         line = {
             "loss": loss,
             "token_accuracy": interval["correct"] / weight,
             "grad_norm": values["grad_norm"],
-            # Of the optimizer's own count, which a skipped step does not advance.
-            "learning_rate": float(np.asarray(self._schedule(step - int(values["skipped"] + values["applied"])))),
+            "learning_rate": scheduled * values.get("plateau_factor", 1.0),
             "tokens": self._carried["tokens"],
             "tokens_per_second": rate,
         }

@@ -1,8 +1,24 @@
-"""Learning-rate schedules and optimizers, all of them optax's; what is frozen or decayed is chosen by path."""
+"""Learning-rate schedules and optimizers, composed from optax. Parameters are decayed, scaled or frozen by their path.
+
+Whatever the optimizer, an update is `-lr * rate * (direction + weight_decay * param)`:
+
+| name      | direction                                                                                         |
+| --------- | ------------------------------------------------------------------------------------------------- |
+| adamw     | m / (sqrt(v) + 1e-8), bias-corrected (Loshchilov & Hutter 2019)                                   |
+| adafactor | rms(param) * clip(g / sqrt(v)), v factored over each matrix (Shazeer & Stern 2018)                |
+| lion      | sign(beta1 * m + (1 - beta1) * g) (Chen et al. 2023)                                              |
+| muon      | muon_lr_factor * orthogonalized momentum of each matrix (Jordan et al. 2024); AdamW for the rest  |
+| sgd       | beta1 * m + g                                                                                     |
+
+`lr` is the schedule's value (times the plateau's factor), `rate` comes from `optim.rates` and is 0 where `optim.freeze`
+matches, and `weight_decay` is 0 where `optim.no_decay` matches. Decay is decoupled: it never enters a moment.
+"""
 
 import functools
+import math
 import re
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,43 +69,144 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
+def path_of(path: Any) -> str:
+    """A parameter's path in a tree, such as `layers/attention/query/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def path_matches(patterns: tuple[str, ...], params: Params) -> Params:
     """Tree of bools: does the parameter's path (`layers/attention/query/kernel`) contain one of the patterns?"""
 
-    def one(path: Any, _: Any) -> bool:
-        return any(re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/")) for pattern in patterns)
+    def matches(path: Any, _: Any) -> bool:
+        return any(re.search(pattern, path_of(path)) for pattern in patterns)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(matches, params)
 
 
-def check_patterns(name: str, patterns: tuple[str, ...], params: Params) -> None:
-    """Raises ValueError for a pattern without a parameter: nothing is frozen by a typo in silence."""
+def check_patterns(name: str, patterns: Iterable[str], params: Params) -> None:
+    """Raises ValueError for a pattern that matches no parameter, so that a typo never goes unnoticed."""
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in patterns:
-        if not any(jax.tree.leaves(path_matches((pattern,), params))):
-            leaves = jax.tree_util.tree_leaves_with_path(params)
-            paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        if not any(re.search(pattern, path) for path in paths):
             raise ValueError(f"{name}: {pattern!r} matches no parameter; there are {', '.join(paths)}")
 
 
-def _muon_dims(axes: Params) -> Params:
-    """Which dims Muon orthogonalises: matrices inside the layers, "layers" and "expert" being batches of them.
+def check_optimizer_paths(config: OptimConfig, params: Params) -> None:
+    """Check the path patterns of the recipe. The defaults of `no_decay` need not match: not every model has biases.
 
-    Embeddings, the head, routers and vectors get None, which is AdamW (Jordan et al. 2024). A dim named "embed" is the
-    side of the residual stream; the other dims of a kernel are its other side, flattened (heads x head_dim, or ff).
+    Raises:
+        ValueError: a pattern of `freeze`, `rates` or `no_decay` matches no parameter.
+    """
+    defaults = OptimConfig().no_decay
+    check_patterns("optim.freeze", config.freeze, params)
+    check_patterns("optim.rates", [pattern for pattern, _ in config.rates], params)
+    check_patterns("optim.no_decay", [pattern for pattern in config.no_decay if pattern not in defaults], params)
+
+
+class MatrixDims(NamedTuple):
+    """Dims of a kernel as a batch of matrices: `batch` ("layers", "expert"), `rows` (the residual stream, "embed") and
+    `columns` (the others, flattened: heads x head_dim, or ff)."""
+
+    batch: tuple[int, ...]
+    rows: int
+    columns: tuple[int, ...]
+
+
+def matrix_dims(names: tuple[str, ...]) -> MatrixDims | None:
+    """How a parameter with these logical axes is read as matrices; None for vectors and scalars."""
+    if "embed" not in names:
+        return None
+    batch = tuple(dim for dim, name in enumerate(names) if name in ("layers", "expert"))
+    rows = names.index("embed")
+    columns = tuple(dim for dim in range(len(names)) if dim != rows and dim not in batch)
+    return MatrixDims(batch, rows, columns) if columns else None
+
+
+def _map_axes(function: Callable[..., Any], axes: Params, *trees: Any) -> Any:
+    return jax.tree.map(function, axes, *trees, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def _muon(config: OptimConfig, axes: Params) -> optax.GradientTransformation:
+    """Muon's direction for the matrices inside the layers; Adam's for embeddings, head, routers and vectors.
+
+    It is composed here because `optax.contrib.muon` has no decay mask for its inner AdamW, and gives that Nesterov
+    momentum too.
     """
 
-    def one(names: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
-        if names[:1] != ("layers",) or "embed" not in names or len(names) < 3:
-            return None
-        residual = names.index("embed")
-        others = tuple(dim for dim in range(1, len(names)) if dim != residual and names[dim] != "expert")
-        if not others:  # a router
-            return None
-        if residual < others[0]:
-            return contrib.MuonDimensionNumbers(reduction_axis=residual, output_axis=others)
-        return contrib.MuonDimensionNumbers(reduction_axis=others, output_axis=residual)
+    def in_layers(names: tuple[str, ...]) -> MatrixDims | None:
+        return matrix_dims(names) if names[:1] == ("layers",) else None
 
-    return jax.tree.map(one, axes, is_leaf=lambda node: isinstance(node, tuple))
+    def numbers(names: tuple[str, ...]) -> Any:
+        dims = in_layers(names)
+        if dims is None:
+            return optax.MaskedNode()
+        if dims.rows < dims.columns[0]:
+            return contrib.MuonDimensionNumbers(reduction_axis=dims.rows, output_axis=dims.columns)
+        return contrib.MuonDimensionNumbers(reduction_axis=dims.columns, output_axis=dims.rows)
+
+    def scale_by_shape(names: tuple[str, ...], update: Array) -> Array:
+        """By sqrt(max(1, fan_out / fan_in)), which makes the rate independent of the width (Bernstein et al. 2024)."""
+        dims = in_layers(names)
+        assert dims is not None
+        rows, columns = update.shape[dims.rows], math.prod(update.shape[dim] for dim in dims.columns)
+        fan_in, fan_out = (rows, columns) if dims.rows < dims.columns[0] else (columns, rows)
+        return update * math.sqrt(max(1.0, fan_out / fan_in))
+
+    def scale_all(updates: Any, params: Any) -> Any:
+        del params
+        return _map_axes(lambda n, u: u if isinstance(u, optax.MaskedNode) else scale_by_shape(n, u), axes, updates)
+
+    dimension_numbers = _map_axes(numbers, axes)
+    labels = _map_axes(lambda names: "adam" if in_layers(names) is None else "muon", axes)
+    matrices = optax.chain(
+        contrib.scale_by_muon(mu_dtype=config.moment_dtype, weight_dimension_numbers=lambda _: dimension_numbers),
+        optax.stateless(scale_all),
+        optax.scale(config.muon_lr_factor),
+    )
+    rest = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype)
+    return optax.partition({"muon": matrices, "adam": rest}, labels)
+
+
+def _adafactor(axes: Params) -> optax.GradientTransformation:
+    """Adafactor's direction, for each matrix by itself.
+
+    `optax.adafactor` factors the two largest dims of an array, whatever they are, so kernels that are stacked over
+    layers and split into heads are not factored as matrices. T5X declares which dims are rows, columns and batches; so
+    do the logical axes here.
+    """
+    direction = optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=1),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+
+    def as_matrices(names: tuple[str, ...], x: Array) -> Array:
+        """[batch, rows, columns]; a vector is [batch, size]."""
+        dims = matrix_dims(names)
+        if dims is None:
+            return x.reshape(x.shape[0] if names[:1] == ("layers",) else 1, -1)
+        batch = math.prod(x.shape[dim] for dim in dims.batch)
+        return x.transpose(*dims.batch, dims.rows, *dims.columns).reshape(batch, x.shape[dims.rows], -1)
+
+    def from_matrices(names: tuple[str, ...], matrices: Array, x: Array) -> Array:
+        dims = matrix_dims(names)
+        if dims is None:
+            return matrices.reshape(x.shape)
+        order = (*dims.batch, dims.rows, *dims.columns)
+        back = matrices.reshape([x.shape[dim] for dim in order])
+        return back.transpose([order.index(dim) for dim in range(x.ndim)])
+
+    def init(params: Any) -> Any:
+        return _map_axes(lambda names, p: jax.vmap(direction.init)(as_matrices(names, p)), axes, params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        assert params is not None, "Adafactor scales by the size of its parameters"
+        matrices, weights = (_map_axes(as_matrices, axes, tree) for tree in (updates, params))
+        pairs = _map_axes(lambda _, g, s, p: jax.vmap(direction.update)(g, s, p), axes, matrices, state, weights)
+        directions = _map_axes(lambda names, pair, x: from_matrices(names, pair[0], x), axes, pairs, updates)
+        return directions, _map_axes(lambda _, pair: pair[1], axes, pairs)
+
+    return optax.GradientTransformation(init, update)
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
@@ -106,45 +223,38 @@ def _sum_by_rows(x: Array) -> Float[Array, ""]:
 
 
 def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.GradientTransformationExtraArgs:
-    """Clip, then the named optimizer under its schedule, decay and freezing by path.
+    """The optimizer of a recipe: clipping, direction, decoupled decay, schedule, then factors by path.
 
     Args:
-        steps: of the whole stage, for the schedule.
-        axes: `Model.axes`, from which Muon learns which parameters are matrices.
+        steps: length of the stage, for the schedule.
+        axes: the logical axes of the trained parameters, which tell Muon and Adafactor where the matrices are.
 
     The update takes `value=loss`, which only the plateau schedule reads, and may take the `grad_norm` to clip by.
     """
-    schedule = make_schedule(config.schedule, steps)
+    schedule, dtype = make_schedule(config.schedule, steps), config.moment_dtype
 
     def decayed(params: Params) -> Params:
         # DoRA's magnitudes are lengths, as a norm's scale is.
         return jax.tree.map(lambda excepted: not excepted, path_matches((*config.no_decay, "magnitude$"), params))
 
-    b1, b2, decay = config.beta1, config.beta2, config.weight_decay
     match config.name:
         case "adamw":
-            core = optax.adamw(schedule, b1, b2, weight_decay=decay, mask=decayed)
+            direction = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=dtype)
         case "adafactor":
-            core = optax.adafactor(schedule, weight_decay_rate=decay or None, weight_decay_mask=decayed)
+            direction = _adafactor(axes)
         case "lion":
-            core = optax.lion(schedule, b1, b2, weight_decay=decay, mask=decayed)
+            direction = optax.scale_by_lion(config.beta1, config.beta2, mu_dtype=dtype)
         case "muon":
-            core = contrib.muon(
-                lambda step: config.muon_lr_factor * schedule(step),
-                # Decay is multiplied by the learning rate, so Muon's larger rate would decay more for the same recipe.
-                weight_decay=decay / config.muon_lr_factor,
-                weight_decay_mask=decayed,
-                adam_b1=b1,
-                adam_b2=b2,
-                adam_weight_decay=decay,
-                adam_learning_rate=schedule,
-                muon_weight_dimension_numbers=_muon_dims(axes),
-            )
+            direction = _muon(config, axes)
         case "sgd":
-            core = optax.chain(optax.add_decayed_weights(decay, decayed), optax.sgd(schedule, momentum=b1))
+            direction = optax.trace(config.beta1, accumulator_dtype=dtype)
         case _:
             raise ValueError(f"optim.name={config.name!r}; known: adamw, adafactor, lion, muon, sgd")
-
+    core = optax.chain(
+        direction,
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(schedule),
+    )
     # Clipping is in `update`, below; in the state its place stays, for checkpoints have it.
     parts = [optax.identity()] if config.clip_norm else []
     parts.append(core)
@@ -167,6 +277,25 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
             updates = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), updates)
         # optax's own arithmetic mixes int counts with floats, and ranks; ours stays strict under test.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return chain.update(updates, state, params, **extra)
+            updates, state = chain.update(updates, state, params, **extra)
+        if config.rates:
+            updates = jax.tree.map(lambda u, rate: u * jnp.asarray(rate, u.dtype), updates, _rates(config, updates))
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _rates(config: OptimConfig, params: Params) -> Params:
+    """Tree of floats: of each parameter's learning rate, the factor of the first of `config.rates` that matches."""
+
+    def rate(path: Any, _: Any) -> float:
+        return next((float(factor) for pattern, factor in config.rates if re.search(pattern, path_of(path))), 1.0)
+
+    return jax.tree_util.tree_map_with_path(rate, params)
+
+
+def plateau_factor(opt_state: Any) -> Array | None:
+    """What the plateau schedule multiplies the learning rate by; None under other schedules."""
+    is_plateau = functools.partial(lambda kind, node: isinstance(node, kind), contrib.ReduceLROnPlateauState)
+    nodes = [node for node in jax.tree.leaves(opt_state, is_leaf=is_plateau) if is_plateau(node)]
+    return nodes[0].scale if nodes else None

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxstages.guard import init_guard, judge
 from jaxstages.losses import cross_entropy_sums
-from jaxstages.optim import global_norm
+from jaxstages.optim import global_norm, plateau_factor
 from jaxstages.types import ALONE, Batch, Headless, Params, Placement, Sums, TrainState
 
 Apply = Callable[[Params, Batch, Array | None], Array | Headless]
@@ -54,8 +54,8 @@ def make_train_step(
         place: which device holds what.
 
     Returns a step whose sums are those of `cross_entropy_sums`, "tokens" (slots that hold one), "grad_norm" before
-    clipping, "update_norm", "applied" (1 or 0), "skipped" (updates so far that were not applied) and "streak" (steps in
-    a row that were not finite).
+    clipping, "update_norm", "applied" (1 or 0), "skipped" (updates so far that were not applied), "streak" (steps in
+    a row that were not finite) and, under the plateau schedule, "plateau_factor", the learning rate's factor.
     """
 
     def loss(params: Params, batch: Batch, key: Array) -> tuple[Array, Sums]:
@@ -109,6 +109,8 @@ def make_train_step(
         )
         verdict = {"applied": applied.astype(jnp.float32), "skipped": guard.skipped, "streak": guard.streak}
         tokens = {"tokens": jnp.sum(batch.segments_BL > 0)}
+        if (factor := plateau_factor(opt_state)) is not None:
+            verdict["plateau_factor"] = factor
         return TrainState(state.step + 1, params, opt_state, guard), sums | tokens | norms | verdict
 
     return step

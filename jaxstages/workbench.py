@@ -29,7 +29,7 @@ from jaxstages.models.attention import AT_ONCE, Attend
 from jaxstages.models.kernels import Shape, choose_attend, machine_of
 from jaxstages.models.layers import reaches_of
 from jaxstages.models.transformer import make_model
-from jaxstages.optim import check_patterns, make_optimizer
+from jaxstages.optim import check_optimizer_paths, make_optimizer
 from jaxstages.sharding import (
     RULES,
     batch_sharding,
@@ -105,7 +105,8 @@ def make_parts(
     place = make_placement(mesh, rules)
     remake = functools.partial(make_model, recipe.model, vocab, platform=platform, attend=attend, place=place)
     model = remake()
-    tx = make_optimizer(stage.optim, stage.loop.steps, model.axes)
+    axes = lora.adapter_axes(model.axes, stage.lora) if stage.lora.rank else model.axes
+    tx = make_optimizer(stage.optim, stage.loop.steps, axes)
     params = params_shapes(model, mesh, rules)
     base = base_shapes(model, params, stage.lora, mesh, rules) if stage.lora.rank else None
     shapes = state_shapes(model, tx, stage, mesh, rules)
@@ -288,7 +289,7 @@ def state_shapes(
     state = jax.eval_shape(lambda key: init_state(trained(key), tx, stage.optim.spike_window), jax.random.key(0))
     # What adapters lie beside may be named too: it stays as it is anyway.
     beside = jax.eval_shape(model.init, jax.random.key(0)) if config.rank else {}
-    check_patterns("optim.freeze", stage.optim.freeze, named_leaves(state.params) | named_leaves(beside))
+    check_optimizer_paths(stage.optim, named_leaves(state.params) | named_leaves(beside))
     axes = lora.adapter_axes(model.axes, config) if config.rank else model.axes
     return _placed(state, like_params(state, state.params, param_shardings(state.params, axes, mesh, rules), mesh))
 

@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxstages.config import MeshConfig, OptimConfig, ScheduleConfig
+from jaxstages.fingerprint import named_leaves
 from jaxstages.models.transformer import make_model
-from jaxstages.optim import check_patterns, global_norm, make_optimizer, make_schedule
+from jaxstages.optim import check_optimizer_paths, global_norm, make_optimizer, make_schedule, plateau_factor
 from jaxstages.sharding import make_mesh
 from jaxstages.step import init_state, make_train_step
 from tests.tiny import VOCAB, mixed_batch, model_config
@@ -77,26 +78,140 @@ def test_frozen_paths_stay_bit_for_bit_and_others_move() -> None:
         assert bool(jnp.array_equal(leaf, new)) == ("embedding" in name or "layers/ff/" in name), name
 
 
-def test_decay_leaves_norms_and_embeddings_alone() -> None:
-    model = make_model(model_config(), VOCAB)
-    params = jax.jit(model.init)(jax.random.key(0))
-    tx = make_optimizer(OptimConfig(weight_decay=0.5, schedule=ScheduleConfig(warmup_steps=0)), 10, model.axes)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(zeros, tx.init(params), params, value=jnp.float32(1.0))
-    moved = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): bool(jnp.any(leaf != 0))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
-    }
-    assert {name for name, yes in moved.items() if not yes} == {
-        name for name in moved if "scale" in name or "embed" in name
-    }
+NAMES = ("adamw", "adafactor", "lion", "muon", "sgd")
+AXES = {
+    "embedding": ("vocab", "embed"),
+    "layers": {"query": {"kernel": ("layers", "embed", "heads", "head_dim")}, "norm": {"scale": ("layers", "norm")}},
+}
+LR, DECAY, MUON = 0.01, 0.3, 5.0
+
+
+def small_params(seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    shapes = {"embedding": (7, 6), "layers": {"query": {"kernel": (2, 6, 2, 4)}, "norm": {"scale": (2, 6)}}}
+    draw = lambda shape: jnp.asarray(rng.normal(size=shape), "float32")  # noqa: E731
+    return jax.tree.map(draw, shapes, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def one_update(params: dict, grads: dict, **fields: object) -> dict[str, np.ndarray]:
+    """The update of step 0 by path, float64."""
+    schedule = ScheduleConfig(name="constant", peak_lr=LR, warmup_steps=0)
+    settings = {"schedule": schedule, "clip_norm": 0.0, "muon_lr_factor": MUON, "weight_decay": DECAY} | fields
+    tx = make_optimizer(OptimConfig(**settings), 10, AXES)
+    updates, _ = jax.jit(lambda: tx.update(grads, tx.init(params), params, value=jnp.float32(1.0)))()
+    return {path: np.asarray(leaf, np.float64) for path, leaf in named_leaves(updates).items()}
+
+
+def expected_direction(name: str, path: str, g: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """The first direction of each optimizer, from its paper, in float64."""
+    in_layers = path == "layers/query/kernel"
+    if name == "sgd":
+        return g
+    if name == "lion":
+        return np.sign(g)
+    if name == "adafactor":
+        matrices = g.reshape(2, 6, 8) if in_layers else g.T[None] if path == "embedding" else g[:, None]
+        weights = p.reshape(2, 6, 8) if in_layers else p.T[None] if path == "embedding" else p[:, None]
+        made = []
+        for G, P in zip(matrices, weights, strict=True):
+            square = G**2
+            if path != "layers/norm/scale":
+                square = np.outer(square.mean(1), square.mean(0)) / square.mean()
+            U = G / np.sqrt(square)
+            made.append(U / max(1.0, np.sqrt(np.mean(U**2))) * max(1e-3, np.sqrt(np.mean(P**2))))
+        stacked = np.stack(made)
+        return stacked[0].T if path == "embedding" else stacked.reshape(g.shape)
+    if name == "muon" and in_layers:
+        made = []
+        for G in g.reshape(2, 6, 8):  # six rows for eight columns: no transposition
+            X = G / np.linalg.norm(G)
+            for _ in range(5):
+                A = X @ X.T
+                X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+            made.append(X * np.sqrt(8 / 6) * MUON)
+        return np.stack(made).reshape(g.shape)
+    return g / (np.abs(g) + 1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_update_is_the_papers(name: str) -> None:
+    """With decay, without, with `no_decay`, `rates` and `freeze`: `-lr * rate * (direction + decay * param)`."""
+    params, grads = small_params(0), small_params(1)
+    flat_params, flat_grads = (
+        {path: np.asarray(leaf, np.float64) for path, leaf in named_leaves(tree).items()} for tree in (params, grads)
+    )
+    kernel, scale = "layers/query/kernel", "layers/norm/scale"
+    cases = [
+        ({}, {kernel}, {}, set()),
+        ({"weight_decay": 0.0}, set(), {}, set()),
+        ({"no_decay": ()}, set(flat_params), {}, set()),
+        ({"no_decay": ("kernel",)}, {"embedding", scale}, {}, set()),
+        ({"rates": (("query", 0.25), ("layers", 4.0))}, {kernel}, {kernel: 0.25, scale: 4.0}, set()),
+        ({"freeze": ("embedding",)}, {kernel}, {}, {"embedding"}),
+    ]
+    for fields, decayed, rates, frozen in cases:
+        updates = one_update(params, grads, name=name, **fields)
+        for path, update in updates.items():
+            direction = expected_direction(name, path, flat_grads[path], flat_params[path])
+            decay = DECAY if path in decayed else 0.0
+            expected = -LR * rates.get(path, 1.0) * (direction + decay * flat_params[path]) * (path not in frozen)
+            np.testing.assert_allclose(update, expected, rtol=2e-4, atol=2e-7, err_msg=f"{name} {fields} {path}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_gradient_only_decay_moves_and_by_the_same_share(name: str) -> None:
+    """A step shrinks a decayed parameter by `lr * weight_decay`, whatever the optimizer, and leaves the others."""
+    params = small_params(0)
+    updates = one_update(params, jax.tree.map(jnp.zeros_like, params), name=name)
+    kernel = updates.pop("layers/query/kernel")
+    np.testing.assert_allclose(kernel, -LR * DECAY * np.asarray(params["layers"]["query"]["kernel"]), rtol=1e-5)
+    for path, update in updates.items():
+        assert not update.any(), path
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_decay_never_enters_a_moment(name: str) -> None:
+    """Ten steps without a gradient shrink by `(1 - lr * decay)**10`; with decay in the momentum it is more."""
+    config = OptimConfig(
+        name=name, weight_decay=0.5, no_decay=(), schedule=ScheduleConfig(name="constant", peak_lr=0.1, warmup_steps=0)
+    )
+    tx = make_optimizer(config, 10, {"w": ("norm",)})
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(10):
+        updates, state = tx.update({"w": jnp.zeros(3)}, state, params, value=jnp.float32(1.0))
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], 0.95**10, rtol=1e-5)
+
+
+def test_adafactor_keeps_a_row_and_a_column_of_each_matrix() -> None:
+    """Layers are a batch of matrices and heads belong to the columns, as in T5X; `optax.adafactor` would keep all."""
+    tx = make_optimizer(OptimConfig(name="adafactor"), 10, AXES)
+    sizes = [leaf.size for leaf in jax.tree.leaves(tx.init(small_params(0))) if leaf.dtype == jnp.float32]
+    kernel, embedding, scale = 2 * (6 + 8), 6 + 7, 2 * 6
+    placeholders = sum(size for size in sizes if size <= 2)  # optax keeps arrays of one number for what it doesn't use
+    assert sum(sizes) - placeholders == kernel + embedding + scale
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
+def test_first_moments_in_bfloat16_take_half_of_their_bytes(name: str) -> None:
+    def moments(dtype: str) -> dict[str, int]:
+        state = make_optimizer(OptimConfig(name=name, moment_dtype=dtype), 10, AXES).init(small_params(0))
+        leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 3]
+        return {kind: sum(leaf.size for leaf in leaves if leaf.dtype == kind) for kind in ("float32", "bfloat16")}
+
+    whole, half = moments("float32"), moments("bfloat16")
+    params = sum(leaf.size for leaf in jax.tree.leaves(small_params(0)))
+    assert half["bfloat16"] == params and whole["bfloat16"] == 0
+    assert whole["float32"] - half["float32"] == params
 
 
 def test_a_pattern_without_a_parameter_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"'layer/ff' matches no parameter; there are embedding"):
-        check_patterns(
-            "optim.freeze", ("layer/ff",), jax.eval_shape(make_model(model_config(), VOCAB).init, jax.random.key(0))
-        )
+    params = jax.eval_shape(make_model(model_config(), VOCAB).init, jax.random.key(0))
+    for field, value in (("freeze", ("layer/ff",)), ("no_decay", ("layer/ff",)), ("rates", (("layer/ff", 0.5),))):
+        with pytest.raises(ValueError, match=rf"optim.{field}: 'layer/ff' matches no parameter; there are embedding"):
+            check_optimizer_paths(OptimConfig(**{field: value}), params)
+    check_optimizer_paths(OptimConfig(), params)  # no biases: the defaults of no_decay need not all match
 
 
 def test_plateau_cuts_the_learning_rate_when_the_loss_stays() -> None:
@@ -113,7 +228,10 @@ def test_plateau_cuts_the_learning_rate_when_the_loss_stays() -> None:
     for _ in range(12):
         updates, state = tx.update({"w": jnp.ones(3)}, state, params, value=jnp.float32(2.0))
         sizes.append(float(-updates["w"][0]))
+        factor = plateau_factor(state)
+        assert factor is not None and float(factor) == pytest.approx(sizes[-1]), "what is logged is what was applied"
     assert sizes[0] == 1.0 and sizes[-1] <= 0.25, sizes
+    assert plateau_factor(make_optimizer(OptimConfig(), 10, AXES).init(small_params(0))) is None
 
 
 def test_clipping_bounds_the_global_norm() -> None:

@@ -39,6 +39,7 @@ CHOICES = {
     "schedule.name": ("constant", "linear", "cosine", "wsd", "rsqrt", "plateau"),
     "optim.name": ("adamw", "adafactor", "lion", "muon", "sgd"),
     "early_stopping.mode": ("min", "max"),
+    "optim.moment_dtype": ("float32", "bfloat16"),
     "loop.remat": ("none", "dots", "offload", "full", "auto"),
     "lora.base": ("float32", "bfloat16", "int8"),
 }
@@ -93,6 +94,9 @@ APPLIES = {
     "schedule.end_factor": ("name", ("linear", "cosine", "wsd")),
     "schedule.decay_share": ("name", ("wsd",)),
     **{f"schedule.plateau_{name}": ("name", ("plateau",)) for name in ("factor", "patience", "window")},
+    "optim.beta1": ("name", ("adamw", "lion", "muon", "sgd")),
+    "optim.beta2": ("name", ("adamw", "lion", "muon")),
+    "optim.moment_dtype": ("name", ("adamw", "lion", "muon", "sgd")),
     "optim.muon_lr_factor": ("name", ("muon",)),
     "rope_scaling.factor": ("kind", ("linear", "llama3")),
     **{f"rope_scaling.{name}_frequency_factor": ("kind", ("llama3",)) for name in ("low", "high")},
@@ -108,7 +112,7 @@ def _check_text(path: str, name: str, value: str) -> None:
     try:
         if name in ("text", "prompt", "target"):
             list(string.Formatter().parse(value))
-        if name in ("no_decay", "freeze", "targets"):
+        if name in ("no_decay", "freeze", "targets", "rates"):
             re.compile(value)
     except (ValueError, re.error) as error:
         raise ValueError(f"{path}={reprlib.repr(value)}: {error}; mend it") from error
@@ -132,13 +136,18 @@ def _check_number(path: str, name: str, value: int | float, most: int | float) -
         raise ValueError(f"{path}={value} must be at most {most}")
 
 
+def _flat(value: Any) -> list[Any]:
+    """The items of a tuple, and of the tuples in it."""
+    return [leaf for item in value for leaf in _flat(item)] if isinstance(value, tuple) else [value]
+
+
 def _check_field(path: str, name: str, value: Any, largest: int | float) -> None:
     owner = ".".join(path.split(".")[-2:])
     if owner in CHOICES and value not in CHOICES[owner]:
         near = difflib.get_close_matches(str(value), CHOICES[owner], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"{path}={reprlib.repr(value)}: {hint}known: {', '.join(CHOICES[owner])}")
-    for item in value if isinstance(value, tuple) else (value,):
+    for item in _flat(value):
         if isinstance(item, str):
             _check_text(path, name, item)
         elif isinstance(item, int | float):
