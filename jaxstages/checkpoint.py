@@ -1,4 +1,5 @@
-"""Checkpoints, through Orbax: params/ and train/ (optimizer, step, early stopping); meta (JSON); and proof of them.
+"""Checkpoints, through Orbax: params/, average/ if there is one, train/ (optimizer, step, early stopping); meta (JSON);
+and proof of them.
 
 Orbax notices neither a flipped bit in an array file nor a wrong dtype, takes an empty folder for a checkpoint, and
 tells of a failed save at the next one. So a checkpoint is sealed before it gets its name (`manifest.py`); what is read
@@ -61,6 +62,9 @@ META: Form = {
     "carried": (dict,),
 }
 """What a checkpoint says of itself."""
+
+HANDED_ON = ("params/", "average/")
+"""What the next stage may start from, by the first part of its paths."""
 
 TRASH = "trash"
 
@@ -167,11 +171,10 @@ class Checkpoints:
         small = jax.process_count() == 1 and sum(leaf.nbytes for leaf in jax.tree.leaves(state)) <= COPIED
         if small:
             state = jax.device_put(state, shardings_of(state), may_alias=False)
-        train = _train_item(state, stopping)
         self._meta = meta | {"format": FORMAT, "step": step, "best_step": best_step}
-        leaves = {"params": state.params, "train": train}
+        leaves = _items(state, stopping)
         self._prints = (lambda: fingerprint(leaves)) if small else begin_fingerprint(leaves)  # copies may wait
-        items = ocp.args.Composite(params=to_save(state.params), train=to_save(train))
+        items = ocp.args.Composite(**{name: to_save(tree) for name, tree in leaves.items()})
         self._saving = step
         with self._as_storage_errors():
             if not small:
@@ -233,7 +236,7 @@ class Checkpoints:
         """Orbax calls this, in a thread, before the rename: an error here leaves no checkpoint."""
         (fresh,) = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         prints = self._prints()
-        if bad := [path for path in prints.not_finite if path.startswith("params/")]:
+        if bad := [path for path in prints.not_finite if path.startswith(HANDED_ON)]:
             raise Diverged(
                 f"step {self._saving} is not saved: {', '.join(bad)} is not finite; the one before it stands"
             )
@@ -278,6 +281,11 @@ def steps_of(stage_dir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
+def _items(state: TrainState, stopping: EarlyStoppingState) -> dict[str, Any]:
+    average = {"average": state.average} if state.average else {}
+    return {"params": state.params, "train": _train_item(state, stopping)} | average
+
+
 def _train_item(state: TrainState, stopping: EarlyStoppingState) -> dict[str, Any]:
     return {
         "opt_state": state.opt_state,
@@ -290,15 +298,16 @@ def _train_item(state: TrainState, stopping: EarlyStoppingState) -> dict[str, An
 def _restore(folder: Path, target: TrainState, stopping: EarlyStoppingState) -> Restored:
     """A checkpoint whose files are whole. Raises Damaged where its values differ, ValueError where it does not fit."""
     meta = read_meta(folder)
-    wanted = {"params": target.params, "train": _train_item(target, stopping)}
+    wanted = _items(target, stopping)
     _compare(folder, meta["fingerprint"], wanted)
-    params, train = read_in_parts(folder / "params", target.params), read(folder / "train", wanted["train"])
-    found = fingerprint({"params": params, "train": train}).digests
+    items = {name: read_in_parts(folder / name, tree) for name, tree in wanted.items() if name != "train"}
+    train = read(folder / "train", wanted["train"])
+    found = fingerprint(items | {"train": train}).digests
     if found != meta["fingerprint"]:
         wrong = [path for path in found if found[path] != meta["fingerprint"][path]]
         raise Damaged(f"{folder} is damaged: {', '.join(wrong)} is not what was saved")
     scalars: list[Any] = [np.asarray(train["early_stopping"][name])[()] for name in EarlyStoppingState._fields]
-    state = TrainState(step=train["step"], params=params, opt_state=train["opt_state"], guard=train["guard"])
+    state = TrainState(train["step"], items["params"], train["opt_state"], train["guard"], items.get("average", ()))
     return Restored(state, EarlyStoppingState(*scalars), meta)
 
 
@@ -331,8 +340,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def read_params(stage_dir: Path, step: int, target: Params) -> Params:
+def read_params(stage_dir: Path, step: int, target: Params, item: str = "params") -> Params:
     """Only the parameters of a stage at `step`, placed as `target` (shapes with shardings) says.
+
+    Args:
+        item: "params", or "average", their moving average.
 
     Raises:
         Damaged: there is no such checkpoint, or it is not as it was saved.
@@ -340,11 +352,11 @@ def read_params(stage_dir: Path, step: int, target: Params) -> Params:
     """
     folder = checkpoint_folder(stage_dir, step).absolute()
     manifest.check(folder)
-    saved = {path: text for path, text in read_meta(folder)["fingerprint"].items() if path.startswith("params/")}
-    _compare(folder, saved, {"params": target})
-    params = read_in_parts(folder / "params", target)
-    if fingerprint({"params": params}).digests != saved:
-        raise Damaged(f"{folder} is damaged: its parameters are not what was saved")
+    saved = {path: text for path, text in read_meta(folder)["fingerprint"].items() if path.startswith(f"{item}/")}
+    _compare(folder, saved, {item: target})
+    params = read_in_parts(folder / item, target)
+    if fingerprint({item: params}).digests != saved:
+        raise Damaged(f"{folder} is damaged: its {item} are not what was saved")
     return params
 
 

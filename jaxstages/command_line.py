@@ -166,6 +166,9 @@ def _check_field(path: str) -> None:
     """Raises ValueError for a recipe's field that does not exist, with the nearest that does."""
     kind, seen = Recipe, "config"
     for name in path.split("."):
+        if typing.get_origin(kind) is dict:  # of any name: a wrong one is told when it is set
+            kind, seen = typing.get_args(kind)[1], f"{seen}.{name}"
+            continue
         if not dataclasses.is_dataclass(kind):
             raise ValueError(f"--{seen} has no fields, and so no {name!r}")
         hints = typing.get_type_hints(kind)
@@ -175,4 +178,4 @@ def _check_field(path: str) -> None:
             raise ValueError(f"unknown field --{seen}.{name}; {hint}known: {', '.join(hints)}")
         seen = f"{seen}.{name}"
         options = [option for option in typing.get_args(hints[name]) if dataclasses.is_dataclass(option)]
-        kind = options[0] if options else hints[name]
+        kind = options[0] if options and typing.get_origin(hints[name]) is not dict else hints[name]

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxstages.console import say
+from jaxstages.losses import kl_sum
 from jaxstages.models.lora import join
 from jaxstages.optim import path_matches
 from jaxstages.sharding import shardings_of
@@ -35,9 +36,14 @@ MUCH = 2**28
 """Temporary bytes of a step on CPU, beside which the milliseconds that are waited between two steps are nothing."""
 
 
-def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, Any]:
-    """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; `base` is
-    what its adapters lie beside."""
+def compile_step(bench: Parts, base: Params | None = None, reference: Params | None = None) -> tuple[TrainStep, Any]:
+    """The stage's step as a pure function, and the same one jitted, `step(state, batch)`, its state donated; with an
+    anchor `step(state, batch, anchor_batch)`.
+
+    Args:
+        base: what the stage's adapters lie beside.
+        reference: the parent's parameters, which the anchor keeps to.
+    """
     asked, device = bench.stage.loop.remat, bench.mesh.devices.flat[0]
     rungs, limit = (LADDER, _memory_of(device)) if asked == "auto" else ((asked,), 0)
     rung, (step, jitted), compiled = first_that_fits(bench, rungs, SHARE * limit)
@@ -46,7 +52,8 @@ def compile_step(bench: Parts, base: Params | None = None) -> tuple[TrainStep, A
         say(f"{bench.name}: remat {rung}: a step takes {need / 2**30:.2f} of {limit / 2**30:.2f} GiB a device", "cyan")
         if need > SHARE * limit:
             say(f"{bench.name}: that may be too much; lower loop.batch_size, or raise loop.accumulate", "yellow")
-    return functools.partial(step, base=base), paced(functools.partial(jitted, base=base), compiled, device.platform)
+    frozen = {"base": base, "reference": reference}
+    return functools.partial(step, **frozen), paced(functools.partial(jitted, **frozen), compiled, device.platform)
 
 
 def paced(jitted: Any, compiled: Any, platform: str) -> Any:
@@ -67,14 +74,14 @@ def first_that_fits(bench: Parts, rungs: Sequence[str], most: float) -> tuple[st
     what `jit_step` gives for it, and that compiled."""
     rung, *others = rungs
     found = jit_step(bench, rung)
-    compiled = found[1].lower(bench.shapes, batch_shapes(bench), base=bench.base).compile()
+    compiled = found[1].lower(*step_shapes(bench), base=bench.base, reference=bench.reference).compile()
     fits = bytes_of(compiled) <= most or not others
     return (rung, found, compiled) if fits else first_that_fits(bench, others, most)
 
 
 def jit_step(bench: Parts, remat: str) -> tuple[Any, Any]:
-    """The step, and the step jitted: `step(state, batch, base)`. The base is an argument, and no constant of the
-    program; nothing is differentiated by it."""
+    """The step, and the step jitted: `step(state, batch, anchor_batch, base=, reference=)`. Base and reference are
+    arguments, not constants of the program; nothing is differentiated by them."""
     config, optim, neftune = bench.stage.loop, bench.stage.optim, bench.stage.neftune_alpha
     model = bench.remake(remat=remat, neftune=neftune) if remat != "none" or neftune else bench.model
     make = functools.partial(
@@ -86,15 +93,28 @@ def jit_step(bench: Parts, remat: str) -> tuple[Any, Any]:
         z_loss=optim.z_loss,
         loss_tile=config.loss_tile,
         spike_sigma=optim.spike_sigma,
+        average=optim.average,
+        anchor_weight=bench.stage.anchor.weight,
         frozen=path_matches(optim.freeze, bench.shapes.params),
         place=bench.place,
     )
 
-    def step(state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, Sums]:
+    def step(
+        state: TrainState,
+        batch: Batch,
+        anchor_batch: Batch | tuple[()] = (),
+        base: Params | None = None,
+        reference: Params | None = None,
+    ) -> tuple[TrainState, Sums]:
         def adapted(adapters: Params, part: Batch, key: Any) -> jax.Array | Headless:
             return model.headless(adapters if base is None else join(base, adapters, bench.stage.lora), part, key)
 
-        return make(adapted)(state, batch)
+        def penalty(adapters: Params, part: Batch, key: Any) -> jax.Array:
+            assert reference is not None
+            kept = model.headless(reference, part, None)
+            return kl_sum(kept, adapted(adapters, part, key), part.weights_BL, tile=config.loss_tile)
+
+        return make(adapted, anchor=None if reference is None else penalty)(state, batch, anchor_batch)
 
     debug = jax.config.values["jax_debug_nans"]
     jitted = jax.jit(
@@ -118,8 +138,14 @@ def _compiler_options(bench: Parts) -> dict[str, str | bool]:
     return options
 
 
-def batch_shapes(bench: Parts) -> Batch:
-    shape, rows = (bench.stage.loop.batch_size, bench.recipe.model.context), bench.rows
+def step_shapes(bench: Parts) -> tuple[Any, ...]:
+    """The arguments of a step as shapes: state, batch and, with an anchor, its batch."""
+    anchor = (batch_shapes(bench, bench.stage.anchor.batch_size),) if bench.reference is not None else ()
+    return bench.shapes, batch_shapes(bench, bench.stage.loop.batch_size), *anchor
+
+
+def batch_shapes(bench: Parts, batch_size: int) -> Batch:
+    shape, rows = (batch_size, bench.recipe.model.context), bench.rows
     dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
     fields: Any = (jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes)
     return Batch(*fields)

@@ -24,6 +24,9 @@ HELD = (IMPORT, *STAGES)
 
 TASKS = ("lm", "seq2seq", "classify", "chat")
 
+EARLIER = "earlier"
+"""In `evaluation.watch`: each stage before this one."""
+
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
@@ -194,6 +197,10 @@ class OptimConfig:
     contains gives its factor, of decay too; without one it is 1."""
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    average: float = 0.0
+    """Decay of an exponential moving average of the parameters, such as 0.999; 0 is none. Early in a stage at step t it
+    is `(1 + t) / (10 + t)`, so that the start is soon forgotten. The average is evaluated beside the parameters, and
+    handed on where it is better."""
     max_bad_steps: int = 10
     """Steps in a row whose loss or gradient is not finite, each of them skipped, that end the run."""
     spike_sigma: float = 0.0
@@ -204,7 +211,13 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LoopConfig:
+    """The length of a stage is one of `steps`, `epochs` and `tokens`; the others are 0."""
+
     steps: int = 1000
+    epochs: float = 0.0
+    """Passes over the stage's own training rows."""
+    tokens: int = 0
+    """Tokens that the stage reads, replayed ones among them; padding does not count."""
     batch_size: int = 16
     """Rows in one optimizer step, over all devices and hosts."""
     accumulate: int = 1
@@ -239,6 +252,13 @@ class EvaluationConfig:
     """Held-out rows that the loss is computed on; 0 takes all."""
     max_new_tokens: int = 64
     batch_size: int = 64
+    watch: tuple[str, ...] = (EARLIER,)
+    """Stages whose held-out data are measured at each evaluation too, as `watch/STAGE/METRIC`: what does this stage
+    make the model forget? "earlier" is each stage before this one that this workdir has; () watches none."""
+    watch_max_rows: int = 256
+    """Held-out rows of each watched stage that the loss is computed on; 0 takes all."""
+    watch_max_examples: int = 64
+    """Held-out examples of each watched stage that its scores are computed on; 0 takes all."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -251,6 +271,9 @@ class EarlyStoppingConfig:
     """Evaluations in a row without improvement before the stage stops; 0 never stops."""
     min_delta: float = 0.0
     """An improvement must be larger than this."""
+    within: tuple[tuple[str, float], ...] = ()
+    """Conditions on the best step: (("watch/pretrain/loss", 0.1),) passes over evaluations at which that metric is
+    worse by more than 0.1 than at the stage's start."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -273,8 +296,41 @@ class LoraConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DatasetConfig:
+    """One more data set of a stage, with a task and a format of its own."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    share: tuple[float, ...] = (0.1,)
+    """Share of the stage's rows; a second number replaces it from `StageConfig.late_from` on."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Metrics and limits; `batch_size` and `watch` are the stage's own."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AnchorConfig:
+    """A penalty on forgetting without the old data: `weight` times the mean of KL(parent || model) over the tokens of
+    rows that the parent itself generates (Marek et al. 2026). For weights that were imported."""
+
+    weight: float = 0.0
+    """0 is off."""
+    batch_size: int = 4
+    """Generated rows in one optimizer step, over all devices and hosts."""
+    texts: int = 256
+    """Texts that the parent generates before the stage, sampled at temperature 1, each up to its end or to
+    `model.context` tokens."""
+
+
+@dataclass(kw_only=True, slots=True)
 class StageConfig:
     data: DataConfig = field(default_factory=DataConfig)
+    replay: tuple[tuple[str, float], ...] = ()
+    """Earlier stages, and the share of this stage's rows that comes from the training data of each:
+    (("pretrain", 0.15), ("finetune", 0.1)). `data` fills the rest."""
+    mixture: dict[str, DatasetConfig] = field(default_factory=dict)
+    """Further data sets, each by a name of its own: text, pairs and chats in one stage. `data` fills the rest."""
+    late_from: float = 1.0
+    """Share of the stage's steps after which the second number of `DatasetConfig.share` holds."""
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -325,6 +381,10 @@ def _item_types(kind: Any, length: int) -> tuple[Any, ...] | None:
 
 def _has_type(value: Any, kind: Any) -> bool:
     options = typing.get_args(kind)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(
+            isinstance(k, str) and _has_type(v, options[1]) for k, v in value.items()
+        )
     if typing.get_origin(kind) is tuple:
         types = _item_types(kind, len(value)) if isinstance(value, tuple) else None
         return types is not None and all(map(_has_type, value, types))
@@ -361,6 +421,8 @@ def _from_dict(kind: Any, value: Any, path: str) -> Any:
                 raise ValueError(f"unknown field {path}.{reprlib.repr(name)[1:-1]}; {hint}")
         return kind(**{name: _from_dict(hints[name], item, f"{path}.{name}") for name, item in value.items()})
     options = typing.get_args(kind)
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {name: _from_dict(options[1], item, f"{path}.{name}") for name, item in value.items()}
     if type(None) in options:
         return None if value is None else _from_dict(options[0], value, path)
     types = _item_types(kind, len(value)) if typing.get_origin(kind) is tuple and isinstance(value, list) else None
@@ -388,4 +450,6 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
             for item in dataclasses.fields(old)
             for line in differences(getattr(old, item.name), getattr(new, item.name), f"{path}.{item.name}")
         ]
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        return [line for name in old for line in differences(old[name], new[name], f"{path}.{name}")]
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -1,5 +1,6 @@
 """Held-out scores of parameters: the loss over packed rows, and the task's own metrics from generated answers."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from jaxstages.metrics import from_sums, score_labels, score_text
 from jaxstages.sharding import place_batch, rows_here
 from jaxstages.step import make_eval_step
 from jaxstages.types import Metrics, Params, Sums
-from jaxstages.workbench import Workbench
+from jaxstages.workbench import EvaluationSet, Workbench
 
 
 class Report(NamedTuple):
@@ -29,45 +30,99 @@ class Report(NamedTuple):
     signatures: list[str]
 
 
-def make_evaluate(bench: Workbench, between: Callable[[], None] = lambda: None) -> Callable[[Params, bool], Report]:
-    """`evaluate(params, scores)`: every held-out row once, on any number of devices and hosts; with `scores` also the
-    metrics of the recipe, for which every held-out question is answered once.
+Evaluate = Callable[[Params, bool], Report]
+
+
+def make_evaluate(
+    bench: Workbench, sets: Sequence[EvaluationSet] | None = None, between: Callable[[], None] = lambda: None
+) -> Evaluate:
+    """`evaluate(params, scores)`: the loss over held-out rows and, with `scores`, the recipe's metrics of answers to
+    held-out questions, on any number of devices and hosts.
+
+    Where the stage's own held-out data have several sources, the loss of each is `loss/SOURCE`. A watched stage is
+    always scored.
 
     Args:
+        sets: what is measured; by default all that the stage has.
         between: called before each batch; what it raises ends the evaluation.
     """
-    stage, config = bench.stage, bench.stage.evaluation
     token_bytes_V = jnp.asarray(bench.tokenizer.token_bytes())
-    eval_step = jax.jit(make_eval_step(bench.model.headless, token_bytes_V, stage.loop.loss_tile))
-    questions = evenly([q for source in bench.held_out for q in source.questions()], config.max_examples)
-    scored = bool(config.metrics and questions)
-    classify = make_classify(bench, between) if scored and stage.data.task == "classify" else None
-    answer = make_answer(bench, between=between) if scored and classify is None else None
+    eval_step = jax.jit(make_eval_step(bench.model.headless, token_bytes_V, bench.stage.loop.loss_tile))
+    measured = bench.sets if sets is None else sets
 
-    def loss_sums(params: Params) -> Sums:
-        total: Sums = {}
-        size, rows = config.batch_size, bench.rows
-        for batch in batches_once(bench.held_out, batch_size=size, most=config.max_rows, here=rows_here(size, rows)):
-            between()
-            sums = eval_step(params, place_batch(batch, size, rows))
-            # Sums stay on the device, so that no batch waits for the one before.
-            total = sums if not total else jax.tree.map(jnp.add, total, sums)
-        return total
+    @functools.cache  # sets with answers of the same length share what is compiled
+    def answer_with(max_new_tokens: int) -> Callable[[Params, Sequence[Sequence[int]]], list[str]]:
+        return make_answer(bench, max_new_tokens=max_new_tokens, between=between)
+
+    scorers = [make_scorer(bench, each, answer_with, between) for each in measured]
+    size, sharding = bench.stage.evaluation.batch_size, bench.rows
+
+    def loss_sums(params: Params, each: EvaluationSet) -> list[Sums]:
+        """Of each source."""
+        sources = [range(source.index["rows"]) for source in each.held_out]
+        rows = evenly([(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows)
+        totals: list[Sums] = []
+        for number, source in enumerate(each.held_out):
+            chosen = [row for owner, row in rows if owner == number]
+            total: Sums = {}
+            for batch in batches_once(source, chosen, batch_size=size, here=rows_here(size, sharding)):
+                between()
+                sums = eval_step(params, place_batch(batch, size, sharding))
+                # Sums stay on the device, so that no batch waits for the one before.
+                total = sums if not total else jax.tree.map(jnp.add, total, sums)
+            totals += [total] if total else []
+        return totals
 
     def evaluate(params: Params, scores: bool) -> Report:
-        metrics = from_sums(jax.device_get(loss_sums(params)))
-        if scores and classify is not None:
-            return Report(metrics | classify(params, questions), [])
-        if not scores or answer is None:
-            return Report(metrics, [])
-        answers = answer(params, [question.prompt for question in questions])
-        references = [question.reference for question in questions]
-        found, signatures = score_text(config.metrics, answers, references)
-        if "exact_match" in config.metrics:
-            found |= _by_kind(questions, answers)
-        return Report(metrics | found, signatures)
+        metrics: Metrics = {}
+        signatures: list[str] = []
+        for each, scorer in zip(measured, scorers, strict=True):
+            totals = jax.device_get(loss_sums(params, each))
+            values = from_sums(jax.tree.map(lambda *parts: sum(parts), *totals))
+            if len(totals) > 1:
+                names = [source.index["source"] for source in each.held_out]
+                values |= {f"loss/{name}": from_sums(total)["loss"] for name, total in zip(names, totals, strict=False)}
+            if scorer is not None and (scores or each.prefix.startswith("watch/")):
+                scored, signed = scorer(params)
+                values |= scored
+                signatures += [text for text in signed if text not in signatures]
+            metrics |= {f"{each.prefix}{name}": value for name, value in values.items()}
+        return Report(metrics, signatures)
 
     return evaluate
+
+
+def make_scorer(
+    bench: Workbench,
+    each: EvaluationSet,
+    answer_with: Callable[[int], Callable[[Params, Sequence[Sequence[int]]], list[str]]],
+    between: Callable[[], None],
+) -> Callable[[Params], tuple[Metrics, list[str]]] | None:
+    """`scorer(params)`: the metrics of a set from answers to its held-out questions, and sacreBLEU's signatures; None
+    where the recipe has no metrics, or the set no questions.
+
+    Args:
+        answer_with: `answer_with(max_new_tokens)`, what answers prompts with at most so many tokens.
+    """
+    questions = evenly([q for source in each.held_out for q in source.questions()], each.config.max_examples)
+    if not each.config.metrics or not questions:
+        return None
+    references = [question.reference for question in questions]
+    prompts = [question.prompt for question in questions]
+    if each.task == "classify":
+        labels = sorted({q.reference for source in (*each.train, *each.held_out) for q in source.questions()})
+        classify = make_classify(bench, labels, between)
+        return lambda params: (score_labels(classify(params, prompts), references), [])
+    answer = answer_with(each.config.max_new_tokens)
+
+    def scorer(params: Params) -> tuple[Metrics, list[str]]:
+        answers = answer(params, prompts)
+        metrics, signatures = score_text(each.config.metrics, answers, references)
+        if "exact_match" in each.config.metrics:
+            metrics |= _by_kind(questions, answers)
+        return metrics, signatures
+
+    return scorer
 
 
 def recipe_sampling(bench: Workbench) -> Sampling:
@@ -118,27 +173,29 @@ def make_texts(
 
 
 def make_answer(
-    bench: Workbench, between: Callable[[], None] = lambda: None
+    bench: Workbench, *, max_new_tokens: int = 0, between: Callable[[], None] = lambda: None
 ) -> Callable[[Params, Sequence[Sequence[int]]], list[str]]:
-    """`answer(params, prompts)`: what the recipe's way of sampling gives for each."""
-    texts = make_texts(bench, recipe_sampling(bench), between=between)
+    """`answer(params, prompts)`: what the recipe's way of sampling gives for each.
+
+    Args:
+        max_new_tokens: 0 takes the recipe's.
+    """
+    sampling = recipe_sampling(bench)
+    sampling = sampling._replace(max_new_tokens=max_new_tokens or sampling.max_new_tokens)
+    texts = make_texts(bench, sampling, between=between)
     return lambda params, prompts: [found.text for batch in texts(params, prompts, 0) for found in batch]
 
 
 def make_classify(
-    bench: Workbench, between: Callable[[], None] = lambda: None
-) -> Callable[[Params, Sequence[Question]], Metrics]:
-    """`classify(params, questions)`: accuracy and macro-F1 among all labels that the stage's data has."""
-    labels = sorted({q.reference for source in (*bench.train, *bench.held_out) for q in source.questions()})
-    ids = [[*tokens.tolist(), bench.tokenizer.specials.end_of_text] for tokens in bench.tokenizer.encode_batch(labels)]
+    bench: Workbench, labels: Sequence[str], between: Callable[[], None] = lambda: None
+) -> Callable[[Params, Sequence[Sequence[int]]], list[str]]:
+    """`classify(params, prompts)`: the likeliest of the labels for each."""
+    ids = [
+        [*tokens.tolist(), bench.tokenizer.specials.end_of_text] for tokens in bench.tokenizer.encode_batch([*labels])
+    ]
     context, size = bench.recipe.model.context, bench.stage.evaluation.batch_size
     likeliest = make_likeliest(bench.model, ids, context=context, batch_size=size, between=between)
-
-    def classify(params: Params, questions: Sequence[Question]) -> Metrics:
-        chosen = likeliest(params, [question.prompt for question in questions])
-        return score_labels([labels[i] for i in chosen], [question.reference for question in questions])
-
-    return classify
+    return lambda params, prompts: [labels[i] for i in likeliest(params, prompts)]
 
 
 def _by_kind(questions: Sequence[Question], answers: list[str]) -> Metrics:

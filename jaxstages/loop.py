@@ -20,13 +20,14 @@ from jaxstages import hosts
 from jaxstages.checkpoint import Checkpoints, read_params
 from jaxstages.compilation import compile_step
 from jaxstages.console import Progress, say
+from jaxstages.data.mixture import describe
 from jaxstages.data.pipeline import batches_by_step
 from jaxstages.data.prefetch import prefetch
 from jaxstages.disk import write_json
 from jaxstages.early_stopping import EarlyStopping, early_stopping
 from jaxstages.evaluate import Report, make_evaluate, unigram_perplexity
 from jaxstages.fingerprint import fingerprint, params_sha256
-from jaxstages.metrics import MetricsWriter, plain, read_metrics
+from jaxstages.metrics import MetricsWriter, higher_is_better, plain, read_metrics
 from jaxstages.models.lora import join
 from jaxstages.optim import make_schedule
 from jaxstages.parent import contract_of
@@ -34,7 +35,7 @@ from jaxstages.process import settle, step_aside
 from jaxstages.sharding import place_batch, rows_here
 from jaxstages.signals import Stop, stop_signals, watchdog
 from jaxstages.start import Start, data_of, find_start
-from jaxstages.types import Batch, Diverged, Interrupted, Sums, TrainState
+from jaxstages.types import Batch, Diverged, Interrupted, Params, Sums, TrainState
 from jaxstages.verdict import Verdict, judge
 from jaxstages.workbench import Workbench
 from jaxstages.workdir import result_file
@@ -68,6 +69,8 @@ def train_stage(bench: Workbench) -> dict[str, Any] | None:
             watchdog(config.hang_seconds) as alive,
         ):
             run = _Run(bench, start, checkpoints, writer, stopping, signals, alive)
+            for line in describe(bench.datasets, config.steps, config.batch_size, bench.stage.late_from):
+                say(f"  {line}")
             last = min(config.steps, config.stop_after or config.steps)
             state, held = run.steps(start.state, step, last)
             checkpoints.check_last(held)
@@ -98,16 +101,22 @@ class _Run:
         self._bench, self._config = bench, bench.stage.loop
         self._checkpoints, self._writer, self._signals, self._alive = checkpoints, writer, signals, alive
         self._stopping, self.stopping_state = stopping, start.stopping
-        self._parent, self._base = start.parent, start.base
-        self._evaluate = make_evaluate(bench, self._between_batches)
+        self._parent, self._base, self._anchor = start.parent, start.base, start.anchor
+        self._evaluate = make_evaluate(bench, between=self._between_batches)
         self._schedule = make_schedule(bench.stage.optim.schedule, self._config.steps)
+        mixed, size, seed = bench.mixed, self._config.batch_size, bench.recipe.seed
         self._batches = batches_by_step(
-            bench.train,
-            batch_size=self._config.batch_size,
-            seed=bench.recipe.seed,
-            weights=bench.stage.data.weights,
-            here=rows_here(self._config.batch_size, bench.rows),
+            mixed.sources,
+            batch_size=size,
+            seed=seed,
+            weights=mixed.weights,
+            late=mixed.late,
+            here=rows_here(size, bench.rows),
         )
+        if self._anchor is not None:
+            size = bench.stage.anchor.batch_size
+            rows = [self._anchor.rows]
+            self._anchors = batches_by_step(rows, batch_size=size, seed=seed, here=rows_here(size, bench.rows))
         tokens, leaves = self._config.batch_size * bench.recipe.model.context, jax.tree.leaves(bench.params)
         self._at_once = AT_ONCE if 6 * tokens * sum(leaf.size for leaf in leaves) < TINY else 1
         step = int(start.state.step)
@@ -119,6 +128,8 @@ class _Run:
             "seconds": 0.0,
             "interval": dict.fromkeys(SUMMED, 0.0),
             "best": {},
+            "start": {},
+            "handed_on": "params",
             "evaluated": 0,
             "next_batch": next_batch,
         }
@@ -133,13 +144,17 @@ class _Run:
 
     def steps(self, state: TrainState, first: int, last: int) -> tuple[TrainState, int]:
         """Steps first .. last - 1, or fewer if early stopping acts; the state, and the step that it is at."""
-        step_function, train_step = compile_step(self._bench, self._base)
+        reference = None if self._anchor is None else self._anchor.reference
+        step_function, train_step = compile_step(self._bench, self._base, reference)
         self._alive(COMPILING)
         if not first:
             try:
-                self._log_evaluation(0, self._report(state, False), "")
+                report = self._report(state.params, False)
             except _Abandoned:
                 raise Interrupted(f"{self._bench.name}: interrupted before its first step; start it again") from None
+            self._carried["start"] = {name: plain(value) for name, value in report.metrics.items()}
+            self._log_evaluation(0, report, "")
+            self._check_names(report)
         if self._stopping.should_stop(self.stopping_state) or self._border(first, state, last):
             return state, first
         settle()
@@ -150,10 +165,10 @@ class _Run:
         batches = prefetch(self._place, range(first, last), group=self._at_once, init=step_aside)
         for k, batch in enumerate(batches, start=first):
             try:
-                state, sums = train_step(state, batch)
+                state, sums = train_step(state, *batch)
             except FloatingPointError:
                 with jax.disable_jit():
-                    step_function(state, batch)  # raises again, where it happens
+                    step_function(state, *batch)  # raises again, where it happens
                 raise
             pending.append((k + 1, sums))
             if k == first:  # compilation is not training time
@@ -210,11 +225,15 @@ class _Run:
         if self._signals.poll():
             raise _Abandoned
 
-    def _place(self, k: int) -> Batch:
+    def _place(self, k: int) -> tuple[Batch, ...]:
+        """Batch k on the devices and, with an anchor, the anchor's."""
         rows = self._batches.batch(k)
         if jax.process_count() == 1:  # of several, each sees its own rows only
             self._check_weight(k, np.any(rows.weights_BL))
-        return place_batch(rows, self._config.batch_size, self._bench.rows)
+        batch = place_batch(rows, self._config.batch_size, self._bench.rows)
+        if self._anchor is None:
+            return (batch,)
+        return batch, place_batch(self._anchors.batch(k), self._bench.stage.anchor.batch_size, self._bench.rows)
 
     def _check_weight(self, k: int, weight: Any) -> None:
         if not weight:
@@ -254,6 +273,8 @@ class _Run:
             "tokens": self._carried["tokens"],
             "tokens_per_second": rate,
         }
+        if "anchor" in values:
+            line["anchor"] = values["anchor"]
         self._writer.write(step, "train", line)
         self._carried["interval"] = dict.fromkeys(SUMMED, 0.0)
         self._note = f"loss {loss:.3f}  {rate:,.0f} tok/s"
@@ -281,8 +302,20 @@ class _Run:
                 f"{stands}. Halve peak_lr, lengthen the warm-up, or find the operation with --debug_nans"
             )
 
-    def _report(self, state: TrainState, scores: bool) -> Report:
-        params = state.params if self._base is None else join(self._base, state.params, self._bench.stage.lora)
+    def _check_names(self, report: Report) -> None:
+        """Raises ValueError where early stopping asks for a metric of data that are not measured."""
+        stop = self._bench.stage.early_stopping
+        scored = {each.prefix + name for each in self._bench.sets for name in each.config.metrics}
+        known = report.metrics.keys() | scored
+        for field, name in [("metric", stop.metric), *(("within", name) for name, _ in stop.within)]:
+            if name not in known:
+                raise ValueError(
+                    f"config.{self._bench.name}.early_stopping.{field}: {name!r} is not measured here; there are "
+                    f"{', '.join(sorted(known))}"
+                )
+
+    def _report(self, trained: Params, scores: bool) -> Report:
+        params = trained if self._base is None else join(self._base, trained, self._bench.stage.lora)
         try:
             return self._evaluate(params, scores)
         except FloatingPointError:
@@ -290,19 +323,40 @@ class _Run:
                 self._evaluate(params, scores)  # raises again, where it happens
             raise
 
-    def _evaluate_at(self, step: int, state: TrainState) -> bool:
-        report = self._report(state, True)
-        self._slack = 1.0
+    def _judged(self, report: Report) -> float:
+        """The value that early stopping compares: NaN, no improvement, where a condition on the step is broken."""
         stop = self._bench.stage.early_stopping
-        value = report.metrics[stop.metric]
+        for name, most in stop.within:
+            start = self._carried["start"].get(name)
+            worse = report.metrics[name] - (math.nan if start is None else start)
+            if not (-worse if higher_is_better(name) else worse) <= most:
+                return math.nan
+        return report.metrics[stop.metric]
+
+    def _evaluate_at(self, step: int, state: TrainState) -> bool:
+        stop, reports = self._bench.stage.early_stopping, {"params": self._report(state.params, True)}
+        if state.average:
+            reports["average"] = self._report(state.average, True)
+        self._slack = 1.0
+        judged = {item: self._judged(report) for item, report in reports.items()}
+        # The better one is what this step can hand on; NaN is never better.
+        sign = -1.0 if stop.mode == "min" else 1.0
+        chosen = max(judged, key=lambda item: -math.inf if math.isnan(judged[item]) else sign * judged[item])
         self._carried["evaluated"] = step
-        self.stopping_state = self._stopping.update(self.stopping_state, value, step)
+        self.stopping_state = self._stopping.update(self.stopping_state, judged[chosen], step)
         improved = int(self.stopping_state.best_step) == step
         if improved:
-            self._carried["best"] = {name: plain(number) for name, number in report.metrics.items()}
+            self._carried["best"] = {name: plain(value) for name, value in reports[chosen].metrics.items()}
+            self._carried["handed_on"] = chosen
         bad, best = int(self.stopping_state.bad), float(self.stopping_state.best)
         mark = "best so far" if improved else f"{bad} without improvement on {stop.metric} {best:.4g}"
-        self._log_evaluation(step, report, mark)
+        mark += ", the average" * (improved and chosen == "average")
+        broken = [name for name, _ in stop.within] if math.isnan(judged[chosen]) else []
+        mark += f", beyond what is allowed of {', '.join(broken)}" * bool(broken)
+        values = reports["params"].metrics
+        if state.average:
+            values = values | {f"average/{name}": value for name, value in reports["average"].metrics.items()}
+        self._log_evaluation(step, Report(values, reports["params"].signatures), mark)
         if self._stopping.should_stop(self.stopping_state):
             reason = (
                 f"{stop.metric} has not improved by more than {stop.min_delta:g} for {bad} evaluations; "
@@ -318,6 +372,13 @@ class _Run:
             self._writer.write(step, "event", {"event": "not finite", "metrics": ", ".join(bad)})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items() if "/" not in name)
         say(f"{self._bench.name}: eval at step {step}: {shown}{f'  ({mark})' if mark else ''}", "green")
+        if (average := report.metrics.get(f"average/{self._bench.stage.early_stopping.metric}")) is not None:
+            say(f"  average: {self._bench.stage.early_stopping.metric} {average:.4g}", "green")
+        for each in self._bench.sets[1:]:
+            parts = [(name, report.metrics[f"{each.prefix}{name}"]) for name in ("loss", "perplexity")]
+            scored = [name for name in each.config.metrics if each.prefix + name in report.metrics]
+            parts += [(name, report.metrics[each.prefix + name]) for name in scored]
+            say(f"  {each.prefix.strip('/')}: {'  '.join(f'{name} {value:.4g}' for name, value in parts)}", "green")
 
     def _save(self, step: int, state: TrainState) -> None:
         self._carried["next_batch"] = self._batches.digest(step)
@@ -338,18 +399,27 @@ class _Run:
         bench, stop = self._bench, self._bench.stage.early_stopping
         best_step = int(self.stopping_state.best_step)
         if best_step < 0:
+            if stop.within:
+                raise ValueError(
+                    f"{bench.name}: no evaluation was within {stop.within}, so there is nothing to hand on; raise "
+                    f"replay or the anchor, or config.{bench.name}.early_stopping.within, in another --workdir"
+                )
             raise Diverged(f"{bench.name}: {stop.metric} was never finite; halve peak_lr, or lengthen the warm-up")
         if int(state.guard.skipped) >= step:
             raise Diverged(f"{bench.name}: the updates of all {step} steps were skipped; see metrics.jsonl for why")
-        best = state.params if best_step == step else read_params(bench.stage_dir, best_step, bench.shapes.params)
+        item = self._carried.get("handed_on", "params")
+        last = state.average if item == "average" else state.params
+        best = last if best_step == step else read_params(bench.stage_dir, best_step, bench.shapes.params, item)
         lines = read_metrics(bench.stage_dir / "metrics.jsonl")
-        verdict = _verdict(bench, lines)
+        verdict = _verdict(bench, lines, _watch(self._carried.get("start", {}), self._carried["best"]))
         result = {
             "stage": bench.name,
             "status": "completed" if step >= self._config.steps else "early_stopped",
             "steps": step,
             "best_step": best_step,
             "best": self._carried["best"],
+            "handed_on": item,
+            "watch": _watch(self._carried.get("start", {}), self._carried["best"]),
             "tokens": self._carried["tokens"],
             "seconds": self._carried["seconds"],
             "skipped": int(state.guard.skipped),
@@ -370,10 +440,20 @@ class _Run:
         return result
 
 
-def _verdict(bench: Workbench, lines: list[dict[str, Any]]) -> Verdict:
+def _watch(start: dict[str, Any], best: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the stage did to earlier ones: each watched metric at the start, and at the step that is handed on."""
+    return {name: {"start": start.get(name), "best": best[name]} for name in best if name.startswith("watch/")}
+
+
+def _verdict(bench: Workbench, lines: list[dict[str, Any]], watch: dict[str, dict[str, Any]]) -> Verdict:
     def curve(kind: str) -> list[tuple[int, float]]:
         found = [(line["step"], line["loss"]) for line in lines if line["kind"] == kind and "loss" in line]
         return [(step, math.nan if loss is None else loss) for step, loss in found]
 
     baseline = math.log(unigram_perplexity(bench.train, bench.held_out))
-    return judge(curve("train"), curve("eval"), baseline)
+    losses = {
+        name.removeprefix("watch/").removesuffix("/loss"): (entry["start"], entry["best"])
+        for name, entry in watch.items()
+        if name.endswith("/loss") and None not in entry.values()
+    }
+    return judge(curve("train"), curve("eval"), baseline, losses)

@@ -51,6 +51,44 @@ def cross_entropy_sums(
     return aside | {"objective": sums["objective"]}
 
 
+def kl_sum(
+    reference: Float[Array, "B L V"] | Headless,
+    outputs: Float[Array, "B L V"] | Headless,
+    weights_BL: Float[Array, "B L"],
+    *,
+    tile: int = 0,
+) -> Float[Array, ""]:
+    """Weighted sum over tokens of KL(reference || outputs), in nats, between the distributions of the next token.
+
+    Args:
+        reference: logits, or what they are made from, of the model that is to be kept to; no gradient goes there.
+        outputs: the same of the model that is trained.
+        tile: positions of each row whose logits exist at once; 0 is all. They are computed again for the gradient.
+    """
+    length = weights_BL.shape[1]
+    size = max(n for n in range(1, min(tile or length, length) + 1) if length % n == 0)
+
+    def split(x: Array) -> Array:
+        """[B, L, ...] -> [tiles, B, T, ...]."""
+        return x.reshape(x.shape[0], length // size, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def states(side: Array | Headless) -> Array:
+        return split(side.hidden_BLD if isinstance(side, Headless) else side)
+
+    def logits(side: Array | Headless, part: Array) -> Array:
+        made = side._replace(hidden_BLD=part).logits() if isinstance(side, Headless) else part
+        return made.astype(jnp.float32)
+
+    @jax.checkpoint
+    def tile_sum(parts: tuple[Array, Array, Array]) -> Array:
+        kept = jax.lax.stop_gradient(jax.nn.log_softmax(logits(reference, parts[0])))
+        ours = jax.nn.log_softmax(logits(outputs, parts[1]))
+        kl_BT = jnp.sum(jnp.exp(kept) * (kept - ours), axis=-1)
+        return jnp.sum(jnp.where(parts[2] > 0, kl_BT * parts[2], 0.0))
+
+    return jnp.sum(jax.lax.map(tile_sum, (states(reference), states(outputs), split(weights_BL))))
+
+
 def _sums_of_logits(
     logits_BLV: Array, targets_BL: Array, weights_BL: Array, label_smoothing: float, z_loss: float
 ) -> tuple[Sums, Array, Array]:

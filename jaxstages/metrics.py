@@ -16,6 +16,14 @@ from tensorboardX import SummaryWriter
 from jaxstages.disk import write_text
 from jaxstages.types import Metrics
 
+HIGHER = ("token_accuracy", "bleu", "chrf", "exact_match", "accuracy", "macro_f1")
+"""Metrics that are better when they are higher."""
+
+
+def higher_is_better(name: str) -> bool:
+    """Args: name: of a metric, such as "loss" or "watch/finetune/bleu"; or of a part of one, "exact_match/fact"."""
+    return any(part in HIGHER for part in name.split("/"))
+
 
 def from_sums(sums: Mapping[str, SupportsFloat]) -> Metrics:
     """Loss (nats a scored token), perplexity, accuracy of tokens and, where "bytes" is there, bits per byte."""

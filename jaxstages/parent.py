@@ -69,7 +69,7 @@ def read_parent(folder: Path, bench: Workbench, contract: dict[str, Any]) -> tup
 
 
 def read_base(stage_dir: Path, meta: dict[str, Any], bench: Workbench, contract: dict[str, Any]) -> Params:
-    """The float32 parameters that the adapters of `stage_dir`, whose checkpoint says `meta`, began from.
+    """The float32 parameters that `stage_dir`, whose checkpoint says `meta`, began from.
 
     Raises:
         ValueError: they are not where they were, nor beside the stage; or as of `read_parent`.
@@ -78,9 +78,10 @@ def read_base(stage_dir: Path, meta: dict[str, Any], bench: Workbench, contract:
     for place in _places(stage_dir, parent):
         if result_file(place).exists() and finished(place)["params_sha256"] == parent["params_sha256"]:
             return read_parent(place, bench, contract)[0]
+    needs = "has adapters only; their base" if meta["lora"] else "keeps close to its parent by an anchor; that parent"
     raise ValueError(
-        f"{stage_dir} has adapters only; their base, {parent['path']} with params_sha256 "
-        f"{parent['params_sha256'][:12]}…, is neither there nor beside it; put it back"
+        f"{stage_dir} {needs}, {parent['path']} with params_sha256 {parent['params_sha256'][:12]}…, is neither there "
+        "nor beside it; put it back"
     )
 
 
@@ -100,7 +101,8 @@ def read_trained(
         meta = read_meta(checkpoint_folder(folder, step))
         check_contract(folder, meta, contract)
         whole = NamedSharding(bench.mesh, PartitionSpec())
-        params = read_params(folder, step, stored_params(meta, whole) if meta["lora"] else bench.params)
+        target = stored_params(meta, whole) if meta["lora"] else bench.params
+        params = read_params(folder, step, target, result.get("handed_on", "params"))
         digest = params_sha256(params)
         if digest != result["params_sha256"]:
             raise Damaged(

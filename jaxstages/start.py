@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxstages import config as recipes
+from jaxstages.anchor import Anchor, open_anchor
 from jaxstages.checkpoint import Checkpoints, read_meta, stored_shapes
 from jaxstages.console import say
 from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
@@ -22,21 +24,22 @@ from jaxstages.fingerprint import kind_of, named_leaves
 from jaxstages.models import lora
 from jaxstages.parent import check_contract, check_lineage, contract_of, hold_base, lora_of, read_base, read_parent
 from jaxstages.sharding import shardings_of
-from jaxstages.step import init_state
 from jaxstages.types import Params, TrainState
-from jaxstages.workbench import Workbench
+from jaxstages.workbench import Workbench, fresh_state
 from jaxstages.workdir import checkpoint_folder, result_file
 
 
 class Start(NamedTuple):
     """parent: path, step and params_sha256 as they were read, or None from scratch. carried: totals of a resumed
-    loop. base: what the adapters of the state lie beside, as it is held; None where all parameters are trained."""
+    loop. base: what the adapters of the state lie beside, as it is held; None where all parameters are trained.
+    anchor: what the stage is kept close to."""
 
     state: TrainState
     stopping: EarlyStoppingState
     parent: dict[str, Any] | None
     carried: dict[str, Any] | None = None
     base: Params | None = None
+    anchor: Anchor | None = None
 
 
 def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStopping) -> Start:
@@ -52,14 +55,16 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
         check_lineage(bench.stage_dir, found.meta["parent"])
         for line in recipes.differences(lora_of(found.meta), bench.stage.lora, f"config.{bench.name}.lora"):
             raise ValueError(f"{bench.stage_dir} was begun with other adapters: {line}; set it back, or remove it")
-        base = None
-        if bench.base is not None:
-            base = hold_base(bench, read_base(bench.stage_dir, found.meta, bench, contract_of(bench)), bench.stage.lora)
+        base = anchor = None
+        if bench.base is not None or bench.reference is not None:
+            begun = read_base(bench.stage_dir, found.meta, bench, contract_of(bench))
+            base = hold_base(bench, begun, bench.stage.lora) if bench.base is not None else None
+            anchor = _anchor(bench, begun if base is None else base, found.meta["parent"])
         say(f"{bench.name}: resumes at step {found.meta['step']} of {bench.stage.loop.steps}", "cyan")
-        return Start(found.state, found.stopping, found.meta["parent"], found.meta["carried"], base)
+        return Start(found.state, found.stopping, found.meta["parent"], found.meta["carried"], base, anchor)
     parent = parent_folder(bench)
     if parent is None:
-        assert bench.base is None, "validate refuses adapters without a base"
+        assert bench.base is None and bench.reference is None, "validate refuses adapters and anchors without a parent"
         params = _from_scratch(bench)
         say(f"{bench.name}: starts from scratch, {_millions(params)} parameters new", "cyan")
         return Start(_fresh_state(bench, params), stopping.init(), None)
@@ -67,9 +72,18 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
     say(f"{bench.name}: starts from {parent} at step {lineage['step']}, its best", "cyan")
     _report(bench, parent, lineage, params)
     if bench.base is None:
-        return Start(_fresh_state(bench, params), stopping.init(), lineage)
+        # A copy, for the state takes the memory of the parameters that it starts from.
+        anchor = _anchor(bench, jax.tree.map(jnp.copy, params) if bench.reference is not None else params, lineage)
+        return Start(_fresh_state(bench, params), stopping.init(), lineage, anchor=anchor)
     base = hold_base(bench, params, bench.stage.lora)
-    return Start(_fresh_state(bench, _adapters(bench, base)), stopping.init(), lineage, base=base)
+    anchor = _anchor(bench, base, lineage)
+    return Start(_fresh_state(bench, _adapters(bench, base)), stopping.init(), lineage, base=base, anchor=anchor)
+
+
+def _anchor(bench: Workbench, reference: Params, lineage: dict[str, Any]) -> Anchor | None:
+    if bench.reference is None:
+        return None
+    return Anchor(open_anchor(bench, reference, lineage["params_sha256"]), reference)
 
 
 def parent_folder(bench: Workbench) -> Path | None:
@@ -109,8 +123,14 @@ def parent_folder(bench: Workbench) -> Path | None:
 def data_of(bench: Workbench) -> dict[str, list[str]]:
     """Fingerprints of the prepared rows that a checkpoint was trained on, and judged by."""
     return {
-        "train": [source.folder.name for source in bench.train],
-        "held_out": [source.folder.name for source in bench.held_out],
+        "train": [source.folder.name for dataset in bench.datasets for source in dataset.train],
+        # What is only watched judges no step, and may be there or not.
+        "held_out": [
+            source.folder.name
+            for each in bench.sets
+            if not each.prefix.startswith("watch/")
+            for source in each.held_out
+        ],
     }
 
 
@@ -128,8 +148,9 @@ def _from_scratch(bench: Workbench) -> Params:
 
 
 def _fresh_state(bench: Workbench, params: Params) -> TrainState:
-    window, shardings = bench.stage.optim.spike_window, shardings_of(bench.shapes)
-    return jax.jit(lambda p: init_state(p, bench.tx, window), out_shardings=shardings, donate_argnums=0)(params)
+    shardings = shardings_of(bench.shapes)
+    make = jax.jit(lambda p: fresh_state(p, bench.tx, bench.stage.optim), out_shardings=shardings, donate_argnums=0)
+    return make(params)
 
 
 def _adapters(bench: Workbench, base: Params) -> Params:

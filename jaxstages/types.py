@@ -51,6 +51,8 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     guard: GuardState
+    average: Any = ()
+    """Exponential moving average of the parameters; () where there is none."""
 
 
 class Headless(NamedTuple):

@@ -1,6 +1,7 @@
-"""A verdict on a finished stage: underfit, overfit, healthy or diverging, with its evidence and the remedy to try."""
+"""A verdict on a finished stage: underfit, overfit, forgetting, healthy or diverging, with evidence and a remedy."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 OVERFIT_RISE = 0.02
@@ -8,6 +9,10 @@ OVERFIT_RISE = 0.02
 
 STILL_FALLING = 0.01
 """Held-out loss that fell by more than this share over the last quarter of the stage was not done."""
+
+
+FORGOT = 0.1
+"""Nats by which the held-out loss of an earlier stage may rise; above, the stage has forgotten what it started with."""
 
 
 class Verdict(NamedTuple):
@@ -19,12 +24,18 @@ class Verdict(NamedTuple):
         return f"{self.name}: {self.evidence}. {self.remedy}"
 
 
-def judge(train: list[tuple[int, float]], held_out: list[tuple[int, float]], baseline: float = math.inf) -> Verdict:
+def judge(
+    train: list[tuple[int, float]],
+    held_out: list[tuple[int, float]],
+    baseline: float = math.inf,
+    watched: Mapping[str, tuple[float, float]] | None = None,
+) -> Verdict:
     """Judge the curves of one stage.
 
     Args:
         train, held_out: (step, loss) in the order of the steps; NaN where it was not finite.
         baseline: loss of the unigram model on the held-out text; what is not below it is underfit.
+        watched: earlier stage -> its held-out loss at this stage's start, and at the step that is handed on.
     """
     finite = [(step, loss) for step, loss in held_out if math.isfinite(loss)]
     if not finite or not math.isfinite(held_out[-1][1]):
@@ -37,6 +48,15 @@ def judge(train: list[tuple[int, float]], held_out: list[tuple[int, float]], bas
         evidence = f"held-out loss rose from {first:.3f} to {last:.3f}"
         if not train or train[-1][1] > train[0][1]:
             return Verdict("diverging", f"{evidence}, and so did the training loss", "Halve peak_lr")
+    rises = {name: after - before for name, (before, after) in (watched or {}).items()}
+    if rises and max(rises.values()) > FORGOT:
+        evidence = "; ".join(
+            f"held-out loss of {name} rose by {rise:.3f} nats, from {watched[name][0]:.3f} to {watched[name][1]:.3f}"
+            for name, rise in rises.items()
+            if watched and rise > FORGOT
+        )
+        names = " and ".join(name for name, rise in rises.items() if rise > FORGOT)
+        return Verdict("forgetting", evidence, f"Raise the share of {names} in replay, or set anchor.weight")
     end = [loss for _, loss in train[-max(len(train) // 10, 1) :]]
     tail = sum(end) / len(end) if end else math.nan
     if last > best * (1 + OVERFIT_RISE) and _at(train, best_step) > tail:

@@ -1,11 +1,10 @@
 """What a stage works with, made from its part of the recipe: mesh, tokenizer, model, optimizer and prepared data."""
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,19 @@ from jaxtyping import Array
 
 from jaxstages import config as recipes
 from jaxstages import hosts
-from jaxstages.config import DataConfig, EvaluationConfig, LoopConfig, LoraConfig, ModelConfig, Recipe, StageConfig
+from jaxstages.config import (
+    AnchorConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoopConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    StageConfig,
+)
 from jaxstages.console import say
+from jaxstages.data.mixture import Dataset, Mixed, mix, steps_for
 from jaxstages.data.prepare import Engine, Prepared, find_gone, prepare
 from jaxstages.data.shards import items_of
 from jaxstages.data.sources import open_source
@@ -42,7 +52,7 @@ from jaxstages.sharding import (
 )
 from jaxstages.step import init_state
 from jaxstages.types import Model, Params, Placement, TrainState
-from jaxstages.workdir import tokenizer_file
+from jaxstages.workdir import result_file, tokenizer_file
 
 
 @dataclass(frozen=True)
@@ -68,23 +78,67 @@ class Parts:
     shapes: TrainState
 
     @property
+    def reference(self) -> Params | None:
+        """The parent's parameters, which the anchor keeps to, as shapes; with adapters that is their base, and without
+        an anchor None."""
+        if not self.stage.anchor.weight:
+            return None
+        return self.params if self.base is None else self.base
+
+    @property
     def rows(self) -> NamedSharding:
         """How a batch is split."""
         return batch_sharding(self.mesh, self.recipe.mesh.rules)
 
 
+class EvaluationSet(NamedTuple):
+    """Held-out data that a stage is measured on.
+
+    prefix: of its metrics: "" for the stage's own, "pairs/" for `mixture["pairs"]`, "watch/pretrain/" for a stage that
+        is watched.
+    task, config: what is scored, and on how much.
+    train: of classes, whose labels are known from the training data too.
+    """
+
+    prefix: str
+    task: str
+    config: EvaluationConfig
+    train: list[Prepared]
+    held_out: list[Prepared]
+
+
 @dataclass(frozen=True)
 class Workbench(Parts):
-    """What a stage works with: its `Parts`, and where it works on what."""
+    """What a stage works with: its `Parts`, and where it works on what.
+
+    datasets: what it is trained on, its own first. sets: what it is measured on, its own first. Both are empty where
+    the stage was opened without data.
+    """
 
     workdir: Path
     tokenizer: Tokenizer
-    train: list[Prepared]
-    held_out: list[Prepared]
+    datasets: list[Dataset]
+    sets: list[EvaluationSet]
 
     @property
     def stage_dir(self) -> Path:
         return self.workdir / self.name
+
+    @property
+    def train(self) -> list[Prepared]:
+        """The stage's own training rows."""
+        return self.datasets[0].train
+
+    @property
+    def held_out(self) -> list[Prepared]:
+        """The stage's own held-out rows."""
+        return self.sets[0].held_out
+
+    @property
+    def mixed(self) -> Mixed:
+        """All training rows, with the weights by which they are mixed."""
+        loop = self.stage.loop
+        return mix(self.datasets, round(self.stage.late_from * loop.steps) * loop.batch_size)
 
 
 def make_parts(
@@ -118,6 +172,8 @@ def check_fit(recipe: Recipe, name: str, stage: StageConfig, mesh: Mesh) -> None
     rules = recipe.mesh.rules
     check_batch(f"config.{name}.loop.batch_size", stage.loop.batch_size, stage.loop.accumulate, mesh, rules)
     check_batch(f"config.{name}.evaluation.batch_size", stage.evaluation.batch_size, 1, mesh, rules)
+    if stage.anchor.weight:
+        check_batch(f"config.{name}.anchor.batch_size", stage.anchor.batch_size, stage.loop.accumulate, mesh, rules)
     check_context(recipe.model.context, mesh, rules)
 
 
@@ -130,17 +186,23 @@ def open_tokenizer(recipe: Recipe, workdir: Path, engine: Engine | None = None) 
     path = tokenizer_file(workdir)
     if path.exists():
         return load_tokenizer(path)
-    pairs = any(stage.data.task in ("seq2seq", "classify") for stage in recipes.stages(recipe).values())
+    pairs = any(data.task in ("seq2seq", "classify") for data in _all_data(recipe))
     tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir, engine), path, separator=pairs)
     how = "its own chat template" + f", {SEPARATOR} for pairs" * pairs if tokenizer.template else "our chat template"
     say(f"tokenizer: {recipe.tokenizer.kind}, {tokenizer.vocab_size} tokens, {how}, {path}")
     return tokenizer
 
 
+def _all_data(recipe: Recipe) -> list[DataConfig]:
+    """All data sets of a recipe."""
+    stages = recipes.stages(recipe).values()
+    return [data for stage in stages for data in (stage.data, *(part.data for part in stage.mixture.values()))]
+
+
 def _tokenizer_texts(recipe: Recipe, workdir: Path, engine: Engine | None) -> Iterator[str]:
     """An equal share of `max_bytes` from each source. Held-out and removed records are left out by the same rule as in
     training."""
-    chosen = {source: stage for stage in recipes.stages(recipe).values() for source in stage.data.train}
+    chosen = {source: data for data in _all_data(recipe) for source in data.train}
     if recipe.tokenizer.sources:
         unknown = [name for name in recipe.tokenizer.sources if name not in chosen]
         if unknown:
@@ -148,15 +210,15 @@ def _tokenizer_texts(recipe: Recipe, workdir: Path, engine: Engine | None) -> It
                 f"config.tokenizer.sources: {unknown[0]!r} is no stage's training source; known: {[*chosen]}"
             )
         chosen = {name: chosen[name] for name in recipe.tokenizer.sources}
-    for name, stage in chosen.items():
+    for name, data in chosen.items():
         left = recipe.tokenizer.max_bytes // len(chosen)
         cache = cache_folder(recipe, workdir)
         source = open_source(name, cache)
-        for item in items_of(source, "train", stage.data, find_gone(source, stage.data, cache, engine)):
+        for item in items_of(source, "train", data, find_gone(source, data, cache, engine)):
             if item.record is None:
                 continue
             try:
-                found = texts(item.record, stage.data)
+                found = texts(item.record, data)
             except ValueError:
                 continue  # counted and named when the source is prepared
             yield from found
@@ -165,16 +227,61 @@ def _tokenizer_texts(recipe: Recipe, workdir: Path, engine: Engine | None) -> It
                 break
 
 
+def _rows(
+    data: DataConfig, part: str, tokenizer: Tokenizer, context: int, cache: Path, engine: Engine | None = None
+) -> list[Prepared]:
+    """The rows of a data set, a cache for each source, made where they are not there yet."""
+    names = data.train if part == "train" else data.validation or data.train
+    return [prepare(open_source(name, cache), part, data, tokenizer, context, cache, engine) for name in names]
+
+
+def shares_of(recipe: Recipe, name: str, stage: StageConfig) -> dict[str, tuple[DataConfig, float, float]]:
+    """Name -> data, share and late share of each data set that a stage trains on: its own, which fills the rest of the
+    rows, then `mixture` and `replay`."""
+    others = {key: (part.data, part.share[0], part.share[-1]) for key, part in stage.mixture.items()}
+    others |= {earlier: (recipes.stages(recipe)[earlier].data, share, share) for earlier, share in stage.replay}
+    early = 1 - sum(share for _, share, _ in others.values())
+    late = 1 - sum(share for _, _, share in others.values())
+    return {name: (stage.data, early, late)} | others
+
+
+def watched(recipe: Recipe, name: str, stage: StageConfig, workdir: Path) -> list[str]:
+    """The earlier stages that this one is measured on too, in the recipe's order."""
+    names = list(recipes.stages(recipe))
+    earlier = names[: names.index(name)] if name in names else []
+    descends = stage.init_from != "scratch"
+    there = [each for each in earlier if descends and result_file(workdir / each).exists()]
+    asked = stage.evaluation.watch
+    return [each for each in earlier if each in asked or (recipes.EARLIER in asked and each in there)]
+
+
 def prepare_stage(
-    stage: StageConfig, tokenizer: Tokenizer, context: int, cache: Path, engine: Engine | None = None
-) -> tuple[list[Prepared], list[Prepared]]:
-    """The stage's training and held-out rows, from the cache where they are there."""
-    data = stage.data
+    recipe: Recipe, name: str, stage: StageConfig, tokenizer: Tokenizer, workdir: Path, engine: Engine | None = None
+) -> tuple[list[Dataset], list[EvaluationSet]]:
+    """What a stage is trained on and measured on, from the cache where it is there."""
+    context, cache = recipe.model.context, cache_folder(recipe, workdir)
+    datasets = []
+    for key, (data, share, late) in shares_of(recipe, name, stage).items():
+        train = _rows(data, "train", tokenizer, context, cache, engine)
+        weights = data.weights or tuple(source.index["rows"] for source in train)
+        datasets.append(Dataset(key, train, weights, share, late))
 
-    def rows(names: tuple[str, ...], part: str) -> list[Prepared]:
-        return [prepare(open_source(name, cache), part, data, tokenizer, context, cache, engine) for name in names]
+    def held_out(prefix: str, data: DataConfig, config: EvaluationConfig, train: list[Prepared]) -> EvaluationSet:
+        return EvaluationSet(
+            prefix, data.task, config, train, _rows(data, "validation", tokenizer, context, cache, engine)
+        )
 
-    return rows(data.train, "train"), rows(data.validation or data.train, "validation")
+    sets = [held_out("", stage.data, stage.evaluation, datasets[0].train)]
+    sets += [
+        held_out(f"{key}/", stage.mixture[key].data, stage.mixture[key].evaluation, dataset.train)
+        for key, dataset in zip(stage.mixture, datasets[1:], strict=False)
+    ]
+    limits = {"max_rows": stage.evaluation.watch_max_rows, "max_examples": stage.evaluation.watch_max_examples}
+    for earlier in watched(recipe, name, stage, workdir):
+        other = recipes.stages(recipe)[earlier]
+        train = _rows(other.data, "train", tokenizer, context, cache, engine) if other.data.task == "classify" else []
+        sets.append(held_out(f"watch/{earlier}/", other.data, replace(other.evaluation, **limits), train))
+    return datasets, sets
 
 
 def prepare_stages(
@@ -185,9 +292,13 @@ def prepare_stages(
     Args:
         engine: who makes the rows; by default this process.
     """
-    tokenizer, cache = open_tokenizer(recipe, workdir, engine), cache_folder(recipe, workdir)
-    stages, context = recipes.stages(recipe), recipe.model.context
-    return {name: [*itertools.chain(*prepare_stage(stages[name], tokenizer, context, cache, engine))] for name in names}
+    tokenizer, stages = open_tokenizer(recipe, workdir, engine), recipes.stages(recipe)
+    rows = {}
+    for name in names:
+        datasets, sets = prepare_stage(recipe, name, stages[name], tokenizer, workdir, engine)
+        parts = [source for dataset in datasets for source in dataset.train]
+        rows[name] = parts + [source for each in sets for source in each.held_out]
+    return rows
 
 
 def _check_numbers() -> None:
@@ -204,7 +315,8 @@ def _import_stage(known: dict[str, StageConfig], tokenizer: Tokenizer, with_data
     """What was imported is looked at as the recipe's first stage would; without one it answers, if it has a chat
     template, or goes on with a text."""
     if known:
-        return replace(next(iter(known.values())), lora=LoraConfig())
+        first = next(iter(known.values()))
+        return replace(first, lora=LoraConfig(), anchor=AnchorConfig(), replay=(), mixture={})
     if with_data:
         raise ValueError("the recipe has no stage, and so no data; name a recipe that has with --config=FILE")
     devices = jax.device_count()
@@ -231,11 +343,22 @@ def open_workbench(recipe: Recipe, name: str, workdir: Path, with_data: bool = T
     mesh = make_mesh(recipe.mesh)
     check_fit(recipe, name, stage, mesh)
     tokenizer = open_tokenizer(recipe, workdir)
-    cache = cache_folder(recipe, workdir)
-    train, held_out = prepare_stage(stage, tokenizer, recipe.model.context, cache) if with_data else ([], [])
-    attend = _attend(recipe.model, mesh.shape["context"], [*train, *held_out])
+    datasets, sets = prepare_stage(recipe, name, stage, tokenizer, workdir) if with_data else ([], [])
+    stage = with_steps(stage, datasets)
+    rows = [source for dataset in datasets for source in dataset.train]
+    rows += [source for each in sets for source in each.held_out]
+    attend = _attend(recipe.model, mesh.shape["context"], rows)
     parts = make_parts(recipe, name, stage, mesh, tokenizer.vocab_size, attend)
-    return Workbench(**vars(parts), workdir=workdir, tokenizer=tokenizer, train=train, held_out=held_out)
+    return Workbench(**vars(parts), workdir=workdir, tokenizer=tokenizer, datasets=datasets, sets=sets)
+
+
+def with_steps(stage: StageConfig, datasets: list[Dataset]) -> StageConfig:
+    """The stage with its length in steps, where the recipe has it in epochs or tokens. Without data it has none."""
+    loop = stage.loop
+    if loop.steps or not datasets:
+        return stage
+    steps = steps_for(datasets, loop.batch_size, stage.late_from, epochs=loop.epochs, tokens=loop.tokens)
+    return replace(stage, loop=replace(loop, steps=steps))
 
 
 def _attend(config: ModelConfig, parts: int, rows: list[Prepared]) -> Attend | None:
@@ -276,6 +399,11 @@ def base_shapes(model: Model, params: Params, config: LoraConfig, mesh: Mesh, ru
     return _placed(held, param_shardings(held, lora.held_axes(model.axes, config.base), mesh, rules))
 
 
+def fresh_state(params: Params, tx: optax.GradientTransformation, optim: OptimConfig) -> TrainState:
+    """Step 0 of a stage."""
+    return init_state(params, tx, optim.spike_window, average=optim.average > 0)
+
+
 def state_shapes(
     model: Model, tx: optax.GradientTransformationExtraArgs, stage: StageConfig, mesh: Mesh, rules: RulesConfig = RULES
 ) -> TrainState:
@@ -286,7 +414,7 @@ def state_shapes(
         params = model.init(key)
         return lora.init(key, params, model.axes, config) if config.rank else params
 
-    state = jax.eval_shape(lambda key: init_state(trained(key), tx, stage.optim.spike_window), jax.random.key(0))
+    state = jax.eval_shape(lambda key: fresh_state(trained(key), tx, stage.optim), jax.random.key(0))
     # What adapters lie beside may be named too: it stays as it is anyway.
     beside = jax.eval_shape(model.init, jax.random.key(0)) if config.rank else {}
     check_optimizer_paths(stage.optim, named_leaves(state.params) | named_leaves(beside))

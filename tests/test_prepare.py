@@ -55,7 +55,7 @@ def prepared(tmp_path: Path, tokenizer: Tokenizer, records: list[dict] = RECORDS
 
 
 def all_rows(source: Prepared) -> list[Batch]:
-    return list(batches_once([source], batch_size=4))
+    return list(batches_once(source, batch_size=4))
 
 
 def test_every_format_gives_the_same_records(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_mixtures_by_weight(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_held_out_rows_count_once_whatever_the_batch(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = prepared(tmp_path, tokenizer)
     for size in (1, 3, 4, 64):
-        batches = list(batches_once([source], batch_size=size))
+        batches = list(batches_once(source, batch_size=size))
         assert all(batch.tokens_BL.shape == (size, 32) for batch in batches)
         assert sum(float(batch.weights_BL.sum()) for batch in batches) == source.index["scored"]
 
@@ -387,9 +387,9 @@ def test_held_out_rows_count_once_on_any_number_of_hosts(
 ) -> None:
     """Also where the last batch has less rows than there are hosts: all of them have as many batches."""
     source = prepared(tmp_path, tokenizer)
-    alone = [batch.tokens_BL for batch in batches_once([source], batch_size=size)]
+    alone = [batch.tokens_BL for batch in batches_once(source, batch_size=size)]
     each = [
-        list(batches_once([source], batch_size=size, here=range(p * size // hosts, (p + 1) * size // hosts)))
+        list(batches_once(source, batch_size=size, here=range(p * size // hosts, (p + 1) * size // hosts)))
         for p in range(hosts)
     ]
     assert {len(batches) for batches in each} == {len(alone)}

@@ -10,6 +10,7 @@ from rich.text import Text
 from jaxstages import config as recipes
 from jaxstages.commands.recipe import keep_recipe
 from jaxstages.config import Recipe
+from jaxstages.data.mixture import describe
 from jaxstages.data.pipeline import batches_by_step
 from jaxstages.types import Batch
 from jaxstages.workbench import Workbench, open_workbench
@@ -29,8 +30,9 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
         keep_recipe(recipe, workdir)
         bench = open_workbench(recipe, stage or next(iter(recipes.stages(recipe)), recipes.IMPORT), workdir)
     console = Console(soft_wrap=True, highlight=False)
+    mixed, loop = bench.mixed, bench.stage.loop
     batches = batches_by_step(
-        bench.train, batch_size=bench.stage.loop.batch_size, seed=recipe.seed, weights=bench.stage.data.weights
+        mixed.sources, batch_size=loop.batch_size, seed=recipe.seed, weights=mixed.weights, late=mixed.late
     )
     batch = batches.batch(0)
     total = len(batch.tokens_BL)
@@ -39,7 +41,10 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
         console.print(_row(bench, batch, row, console.is_terminal))
     masked = 100 * (1 - float(np.sum(batch.weights_BL > 0)) / float(np.sum(batch.segments_BL > 0)))
     console.print(f"  batch 0: {masked:.1f} % of its tokens are masked (read, not trained on)")
-    for prepared in (*bench.train, *bench.held_out):
+    for line in describe(bench.datasets, loop.steps, loop.batch_size, bench.stage.late_from):
+        console.print(f"  {line}")
+    held_out = [source for each in bench.sets for source in each.held_out]
+    for prepared in (*mixed.sources, *held_out):
         index = prepared.index
         slots = index["rows"] * index["context"]
         console.print(

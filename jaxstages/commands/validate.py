@@ -10,7 +10,11 @@ import typing
 from typing import Any
 
 from jaxstages.config import (
+    EARLIER,
+    HELD,
+    IMPORT,
     TASKS,
+    AnchorConfig,
     DataConfig,
     LoraConfig,
     ModelConfig,
@@ -21,8 +25,19 @@ from jaxstages.config import (
     stages,
 )
 from jaxstages.data_config import DuplicatesConfig
+from jaxstages.metrics import higher_is_better
 
-METRICS = ("bleu", "chrf", "exact_match", "accuracy", "macro_f1")
+LOSSES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
+"""Metrics of held-out rows, which every stage has."""
+
+FITS = {
+    "lm": (),
+    "seq2seq": ("bleu", "chrf", "exact_match"),
+    "classify": ("accuracy", "macro_f1"),
+    "chat": ("exact_match", "bleu", "chrf"),
+}
+"""Task -> the metrics of its answers."""
+
 CHOICES = {
     "tokenizer.kind": ("bpe", "characters", "file"),
     "attention.position": ("rope", "learned"),
@@ -51,7 +66,7 @@ KINDS = ("global", "local", "nope")
 AT_LEAST_ONE = (
     *("context", "layers", "width", "ff_width", "heads", "kv_heads", "head_dim", "tokenizer.vocab_size", "max_bytes"),
     *("per_token", "trained_context", "shingle_size", "permutations", "bands"),
-    *("steps", "batch_size", "accumulate", "eval_every", "save_every", "log_every", "keep", "max_new_tokens"),
+    *("batch_size", "texts", "accumulate", "eval_every", "save_every", "log_every", "keep", "max_new_tokens"),
     *("plateau_patience", "plateau_window", "fsdp", "tensor", "max_bad_steps", "spike_window"),
     "data",
 )
@@ -66,7 +81,7 @@ AT_MOST = {
 }
 """More is a slip of the pen, which would end in a crash or without memory."""
 
-BELOW_ONE = ("beta1", "beta2", "dropout", "label_smoothing")
+BELOW_ONE = ("beta1", "beta2", "dropout", "label_smoothing", "average")
 POSITIVE = (
     *("peak_lr", "norm_eps", "rope_theta", "muon_lr_factor", "plateau_factor", "hang_seconds"),
     *("alpha", "factor", "low_frequency_factor", "high_frequency_factor"),
@@ -81,6 +96,9 @@ SHARES = (
     "label_smoothing",
     "end_factor",
     "decay_share",
+    "share",
+    "late_from",
+    "average",
 )
 
 
@@ -169,45 +187,36 @@ def _check_tree(config: Any, path: str) -> None:
                 )
         if dataclasses.is_dataclass(value):
             _check_tree(value, where)
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                _check_tree(part, f"{where}.{key}")
         elif not (where == "config.mesh.data" and value == -1):
             _check_field(where, item.name, value, LARGEST_INT if hints[item.name] is int else LARGEST_FLOAT)
 
 
-def _check_stage(name: str, stage: StageConfig) -> None:
+def _check_stage(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> None:
     data, where = stage.data, f"config.{name}"
-    if not data.train:
-        raise ValueError(f"{where}.data.train is empty; name a source, such as --{where}.data.train='data/*.jsonl'")
-    if data.weights and len(data.weights) != len(data.train):
-        raise ValueError(f"{where}.data.weights has {len(data.weights)} shares for {len(data.train)} training sources")
-    if data.weights and (min(data.weights) < 0 or not sum(data.weights)):
-        raise ValueError(f"{where}.data.weights={data.weights} must be at least 0, and not all 0")
-    if bool(data.validation) == bool(data.holdout):
-        raise ValueError(f"{where}.data: set validation (held-out sources) or holdout (a share of train), one of them")
-    both = sorted(set(data.train) & set(data.validation))
-    if both:
-        raise ValueError(f"{where}.data: {both[0]!r} is in train and in validation; use holdout, or another source")
-    _check_cleaning(data, f"{where}.data")
+    _check_data(data, f"{where}.data")
     allowed = {"pretrain": ("lm",), "finetune": ("seq2seq", "classify"), "instruct": ("chat",)}[name]
     if data.task not in allowed:
-        raise ValueError(f"{where}.data.task={data.task!r}; this stage's tasks: {', '.join(allowed)}")
-    fits = {
-        "lm": (),
-        "seq2seq": ("bleu", "chrf", "exact_match"),
-        "classify": ("accuracy", "macro_f1"),
-        "chat": ("exact_match", "bleu", "chrf"),
-    }[data.task]
-    for metric in stage.evaluation.metrics:
-        if metric not in fits:
-            raise ValueError(
-                f"{where}.evaluation.metrics: {metric!r} does not apply to task {data.task!r}; known there: {fits}"
-            )
-    watched = ("loss", "perplexity", "bits_per_byte", "token_accuracy", *stage.evaluation.metrics)
-    if stage.early_stopping.metric not in watched:
+        raise ValueError(
+            f"{where}.data.task={data.task!r}; this stage's tasks: {', '.join(allowed)} (others can be mixed in with "
+            f"{where}.mixture)"
+        )
+    _check_metrics(stage.evaluation.metrics, data.task, f"{where}.evaluation.metrics")
+    _check_mixture(name, stage, earlier)
+    lengths = {"steps": stage.loop.steps, "epochs": stage.loop.epochs, "tokens": stage.loop.tokens}
+    if sum(value > 0 for value in lengths.values()) != 1:
+        listed = ", ".join(f"{field}={value}" for field, value in lengths.items())
+        raise ValueError(f"{where}.loop: {listed}; set one of them, and the others to 0")
+    watched = (*LOSSES, *stage.evaluation.metrics)
+    others = tuple(f"{key}/" for key in stage.mixture) + tuple(f"watch/{key}/" for key in earlier)
+    if stage.early_stopping.metric not in watched and not stage.early_stopping.metric.startswith(others):
         raise ValueError(
             f"{where}.early_stopping.metric={stage.early_stopping.metric!r} is not evaluated here; known: "
             f"{', '.join(watched)} (or add it to evaluation.metrics)"
         )
-    higher = stage.early_stopping.metric in ("token_accuracy", *METRICS)
+    higher = higher_is_better(stage.early_stopping.metric)
     if (stage.early_stopping.mode == "max") != higher:
         raise ValueError(
             f"{where}.early_stopping: {stage.early_stopping.metric} is better when "
@@ -216,6 +225,67 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     if stage.loop.batch_size % stage.loop.accumulate:
         raise ValueError(
             f"{where}.loop.batch_size={stage.loop.batch_size} must be divisible by accumulate={stage.loop.accumulate}"
+        )
+
+
+def _check_data(data: DataConfig, where: str) -> None:
+    if not data.train:
+        raise ValueError(f"{where}.train is empty; name a source, such as --{where}.train='data/*.jsonl'")
+    if data.weights and len(data.weights) != len(data.train):
+        raise ValueError(f"{where}.weights has {len(data.weights)} shares for {len(data.train)} training sources")
+    if data.weights and (min(data.weights) < 0 or not sum(data.weights)):
+        raise ValueError(f"{where}.weights={data.weights} must be at least 0, and not all 0")
+    if bool(data.validation) == bool(data.holdout):
+        raise ValueError(f"{where}: set validation (held-out sources) or holdout (a share of train), one of them")
+    both = sorted(set(data.train) & set(data.validation))
+    if both:
+        raise ValueError(f"{where}: {both[0]!r} is in train and in validation; use holdout, or another source")
+    _check_cleaning(data, where)
+
+
+def _check_metrics(metrics: tuple[str, ...], task: str, where: str) -> None:
+    for metric in metrics:
+        if metric not in FITS[task]:
+            raise ValueError(f"{where}: {metric!r} does not apply to task {task!r}; known there: {FITS[task]}")
+
+
+def _check_mixture(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> None:
+    """Args: earlier: the recipe's stages before this one."""
+    where = f"config.{name}"
+    for replayed, share in stage.replay:
+        if replayed == IMPORT:
+            raise ValueError(f"{where}.replay: imported weights come without their data; set {where}.anchor.weight")
+        if replayed not in earlier:
+            raise ValueError(
+                f"{where}.replay: {replayed!r} is no stage of this recipe before {name}; there "
+                f"{'are ' + ', '.join(earlier) if earlier else 'is none'}"
+            )
+        if not 0 <= share < 1:
+            raise ValueError(f"{where}.replay: the share of {replayed} is {share}; it must be at least 0, and below 1")
+    names = [replayed for replayed, _ in stage.replay]
+    if twice := [replayed for replayed in names if names.count(replayed) > 1]:
+        raise ValueError(f"{where}.replay names {twice[0]} twice; add the shares up")
+    for key, part in stage.mixture.items():
+        if not key.isidentifier() or key in (*HELD, "watch", "average", "loss"):
+            raise ValueError(f"{where}.mixture: {key!r} can't be the name of a data set; take another word")
+        if len(part.share) not in (1, 2):
+            raise ValueError(f"{where}.mixture.{key}.share={part.share} must be one share, or two: (0.0, 0.2)")
+        _check_data(part.data, f"{where}.mixture.{key}.data")
+        _check_metrics(part.evaluation.metrics, part.data.task, f"{where}.mixture.{key}.evaluation.metrics")
+    for late in (0, -1):
+        total = sum(share for _, share in stage.replay) + sum(part.share[late] for part in stage.mixture.values())
+        if total >= 1:
+            raise ValueError(f"{where}: replay and mixture take {total:.0%} of the rows, and leave none to data")
+    if any(len(set(part.share)) == 2 for part in stage.mixture.values()) == (stage.late_from == 1):
+        raise ValueError(
+            f"{where}.late_from={stage.late_from}: it says from which share of the steps on the second number of "
+            f"{where}.mixture.NAME.share holds; set both or neither"
+        )
+    unknown = [watched for watched in stage.evaluation.watch if watched not in (EARLIER, *earlier)]
+    if unknown:
+        raise ValueError(
+            f"{where}.evaluation.watch: {unknown[0]!r} is no stage of this recipe before {name}; known: "
+            f"{', '.join((EARLIER, *earlier))}"
         )
 
 
@@ -252,6 +322,26 @@ def _check_model(model: ModelConfig) -> None:
         raise ValueError(f"config.model.experts: activation={model.activation!r} must be swiglu or geglu")
 
 
+def _from_scratch(name: str, stage: StageConfig, imported: bool) -> bool:
+    return stage.init_from == "scratch" or (name == "pretrain" and stage.init_from == "parent" and not imported)
+
+
+def _check_anchor(name: str, stage: StageConfig, imported: bool) -> None:
+    where = f"config.{name}.anchor"
+    if not stage.anchor.weight:
+        for line in differences(AnchorConfig(), stage.anchor, where):
+            raise ValueError(f"{line} does not apply to {where}.weight=0, no anchor; set weight to 1, say")
+    elif _from_scratch(name, stage, imported):
+        raise ValueError(
+            f"{where}.weight={stage.anchor.weight}: an anchor needs a parent, and {name} starts from scratch; set "
+            f"weight to 0, or config.{name}.init_from to WORKDIR/STAGE of another run"
+        )
+    elif stage.anchor.batch_size % stage.loop.accumulate:
+        raise ValueError(
+            f"{where}.batch_size={stage.anchor.batch_size} must be divisible by accumulate={stage.loop.accumulate}"
+        )
+
+
 def _check_lora(name: str, stage: StageConfig, imported: bool) -> None:
     lora, where = stage.lora, f"config.{name}.lora"
     if not lora.rank:
@@ -260,7 +350,7 @@ def _check_lora(name: str, stage: StageConfig, imported: bool) -> None:
         return
     if not lora.targets:
         raise ValueError(f"{where}.targets is empty; name matrices to adapt, such as ('attention/query/kernel',)")
-    if stage.init_from == "scratch" or (name == "pretrain" and stage.init_from == "parent" and not imported):
+    if _from_scratch(name, stage, imported):
         raise ValueError(
             f"{where}.rank={lora.rank}: adapters need a base, and {name} starts from scratch; set rank to 0, or "
             f"config.{name}.init_from to WORKDIR/STAGE of another run"
@@ -288,8 +378,10 @@ def validate(recipe: Recipe, imported: bool = False) -> None:
         raise ValueError(f"config.model.attention.head_dim={attention.head_dim} must be even for rope")
     if recipe.tokenizer.kind == "file" and not recipe.tokenizer.path:
         raise ValueError('config.tokenizer.path is empty; kind "file" needs the path of a tokenizer.json or .model')
-    for name, stage in stages(recipe).items():
-        _check_stage(name, stage)
+    names = tuple(stages(recipe))
+    for place, (name, stage) in enumerate(stages(recipe).items()):
+        _check_stage(name, stage, names[:place])
+        _check_anchor(name, stage, imported)
         _check_lora(name, stage, imported)
         generates = recipe.prompts or (stage.data.task != "classify" and stage.evaluation.metrics)
         if generates and stage.evaluation.max_new_tokens >= recipe.model.context:

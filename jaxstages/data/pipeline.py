@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from jaxstages.data.packing import FIELDS
-from jaxstages.data.prepare import Prepared, evenly
+from jaxstages.data.prepare import Prepared
 from jaxstages.types import Batch
 
 
@@ -53,27 +53,83 @@ def to_batch(rows: Sequence[np.ndarray]) -> Batch:
     return Batch(tokens, targets, weights.view(np.float32), segments, positions)
 
 
+class Late(NamedTuple):
+    """Other weights of the sources from a row of the stream on."""
+
+    row: int
+    weights: Sequence[float]
+
+
+Position = tuple[int, int]
+"""The number of a source, and how many rows of it came before."""
+
+
+def interleave(weights: Sequence[float], late: Late | None = None) -> Callable[[int], Position]:
+    """`position(i)`: which source gives row i of an endless stream, and its how-manieth row that is.
+
+    Among the first n rows, source j has `n * weights[j] / sum(weights)`, to within a row or so. A source goes on where
+    it was when the weights change.
+
+    | weights (1, 2)               | sources of rows 0, 1, ...: 1 0 1 1 0 1 ... (the order is Grain's)   |
+    | and (1, 0) from row 6 on     | 1 0 1 1 0 1 0 0 0 ..., the first row of the last three is 0's third |
+    """
+
+    def endless(number: int) -> Any:
+        return grain.MapDataset.range(2**62).map(lambda n: (number, int(n)))
+
+    def mix(shares: Sequence[float]) -> Any:
+        used = [number for number, share in enumerate(shares) if share]
+        streams = [endless(number) for number in used]
+        return grain.MapDataset.mix(streams, weights=[float(shares[number]) for number in used])
+
+    early: Any = mix(weights)
+    if late is None:
+        return early.__getitem__
+    after: Any = mix(late.weights)
+    taken = {number: 0 for number, share in enumerate(late.weights) if share and not weights[number]}
+    row = late.row
+    while len(taken) < len(weights) and any(share and number not in taken for number, share in enumerate(weights)):
+        number, n = early[row]
+        taken.setdefault(number, n)
+        row += 1
+
+    def position(i: int) -> Position:
+        if i < late.row:
+            return early[i]
+        number, n = after[i - late.row]
+        return number, taken[number] + n
+
+    return position
+
+
 def batches_by_step(
-    sources: Sequence[Prepared], *, batch_size: int, seed: int, weights: Sequence[float] = (), here: range | None = None
+    sources: Sequence[Prepared],
+    *,
+    batch_size: int,
+    seed: int,
+    weights: Sequence[float] = (),
+    late: Late | None = None,
+    here: range | None = None,
 ) -> Batches:
     """Batches k = 0, 1, ... of the training rows; of each, the rows `here`, by default all.
 
     Each source is shuffled by seed, anew in each pass; sources are mixed by weight (default: by their rows). Row i of
     batch k is row k * batch_size + i of that endless stream.
+
+    Args:
+        late: other weights from a row of the stream on.
     """
     rows = [_Rows(source) for source in sources]
-    streams, shares = [], []
-    for number, weight in enumerate(weights or [one.index["rows"] for one in sources]):
-        if weight:
-            places = grain.MapDataset.range(len(rows[number])).map(lambda row, number=number: (number, int(row)))
-            streams.append(places.shuffle(seed=seed + number).repeat())
-            shares.append(float(weight))
-    # Any: to Grain a row may also be None, what a filter left out; nothing filters here.
-    stream: Any = grain.MapDataset.mix(streams, weights=shares) if len(streams) > 1 else streams[0]
+    # Any: to Grain an element may also be None, what a filter left out; nothing filters here.
+    order: list[Any] = [
+        grain.MapDataset.range(len(source)).shuffle(seed=seed + number).repeat() for number, source in enumerate(rows)
+    ]
+    position = interleave(weights or [source.index["rows"] for source in sources], late)
     mine = here or range(batch_size)
 
-    def places_of(k: int) -> list[tuple[int, int]]:
-        return [stream[k * batch_size + i] for i in range(batch_size)]
+    def places_of(k: int) -> list[Position]:
+        positions = [position(k * batch_size + i) for i in range(batch_size)]
+        return [(number, int(order[number][n])) for number, n in positions]
 
     def batch(k: int) -> Batch:
         return to_batch([rows[number][i] for number, i in places_of(k)[mine.start : mine.stop]])
@@ -88,14 +144,18 @@ def batches_by_step(
 
 
 def batches_once(
-    sources: Sequence[Prepared], *, batch_size: int, most: int = 0, here: range | None = None
+    source: Prepared, rows: Sequence[int] | None = None, *, batch_size: int, here: range | None = None
 ) -> Iterator[Batch]:
-    """All held-out rows once, in order (`most` evenly spread ones if not 0); the last batch is filled with empty rows,
-    whose weights are 0, so that every shape is the same and no row counts twice."""
-    rows = evenly([(source, i) for source in map(_Rows, sources) for i in range(len(source))], most)
-    mine = here or range(batch_size)
-    length = sources[0].index["context"]
-    empty = np.zeros((FIELDS, length), np.int32)
-    for start in range(0, len(rows), batch_size):
-        chosen = [rows[start + i] if start + i < len(rows) else None for i in mine]
-        yield to_batch([entry[0][entry[1]] if entry else empty for entry in chosen])
+    """Held-out rows once, in order; the last batch is filled with empty rows, whose weights are 0, so that every shape
+    is the same and no row counts twice.
+
+    Args:
+        rows: which of them; by default all.
+        here: the rows of each batch that this host makes, by default all.
+    """
+    reader, mine = _Rows(source), here or range(batch_size)
+    chosen = range(len(reader)) if rows is None else rows
+    empty = np.zeros((FIELDS, source.index["context"]), np.int32)
+    for start in range(0, len(chosen), batch_size):
+        batch = chosen[start : start + batch_size]
+        yield to_batch([reader[batch[i]] if i < len(batch) else empty for i in mine])

@@ -40,11 +40,12 @@ from jaxstages.data.shards import (
     shard_file,
     shards_of,
     where_file,
+    write_examples,
     write_gone,
     write_shard,
 )
 from jaxstages.data.sources import Item, Source
-from jaxstages.data.tasks import Question, make_task
+from jaxstages.data.tasks import Example, Question, make_task
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.disk import hold, make_folder, read_json, write_json, write_text
 
@@ -157,6 +158,34 @@ def prepare(
             manifest.seal(folder)
     _check(folder, source)
     return _usable(Prepared(folder, read_json(folder / "index.json")), config)
+
+
+def generated_folder(cache: Path, key: list[Any]) -> Path:
+    """Where rows lie that no source gives, but a model."""
+    return _folder(cache, [VERSION, "generated", *key])
+
+
+def write_generated(folder: Path, name: str, examples: list[Example], tokenizer: Tokenizer, context: int) -> None:
+    """Pack what a model has generated into a cache, in one shard."""
+    form = Form("train", DataConfig(task="lm"), tokenizer, context)
+    empty = {"bad": 0, "bad_named": [], "cut_examples": 0, "cut_tokens": 0, "questions": []}
+    places = [f"{name}:{number}" for number in range(1, len(examples) + 1)]
+    with hold(folder.with_suffix(".lock"), wait=True):
+        make_folder(folder)
+        write_examples(folder, 0, examples, places, form, empty | {"records": len(examples)})
+        write_json(folder / "index.json", _summarise(folder, 1, name, form))
+        manifest.seal(folder)
+
+
+def open_prepared(folder: Path) -> Prepared | None:
+    """The cache in a folder, or None if it is not whole. Raises ValueError where it is damaged."""
+    if not (folder / manifest.MANIFEST).exists():
+        return None
+    try:
+        manifest.check(folder, HASH_UP_TO)
+    except manifest.Damaged as error:
+        raise ValueError(f"{error}; remove {folder}, and it is made again") from error
+    return Prepared(folder, read_json(folder / "index.json"))
 
 
 def find_gone(source: Source, config: DataConfig, cache: Path, engine: Engine | None = None) -> Path | None:

@@ -16,7 +16,7 @@ from jaxstages.config import DataConfig
 from jaxstages.data.clean import MOST_BYTES, REMOVED, clean_item, cleans, compared, size_of
 from jaxstages.data.packing import pack
 from jaxstages.data.sources import Item, Part, Source
-from jaxstages.data.tasks import Task, asks, is_held_out
+from jaxstages.data.tasks import Example, Task, asks, is_held_out
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.disk import put, write_json, write_text
 
@@ -176,6 +176,28 @@ def write_shard(folder: Path, shard: int, items: list[Item], task: Task, form: F
     encoded = task.finish([draft for _, draft in kept])
     examples = [example for one in encoded for example in one.examples]
     places = [where for (where, _), one in zip(kept, encoded, strict=True) for _ in one.examples]
+    statistics: dict[str, Any] = {
+        "records": len(items),
+        "bad": len(bad),
+        "bad_named": bad[:MOST_NAMED],
+        "cut_examples": sum(one.lost > 0 for one in encoded),
+        "cut_tokens": sum(one.lost for one in encoded),
+        "questions": [one.question for one in encoded if one.question is not None],
+    }
+    if cleans(form.config):
+        statistics["removed"] = {reason: sum(item.removed == reason for item in items) for reason in REMOVED}
+    write_examples(folder, shard, examples, places, form, statistics)
+
+
+def write_examples(
+    folder: Path, shard: int, examples: list[Example], places: list[str], form: Form, statistics: dict[str, Any]
+) -> None:
+    """Pack examples into the rows of a shard.
+
+    Args:
+        places: where each example comes from.
+        statistics: what the shard's JSON says beside the counts of examples, rows and tokens.
+    """
     rows, groups = pack(examples, form.context)
     fresh = rows_file(folder, shard).with_suffix(".tmp")
     writer = ArrayRecordWriter(str(fresh), "group_size:1")  # one record a group: read at random places
@@ -188,21 +210,9 @@ def write_shard(folder: Path, shard: int, items: list[Item], task: Task, form: F
     weights = np.concatenate([np.zeros(0), *(example.weights[1:] for example in examples)])
     counts = np.bincount(targets, weights, minlength=form.tokenizer.vocab_size)
     save_array(counts_file(folder, shard), counts)
-    statistics: dict[str, Any] = {
-        "records": len(items),
-        "bad": len(bad),
-        "bad_named": bad[:MOST_NAMED],
-        "examples": len(examples),
-        "rows": len(rows),
-        "tokens": sum(len(example.ids) - 1 for example in examples),
-        "scored": float(counts.sum()),
-        "cut_examples": sum(one.lost > 0 for one in encoded),
-        "cut_tokens": sum(one.lost for one in encoded),
-        "questions": [one.question for one in encoded if one.question is not None],
-    }
-    if cleans(form.config):
-        statistics["removed"] = {reason: sum(item.removed == reason for item in items) for reason in REMOVED}
-    write_json(shard_file(folder, shard), statistics)
+    tokens = sum(len(example.ids) - 1 for example in examples)
+    sizes = {"examples": len(examples), "rows": len(rows), "tokens": tokens, "scored": float(counts.sum())}
+    write_json(shard_file(folder, shard), statistics | sizes)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

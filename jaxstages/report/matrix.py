@@ -48,7 +48,7 @@ def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
     for name in recipes.stages(recipe):
         finished(workdir / name)
     benches = {name: open_workbench(recipe, name, workdir) for name in recipes.stages(recipe)}
-    evaluates = {name: make_evaluate(bench) for name, bench in benches.items()}
+    evaluates = {name: make_evaluate(bench, bench.sets[:1]) for name, bench in benches.items()}
     columns = [f"{name}/{metric}" for name, bench in benches.items() for metric in columns_of(bench)]
     values, signatures, answers = [], set(), {}
     rows = benches
