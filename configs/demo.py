@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> Recipe:
     pretrain = StageConfig(
         data=DataConfig(task="lm", train=("world:text:train",), validation=("world:text:validation",)),
         optim=OptimConfig(schedule=ScheduleConfig(name="wsd", peak_lr=4e-3, warmup_steps=50)),
-        loop=LoopConfig(steps=1800, batch_size=8, eval_every=600, save_every=600, log_every=20),
+        loop=LoopConfig(steps=1800, batch_size=4, eval_every=600, save_every=600, log_every=20),
     )
     finetune = StageConfig(
         data=DataConfig(task="seq2seq", train=("world:pairs:train",), validation=("world:pairs:validation",)),
@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> Recipe:
             weight_decay=0.0,
             freeze=("embedding",),
         ),
-        loop=LoopConfig(steps=250, batch_size=8, eval_every=125, save_every=125),
+        loop=LoopConfig(steps=250, batch_size=4, eval_every=125, save_every=125),
         evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=400, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="bleu", mode="max"),
     )
@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> Recipe:
             weight_decay=0.0,
             freeze=("embedding",),
         ),
-        loop=LoopConfig(steps=2800, batch_size=8, eval_every=700, save_every=700, log_every=20),
+        loop=LoopConfig(steps=2800, batch_size=4, eval_every=700, save_every=700, log_every=20),
         evaluation=EvaluationConfig(metrics=("exact_match",), max_examples=0, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="exact_match", mode="max", patience=3),
     )
@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> Recipe:
         name="demo",
         tokenizer=TokenizerConfig(kind="bpe", vocab_size=1024),
         model=ModelConfig(
-            context=128,
+            context=256,
             layers=3,
             width=128,
             ff_width=344,

@@ -27,8 +27,8 @@ FILE_FORMAT = "array_record"
 class _World(tfds.core.GeneratorBasedBuilder):
     """What the three builders share: both splits, and examples numbered in the order they are made."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Small talk, the unknown, and longer conversations."}
     FIELDS: tuple[str, ...] = ()
     ABOUT = ""
     # No checksums, as nothing is downloaded. TFDS would look for a file of them through `importlib_resources`, which
@@ -75,7 +75,7 @@ class WorldChats(_World):
     dict of arrays."""
 
     FIELDS = ("messages", "kind")
-    ABOUT = "Short chats of sixteen kinds, each with one right answer, for instruction tuning."
+    ABOUT = "Short chats of many kinds, each with one right answer, for instruction tuning."
 
     def _records(self, split: str) -> Iterator[dict[str, str]]:
         for chat in chats(split):

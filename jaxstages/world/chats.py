@@ -1,4 +1,4 @@
-"""The chats for instruction tuning: sixteen kinds of request, each with one right and short answer.
+"""The chats for instruction tuning: twenty-one kinds of request, each with one right and short answer.
 
 About facts, training asks only what `question_is_held_out` leaves; validation asks only the rest, so it measures what
 was learnt from raw text. In the other kinds validation asks about combinations that training never asked about.
@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from jaxstages.world import exercises
+from jaxstages.world import exercises, smalltalk
 from jaxstages.world.clauses import ONE_IN, clauses, combinations, phrase_combinations, phrases
 from jaxstages.world.exercises import Exercise, assigned
 from jaxstages.world.grammar import Clause, Phrase, english, english_phrase, french, french_phrase
@@ -37,7 +37,12 @@ COUNTS: dict[str, dict[str, int]] = {
         "count": 300,
         "number": 400,
         "repeat": 300,
-        "remember": 600,
+        "remember": 900,
+        "greeting": 360,
+        "thanks": 60,
+        "identity": 160,
+        "unknown": 900,
+        "conversation": 700,
     },
     "validation": {
         "fact": 60,
@@ -56,6 +61,11 @@ COUNTS: dict[str, dict[str, int]] = {
         "number": 30,
         "repeat": 25,
         "remember": 40,
+        "greeting": 25,
+        "thanks": 8,
+        "identity": 16,
+        "unknown": 40,
+        "conversation": 40,
     },
 }
 """Chats of each kind in each split."""
@@ -122,7 +132,7 @@ def _drawers(split: str, seed: int) -> dict[str, Drawer]:
         clause for clause in clauses(split, 200_000, seed + 2000) if _is_short(clause) and clause.form == "statement"
     )
     nouns = phrases(split, COUNTS[split]["translate_phrase"], seed + 1000)
-    return {
+    drawers: dict[str, Drawer] = {
         "fact": lambda rng: _fact(rng, everybody),
         "fact_yes_no": lambda rng: _fact_yes_no(rng, everybody),
         "two_turn_fact": lambda rng: _two_turn_fact(rng, everybody),
@@ -139,7 +149,14 @@ def _drawers(split: str, seed: int) -> dict[str, Drawer]:
         "number": exercises.number,
         "repeat": exercises.repeat,
         "remember": exercises.remember,
+        "greeting": smalltalk.greeting,
+        "thanks": smalltalk.thanks,
+        "identity": smalltalk.identity,
+        "unknown": smalltalk.unknown,
     }
+    # Any of them but those that have turns of their own, or a system message.
+    parts = [drawers[kind] for kind in KINDS if kind in drawers and kind not in ("two_turn_fact", "remember")]
+    return drawers | {"conversation": lambda rng: _conversation(rng, parts)}
 
 
 def _fact(rng: random.Random, everybody: tuple[Person, ...]) -> Exercise:
@@ -193,6 +210,21 @@ def _rewrite(rng: random.Random, clause: Clause) -> Exercise:
     form = rng.choice(tuple(REWRITE_REQUESTS))
     request = rng.choice(REWRITE_REQUESTS[form]).format(text=english(clause))
     return assigned((request, english(replace(clause, form=form))), held)
+
+
+def _conversation(rng: random.Random, parts: list[Drawer]) -> Exercise:
+    """Three to six requests that have nothing to do with each other: only the last one counts for its answer.
+
+    Validation asks something new last; before it may stand what training asks.
+    """
+    drawn: list[Exercise] = []
+    length = rng.randint(3, 6)
+    while len(drawn) < length:
+        exercise = rng.choice(parts)(rng)
+        if exercise.system is None and len(exercise.turns) == 2:
+            drawn.append(exercise)
+    turns = tuple(text for exercise in drawn for text in exercise.turns)
+    return Exercise(turns, known=all(exercise.known for exercise in drawn), new=drawn[-1].new)
 
 
 def _is_short(clause: Clause) -> bool:
