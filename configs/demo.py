@@ -25,28 +25,21 @@ def get_config(variant: str = "") -> Recipe:
     pretrain = StageConfig(
         data=DataConfig(task="lm", train=("world:text:train",), validation=("world:text:validation",)),
         optim=OptimConfig(schedule=ScheduleConfig(name="wsd", peak_lr=4e-3, warmup_steps=50)),
-        loop=LoopConfig(steps=1800, batch_size=4, eval_every=600, save_every=600, log_every=20),
+        loop=LoopConfig(steps=1300, batch_size=4, eval_every=650, save_every=650, log_every=20),
     )
     finetune = StageConfig(
         data=DataConfig(task="seq2seq", train=("world:pairs:train",), validation=("world:pairs:validation",)),
-        # What pretraining taught of words lies in the embedding: it stays, and the later stages forget less.
-        optim=OptimConfig(
-            schedule=ScheduleConfig(name="cosine", peak_lr=2.5e-3, warmup_steps=20),
-            weight_decay=0.0,
-            freeze=("embedding",),
-        ),
+        replay=(("pretrain", 0.15),),
+        optim=OptimConfig(schedule=ScheduleConfig(name="cosine", peak_lr=2.5e-3, warmup_steps=20), weight_decay=0.0),
         loop=LoopConfig(steps=250, batch_size=4, eval_every=125, save_every=125),
         evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=400, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="bleu", mode="max"),
     )
     instruct = StageConfig(
         data=DataConfig(task="chat", train=("world:chats:train",), validation=("world:chats:validation",)),
-        optim=OptimConfig(
-            schedule=ScheduleConfig(name="cosine", peak_lr=3e-3, warmup_steps=20),
-            weight_decay=0.0,
-            freeze=("embedding",),
-        ),
-        loop=LoopConfig(steps=2800, batch_size=4, eval_every=700, save_every=700, log_every=20),
+        replay=(("pretrain", 0.15), ("finetune", 0.15)),
+        optim=OptimConfig(schedule=ScheduleConfig(name="cosine", peak_lr=3e-3, warmup_steps=20), weight_decay=0.0),
+        loop=LoopConfig(steps=2000, batch_size=4, eval_every=500, save_every=500, log_every=20),
         evaluation=EvaluationConfig(metrics=("exact_match",), max_examples=0, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="exact_match", mode="max", patience=3),
     )
@@ -76,9 +69,8 @@ def get_config(variant: str = "") -> Recipe:
             return recipe
         case "control":
             recipe.pretrain = recipe.instruct = None
-            finetune.init_from = "scratch"
-            # From scratch there is nothing to keep: all of it learns, at the better of the rates tried (2e-3, 4e-3).
-            finetune.optim.freeze = ()
+            finetune.init_from, finetune.replay = "scratch", ()
+            # The better of the rates tried from scratch (2e-3, 4e-3).
             finetune.optim.schedule.peak_lr = 2e-3
             return recipe
         case _:

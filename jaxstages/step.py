@@ -147,7 +147,7 @@ def make_train_step(
             verdict["plateau_factor"] = factor
         averaged = state.average
         if average:
-            moved = applied * (1.0 - average_decay(average, state.step))
+            moved = jnp.where(applied, 1.0 - average_decay(average, state.step), 0.0)
             averaged = optax.incremental_update(params, averaged, moved)
         return TrainState(state.step + 1, params, opt_state, guard, averaged), sums | tokens | norms | verdict
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxstages.losses import cross_entropy_sums
+from jaxstages.losses import cross_entropy_sums, kl_sum
 from jaxstages.types import Headless
 
 
@@ -144,3 +144,29 @@ def test_memory_of_a_tile_does_not_grow_with_the_row() -> None:
     assert 128 * logits < temporary(128, 0) < 1.5 * 128 * logits  # powers, shares and gradient take their place
     assert temporary(128, 8) < 128 * logits / 4
     assert temporary(128, 8) - temporary(64, 8) < 64 * logits / 10
+
+
+def test_kl_is_that_of_float64_for_logits_hidden_states_and_tiles() -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, kept = (jax.random.normal(key, (2, 6, 5)) for key in keys[:2])
+    head, kept_head = (jax.random.normal(key, (7, 5)) for key in keys[2:])
+    weights = jnp.asarray([[1.0, 0.0, 2.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0, 0.5, 1.0]])
+    logits, reference = (
+        np.asarray(h, np.float64) @ np.asarray(w, np.float64).T for h, w in ((hidden, head), (kept, kept_head))
+    )
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (reference, logits))
+    expected = np.sum(np.asarray(weights, np.float64) * np.sum(p * np.log(p / q), -1))
+    ours, theirs = Headless(hidden, head), Headless(kept, kept_head)
+    for tile in (0, 1, 2, 4):
+        assert float(kl_sum(theirs, ours, weights, tile=tile)) == pytest.approx(expected, rel=1e-5)
+    assert float(kl_sum(theirs.logits(), ours.logits(), weights, tile=3)) == pytest.approx(expected, rel=1e-5)
+    assert float(kl_sum(ours, ours, weights)) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_gradient_of_kl_is_weight_times_the_difference_of_probabilities() -> None:
+    """By our logits: w * (q - p), Hinton et al. 2015. None reaches the reference."""
+    ours, theirs = (jax.random.normal(jax.random.key(seed), (1, 4, 6)) for seed in (0, 1))
+    weights = jnp.asarray([[1.0, 0.0, 2.0, 0.5]])
+    to_theirs, to_ours = jax.grad(lambda a, b: kl_sum(a, b, weights, tile=2), argnums=(0, 1))(theirs, ours)
+    np.testing.assert_allclose(to_ours, weights[..., None] * (jax.nn.softmax(ours) - jax.nn.softmax(theirs)), atol=1e-6)
+    assert not np.asarray(to_theirs).any()

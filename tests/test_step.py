@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxstages.config import OptimConfig
+from jaxstages.losses import kl_sum
 from jaxstages.optim import make_optimizer
 from jaxstages.step import init_state, make_eval_step, make_train_step
 from jaxstages.types import Batch, Params, TrainState
@@ -98,3 +99,63 @@ def test_eval_step_counts_bytes_of_scored_tokens_only() -> None:
     sizes = np.arange(VOCAB).astype(np.float32)
     sums = jax.jit(make_eval_step(bigram, jnp.asarray(sizes)))(start(sgd()).params, batch)
     np.testing.assert_allclose(sums["bytes"], sizes[batch.targets_BL][np.asarray(batch.weights_BL) > 0].sum())
+
+
+def kl_to(table: jax.Array):
+    """The anchor of a bigram table: KL(table || model) over a batch."""
+
+    def penalty(params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
+        return kl_sum(table[batch.tokens_BL], bigram(params, batch, key), batch.weights_BL)
+
+    return penalty
+
+
+def test_an_anchor_adds_the_gradient_of_its_mean() -> None:
+    """The loss is divided by the weight of the batch, the penalty by that of the rows that it is taken on."""
+    tx, batch, rows = sgd(), mixed_batch(), mixed_batch(4)
+    state, kept = start(tx), jax.random.normal(jax.random.key(1), (VOCAB, VOCAB))
+
+    def objective(table: jax.Array) -> jax.Array:
+        nll = optax.softmax_cross_entropy_with_integer_labels(table[batch.tokens_BL], jnp.asarray(batch.targets_BL))
+        mean = jnp.sum(nll * batch.weights_BL) / jnp.sum(batch.weights_BL)
+        p = jax.nn.log_softmax(kept[rows.tokens_BL])
+        kl = jnp.sum(jnp.exp(p) * (p - jax.nn.log_softmax(table[rows.tokens_BL])), -1)
+        return mean + 0.7 * jnp.sum(kl * rows.weights_BL) / jnp.sum(rows.weights_BL)
+
+    expected = state.params["table"] - 0.5 * jax.grad(objective)(state.params["table"])
+    for accumulate in (1, 2, 4):
+        step = make_train_step(bigram, tx, anchor=kl_to(kept), anchor_weight=0.7, accumulate=accumulate)
+        after, sums = jax.jit(step)(state, batch, rows)
+        np.testing.assert_allclose(after.params["table"], expected, atol=1e-6)
+        plain = jax.jit(make_train_step(bigram, tx))(state, batch)[1]
+        np.testing.assert_allclose(sums["nll"], plain["nll"], rtol=1e-5)
+        assert float(sums["anchor"]) > 0
+
+
+def test_an_anchor_of_weight_0_changes_no_bit() -> None:
+    tx = sgd()
+    kept = jax.random.normal(jax.random.key(1), (VOCAB, VOCAB))
+    anchored = jax.jit(make_train_step(bigram, tx, anchor=kl_to(kept), anchor_weight=0.0))
+    plain = jax.jit(make_train_step(bigram, tx))
+    states = [start(tx), start(tx)]
+    for _ in range(3):
+        states = [anchored(states[0], mixed_batch(), mixed_batch(4))[0], plain(states[1], mixed_batch())[0]]
+    assert (np.asarray(states[0].params["table"]) == np.asarray(states[1].params["table"])).all()
+
+
+def test_the_average_forgets_its_start_and_skipped_steps_leave_it() -> None:
+    """At step t the decay is the smaller of the recipe's and (1 + t) / (10 + t)."""
+    tx, decay = sgd(), 0.2
+    step = jax.jit(make_train_step(bigram, tx, average=decay))
+    table = start(tx).params["table"]
+    state = init_state({"table": table}, tx, average=True)
+    expected = np.asarray(table, np.float64)
+    for t in range(4):
+        state, _ = step(state, mixed_batch())
+        d = min(decay, (1 + t) / (10 + t))
+        expected = d * expected + (1 - d) * np.asarray(state.params["table"], np.float64)
+        np.testing.assert_allclose(state.average["table"], expected, rtol=1e-5)
+    bad = mixed_batch()._replace(weights_BL=mixed_batch().weights_BL * jnp.nan)
+    after, sums = step(state, bad)
+    assert not float(sums["applied"])
+    assert (np.asarray(after.average["table"]) == np.asarray(state.average["table"])).all()

@@ -67,11 +67,11 @@ Position = tuple[int, int]
 def interleave(weights: Sequence[float], late: Late | None = None) -> Callable[[int], Position]:
     """`position(i)`: which source gives row i of an endless stream, and its how-manieth row that is.
 
-    Among the first n rows, source j has `n * weights[j] / sum(weights)`, to within a row or so. A source goes on where
-    it was when the weights change.
+    Among the first n rows, source j has `n * weights[j] / sum(weights)`, to within as many rows as there are sources.
+    The order is Grain's. A source goes on where it was when the weights change:
 
-    | weights (1, 2)               | sources of rows 0, 1, ...: 1 0 1 1 0 1 ... (the order is Grain's)   |
-    | and (1, 0) from row 6 on     | 1 0 1 1 0 1 0 0 0 ..., the first row of the last three is 0's third |
+    | row                              | 0     1     2     3     4     5     6     7     8     |
+    | weights (1, 2), all from 0 later | (0,0) (1,0) (1,1) (0,1) (1,2) (1,3) (0,2) (0,3) (0,4) |
     """
 
     def endless(number: int) -> Any:

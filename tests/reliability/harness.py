@@ -21,7 +21,7 @@ import pytest
 from jaxstages import config as recipes
 from jaxstages import workbench
 from jaxstages.checkpoint import read_meta, steps_of
-from jaxstages.config import EarlyStoppingConfig, Recipe
+from jaxstages.config import AnchorConfig, EarlyStoppingConfig, Recipe
 from jaxstages.disk import read_json
 from jaxstages.metrics import read_metrics
 from jaxstages.sharding import make_mesh
@@ -40,7 +40,8 @@ SAVE_EVERY = 3
 
 
 def make_recipe(home: Path) -> Recipe:
-    """Three stages with accumulation, a mixture, packing, several epochs, and early stopping on its way."""
+    """Three stages with accumulation, a mixture, packing, several epochs, and early stopping on its way; the second
+    with an anchor, the third with an average, both with replay."""
     if not (home / "data").exists():
         write_data(home / "data")
         text = (home / "data" / "text.jsonl").read_text().replace("colour", "color")
@@ -53,6 +54,10 @@ def make_recipe(home: Path) -> Recipe:
         stage.evaluation.metrics = ()
     recipe.pretrain.data.train = (*recipe.pretrain.data.train, str(home / "data" / "text2.jsonl"))
     recipe.pretrain.data.weights = (0.7, 0.3)
+    recipe.finetune.replay = (("pretrain", 0.2),)
+    recipe.finetune.anchor = AnchorConfig(weight=0.5, texts=6, batch_size=16)
+    recipe.instruct.replay = (("pretrain", 0.1), ("finetune", 0.2))
+    recipe.instruct.optim.average = 0.9
     # The best of the first evaluation stays the best: the stage stops at step 12, its third.
     recipe.instruct.early_stopping = EarlyStoppingConfig(metric="loss", patience=2, min_delta=1e6)
     recipe.instruct.loop.steps = 20

@@ -181,7 +181,7 @@ class Signals:
         self._stop = Stop()
         yield self._stop
 
-    def _make_evaluate(self, bench: Any, between: Callable[[], None]) -> Any:
+    def _make_evaluate(self, bench: Any, *, between: Callable[[], None]) -> Any:
         evaluation, batch = -1, 0
 
         def counted() -> None:
@@ -190,7 +190,7 @@ class Signals:
             batch += 1
             between()
 
-        evaluate = make_evaluate(bench, counted)
+        evaluate = make_evaluate(bench, between=counted)
 
         def one(params: Params, scores: bool) -> Report:
             nonlocal evaluation, batch
