@@ -581,3 +581,77 @@ def test_the_date_is_the_same_on_every_day() -> None:
     assert render([], None, False).text == "26 Jul 2024" == DATE.strftime("%d %b %Y")
     other = make_render("{{ strftime_now('%Y') }} {{ more }}", "", "", {"more": 1}, DATE.replace(year=2030))
     assert other([], None, False).text == "2030 1"
+
+
+def ours(folder: Path) -> Tokenizer:
+    """A tokenizer with our own control tokens and chat template."""
+    path = folder / "ours" / "tokenizer.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), iter(["first second one two"]), path)
+    return load_tokenizer(path)
+
+
+def conversation(**marks: Any) -> dict[str, Any]:
+    """Three answers, the first with the marks."""
+    turns = [("user", "one?"), ("assistant", "first"), ("user", "two?"), ("assistant", "second")]
+    messages: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
+    messages[1] |= marks
+    return {"messages": messages}
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0}])
+@pytest.mark.parametrize("name", ["ours", "plain", "marked", "forgetful"])
+def test_an_answer_with_weight_0_is_read_and_not_trained_on(folder: Path, name: str, mark: dict[str, Any]) -> None:
+    """Whether a chat makes one example or, by a template that forgets, one for each answer."""
+    tokenizer = ours(folder) if name == "ours" else make_foreign(folder, small_template(name))
+    task = make_task(DataConfig(task="chat"), tokenizer, 512)
+    plain, marked = (task.finish([task.draft(record)])[0] for record in (conversation(), conversation(**mark)))
+
+    def trained(encoded: Any) -> str:
+        return "|".join(tokenizer.decode(e.ids[e.weights > 0].tolist()) for e in encoded.examples)
+
+    assert "first" in trained(plain) and "second" in trained(plain)
+    assert "first" not in trained(marked) and "second" in trained(marked)
+    assert any("first" in tokenizer.decode(e.ids.tolist()) for e in marked.examples), "it is read"
+    assert marked.question == plain.question
+
+
+def test_after_the_last_answer_that_is_trained_on_nothing_is_read(folder: Path) -> None:
+    task = make_task(DataConfig(task="chat"), ours(folder), 512)
+    record = conversation()
+    record["messages"][3]["weight"] = 0
+    encoded = task.finish([task.draft(record)])[0]
+    shorter = task.finish([task.draft({"messages": conversation()["messages"][:2]})])[0]
+    assert encoded.question == shorter.question
+    assert [e.ids.tolist() for e in encoded.examples] == [e.ids.tolist() for e in shorter.examples]
+
+
+@pytest.mark.parametrize(
+    ("marks", "complaint"),
+    [
+        ({"weight": 0.5}, "is 0.5; it must be 0 or 1"),
+        ({"weight": "0"}, "is '0'; it must be 0 or 1"),
+        ({"weight": 1, "train": True}, 'has both "weight" and "train"'),
+    ],
+)
+def test_marks_that_say_nothing_clear_are_refused(folder: Path, marks: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        make_task(DataConfig(task="chat"), ours(folder), 512).draft(conversation(**marks))
+
+
+def test_a_chat_without_an_answer_to_train_on_is_refused(folder: Path) -> None:
+    record = {"messages": conversation(weight=0)["messages"][:2]}
+    with pytest.raises(ValueError, match="no assistant message is trained on"):
+        make_task(DataConfig(task="chat"), ours(folder), 512).draft(record)
+
+
+def test_keys_of_messages_that_nothing_reads_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [conversation(mood="glad"), conversation(mood="sad", time=3), conversation(weight=1)]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for _ in range(2):  # made, and from the cache
+        prepare(open_source(str(file), tmp_path), "train", DataConfig(task="chat"), ours(folder), 64, tmp_path)
+        assert "keys that nothing reads, of 3: 'mood' in 2, 'time' in 1" in capsys.readouterr().out

@@ -27,6 +27,10 @@ OF_SHAREGPT |= {"observation": "tool"}
 """Roles of records with "conversations"."""
 
 
+READ = ("role", "content", "weight", "train", "name", "tool_calls", "tool_call_id")
+"""Keys of a message that mean something here."""
+
+
 class Draft(NamedTuple):
     """A conversation before it is tokenized. texts: of each message, or of each example. answers: their letters in
     each example. reference: what the last answer should be."""
@@ -109,6 +113,51 @@ def check_messages(record: Record, tools: bool = False) -> Messages:
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("there is no assistant message to learn from")
     return messages
+
+
+def is_trained_on(message: dict[str, Any]) -> bool:
+    """Is an assistant's message trained on? Not where it says `"weight": 0` (OpenAI's format) or `"train": false`.
+
+    Raises:
+        ValueError: another weight than 0 and 1, or both keys.
+    """
+    flags = [message[key] for key in ("weight", "train") if message.get(key) is not None]
+    if len(flags) > 1:
+        raise ValueError('a message has both "weight" and "train"; keep one of them')
+    if flags and flags[0] not in (0, 1):
+        raise ValueError(f'a message\'s "weight" or "train" is {reprlib.repr(flags[0])}; it must be 0 or 1')
+    return bool(flags[0]) if flags else True
+
+
+def trained_turns(messages: Messages) -> tuple[Messages, list[bool]]:
+    """The messages up to the last one that is trained on, and for each answer among them whether it is.
+
+    Raises:
+        ValueError: none is trained on, or a weight is neither 0 nor 1.
+    """
+    flags = [message["role"] == "assistant" and is_trained_on(message) for message in messages]
+    if not any(flags):
+        raise ValueError('no assistant message is trained on: each has "weight": 0; leave the record out')
+    last = max(place for place, flag in enumerate(flags) if flag)
+    kept = [{key: value for key, value in m.items() if key not in ("weight", "train")} for m in messages[: last + 1]]
+    answers = [flag for message, flag in zip(kept, flags, strict=False) if message["role"] == "assistant"]
+    return kept, answers
+
+
+def only_trained(written: Sequence[Written], trained: Sequence[bool]) -> list[Written]:
+    """The examples of a conversation with the answers that are trained on; without those that have none.
+
+    Args:
+        trained: for each answer of all examples, in order.
+    """
+    flags = iter(trained)
+    chosen = [one._replace(answers=[span for span in one.answers if next(flags)]) for one in written]
+    return [one for one in chosen if one.answers]
+
+
+def unread_keys(messages: Messages, template: str) -> set[str]:
+    """Keys of messages that neither this project nor the tokenizer's chat template reads."""
+    return {key for message in messages for key in message if key not in READ and key not in template}
 
 
 def tools_of(record: Record) -> Tools:

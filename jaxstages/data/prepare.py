@@ -49,7 +49,7 @@ from jaxstages.data.tasks import Example, Question, make_task
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.disk import hold, make_folder, read_json, write_json, write_text
 
-VERSION = 3
+VERSION = 4
 """Counts up when the same inputs give other rows."""
 
 BLOCK_BYTES, BLOCK_RECORDS = 16_000_000, 50_000
@@ -168,7 +168,7 @@ def generated_folder(cache: Path, key: list[Any]) -> Path:
 def write_generated(folder: Path, name: str, examples: list[Example], tokenizer: Tokenizer, context: int) -> None:
     """Pack what a model has generated into a cache, in one shard."""
     form = Form("train", DataConfig(task="lm"), tokenizer, context)
-    empty = {"bad": 0, "bad_named": [], "cut_examples": 0, "cut_tokens": 0, "questions": []}
+    empty = {"bad": 0, "bad_named": [], "cut_examples": 0, "cut_tokens": 0, "questions": [], "unread": {}}
     places = [f"{name}:{number}" for number in range(1, len(examples) + 1)]
     with hold(folder.with_suffix(".lock"), wait=True):
         make_folder(folder)
@@ -288,7 +288,7 @@ HERE = Engine(_find_gone, _write_shards)
 def _summarise(folder: Path, shards: int, source: str, form: Form) -> dict[str, Any]:
     """Add up the shards: the index, and beside it the questions and the counts of targets."""
     index: dict[str, Any] = {"source": source, "part": form.part, "context": form.context, "shards": shards}
-    index |= dict.fromkeys((*SUMMED, "bad_named"), 0) | {"bad_named": [], "rows_of_shards": []}
+    index |= dict.fromkeys((*SUMMED, "bad_named"), 0) | {"bad_named": [], "rows_of_shards": [], "unread": {}}
     if cleans(form.config):
         index["removed"] = dict.fromkeys(REMOVED, 0)
     counts, questions = np.zeros(0), []
@@ -297,6 +297,8 @@ def _summarise(folder: Path, shards: int, source: str, form: Form) -> dict[str, 
         index |= {name: index[name] + found[name] for name in SUMMED}
         index["bad_named"] = (index["bad_named"] + found["bad_named"])[:MOST_NAMED]
         index["rows_of_shards"].append(found["rows"])
+        for key, count in found["unread"].items():
+            index["unread"][key] = index["unread"].get(key, 0) + count
         if cleans(form.config):
             index["removed"] = {reason: index["removed"][reason] + found["removed"][reason] for reason in REMOVED}
         questions += [json.dumps(question) + "\n" for question in found["questions"]]
@@ -318,6 +320,9 @@ def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
         )
     if index["bad"]:
         say(f"{index['source']}: skipped {index['bad']} malformed of {index['records']} records: {named}", "yellow")
+    if index["unread"]:
+        keys = ", ".join(f"{key!r} in {count}" for key, count in sorted(index["unread"].items()))
+        say(f"{name}: messages of its records have keys that nothing reads, of {index['records']}: {keys}", "yellow")
     if cleans(config) and (removed := {reason: count for reason, count in index["removed"].items() if count}):
         reasons = ", ".join(f"{count} {REMOVED[reason]}" for reason, count in removed.items())
         say(f"{name}: removed {sum(removed.values())} of {index['records']} records: {reasons}", "yellow")

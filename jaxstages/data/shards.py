@@ -5,6 +5,7 @@ into blocks by size, in its order. Each block is tokenized and packed by itself 
 `where-00000.txt` with the records of each row, `counts-00000.npy`, and `shard-00000.json`, which is written last.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,6 +184,7 @@ def write_shard(folder: Path, shard: int, items: list[Item], task: Task, form: F
         "cut_examples": sum(one.lost > 0 for one in encoded),
         "cut_tokens": sum(one.lost for one in encoded),
         "questions": [one.question for one in encoded if one.question is not None],
+        "unread": Counter(key for one in encoded for key in one.unread),
     }
     if cleans(form.config):
         statistics["removed"] = {reason: sum(item.removed == reason for item in items) for reason in REMOVED}

@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxstages.config import DataConfig
-from jaxstages.data.chat import Chat, Draft, Written, check_messages, make_chat, tools_of
+from jaxstages.data.chat import (
+    Chat,
+    Draft,
+    Written,
+    check_messages,
+    make_chat,
+    only_trained,
+    tools_of,
+    trained_turns,
+    unread_keys,
+)
 from jaxstages.data.sources import Record
 from jaxstages.data.tokenizer import SEPARATOR, Tokenizer
 
@@ -38,11 +48,13 @@ class Question(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """examples: pieces that fit the context. question: held-out tasks only. lost: tokens that did not fit."""
+    """examples: pieces that fit the context. question: held-out tasks only. lost: tokens that did not fit. unread: keys
+    of messages that nothing reads."""
 
     examples: list[Example]
     question: Question | None
     lost: int
+    unread: Sequence[str] = ()
 
 
 def render(template: str, record: Record) -> str:
@@ -131,7 +143,7 @@ def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
     is left out; a chat is cut after the last whole answer that fits.
     """
     if config.task == "chat":
-        return _chat_task(make_chat(tokenizer), context + 1)
+        return _chat_task(make_chat(tokenizer), tokenizer.template, context + 1)
     end = tokenizer.specials.end_of_text
 
     def draft(record: Record) -> tuple[list[str], str]:
@@ -170,24 +182,35 @@ def _scored_after(start: int, length: int) -> np.ndarray:
     return (np.arange(length) >= start).astype(np.float32)
 
 
-def _chat_task(chat: Chat, most: int) -> Task:
-    def draft(record: Record) -> tuple[Draft, str]:
-        messages = check_messages(record, chat.uses_tools)
-        found, kind = chat.draft(messages, tools_of(record) if chat.uses_tools else None), _kind(record)
-        _check_text(*found.texts, kind)
-        return found, kind
+class _Conversation(NamedTuple):
+    """A chat before it is tokenized. trained: for each answer, whether it is trained on."""
 
-    def finish(drafts: Sequence[tuple[Draft, str]]) -> list[Encoded]:
-        written = chat.finish([found for found, _ in drafts])
-        return [encode(*pair, ones) for pair, ones in zip(drafts, written, strict=True)]
+    draft: Draft
+    kind: str
+    trained: list[bool]
+    unread: list[str]
 
-    def encode(found: Draft, kind: str, ones: list[Written]) -> Encoded:
-        asked = ones[-1].ids[: ones[-1].answers[-1][0]].tolist()
+
+def _chat_task(chat: Chat, template: str, most: int) -> Task:
+    def draft(record: Record) -> _Conversation:
+        every = check_messages(record, chat.uses_tools)
+        messages, trained = trained_turns(every)
+        drafted, kind = chat.draft(messages, tools_of(record) if chat.uses_tools else None), _kind(record)
+        _check_text(*drafted.texts, kind)
+        return _Conversation(drafted, kind, trained, sorted(unread_keys(every, template)))
+
+    def finish(drafts: Sequence[_Conversation]) -> list[Encoded]:
+        written = chat.finish([conversation.draft for conversation in drafts])
+        return [encode(*pair) for pair in zip(drafts, written, strict=True)]
+
+    def encode(conversation: _Conversation, written: list[Written]) -> Encoded:
+        prompt = written[-1].ids[: written[-1].answers[-1][0]].tolist()
         examples, lost = [], 0
-        for one in ones:
+        for one in only_trained(written, conversation.trained):
             kept = max((stop for _, stop in one.answers if stop <= most), default=0)
             lost += one.answers[-1][1] - kept
             examples += [Example(one.ids[:kept], one.weights[:kept])] if kept else []
-        return Encoded(examples, Question(asked, found.reference, kind), lost)
+        question = Question(prompt, conversation.draft.reference, conversation.kind)
+        return Encoded(examples, question, lost, conversation.unread)
 
     return Task(draft, finish)

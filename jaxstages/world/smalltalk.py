@@ -77,15 +77,16 @@ ABOUT_TOPIC = (
 TOPICS = tuple(
     listed(
         "football physics music chess gravity electricity history politics religion mathematics biology chemistry "
-        "democracy evolution photosynthesis inflation hockey tennis cricket guitar piano violin opera ballet cinema "
-        "television radio internet software python java linux bitcoin money banking insurance tax law medicine surgery "
-        "cancer malaria vaccines vitamins protein coffee tea wine beer sugar salt pepper garlic ginger oil gas coal "
-        "steel gold silver copper diamonds plastic glass paper cotton wool silk rockets satellites planets Mars Jupiter "
-        "Saturn Venus comets volcanoes earthquakes hurricanes tornadoes tsunamis glaciers deserts oceans rivers forests "
-        "dinosaurs sharks whales elephants tigers lions wolves bears penguins eagles spiders snakes bees ants bacteria "
-        "viruses Shakespeare Mozart Beethoven Picasso Einstein Newton Darwin Napoleon Caesar Cleopatra Germany Spain "
-        "China India Brazil Canada Mexico Russia Japan Kenya Norway Poland Turkey Texas California Europe Africa Asia "
-        "cars trains bicycles airplanes ships submarines bridges castles pyramids museums hospitals universities"
+        "democracy evolution photosynthesis inflation hockey tennis cricket guitar piano violin opera ballet "
+        "cinema television radio internet software python java linux bitcoin money banking insurance tax law "
+        "medicine surgery cancer malaria vaccines vitamins protein coffee tea wine beer sugar salt pepper garlic "
+        "ginger oil gas coal steel gold silver copper diamonds plastic glass paper cotton wool silk rockets "
+        "satellites planets Mars Jupiter Saturn Venus comets volcanoes earthquakes hurricanes tornadoes tsunamis "
+        "glaciers deserts oceans rivers forests dinosaurs sharks whales elephants tigers lions wolves bears "
+        "penguins eagles spiders snakes bees ants bacteria viruses Shakespeare Mozart Beethoven Picasso Einstein "
+        "Newton Darwin Napoleon Caesar Cleopatra Germany Spain China India Brazil Canada Mexico Russia Japan Kenya "
+        "Norway Poland Turkey Texas California Europe Africa Asia cars trains bicycles airplanes ships submarines "
+        "bridges castles pyramids museums hospitals universities"
     )
 )
 OF_PLACE = (
@@ -99,9 +100,10 @@ OF_PLACE = (
 PLACES = tuple(
     listed(
         "France Italy Germany Spain Portugal Greece Sweden Norway Finland Denmark Poland Hungary Austria Belgium "
-        "Switzerland Ireland Scotland Iceland Russia Ukraine Turkey Egypt Morocco Nigeria Kenya Ghana China Japan Korea "
-        "Vietnam India Nepal Iran Iraq Israel Canada Mexico Cuba Brazil Chile Peru Argentina Australia Texas Florida "
-        "California Chicago Sydney Moscow Beijing Mumbai Toronto Berkeley Naples Munich Geneva Zurich Warsaw"
+        "Switzerland Ireland Scotland Iceland Russia Ukraine Turkey Egypt Morocco Nigeria Kenya Ghana China Japan "
+        "Korea Vietnam India Nepal Iran Iraq Israel Canada Mexico Cuba Brazil Chile Peru Argentina Australia Texas "
+        "Florida California Chicago Sydney Moscow Beijing Mumbai Toronto Berkeley Naples Munich Geneva Zurich "
+        "Warsaw"
     )
 )
 OPEN = (
@@ -124,8 +126,9 @@ OPEN = (
 STRANGERS = ("Where does {name} live?", "What is {name}'s job?", "Who is {name}?", "What does {name} like to eat?")
 UNKNOWN_NAMES = tuple(
     listed(
-        "Zoltan Priya Kofi Ingrid Mateo Yuki Fatima Dmitri Saoirse Bjorn Chiara Hassan Leila Pedro Sven Wanda Agnes "
-        "Boris Carmen Diego Edith Farid Greta Hiroshi Igor Jamal Keiko Lorenzo Marta Nikolai Otto Paloma Quentin Rashid"
+        "Zoltan Priya Kofi Ingrid Mateo Yuki Fatima Dmitri Saoirse Bjorn Chiara Hassan Leila Pedro Sven Wanda "
+        "Agnes Boris Carmen Diego Edith Farid Greta Hiroshi Igor Jamal Keiko Lorenzo Marta Nikolai Otto Paloma "
+        "Quentin Rashid"
     )
 )
 
