@@ -13,14 +13,14 @@ from jaxstages.cluster import ENVIRONMENT
 from jaxstages.commands.answering import Manner
 from jaxstages.config import HELD, STAGES, Recipe
 
-USAGE = """The door: flags in, one command, an exit code out.
+USAGE = """Train a language model in three stages: pretrain, fine-tune, instruct.
 
 usage: jaxstages COMMAND --workdir=DIR [--config=FILE[:VARIANT]] [--config.FIELD=VALUE ...]
 
 commands:
   run        all stages of the recipe that are not done yet, then the stage matrix
   pretrain, finetune, instruct
-             one stage; started again, it resumes
+             one stage; started again, it resumes                                   [--lengthen]
   prepare    tokenizer and packed rows, made ahead of training                       [--beam_options]
   inspect    a decoded batch with its trained-on tokens in colour, packing, shares   [--stage]
   evaluate   held-out scores of a stage's best checkpoint, or the matrix of all      [--stage]
@@ -59,6 +59,9 @@ weights of others:
 
   --topology=KIND:GRID     v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1, cpu:8, or local (the default)
 
+  --lengthen               train a finished stage further, to the new --config.STAGE.loop.steps (or epochs, tokens);
+                           its schedule is then the one of the new length
+
 several processes, and faults:
   --coordinator=HOST:PORT, --process_count=N, --process_id=I
                            in training, one process of several: number 0 listens there for the others. Where they are
@@ -74,7 +77,8 @@ failed; 75 interrupted after a complete save, or a host was lost, start it again
 
 FLAGS_OF = {
     "prepare": ("beam_options",),
-    **dict.fromkeys(("run", *STAGES), ("debug_nans", *ENVIRONMENT)),
+    "run": ("debug_nans", *ENVIRONMENT),
+    **dict.fromkeys(STAGES, ("debug_nans", "lengthen", *ENVIRONMENT)),
     **dict.fromkeys(("inspect", "evaluate", "checkpoints"), ("stage",)),
     "generate": ("stage", "prompt", "prompts", "out", *Manner._fields),
     "chat": ("stage", *Manner._fields),
@@ -109,6 +113,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     flags.DEFINE_integer("process_count", None, "how many there are", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("process_id", None, "number of this one", flag_values=values, lower_bound=0)
     flags.DEFINE_string("beam_options", None, "of the pipeline that prepares", flag_values=values)
+    flags.DEFINE_bool("lengthen", False, "train a finished stage further", flag_values=values)
     flags.DEFINE_bool("debug_nans", False, "end at the first operation that gives a NaN", flag_values=values)
     return config_flags.DEFINE_config_file(
         "config", None, "the recipe", lock_config=True, sys_argv=argv, flag_values=values

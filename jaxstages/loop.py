@@ -64,6 +64,11 @@ def train_stage(bench: Workbench) -> dict[str, Any] | None:
     with Checkpoints(bench.stage_dir, config.keep) as checkpoints, stop_signals(hosts.asked_together()) as signals:
         start = find_start(bench, checkpoints, stopping)
         step = int(start.state.step)
+        if step > config.steps:
+            raise ValueError(
+                f"{bench.stage_dir} has made {step} steps, and the recipe's length comes to {config.steps}; raise "
+                f"config.{bench.name}.loop.steps, epochs or tokens"
+            )
         with (
             MetricsWriter(bench.stage_dir, step if start.carried else -1, hosts.leads()) as writer,
             watchdog(config.hang_seconds) as alive,

@@ -102,7 +102,7 @@ def _dispatch(argv: list[str]) -> None:
     if command == "import":
         import_model(given, workdir, values["from"].value)
         return
-    recipe = resolve_recipe(given, workdir)
+    recipe = resolve_recipe(given, workdir, lengthen=command if values.lengthen else "")
     match command:
         case "run":
             train_all(recipe, workdir, _place(values))
@@ -119,7 +119,7 @@ def _dispatch(argv: list[str]) -> None:
         case "export":
             export_model(recipe, workdir, values.stage, values.to, values.dtype, values.adapter)
         case stage:
-            train(recipe, workdir, stage, _place(values))
+            train(recipe, workdir, stage, _place(values), values.lengthen)
 
 
 def _manner(values: flags.FlagValues) -> Manner:

@@ -13,13 +13,16 @@ import pytest
 
 from jaxstages import config as recipes
 from jaxstages import loop
+from jaxstages.commands.recipe import resolve_recipe
 from jaxstages.commands.train import train, train_all
 from jaxstages.commands.validate import validate
 from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
 from jaxstages.disk import read_json, write_json
 from jaxstages.fingerprint import fingerprint, params_sha256
 from jaxstages.metrics import MetricsWriter, read_metrics
+from jaxstages.parent import contract_of, read_parent
 from jaxstages.types import Diverged
+from jaxstages.workbench import open_workbench
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -337,3 +340,73 @@ def test_fingerprint_is_the_same_on_any_mesh_and_sees_a_bit() -> None:
     swapped[0, 0], swapped[5, 5] = x[5, 5], x[0, 0]
     prints = {fingerprint({"a": jax.device_put(value)}).digests["a"] for value in (x, flipped, swapped)}
     assert len(prints) == 3
+
+
+def test_a_finished_stage_is_lengthened_on_purpose(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """It goes on from its last step, under the schedule of the new length; its first result stays beside the new."""
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    assert recipe.pretrain
+    shutil.copytree(finished[1], work)
+    recipe.pretrain.loop.steps = 10
+    with pytest.raises(ValueError, match=r"loop.steps: 6 -> 10; set it back \(or add --lengthen"):
+        resolve_recipe(recipe, work)
+    longer = resolve_recipe(recipe, work, lengthen="pretrain")
+    with pytest.raises(ValueError, match="finetune has begun from pretrain; remove"):
+        train(longer, work, "pretrain", lengthen=True)
+    shutil.rmtree(work / "finetune")
+    shutil.rmtree(work / "instruct")
+    assert train(longer, work, "pretrain", lengthen=True)
+    result = read_json(work / "pretrain" / "result.json")
+    assert (result["status"], result["steps"]) == ("completed", 10)
+    assert read_json(work / "pretrain" / "result-6.json") == read_json(finished[1] / "pretrain" / "result.json")
+    before, after = losses(finished[1], "pretrain"), losses(work, "pretrain")
+    assert list(after) == [2, 4, 6, 8, 10] and all(after[step] == before[step] for step in before)
+    recipe.pretrain.loop.steps = 8
+    with pytest.raises(ValueError, match="has made 10 steps; set --config.pretrain.loop.steps to more"):
+        train(recipe, work, "pretrain", lengthen=True)
+    assert (work / "pretrain" / "result.json").exists()
+
+
+def test_conditions_on_the_best_step(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """What is worse than allowed is never the best; where nothing is left, the stage has nothing to hand on."""
+    recipe = copy.deepcopy(finished[0])
+    assert recipe.finetune
+    for most in (100.0, -100.0):
+        work = tmp_path / str(most)
+        shutil.copytree(finished[1], work)
+        shutil.rmtree(work / "finetune")
+        shutil.rmtree(work / "instruct")
+        recipe.finetune.early_stopping.within = (("watch/pretrain/loss", most),)
+        validate(recipe)
+        if most > 0:
+            assert train(recipe, work, "finetune")
+            continue
+        with pytest.raises(ValueError, match=r"no evaluation was within .*watch/pretrain/loss.* raise replay"):
+            train(recipe, work, "finetune")
+    recipe.finetune.early_stopping.within = (("watch/pretain/loss", 1.0),)
+    shutil.rmtree(work / "finetune")
+    with pytest.raises(ValueError, match=r"'watch/pretain/loss' is not measured here; there are .*watch/pretrain/loss"):
+        train(recipe, work, "finetune")
+
+
+def test_the_average_is_handed_on_where_it_is_better(
+    finished: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    assert recipe.pretrain and recipe.finetune
+    recipe.pretrain.optim.average = 0.5
+    monkeypatch.setattr(loop._Run, "_judged", lambda self, report: next(values))
+    values = iter([3.0, 2.0, 2.5, 4.0])  # parameters and average at step 3, then at step 6
+    assert train(recipe, work, "pretrain")
+    result = read_json(work / "pretrain" / "result.json")
+    assert (result["handed_on"], result["best_step"]) == ("average", 3)
+    assert result["params_sha256"] != result["last_params_sha256"]
+    monkeypatch.undo()
+    bench = open_workbench(recipe, "finetune", work)
+    params, _ = read_parent(work / "pretrain", bench, contract_of(bench))
+    line = next(x for x in read_metrics(work / "pretrain" / "metrics.jsonl") if (x["kind"], x["step"]) == ("eval", 3))
+    assert line["average/loss"] != line["loss"]
+    assert train(recipe, work, "finetune")
+    start = next(x for x in read_metrics(work / "finetune" / "metrics.jsonl") if x["kind"] == "eval")
+    assert start["watch/pretrain/loss"] == pytest.approx(line["average/loss"], rel=1e-5)
+    assert params_sha256(params) == result["params_sha256"]

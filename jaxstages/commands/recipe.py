@@ -18,11 +18,16 @@ FREE = (".loop.stop_after", ".loop.log_every", ".loop.keep", ".evaluation.batch_
 VERSIONS = ("jaxstages", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
 
 
-def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False) -> Recipe:
+LENGTH = ("steps", "epochs", "tokens")
+"""Fields of `loop` that say how long a stage is."""
+
+
+def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False, lengthen: str = "") -> Recipe:
     """The recipe to use, validated, with the model of what is imported, or is to be. Nothing is written.
 
     Args:
         importing: a recipe without stages will do, as it does where something was imported.
+        lengthen: the stage whose length may change.
 
     Raises:
         ValueError: there is none, it is not valid, or it changes what a trained stage depends on.
@@ -51,11 +56,19 @@ def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False)
     shared = ["config.seed", "config.model"] if begun else []
     shared += ["config.tokenizer"] if tokenizer_file(workdir).exists() else []
     fixed = (*shared, *(f"config.{name}" for name in begun))
+    free = FREE + tuple(f"config.{lengthen}.loop.{name}" for name in LENGTH if lengthen)
     judged = tuple(f"config.{name}.evaluation." for name in begun if result_file(workdir / name).exists())
     for line in recipes.differences(kept, given):
         path = line.split(":")[0]
-        if path.startswith(fixed) and not path.endswith(FREE) and not path.startswith(judged):
-            raise ValueError(f"{workdir} was begun with another recipe: {line}; set it back, or take another --workdir")
+        if path.startswith(fixed) and not path.endswith(free) and not path.startswith(judged):
+            longer = (
+                " (or add --lengthen, to train it further)"
+                if path.endswith(tuple(f".loop.{n}" for n in LENGTH))
+                else ""
+            )
+            raise ValueError(
+                f"{workdir} was begun with another recipe: {line}; set it back{longer}, or take another --workdir"
+            )
     return given
 
 

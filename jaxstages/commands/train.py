@@ -17,7 +17,7 @@ from jaxstages.report.matrix import stage_matrix
 from jaxstages.stages import finetune, instruct, pretrain
 from jaxstages.types import Diverged, Interrupted
 from jaxstages.workbench import prepare_stages
-from jaxstages.workdir import lock, result_file
+from jaxstages.workdir import checkpoints_folder, lock, result_file
 
 SHOWN_WITHIN = 60
 """Seconds that shared storage has to show what process 0 has written: attributes are cached on NFS."""
@@ -25,10 +25,41 @@ SHOWN_WITHIN = 60
 DRIVERS = {"pretrain": pretrain.run, "finetune": finetune.run, "instruct": instruct.run}
 
 
-def train(recipe: Recipe, workdir: Path, name: str, place: Place | None = None) -> bool:
-    """One stage; False if `stop_after` ended it before its end."""
+def train(recipe: Recipe, workdir: Path, name: str, place: Place | None = None, lengthen: bool = False) -> bool:
+    """One stage; False if `stop_after` ended it before its end.
+
+    Args:
+        lengthen: the stage is finished, and goes on to the end that the recipe has now.
+    """
     with _ready(recipe, workdir, [name], place):
+        if lengthen and hosts.leads():
+            _reopen(recipe, workdir, name)
+        hosts.meet(f"{name} may go on")
         return _train(recipe, workdir, name)
+
+
+def _reopen(recipe: Recipe, workdir: Path, name: str) -> None:
+    """Make a finished stage one that goes on: its result is kept as `result-STEP.json`.
+
+    Raises:
+        ValueError: it has stopped early, or a later stage has begun from it; then nothing is changed.
+    """
+    file = result_file(workdir / name)
+    if not file.exists():
+        return
+    result = finished(workdir / name)
+    if result["status"] != "completed":
+        raise ValueError(f"--lengthen: {name} stopped early, at step {result['steps']}; it would make no more steps")
+    loop, names = recipes.stages(recipe)[name].loop, list(recipes.stages(recipe))
+    if 0 < loop.steps <= result["steps"]:
+        raise ValueError(
+            f"--lengthen: {name} has made {result['steps']} steps; set --config.{name}.loop.steps to more than that"
+        )
+    later = names[names.index(name) + 1 :]
+    if begun := [other for other in later if checkpoints_folder(workdir / other).exists()]:
+        raise ValueError(f"--lengthen: {begun[0]} has begun from {name}; remove {workdir / begun[0]} first")
+    file.rename(file.with_name(f"result-{result['steps']}.json"))
+    say(f"{name}: was finished at step {result['steps']}, and goes on", "cyan")
 
 
 def train_all(recipe: Recipe, workdir: Path, place: Place | None = None) -> None:

@@ -148,7 +148,7 @@ def _check_number(path: str, name: str, value: int | float, most: int | float) -
         raise ValueError(f"{path}={value} must be between 0 and 1")
     if name in BELOW_ONE and value == 1:
         raise ValueError(f"{path}={value} must be less than 1")
-    if value < 0:
+    if value < 0 and name != "within":
         raise ValueError(f"{path}={value} must not be negative")
     if value > most:
         raise ValueError(f"{path}={value} must be at most {most}")
