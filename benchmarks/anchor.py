@@ -3,9 +3,9 @@
     python benchmarks/anchor.py --text=TEXT.jsonl --chats=CHATS.jsonl --tokenizer=DIR --out=runs/anchor [--seeds=0,1,2]
 
 TEXT has {"text"} a line, CHATS {"messages"}. A small Llama is trained by transformers on the first nine tenths of each
-text, and written as a Hugging Face folder with the tokenizer of DIR. It is then imported and instruct-tuned on the chats
-(`anchor_recipe.py`), without an anchor and with several weights. Its own text is no longer trained on, only measured, on
-the last tenths.
+text, and written as a Hugging Face folder with the tokenizer of DIR. It is then imported and instruct-tuned on the
+chats (`anchor_recipe.py`), without an anchor and with several weights. Its own text is no longer trained on, only
+measured, on the last tenths.
 
 Prints the held-out loss of the text before and after, and that of the chats, as means and standard deviations over
 seeds. A trial that is finished is not run again.
@@ -112,9 +112,7 @@ def main() -> None:
     config += [f"--config.instruct.mixture.old.data.validation={(str(valid),)!r}"]
     rows, seeds = [], [int(seed) for seed in options.seeds.split(",")]
     for weight in WEIGHTS:
-        trials = [
-            trial(config, out / f"weight{weight:g}-{seed}", weight, int(seed)) for seed in options.seeds.split(",")
-        ]
+        trials = [trial(config, out / f"weight{weight:g}-{seed}", weight, seed) for seed in seeds]
         forgot = [each["old"] - each["start"] for each in trials]
         chats = [each["chats"] for each in trials]
         rows.append({"weight": weight, "start": trials[0]["start"], "forgot": forgot, "chats": chats})

@@ -1,6 +1,6 @@
 """A class by fine-tuning: what does a customer of a bank want? (Banking77, Casanueva et al. 2020: 77 classes)
 
-    jaxstages finetune --config=configs/classify.py --workdir=runs/classify
+    jaxstages run --config=configs/classify.py --workdir=runs/classify
         --config.finetune.init_from=runs/text_to_chat/pretrain
         --config.tokenizer.path=runs/text_to_chat/tokenizer/tokenizer.json
 
@@ -8,7 +8,7 @@ reads data/classes/train.jsonl, {"text", "label"} a line, and valid.jsonl beside
 of `configs/text_to_chat.py`, whose tokenizer and model it therefore has. A label is written out as text; the answer is
 the label that the model finds likeliest.
 
-    jaxstages finetune --config=configs/classify.py:control ...       the same from scratch
+    jaxstages run --config=configs/classify.py:control ...       the same from scratch
 """
 
 from jaxstages.config import (

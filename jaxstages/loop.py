@@ -332,7 +332,7 @@ class _Run:
         """The value that early stopping compares: NaN, no improvement, where a condition on the step is broken."""
         stop = self._bench.stage.early_stopping
         for name, most in stop.within:
-            start = self._carried["start"].get(name)
+            start = self._carried.get("start", {}).get(name)  # a run of before there was a watch has none
             worse = report.metrics[name] - (math.nan if start is None else start)
             if not (-worse if higher_is_better(name) else worse) <= most:
                 return math.nan
@@ -356,8 +356,7 @@ class _Run:
         bad, best = int(self.stopping_state.bad), float(self.stopping_state.best)
         mark = "best so far" if improved else f"{bad} without improvement on {stop.metric} {best:.4g}"
         mark += ", the average" * (improved and chosen == "average")
-        broken = [name for name, _ in stop.within] if math.isnan(judged[chosen]) else []
-        mark += f", beyond what is allowed of {', '.join(broken)}" * bool(broken)
+        mark += ", outside early_stopping.within" * (bool(stop.within) and math.isnan(judged[chosen]))
         values = reports["params"].metrics
         if state.average:
             values = values | {f"average/{name}": value for name, value in reports["average"].metrics.items()}

@@ -141,7 +141,7 @@ def test_the_flags_are_frozen() -> None:
     define_flags(values, [])
     assert set(values) == {
         *("workdir", "config", "stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
-        *("top_k", "top_p", "min_p", "repetition_penalty", "stop", "from", "to", "dtype", "adapter"),
+        *("top_k", "top_p", "min_p", "repetition_penalty", "stop", "from", "to", "dtype", "adapter", "lengthen"),
         *("debug_nans", "coordinator", "process_count", "process_id", "beam_options", "topology"),
     }
 

@@ -1,5 +1,6 @@
 """`jaxstages plan`: does a recipe fit a machine, and how fast should it be? The compiler is asked, nothing is run."""
 
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -62,7 +63,8 @@ def make_plan(recipe: Recipe, name: str, topology: Topology) -> Plan:
     sent = total(collectives_of(compiled.as_text()))
     flops, chip = flops_per_token(recipe.model, vocab, stage.lora), topology.chip
     tokens = stage.loop.batch_size * recipe.model.context
-    held = held_bytes((parts.shapes, parts.base))
+    frozen = parts.reference if parts.base is None else parts.base
+    held = held_bytes((parts.shapes, frozen))
     again = flops.causal / 3 if remat in ("full", "offload") else 0.0
     rows = (
         stage.loop.batch_size // (mesh.size // mesh.shape["tensor"] // mesh.shape["context"]) // stage.loop.accumulate
@@ -71,8 +73,8 @@ def make_plan(recipe: Recipe, name: str, topology: Topology) -> Plan:
     return Plan(
         params=sum(leaf.size for leaf in jax.tree.leaves(parts.params)),
         flops=flops,
-        param_bytes=held_bytes((parts.shapes.params, parts.base)),
-        optimizer_bytes=held_bytes(parts.shapes.opt_state),
+        param_bytes=held_bytes((parts.shapes.params, frozen)),
+        optimizer_bytes=held_bytes((parts.shapes.opt_state, parts.shapes.average)),
         logit_bytes=max(rows, 1) * tile // mesh.shape["context"] * vocab // mesh.shape["tensor"] * 4,
         step_bytes=bytes_of(compiled),
         remat=remat,
@@ -141,11 +143,13 @@ def _show(recipe: Recipe, stage: StageConfig, topology: Topology, found: Plan) -
         say(f"  products {one.compute:.3f} s, memory {one.memory:.3f} s, exchanges {one.exchange:.3f} s a step")
         for label, seconds in (("all overlaps", best), ("nothing overlaps", worst)):
             mfu = [tokens * flops / seconds / peak for flops in found.flops]
-            hours = stage.loop.steps * seconds / 3600
+            # Passes over data that are not prepared here have no number of steps; padding is not known either.
+            steps = stage.loop.steps or math.ceil(stage.loop.tokens / tokens)
+            hours = steps * seconds / 3600
+            whole = f"; {steps:,} steps in {duration(hours * 3600)}, {hours * chips:,.0f} chip-hours" if steps else ""
             say(
                 f"  {label:<16} {seconds:.3f} s a step, {tokens / seconds / chips:,.0f} tokens/s a chip, MFU "
-                f"{mfu[0]:.1%} causal ({mfu[1]:.1%} full); {stage.loop.steps:,} steps in {duration(hours * 3600)}, "
-                f"{hours * chips:,.0f} chip-hours"
+                f"{mfu[0]:.1%} causal ({mfu[1]:.1%} full){whole}"
             )
     say(f"compiled in {duration(found.seconds)}; mesh {_mesh_text(mesh)}")
 
