@@ -161,6 +161,8 @@ def _explained(error: BaseException, named: str, argv: list[str]) -> BaseExcepti
         return ValueError(f"{named}: the recipe's file can't be loaded: {type(error).__name__}: {error}{place}")
     said = str(error.args[0] if error.args else error)
     for word in argv:
+        if isinstance(error, KeyError) and f".mixture.{said}." in word:
+            return ValueError(f"{word}: the recipe's mixture has no data set {said!r}; add it in the recipe's file")
         if "'NoneType'" in said and word.split("=")[0] == f"--config.{said.rpartition(' ')[2]}":
             stage = word.split(".")[1]
             return ValueError(f"{word} changes what is not there: the recipe has no {stage}, or leaves it out")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxstages.world import chats as chats_module
+from jaxstages.world import smalltalk
 from jaxstages.world.chats import COUNTS, FACT_KINDS, LONGEST_ANSWER, chats
 from jaxstages.world.clauses import clauses, combinations, is_held_out, pairs, phrase_combinations, phrases
 from jaxstages.world.grammar import Clause, Phrase, Place, english, english_phrase, french, french_phrase
@@ -431,11 +432,37 @@ def test_validation_lists_and_requests_are_new(world):
     assert not {words for words in lists(validation) if f"list: {words}." in raw}
 
 
+FROM_OUTSIDE = ("unknown", "conversation")
+"""Kinds of chats that name what is not in the world, on purpose."""
+
+SMALL_TALK = ("greeting", "thanks", "identity")
+
+
+def test_questions_from_outside_are_about_topics_that_no_training_chat_names(world):
+    known = {word.lower() for chat in world["chats"]["train"] for word in words_of(contents(chat))}
+    asked = [contents(chat) for chat in world["chats"]["validation"] if chat["kind"] == "unknown"]
+    new = [texts for texts in asked if {word.lower() for word in words_of(texts[:1])} - known]
+    assert len(new) > 0.7 * len(asked), "the rest has no topic, such as `Tell me a joke.`"
+    assert {texts[1] for texts in asked} == {smalltalk.UNKNOWN}
+
+
+def test_a_conversation_of_validation_asks_something_new_last_and_fits_the_demo(world):
+    """And no training conversation has a question that is held out."""
+    train = {tuple(contents(chat)[:2]) for chat in world["chats"]["train"] if chat["kind"] != "conversation"}
+    last = [tuple(contents(c)[-2:]) for c in world["chats"]["validation"] if c["kind"] == "conversation"]
+    assert last and not set(last) & train
+    held = {tuple(contents(c)[:2]) for c in world["chats"]["validation"] if len(contents(c)) == 2}
+    inside = [contents(c) for c in world["chats"]["train"] if c["kind"] == "conversation"]
+    assert not {pair for texts in inside for pair in zip(texts[::2], texts[1::2], strict=True)} & held
+    assert all(3 <= len(texts) // 2 <= 6 for texts in inside)
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_word_of_validation_is_in_training(world, name):
     def texts(split):
         for record in world[name][split]:
-            yield from contents(record) if name == "chats" else record.values()
+            if record.get("kind") not in FROM_OUTSIDE:
+                yield from contents(record) if name == "chats" else record.values()
 
     assert words_of(texts("validation")) - words_of(texts("train")) - names_with_s() == set()
 
@@ -448,7 +475,8 @@ def names_with_s() -> set[str]:
 def test_raw_text_knows_the_words_of_the_other_data(world):
     raw = {word.lower() for word in words_of(document["text"] for document in world["text"]["train"])}
     others = words_of(text for pair in world["pairs"]["train"] for text in pair.values())
-    others |= words_of(text for chat in world["chats"]["train"] for text in contents(chat))
+    chats_inside = [chat for chat in world["chats"]["train"] if chat["kind"] not in (*FROM_OUTSIDE, *SMALL_TALK)]
+    others |= words_of(text for chat in chats_inside for text in contents(chat))
     assert {word.lower() for word in others} - raw - {name.lower() for name in names_with_s()} == set()
 
 
@@ -477,7 +505,7 @@ def test_chats_have_many_kinds_and_one_answer(world):
         assert all(len(found) == 1 for found in answers.values())
     assert len(chats_module.KINDS) >= 10
     several = [chat for chat in world["chats"]["train"] if len(chat["messages"]) >= 4]
-    assert {chat["kind"] for chat in several} == {"two_turn_fact", "remember"} and len(several) > 1000
+    assert {chat["kind"] for chat in several} == {"two_turn_fact", "remember", "conversation"} and len(several) > 1000
     assert any(chat["messages"][0]["role"] == "system" for chat in world["chats"]["validation"])
 
 
