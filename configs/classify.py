@@ -4,9 +4,10 @@
         --config.finetune.init_from=runs/text_to_chat/pretrain
         --config.tokenizer.path=runs/text_to_chat/tokenizer/tokenizer.json
 
-reads data/classes/train.jsonl, {"text", "label"} a line, and valid.jsonl beside it. It starts from the pretrained model
-of `configs/text_to_chat.py`, whose tokenizer and model it therefore has. A label is written out as text; the answer is
-the label that the model finds likeliest.
+It reads data/classes/train.jsonl, {"text", "label"} a line, and valid.jsonl beside it, and starts from the pretrained
+model of `configs/text_to_chat.py`, whose tokenizer and model it therefore has. Expect the class of a sentence: a label
+is written out as text, and the answer is the one that the model finds likeliest. `benchmarks/transfer.py` measures it
+with 5, 20 and all examples a class.
 
     jaxstages run --config=configs/classify.py:control ...       the same from scratch
 """

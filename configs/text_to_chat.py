@@ -11,10 +11,11 @@ reads these files, each of which can be another one (`--config.pretrain.data.tra
 Pretraining also reads each side of the pairs by itself, as text: sentences of the kind that is translated later, but
 not which belongs to which. Each later stage replays the ones before it.
 
+    jaxstages run --config=configs/text_to_chat.py:prose ...              prose is all that it needs
     jaxstages finetune --config=configs/text_to_chat.py:control ...       the same fine-tuning, from scratch
 
-A model of 2.6 million parameters, within 40 minutes on two CPU cores. It shows the road, not the destination: give it a
-GPU, a larger `model` and more `steps`.
+Expect a model of 2.6 million parameters. It shows the road, not the destination: give it a GPU, a larger `model` and
+more `steps`. `benchmarks/transfer.py` measures what pretraining is worth.
 """
 
 from jaxstages.config import (
@@ -53,7 +54,7 @@ def _side(language: str) -> DatasetConfig:
 
 
 def get_config(variant: str = "") -> Recipe:
-    """Variants: "" all stages; "control" the fine-tuning alone, from scratch, with the same budget."""
+    """Variants: "" all stages; "prose" pretraining on prose alone; "control" fine-tuning alone, from scratch."""
     pretrain = StageConfig(
         data=DataConfig(task="lm", train=("data/prose/*.jsonl",), holdout=0.01),
         mixture={"english": _side("en"), "french": _side("fr")},
@@ -97,6 +98,10 @@ def get_config(variant: str = "") -> Recipe:
     match variant:
         case "":
             return recipe
+        case "prose":
+            recipe.finetune = recipe.instruct = None
+            pretrain.mixture = {}
+            return recipe
         case "control":
             recipe.pretrain = recipe.instruct = None
             finetune.init_from, finetune.replay = "scratch", ()
@@ -104,4 +109,4 @@ def get_config(variant: str = "") -> Recipe:
             finetune.optim = _muon(4e-3)
             return recipe
         case _:
-            raise ValueError(f'configs/text_to_chat.py has no variant {variant!r}; known: "control"')
+            raise ValueError(f'configs/text_to_chat.py has no variant {variant!r}; known: "prose", "control"')
