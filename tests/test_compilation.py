@@ -157,7 +157,7 @@ def test_free_pieces_leave_the_lists_before_the_first_step(tmp_path: Path) -> No
 def needed(bench: Workbench) -> int:
     """Bytes of the step that keeps all."""
     _, step = compilation.jit_step(bench, "none")
-    return compilation.bytes_of(step.lower(bench.shapes, compilation.batch_shapes(bench)).compile())
+    return compilation.bytes_of(step.lower(*compilation.step_shapes(bench)).compile())
 
 
 @pytest.fixture(scope="module")

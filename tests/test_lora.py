@@ -17,7 +17,7 @@ from jaxstages.commands.checkpoints import checkpoints
 from jaxstages.commands.evaluate import evaluate
 from jaxstages.commands.train import train
 from jaxstages.commands.validate import validate
-from jaxstages.compilation import batch_shapes, compile_step
+from jaxstages.compilation import compile_step, step_shapes
 from jaxstages.config import LoraConfig, MeshConfig, Recipe
 from jaxstages.disk import read_json, write_json
 from jaxstages.fingerprint import params_sha256
@@ -317,7 +317,7 @@ def test_nothing_is_differentiated_by_the_base(finished: tuple[Recipe, Path]) ->
         recipe.model.width, recipe.model.ff_width, recipe.mesh = 64, 256, MeshConfig(data=8)
         bench = open_workbench(recipe, "finetune", work)
         step = compile_step(bench, bench.base)[1]
-        compiled = step.func.lower(bench.shapes, batch_shapes(bench), base=bench.base).compile()
+        compiled = step.func.lower(*step_shapes(bench), base=bench.base).compile()
         flops[rank] = compiled.cost_analysis()["flops"]
     assert flops[2] < 0.75 * flops[0], flops
 
