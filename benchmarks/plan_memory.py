@@ -37,7 +37,7 @@ def measure(sizes: dict) -> tuple[int, int]:
     import numpy as np
 
     from jaxstages.commands.plan import make_plan
-    from jaxstages.compilation import batch_shapes, jit_step
+    from jaxstages.compilation import jit_step, step_shapes
     from jaxstages.config import (
         AttentionConfig,
         DataConfig,
@@ -79,13 +79,13 @@ def measure(sizes: dict) -> tuple[int, int]:
     make = jax.jit(
         lambda key: init_state(parts.model.init(key), parts.tx, parts.stage.optim.spike_window), out_shardings=shardings
     )
-    compiled = jit_step(parts, remat)[1].lower(parts.shapes, batch_shapes(parts)).compile()
+    compiled = jit_step(parts, remat)[1].lower(*step_shapes(parts)).compile()
     made = make.lower(jax.random.key(0)).compile()
     draw = np.random.default_rng(0)
     values = [draw.integers(0, 8192, (sizes["batch"], sizes["context"])) for _ in range(2)]
     ones = np.ones_like(values[0])
     fields = (*values, ones, ones, np.cumsum(ones, axis=1) - 1)
-    shapes = batch_shapes(parts)
+    _, shapes, *_ = step_shapes(parts)
     batch = type(shapes)(
         *(jax.device_put(jnp.asarray(x, s.dtype), s.sharding) for x, s in zip(fields, shapes, strict=True))
     )

@@ -356,7 +356,8 @@ def read_params(stage_dir: Path, step: int, target: Params, item: str = "params"
     _compare(folder, saved, {item: target})
     params = read_in_parts(folder / item, target)
     if fingerprint({item: params}).digests != saved:
-        raise Damaged(f"{folder} is damaged: its {item} are not what was saved")
+        what = "parameters" if item == "params" else f"{item} parameters"
+        raise Damaged(f"{folder} is damaged: its {what} are not what was saved")
     return params
 
 

@@ -585,10 +585,12 @@ def test_the_date_is_the_same_on_every_day() -> None:
 
 def ours(folder: Path) -> Tokenizer:
     """A tokenizer with our own control tokens and chat template."""
-    path = folder / "ours" / "tokenizer.json"
+    path = folder / "with our template" / "tokenizer.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), iter(["first second one two"]), path)
+        make_tokenizer(
+            TokenizerConfig(kind="bpe", vocab_size=300), iter(["first second one two"]), path, separator=True
+        )
     return load_tokenizer(path)
 
 
