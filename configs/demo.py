@@ -2,7 +2,7 @@
 
     jaxstages run --config=configs/demo.py --workdir=runs/demo        (or: make demo)
 
-Expect: see the README's stage matrix; three to twelve minutes on two cores.
+Expect: see the README's stage matrix; five to ten minutes on two cores.
 """
 
 from jaxstages.config import (
