@@ -25,19 +25,19 @@ def get_config(variant: str = "") -> Recipe:
     pretrain = StageConfig(
         data=DataConfig(task="lm", train=("world:text:train",), validation=("world:text:validation",)),
         optim=OptimConfig(schedule=ScheduleConfig(name="wsd", peak_lr=6e-3, warmup_steps=50)),
-        loop=LoopConfig(steps=800, batch_size=4, eval_every=400, save_every=400, log_every=20),
+        loop=LoopConfig(steps=1000, batch_size=4, eval_every=500, save_every=500, log_every=20),
     )
     finetune = StageConfig(
         data=DataConfig(task="seq2seq", train=("world:pairs:train",), validation=("world:pairs:validation",)),
         replay=(("pretrain", 0.15),),
         optim=OptimConfig(schedule=ScheduleConfig(name="cosine", peak_lr=3e-3, warmup_steps=20), weight_decay=0.0),
-        loop=LoopConfig(steps=240, batch_size=4, eval_every=240, save_every=240),
+        loop=LoopConfig(steps=200, batch_size=4, eval_every=200, save_every=200),
         evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=400, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="bleu", mode="max"),
     )
     instruct = StageConfig(
         data=DataConfig(task="chat", train=("world:chats:train",), validation=("world:chats:validation",)),
-        replay=(("pretrain", 0.1), ("finetune", 0.08)),
+        replay=(("pretrain", 0.16), ("finetune", 0.06)),
         optim=OptimConfig(
             schedule=ScheduleConfig(name="cosine", peak_lr=8e-3, warmup_steps=50, end_factor=0.0), weight_decay=0.0
         ),
