@@ -57,11 +57,11 @@ def make_evaluate(
     scorers = [make_scorer(bench, each, answer_with, between) for each in measured]
     size, sharding = bench.stage.evaluation.batch_size, bench.rows
 
-    def loss_sums(params: Params, each: EvaluationSet) -> list[Sums]:
-        """Of each source."""
+    def loss_sums(params: Params, each: EvaluationSet) -> list[tuple[str, Sums]]:
+        """Name and sums of each source that has rows among those measured."""
         sources = [range(source.index["rows"]) for source in each.held_out]
         rows = evenly([(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows)
-        totals: list[Sums] = []
+        totals: list[tuple[str, Sums]] = []
         for number, source in enumerate(each.held_out):
             chosen = [row for owner, row in rows if owner == number]
             total: Sums = {}
@@ -70,18 +70,18 @@ def make_evaluate(
                 sums = eval_step(params, place_batch(batch, size, sharding))
                 # Sums stay on the device, so that no batch waits for the one before.
                 total = sums if not total else jax.tree.map(jnp.add, total, sums)
-            totals += [total] if total else []
+            if total:
+                totals.append((source.index["source"], total))
         return totals
 
     def evaluate(params: Params, scores: bool) -> Report:
         metrics: Metrics = {}
         signatures: list[str] = []
         for each, scorer in zip(measured, scorers, strict=True):
-            totals = jax.device_get(loss_sums(params, each))
-            values = from_sums(jax.tree.map(lambda *parts: sum(parts), *totals))
+            totals = [(name, jax.device_get(total)) for name, total in loss_sums(params, each)]
+            values = from_sums(jax.tree.map(lambda *parts: sum(parts), *(total for _, total in totals)))
             if len(totals) > 1:
-                names = [source.index["source"] for source in each.held_out]
-                values |= {f"loss/{name}": from_sums(total)["loss"] for name, total in zip(names, totals, strict=False)}
+                values |= {f"loss/{name}": from_sums(total)["loss"] for name, total in totals}
             if scorer is not None and (scores or each.prefix.startswith("watch/")):
                 scored, signed = scorer(params)
                 values |= scored

@@ -415,7 +415,8 @@ class _Run:
         last = state.average if item == "average" else state.params
         best = last if best_step == step else read_params(bench.stage_dir, best_step, bench.shapes.params, item)
         lines = read_metrics(bench.stage_dir / "metrics.jsonl")
-        verdict = _verdict(bench, lines, _watch(self._carried.get("start", {}), self._carried["best"]))
+        watch = _watch(self._carried.get("start", {}), self._carried["best"])
+        verdict = _verdict(bench, lines, watch)
         result = {
             "stage": bench.name,
             "status": "completed" if step >= self._config.steps else "early_stopped",
@@ -423,7 +424,7 @@ class _Run:
             "best_step": best_step,
             "best": self._carried["best"],
             "handed_on": item,
-            "watch": _watch(self._carried.get("start", {}), self._carried["best"]),
+            "watch": watch,
             "tokens": self._carried["tokens"],
             "seconds": self._carried["seconds"],
             "skipped": int(state.guard.skipped),

@@ -42,13 +42,22 @@ def cross_entropy_sums(
         to be divided by.
     """
     if isinstance(outputs, Headless):
-        length = targets_BL.shape[1]
-        at_once = max(n for n in range(1, min(tile or length, length) + 1) if length % n == 0)
+        at_once = _tile_size(targets_BL.shape[1], tile)
         sums: Any = _headless_sums(outputs, targets_BL, weights_BL, label_smoothing, z_loss, at_once, place)
     else:
         sums, *_ = _sums_of_logits(outputs, targets_BL, weights_BL, label_smoothing, z_loss)
     aside = {name: jax.lax.stop_gradient(value) for name, value in sums.items() if name != "objective"}
     return aside | {"objective": sums["objective"]}
+
+
+def _tile_size(length: int, tile: int) -> int:
+    """Positions of a tile: the largest divisor of the length that is at most `tile`; 0 is the whole length."""
+    return max(n for n in range(1, min(tile or length, length) + 1) if length % n == 0)
+
+
+def _tiles(x: Array, size: int) -> Array:
+    """[B, L, ...] -> [tiles, B, T, ...]."""
+    return x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:]).swapaxes(0, 1)
 
 
 def kl_sum(
@@ -65,12 +74,7 @@ def kl_sum(
         outputs: the same of the model that is trained.
         tile: positions of each row whose logits exist at once; 0 is all. They are computed again for the gradient.
     """
-    length = weights_BL.shape[1]
-    size = max(n for n in range(1, min(tile or length, length) + 1) if length % n == 0)
-
-    def split(x: Array) -> Array:
-        """[B, L, ...] -> [tiles, B, T, ...]."""
-        return x.reshape(x.shape[0], length // size, size, *x.shape[2:]).swapaxes(0, 1)
+    split = functools.partial(_tiles, size=_tile_size(weights_BL.shape[1], tile))
 
     def states(side: Array | Headless) -> Array:
         return split(side.hidden_BLD if isinstance(side, Headless) else side)
@@ -180,8 +184,7 @@ def _tile_by_tile(
         (sums, d_head), d_hidden = one((hidden_BLD, targets_BL, weights_BL))
         return sums, None if d_head is None else (d_hidden, d_head.astype(head_VD.dtype))
 
-    def split(x: Array) -> Array:
-        return x.reshape(x.shape[0], length // tile, tile, *x.shape[2:]).swapaxes(0, 1)
+    split = functools.partial(_tiles, size=tile)
 
     def add(total: Any, part: Any) -> tuple[Any, Any]:
         found, d_hidden = one(part)

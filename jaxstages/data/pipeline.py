@@ -88,7 +88,7 @@ def interleave(weights: Sequence[float], late: Late | None = None) -> Callable[[
     after: Any = mix(late.weights)
     taken = {number: 0 for number, share in enumerate(late.weights) if share and not weights[number]}
     row = late.row
-    while len(taken) < len(weights) and any(share and number not in taken for number, share in enumerate(weights)):
+    while any(share and number not in taken for number, share in enumerate(weights)):
         number, n = early[row]
         taken.setdefault(number, n)
         row += 1

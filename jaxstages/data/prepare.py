@@ -181,10 +181,7 @@ def open_prepared(folder: Path) -> Prepared | None:
     """The cache in a folder, or None if it is not whole. Raises ValueError where it is damaged."""
     if not (folder / manifest.MANIFEST).exists():
         return None
-    try:
-        manifest.check(folder, HASH_UP_TO)
-    except manifest.Damaged as error:
-        raise ValueError(f"{error}; remove {folder}, and it is made again") from error
+    _check(folder)
     return Prepared(folder, read_json(folder / "index.json"))
 
 
@@ -216,11 +213,12 @@ def _texts_key(config: DataConfig) -> list[str]:
     return [*([config.text] if config.task == "lm" else [config.prompt, config.target]), *key_of(config)]
 
 
-def _check(folder: Path, source: Source) -> None:
+def _check(folder: Path, source: Source | None = None) -> None:
     try:
         manifest.check(folder, HASH_UP_TO)
     except manifest.Damaged as error:
-        raise ValueError(f"{error}; remove {folder}, and it is made again from {source.name}") from error
+        origin = f" from {source.name}" if source else ""
+        raise ValueError(f"{error}; remove {folder}, and it is made again{origin}") from error
 
 
 def _find_gone(source: Source, config: DataConfig, folder: Path) -> None:
