@@ -127,8 +127,7 @@ def make_scorer(
 
 def recipe_sampling(bench: Workbench) -> Sampling:
     """Greedy, as many tokens as the recipe says, up to the end of the text or of the turn."""
-    special, most = bench.tokenizer.specials, bench.stage.evaluation.max_new_tokens
-    return Sampling(max_new_tokens=most, stop=(special.end_of_text, special.end_of_turn))
+    return Sampling(max_new_tokens=bench.stage.evaluation.max_new_tokens, stop=bench.tokenizer.stops)
 
 
 def make_texts(

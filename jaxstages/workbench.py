@@ -31,7 +31,7 @@ from jaxstages.data.prepare import Engine, Prepared, find_gone, prepare
 from jaxstages.data.shards import items_of
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import texts
-from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, make_tokenizer, needed_tokens
 from jaxstages.fingerprint import named_leaves
 from jaxstages.mesh_config import RulesConfig
 from jaxstages.models import lora
@@ -186,9 +186,11 @@ def open_tokenizer(recipe: Recipe, workdir: Path, engine: Engine | None = None) 
     path = tokenizer_file(workdir)
     if path.exists():
         return load_tokenizer(path)
-    pairs = any(data.task in ("seq2seq", "classify") for data in _all_data(recipe))
-    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir, engine), path, separator=pairs)
-    how = "its own chat template" + f", {SEPARATOR} for pairs" * pairs if tokenizer.template else "our chat template"
+    tasks = {data.task for data in _all_data(recipe)}
+    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir, engine), path, tasks)
+    how = "its own chat template" if tokenizer.template else "our chat template"
+    pairs = tokenizer.template and needed_tokens(tasks, template=True)
+    how += f", {SEPARATOR} for pairs" if pairs else ""
     say(f"tokenizer: {recipe.tokenizer.kind}, {tokenizer.vocab_size} tokens, {how}, {path}")
     return tokenizer
 

@@ -17,6 +17,7 @@ FLOORS = [
         *("manifest", "fingerprint"),
         *(
             "data.sources",
+            "data.conversation",
             "data.template",
             "data.sentencepiece",
             "data.tokenizer",
@@ -44,6 +45,7 @@ FLOORS = [
 """Floor 0 first. A name stands for a module, or for a folder with all that is in it."""
 
 SAME_FLOOR = {"data.tasks": {"data.chat"}, "data.packing": {"data.tasks"}, "decode.label": {"data.pipeline"}}
+SAME_FLOOR |= {"data.conversation": {"data.sources"}}
 SAME_FLOOR |= {"data.tokenizer": {"data.template", "data.sentencepiece"}, "data.chat": {"data.answers"}}
 SAME_FLOOR |= {"data.clean": {"data.tasks"}, "data.prepare": {"data.shards"}, "config": {"data_config", "mesh_config"}}
 SAME_FLOOR |= {
@@ -97,7 +99,7 @@ PURE = {"step": {"data", "checkpoint", "config", "workdir"}, "models": {"optim",
 CORE = 7
 """Floors 0 to 6."""
 
-BUDGETS = {"step": (8, 1400), "models.transformer": (15, 2250), "loop": (63, 10300)}
+BUDGETS = {"step": (8, 1400), "models.transformer": (15, 2250), "loop": (64, 10900)}
 """Entry point -> the modules and lines that a reader of it can reach, by imports at the top of modules."""
 
 

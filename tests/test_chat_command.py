@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxstages.commands import generate as generating
-from jaxstages.data.chat import check_messages
+from jaxstages.data.conversation import read_conversation
 from jaxstages.decode.stream import Session
 from jaxstages.main import main
 from tests.tiny import write_data
@@ -52,7 +52,7 @@ def test_a_piped_session(home: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert said in out, out
     records = [json.loads(line) for line in saved.read_text().splitlines()]
     for record in records:
-        check_messages(record)
+        read_conversation(record)
     roles = [[message["role"] for message in record["messages"]] for record in records]
     assert roles == [["system", "user", "assistant", "user", "assistant"], ["system", "user", "assistant"]]
     first, again = records[0]["messages"][2], records[1]["messages"][2]
@@ -69,7 +69,7 @@ def test_a_full_context_forgets_whole_turns_and_says_so(
     assert talk(home, ["/system be brief", *["say red and blue"] * 6, f"/save {saved}", "x" * 300], "--seed=3") == 0
     out = capsys.readouterr().out
     assert "the context is full: the first 2 messages are forgotten" in out and "too long" in out
-    messages = check_messages(json.loads(saved.read_text()))
+    messages = read_conversation(json.loads(saved.read_text())).messages
     assert messages[0]["role"] == "system" and len(messages) < 13 and messages[1]["role"] == "user"
 
 

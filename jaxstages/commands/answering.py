@@ -83,5 +83,7 @@ def open_answering(recipe: Recipe, workdir: Path, stage: str | None, manner: Man
     if most >= context:
         raise ValueError(f"--max_new_tokens={most} must be less than the context, {context}")
     params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench))
-    sampling = asked._replace(max_new_tokens=most, stop=usual.stop)
+    ids = {text: bench.tokenizer.backend.token_to_id(text) for text in stops if text in bench.tokenizer.control}
+    sampling = asked._replace(max_new_tokens=most, stop=(*usual.stop, *ids.values()))
+    stops = tuple(text for text in stops if text not in ids)  # these are no text that is ever decoded
     return Answering(bench, params, lineage["params_sha256"], sampling, stops)

@@ -49,7 +49,7 @@ from jaxstages.data.tasks import Example, Question, make_task
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.disk import hold, make_folder, read_json, write_json, write_text
 
-VERSION = 4
+VERSION = 5
 """Counts up when the same inputs give other rows."""
 
 BLOCK_BYTES, BLOCK_RECORDS = 16_000_000, 50_000
@@ -210,7 +210,8 @@ def _folder(cache: Path, key: list[Any]) -> Path:
 
 
 def _texts_key(config: DataConfig) -> list[str]:
-    return [*([config.text] if config.task == "lm" else [config.prompt, config.target]), *key_of(config)]
+    fields = {"lm": [config.text], "chat": [config.answers]}.get(config.task, [config.prompt, config.target])
+    return [*fields, *key_of(config)]
 
 
 def _check(folder: Path, source: Source | None = None) -> None:
