@@ -18,6 +18,7 @@ answer, which is how the model is used. Likewise one that ends answers with no c
 put after each, so that the model learns to stop.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,6 +56,14 @@ class Writer(NamedTuple):
     examples: Callable[[Messages, Tools], Answered]
     prompt: Callable[[Messages, Tools], tuple[str, list[Span]]]
     render: Callable[[Messages, Tools, bool], str]
+
+
+class _Turn(NamedTuple):
+    """An answer. header: what stands in front of it. asked: the same where it is still to be given."""
+
+    header: str
+    answer: str
+    asked: str
 
 
 class _Found(NamedTuple):
@@ -100,59 +109,50 @@ def make_writer(tokenizer: Tokenizer, sealed: Sealed) -> Writer:
             for message in window
         )
 
-    def header_of(window: Messages, tools: Tools, full: str, start: int) -> str | None:
-        """What the template writes in front of the answer that ends a window, if it writes both in `full` as it does
-        there."""
-        try:
-            asks, standing = window[:-1], True
-            before, asked = (write(asks, tools, cue).text for cue in (False, True))
-        except ValueError:
-            if window[:-1]:
-                return None
-            window, standing = [*PROBE, {"role": "assistant", "content": "an answer"}], False  # it has no question
-            before, asked = (write(PROBE, tools, cue).text for cue in (False, True))
+    def answer_in(window: Messages, tools: Tools) -> _Turn | None:
+        """How a window's last message, an answer, is written and asked for; None where that can't be told."""
+        before, asked = (write(window[:-1], tools, cue).text for cue in (False, True))
         whole = write(window, tools, False).text
         begin = divide(before, asked, whole)
-        if begin is None or not whole.startswith(before):
+        length = 0 if begin is None else end_of(whole[begin:])
+        if not length or not whole.startswith(before):
             return None
-        header, answer = whole[len(before) : begin], whole[begin:]
-        expected = header + answer[: end_of(answer)] if standing else header
-        return header if end_of(answer) and full.startswith(expected, start) else None
+        return _Turn(whole[len(before) : begin], whole[begin:][:length], asked[len(before) :])
 
     def in_place(full: Rendered, messages: Messages, tools: Tools) -> tuple[list[Span], str] | None:
         """The answers in the whole, and the prompt of the last; None where each has to be rendered by itself."""
-        places = _answers_of(messages)
         ends = [*full.starts[1:], len(full.text)]
-        headers: dict[Any, str | None] = {}
+        instructions = [*itertools.takewhile(lambda message: message["role"] in INSTRUCTING, messages)]
+        turns: dict[Any, _Turn | None] = {}
         spans: list[Span] = []
-        for place in places:
+        asked = ""
+        for place in _answers_of(messages):
             start, stop = full.starts[place], ends[place]
             if start is None or stop is None:
                 return None
             window = messages[_question_before(messages, place) : place + 1]
-            key = (place == places[-1], kind_of(window))
-            if key not in headers:
-                headers[key] = header_of(window, tools, full.text, start)
-            header = headers[key]
-            length = 0 if header is None else end_of(full.text[start + len(header) : stop])
-            if header is None or not length or not full.text.startswith(header, start):
+            asks = window[0]["role"] == "user"
+            window = [*instructions, *(window if asks else [*PROBE, messages[place]])]
+            kind = (stop == len(full.text), kind_of(window))
+            new = kind not in turns
+            turn = turns[kind] = answer_in(window, tools) if new else turns[kind]
+            if turn is None:
                 return None
-            spans.append((start + len(header), start + len(header) + length))
-        begin, last = spans[-1][0], places[-1]
-        try:
-            asked = write(messages[:last], tools, True).text
-        except ValueError:
-            if any(message["role"] not in INSTRUCTING for message in messages[:last]):
+            begin = full.text.find(turn.header + (turn.answer if new else ""), start, stop)
+            length = end_of(full.text[begin + len(turn.header) : stop])
+            if not length or begin < 0 or (place and begin != start):
                 return None
-            asked = full.text[:begin]  # the template asks for no answer where nobody has asked
-        return (spans, asked) if asked[:begin] == full.text[:begin] else None
+            spans.append((begin + len(turn.header), begin + len(turn.header) + length))
+            asked = full.text[:begin] + turn.asked if asks else full.text[: spans[-1][0]]
+        return spans, asked
 
     def by_itself(messages: Messages, place: int, tools: Tools) -> tuple[str, str, str]:
         """The prompt of one answer, what stands before the answer, and the answer."""
         asked = write(messages[:place], tools, True).text
-        for begin in (0, _question_before(messages, place)):  # some put something into the last question only
-            before, prompt = (write(messages[begin:place], tools, cue).text for cue in (False, True))
-            whole = write(messages[begin : place + 1], tools, False).text
+        # Some put something into the last question only, and some write an answer that another follows in another way.
+        for window in (messages[:place], messages[_question_before(messages, place) : place], PROBE):
+            before, prompt = (write(window, tools, cue).text for cue in (False, True))
+            whole = write([*window, messages[place]], tools, False).text
             start = divide(before, prompt, whole)
             if start is not None:
                 answer = whole[start:]
@@ -347,16 +347,19 @@ def _make_hide(sealed: Sealed, template: str) -> Callable[[Messages, Tools], tup
         whole, longest = re.compile(_any_of([*words, *MARKS])), max(map(len, words))
         heads = {word[:n] for word in words for n in range(1, len(word))}
         tails = {word[n:] for word in words for n in range(1, len(word))}
+        firsts, lasts = {word[0] for word in words}, {word[-1] for word in words}
 
         def covered(text: str, letter: Callable[[str], str]) -> str:
             text = whole.sub(lambda found: letter(found.group()), text)
             first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-            for n in range(min(longest, last - first), 0, -1):
+            most = min(longest, last - first)
+            for n in range(most if firsts & {*text[last - most : last]} else 0, 0, -1):
                 if text[last - n : last] in heads:
                     text = text[: last - n] + letter(text[last - n : last]) + text[last:]
                     last = last - n
                     break
-            for n in range(min(longest, last - first), 0, -1):
+            most = min(longest, last - first)
+            for n in range(most if lasts & {*text[first : first + most]} else 0, 0, -1):
                 if text[first : first + n] in tails:
                     return text[:first] + letter(text[first : first + n]) + text[first + n :]
             return text

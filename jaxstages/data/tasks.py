@@ -164,7 +164,7 @@ def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
             return Encoded([Example(piece, _scored_after(1, len(piece))) for piece in pieces], None, 0)
         start = pair_prompt(ids[0], tokenizer)
         pair = np.concatenate([start, ids[1], [end]]).astype(np.int32)
-        question = Question(start, found[1], kind)
+        question = Question(start, tokenizer.decode(ids[1]), kind)
         if len(pair) > context + 1:
             return Encoded([], question, len(pair))
         return Encoded([Example(pair, _scored_after(len(start), len(pair)))], question, 0)

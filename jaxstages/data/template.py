@@ -92,6 +92,9 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and {type(left), type(right)} == {str}:  # nearly all there are
+            context[BUDGET].spend(len(left) + len(right))
+            return left + right
         sizes = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]
         if sizes and operator == "%":
             raise ValueError("it formats text by %, which is refused here")
@@ -155,10 +158,10 @@ def _counted(tree: nodes.Template) -> nodes.Template:
 
 
 def constants(source: str) -> frozenset[str]:
-    """Texts of two letters or more that a template compares with, or writes, by expressions."""
+    """Texts that a template compares with, or writes, by expressions; without words, which are names of roles and keys."""
     tree = _environment().parse(source)
     texts = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
-    return frozenset(text for text in texts if len(text) > 1)
+    return frozenset(text for text in texts if re.search(r"\W", text.strip()))
 
 
 def _environment() -> "_Sandbox":

@@ -330,7 +330,7 @@ def _foreign_specials(backend: tokenizers.Tokenizer, dialect: _Dialect, path: Pa
     eos, answer = backend.token_to_id(dialect.eos), "a test of where an answer ends"
     if eos is None:
         raise ValueError(f"{_config_file(path)}: eos_token {dialect.eos!r} is no token of {path.name}")
-    question = {"role": "user", "content": "a test"}
+    question, following = ({"role": "user", "content": text} for text in ("a test", "what follows"))
     messages = [question, {"role": "assistant", "content": answer}]
     render = make_render(dialect.template, dialect.bos, dialect.eos)
     special = re.compile("|".join(map(re.escape, _special_tokens(backend))))
@@ -339,9 +339,9 @@ def _foreign_specials(backend: tokenizers.Tokenizer, dialect: _Dialect, path: Pa
         text = render(messages, None, False).text
         if answer not in text:
             raise ValueError(f"the chat template of {path} does not write an answer as it is")
-        return special.findall(text.rpartition(answer)[2])
+        return special.findall(text.rpartition(answer)[2].partition(following["content"])[0])
 
-    ends, between = after_answer(messages), after_answer([*messages, question])
+    ends, between = after_answer(messages), after_answer([*messages, following])
     # Some write two tokens, of which the second stops; others eos once, at the end of the whole conversation.
     stopping = [token for token in ends if token in (dialect.eos, *dialect.stops) and token in between]
     chosen = (stopping or ends or [dialect.eos])[0]
