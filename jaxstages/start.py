@@ -22,6 +22,7 @@ from jaxstages.console import say
 from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
 from jaxstages.fingerprint import kind_of, named_leaves
 from jaxstages.models import lora
+from jaxstages.new_tokens import check_new_tokens
 from jaxstages.parent import check_contract, check_lineage, contract_of, hold_base, lora_of, read_base, read_parent
 from jaxstages.sharding import shardings_of
 from jaxstages.types import Params, TrainState
@@ -71,6 +72,7 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
     params, lineage = read_parent(parent, bench, contract_of(bench))
     say(f"{bench.name}: starts from {parent} at step {lineage['step']}, its best", "cyan")
     _report(bench, parent, lineage, params)
+    check_new_tokens(bench.name, bench.stage, bench.tokenizer, params)
     if bench.base is None:
         # A copy, for the state takes the memory of the parameters that it starts from.
         anchor = _anchor(bench, jax.tree.map(jnp.copy, params) if bench.reference is not None else params, lineage)

@@ -34,7 +34,16 @@ FLOORS = [
             "models.spread",
         ),
     },
-    {"models.layers", "models.transformer", "data.answers", "data.chat", "data.tasks", "data.packing", "data.clean"},
+    {
+        "new_tokens",
+        "models.layers",
+        "models.transformer",
+        "data.answers",
+        "data.chat",
+        "data.tasks",
+        "data.packing",
+        "data.clean",
+    },
     {"step", "arrays", "checkpoint", "data.shards", "data.prepare", "data.pipeline", "data.mixture", "decode"},
     {"workbench", "parent", "anchor", "start", "evaluate", "compilation"},
     {"loop"},
@@ -99,7 +108,7 @@ PURE = {"step": {"data", "checkpoint", "config", "workdir"}, "models": {"optim",
 CORE = 7
 """Floors 0 to 6."""
 
-BUDGETS = {"step": (8, 1400), "models.transformer": (15, 2250), "loop": (64, 10900)}
+BUDGETS = {"step": (8, 1400), "models.transformer": (15, 2250), "loop": (65, 11000)}
 """Entry point -> the modules and lines that a reader of it can reach, by imports at the top of modules."""
 
 

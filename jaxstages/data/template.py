@@ -158,7 +158,7 @@ def _counted(tree: nodes.Template) -> nodes.Template:
 
 
 def constants(source: str) -> frozenset[str]:
-    """Texts that a template compares with, or writes, by expressions; without words, which are names of roles and keys."""
+    """Texts that a template compares with, or writes, by expressions; no words, which are names of roles and keys."""
     tree = _environment().parse(source)
     texts = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
     return frozenset(text for text in texts if re.search(r"\W", text.strip()))
