@@ -1,10 +1,15 @@
 """Chat records of every common shape, and what becomes of them under templates of the field."""
 
 import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tensorflow_datasets as tfds
 
 from jaxstages.config import DataConfig
 from jaxstages.data.conversation import read_conversation
@@ -270,3 +275,58 @@ def test_a_split_may_be_a_slice(tmp_path: Path) -> None:
             assert _dataset_and_split("tfds", f"{dataset}:{split}") == (dataset, split)
     with pytest.raises(ValueError, match="has no split"):
         open_source("tfds:mnist", tmp_path)
+
+
+class Numbered(tfds.core.GeneratorBasedBuilder):
+    """A builder as people write them, of which nothing comes with this project."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(
+            {"text": tfds.features.Text(), "parts": tfds.features.Sequence(tfds.features.Text())}
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager
+        return {"train": self._generate_examples(10), "test": self._generate_examples(4)}
+
+    def _generate_examples(self, count: int) -> Any:
+        time.sleep(0.2)
+        return ((i, {"text": f"text {i}", "parts": ["é"] * (i % 2)}) for i in range(count))
+
+
+def test_a_builder_of_tfds(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:  # two runs that prepare it at once
+        sources = list(
+            pool.map(lambda split: open_source(f"tfds:numbered:{split}", tmp_path), ["train", "train[:50%]"])
+        )
+    records = [[item.record for item in source.read()] for source in sources]
+    assert records[0][3] == {"text": "text 3", "parts": ["é"]} and records[1] == records[0][:5]
+    assert sources[0].fingerprint != sources[1].fingerprint
+    folder = f"tfds:{tmp_path}/numbered/1.0.0"
+    assert [i.record for i in open_source(f"{folder}:train[5:]+test", tmp_path).read()] == records[0][5:] + records[0][
+        :4
+    ]
+    for wrong in ("tfds:numbered:trian", "tfds:numbered:train[:x]", "tfds:nonsuch:train"):
+        with pytest.raises(ValueError, match=r"TFDS can't open it|has no split"):
+            open_source(wrong, tmp_path)
+
+
+def test_a_hugging_face_dataset_may_name_its_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    class Rows(list):
+        _fingerprint = "1"
+
+    def load_dataset(*name: Any, split: str) -> Rows:
+        asked.append((*name, split))
+        return Rows([{"question": "q", "nothing": None}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for name in ("openai/gsm8k/main:train[:50%]", "imdb:train", "owner/name:test"):
+        [item] = open_source(f"hf:{name}", tmp_path).read()
+        assert item.record == {"question": "q"}
+    expected = [("openai/gsm8k", "main", "train[:50%]"), ("imdb", None, "train"), ("owner/name", None, "test")]
+    assert asked == [call for call in expected for _ in range(2)]

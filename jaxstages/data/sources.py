@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader
 
+from jaxstages.disk import hold
+
 Record = dict[str, Any]
 
 MOST_BYTES = 2**24
@@ -372,7 +374,8 @@ def _builder(dataset: str, data_dir: str, prepare: bool) -> Any:  # TFDS's decor
         return tfds.builder_from_directory(dataset)
     builder: Any = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
     if prepare:
-        builder.download_and_prepare()
+        with hold(Path(data_dir) / f"{builder.name}.lock", wait=True):  # another run may be preparing it
+            builder.download_and_prepare()
     return builder
 
 
