@@ -372,11 +372,16 @@ def _builder(dataset: str, data_dir: str, prepare: bool) -> Any:  # TFDS's decor
 
     if (Path(dataset) / "dataset_info.json").exists():
         return tfds.builder_from_directory(dataset)
-    builder: Any = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
-    if prepare:
-        with hold(Path(data_dir) / f"{builder.name}.lock", wait=True):  # another run may be preparing it
-            builder.download_and_prepare()
-    return builder
+
+    def make() -> Any:
+        return tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+
+    if not prepare:
+        return make()
+    with hold(Path(data_dir) / f"{re.sub(r'[^a-zA-Z0-9]', '_', dataset)}.lock", wait=True):
+        builder = make()  # here, for it looks at once for what another run may have prepared
+        builder.download_and_prepare()
+        return builder
 
 
 def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
@@ -385,7 +390,7 @@ def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
     try:
         builder = _builder(dataset, str(data_dir), prepare=True)
         records = len(builder.as_data_source(split=split))
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, NotImplementedError) as error:
+    except (tfds.core.DatasetNotFoundError, ValueError, LookupError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"{name}: TFDS can't open it: {str(error).splitlines()[0]}") from error
     files = sorted(Path(str(builder.data_path)).glob("*.array_record*"))
     # A builder's files hold all its splits: which one is read has to be in the fingerprint.
