@@ -303,7 +303,7 @@ def test_a_builder_of_tfds(tmp_path: Path) -> None:
             pool.map(lambda split: open_source(f"tfds:numbered:{split}", tmp_path), ["train", "train[:50%]"])
         )
     records = [[item.record for item in source.read()] for source in sources]
-    assert records[0][3] == {"text": "text 3", "parts": ["é"]} and records[1] == records[0][:5]
+    assert {"text": "text 3", "parts": ["é"]} in records[0] and records[1] == records[0][:5]
     assert sources[0].fingerprint != sources[1].fingerprint
     folder = f"tfds:{tmp_path}/numbered/1.0.0"
     assert [i.record for i in open_source(f"{folder}:train[5:]+test", tmp_path).read()] == records[0][5:] + records[0][
