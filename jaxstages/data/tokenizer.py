@@ -265,8 +265,10 @@ def _read_dialect(path: Path, backend: tokenizers.Tokenizer) -> _Dialect | None:
     with _refused(f"{path} can't encode; take another"):
         puts_bos = backend.encode("").ids[:1] == [backend.token_to_id(bos)]
     if path.suffix == ".model":  # it can't say; these classes of transformers do by default
-        puts_bos = text_of("tokenizer_class", "").startswith(("Llama", "CodeLlama", "Gemma"))
-    return _Dialect(bos, eos, bool(found.get("add_bos_token", puts_bos)), text_of("chat_template", "default"))
+        default = text_of("tokenizer_class", "").startswith(("Llama", "CodeLlama", "Gemma"))
+        puts_bos = bool(found.get("add_bos_token", default))
+    # Of a tokenizer.json, the post-processor counts: transformers reads no add_bos_token beside one.
+    return _Dialect(bos, eos, puts_bos, text_of("chat_template", "default"))
 
 
 def _foreign_specials(backend: tokenizers.Tokenizer, dialect: _Dialect, path: Path) -> Specials:

@@ -25,10 +25,10 @@ from jaxstages.console import Progress, say
 from jaxstages.disk import make_folder, read_json, sync, write_json
 from jaxstages.early_stopping import early_stopping
 from jaxstages.fingerprint import named_leaves, params_sha256, tree_of
-from jaxstages.interop.config_json import OURS, Described, read_config
-from jaxstages.interop.families import FAMILIES
-from jaxstages.interop.layout import Place, match, places_of, read_parameter
-from jaxstages.interop.tensors import Stored, open_folder
+from jaxstages.interop.config_json import OURS, Described, read_config, text_config
+from jaxstages.interop.families import FAMILIES, WRAPPERS
+from jaxstages.interop.layout import Place, by_plain_names, match, places_of, read_parameter
+from jaxstages.interop.tensors import Stored, open_folder, unread_of
 from jaxstages.parent import contract_of
 from jaxstages.step import init_state
 from jaxstages.types import Params
@@ -36,8 +36,8 @@ from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import result_file, tokenizer_file
 
 SCHEME = "hf:"
-KEPT = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
-"""Files of the source that stay in `WORKDIR/import/source/`."""
+KEPT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
+"""Files of the source that stay in `WORKDIR/import/source/`, beside the config of its text."""
 
 READ = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")
 """Files that a folder may be read by."""
@@ -86,10 +86,15 @@ def tokenizer_of(folder: Path) -> Path:
 
 def describe(folder: Path) -> Described:
     """What a folder's config.json says."""
+    return read_config(*_text_config(folder))
+
+
+def _text_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """Of its config.json, or of the text part in it; and where that is."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json; name the folder of a model in Hugging Face's form")
-    return read_config(read_json(file), str(file))
+    return text_config(read_json(file), str(file), lambda: any("lm_head." in name for name in open_folder(folder)))
 
 
 def adopt(recipe: Recipe, found: Described, tokenizer: Path) -> Recipe:
@@ -112,8 +117,11 @@ def adopt(recipe: Recipe, found: Described, tokenizer: Path) -> Recipe:
         raise ValueError(
             f"the recipe is not that of the imported {found.family.model_type}: {'; '.join(against)}; leave these out"
         )
-    if theirs.attention.position == "learned" and theirs.context > found.positions:
-        raise ValueError(f"config.model.context={theirs.context} must be at most {found.positions}, its positions")
+    if theirs.context > found.reach:
+        raise ValueError(
+            f"config.model.context={theirs.context} must be at most {found.reach}: up to there, its positions are the "
+            "same in each text"
+        )
     return dataclasses.replace(recipe, model=theirs, tokenizer=wanted)
 
 
@@ -144,6 +152,8 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
     folder = find_folder(source)
     found = describe(folder)
     stored = open_folder(folder)
+    if unread := unread_of(folder):
+        say(f"import: {folder} has two sets of weights; not read, as by transformers: {', '.join(unread)}", "yellow")
     if "auto_map" in read_json(folder / "config.json"):
         say("import: config.json names code of its own (auto_map), which is not used", "yellow")
     _keep_source(folder, workdir)
@@ -204,10 +214,11 @@ def _keep_source(folder: Path, workdir: Path) -> None:
     kept = kept_source(workdir)
     make_folder(kept)
     write_json(kept / "where.json", {"tokenizer": str(tokenizer_of(folder))})
-    for name in reversed(KEPT):  # config.json last: where it is, the others are
+    for name in KEPT:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, kept / f"{name}.tmp")
             (kept / f"{name}.tmp").replace(kept / name)
+    write_json(kept / "config.json", _text_config(folder)[0])  # last: where it is, the others are
     sync(kept)
 
 
@@ -251,7 +262,11 @@ def make_plan(bench: Workbench, found: Described, stored: dict[str, Stored], fol
     if "position_embedding" in full:
         full["position_embedding"] = (found.positions, *full["position_embedding"][1:])
     places = places_of(FAMILIES[found.family.model_type], full)
-    stored = match(places, full, stored, found.model.vocab_size, str(folder))
+    parts = read_json(folder / "config.json").get("model_type") in WRAPPERS
+    stored = match(places, full, by_plain_names(stored, str(folder)), found.model.vocab_size, str(folder), parts)
+    if rest := sorted(stored.keys() - {place.name for place in places}) if parts else []:
+        names = dict.fromkeys(".".join(name.removeprefix("model.").split(".")[:1]) for name in rest)
+        say(f"import: of more parts than text; left out are {len(rest)} tensors of {', '.join(names)}", "yellow")
     if full != shapes:
         say(
             f"import: of {found.positions} learned positions the first {bench.recipe.model.context} are kept, which is "
