@@ -317,7 +317,7 @@ def _read_scaling(
                 over, under = (number(name) for name in ("mscale", "mscale_all_dim"))
                 found.attention_factor = _mscale(found.factor, over) / _mscale(found.factor, under)
             # Ministral 3 also scales queries, from `trained_context` on.
-            return found, LARGEST if entry.get("llama_4_scaling_beta") is None else found.trained_context
+            return found, found.trained_context if entry.get("llama_4_scaling_beta") else LARGEST
         case "longrope":
             short, long = (_factors(entry, f"{name}_factor", model.attention, where) for name in ("short", "long"))
             found = RopeScalingConfig(
@@ -362,7 +362,8 @@ def _read_kinds(model: ModelConfig, found: dict[str, Any], family: Family, where
             first = _entry(names, "max_window_layers", int, f"{where}: ") if names.get("max_window_layers") != 0 else 0
             local = [window is not None and n >= first for n in range(layers)]
         case "alternating" | "alternating, nope":
-            local = [window is not None and kind == "local" for kind in _pattern(names, family, layers, where)]
+            kinds = [] if types is not None else _pattern(names, family, layers, where)
+            local = [kind == "local" and window is not None for kind in kinds]
         case "nope":
             rope = names.get("no_rope_layers")
             if rope is None:
@@ -461,7 +462,7 @@ def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
                 case "attention.scale":
                     value = value or part.head_dim**-0.5
             found |= {key.name: _unpower(value, key, family)} if isinstance(key, Power) else {key: value}
-    found |= {key: allowed[0] for key, allowed in family.only.items() if allowed}
+    found |= {"pad_token_id": None}  # by default it may be one that there is no row for
     if part.position == "rope":
         found |= _write_rope(family, model)
     if part.rope_scaling.kind == "dynamic":
@@ -493,7 +494,7 @@ def _unpower(value: float, key: Power, family: Family) -> float | int:
 
 def _write_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
     part, scaling = model.attention, model.attention.rope_scaling
-    entry: dict[str, Any] = {"rope_type": "default"} if scaling.kind == "none" else {"rope_type": scaling.kind}
+    entry = family.rope | {"rope_type": "default" if scaling.kind == "none" else scaling.kind}
     if scaling.kind != "none":
         entry |= {"factor": scaling.factor}
     if scaling.kind in ("llama3", "yarn", "longrope"):

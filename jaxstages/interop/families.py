@@ -47,7 +47,7 @@ class Family(NamedTuple):
     that a config.json may lack. model: fields of ours that all its models have so. only: key -> what it may be, or be
     missing. layers: how its layers differ, see `config_json.py`. pattern: the kinds of layers where a config.json names
     none, repeated. nested: see there. also: another name of a key -> the key; it counts first. values: key -> what
-    transformers takes some of its values for.
+    transformers takes some of its values for. rope: what `rope_parameters` must have, whatever the scaling.
     """
 
     model_type: str
@@ -62,6 +62,7 @@ class Family(NamedTuple):
     nested: Nested | None = None
     also: dict[str, str] = {}
     values: dict[str, dict[str, str]] = {}
+    rope: dict[str, Any] = {}
 
 
 KEYS: dict[str, str | Power] = {
@@ -247,6 +248,7 @@ MINISTRAL3 = MISTRAL._replace(
     defaults=MISTRAL.defaults
     | {"head_dim": 128, "max_position_embeddings": 262_144}
     | {"rms_norm_eps": 1e-5, "sliding_window": None, "rope_parameters": MINISTRAL3_ROPE},
+    rope={"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 2**20},
 )
 QWEN2 = LLAMA._replace(
     model_type="qwen2",

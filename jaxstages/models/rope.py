@@ -87,5 +87,5 @@ def _bounds(theta: float, dims: int, scaling: RopeScalingConfig) -> tuple[float,
 
     low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
     if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    return max(low, 0), min(high, dims - 1)
+        low, high = float(math.floor(low)), float(math.ceil(high))
+    return max(low, 0.0), min(high, dims - 1.0)

@@ -86,6 +86,15 @@ ZOO: dict[str, dict[str, Any]] = {
     },
     "arcee": {"head_dim": 14},
     "arcee, tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "gpt2": {"n_inner": 50},
+    "gpt2, exact gelu, untied": {"activation_function": "gelu", "tie_word_embeddings": False, "n_layer": 3},
+    "granite": {
+        **{"attention_multiplier": 0.15, "embedding_multiplier": 3.0, "residual_multiplier": 0.4},
+        **{"logits_scaling": 3.0, "attention_bias": True},
+    },
+}
+
+MORE: dict[str, dict[str, Any]] = {
     "llama, biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "llama, biases of attention, dynamic scaling": {"attention_bias": True, "rope_parameters": DYNAMIC},
     "llama, yarn": {"head_dim": 14, "rope_parameters": YARN},
@@ -98,10 +107,6 @@ ZOO: dict[str, dict[str, Any]] = {
     "internlm3": {"head_dim": 14, "attention_bias": True, "mlp_bias": True},
     "iquestcoder": {"head_dim": 10},
     "seed_oss": {"head_dim": 14, "attention_out_bias": True},
-    "granite": {
-        **{"attention_multiplier": 0.15, "embedding_multiplier": 3.0, "residual_multiplier": 0.4},
-        **{"logits_scaling": 3.0, "attention_bias": True},
-    },
     "hyperclovax": {"attention_multiplier": 0.15, "residual_multiplier": 0.4, "logits_scaling": 0.5, "head_dim": 10},
     "ministral, layers of both kinds": {"sliding_window": 24, "head_dim": 10, "layer_types": [GLOBAL, LOCAL]},
     "ministral3": {
@@ -129,9 +134,8 @@ ZOO: dict[str, dict[str, Any]] = {
     "cwm": {"head_dim": 14, "sliding_window": 24, "rope_parameters": LLAMA3},
     "jais2": {"head_dim": 14},
     "starcoder2, window": {"sliding_window": 24},
-    "gpt2": {"n_inner": 50},
-    "gpt2, exact gelu, untied": {"activation_function": "gelu", "tie_word_embeddings": False, "n_layer": 3},
 }
+"""Models that are the same as those of `ZOO` but for what a table says."""
 
 
 def make(name: str, folder: Path, tokenizer: Path) -> Any:
@@ -143,9 +147,9 @@ def make(name: str, folder: Path, tokenizer: Path) -> Any:
     kind = name.split(",")[0]
     if kind == "gpt2":
         shape = {"vocab_size": VOCAB, "n_embd": 40, "n_layer": 2, "n_head": 4, "n_positions": 320}
-        config = AutoConfig.for_model(kind, **(shape | {"bos_token_id": 0, "eos_token_id": 0} | ZOO[name]))
+        config = AutoConfig.for_model(kind, **(shape | {"bos_token_id": 0, "eos_token_id": 0} | (ZOO | MORE)[name]))
     else:
-        config = AutoConfig.for_model(kind, **(BASE | ZOO[name]))
+        config = AutoConfig.for_model(kind, **(BASE | (ZOO | MORE)[name]))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
