@@ -521,8 +521,10 @@ def _write_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
         # Both spellings, for versions 4 and 5: the first that is there is read whole.
         return found | {"rope_scaling": all_ if len(entry) > 1 else None, "rope_parameters": all_}
     own = {"rope_type": "default", "rope_theta": part.local_rope_theta} if part.local_rope_theta else all_
-    scaled = {"rope_scaling": entry if len(entry) > 1 else None, "rope_parameters": {GLOBAL: all_, LOCAL: own}}
-    return found | ({family.nested.key: own["rope_theta"]} if family.nested.key else {}) | scaled
+    found |= {"rope_parameters": {GLOBAL: all_, LOCAL: own}}
+    if family.nested.both:
+        found |= {"rope_scaling": entry if len(entry) > 1 else None}
+    return found | ({family.nested.key: own["rope_theta"]} if family.nested.key else {})
 
 
 def choose_family(model: ModelConfig) -> tuple[Family, dict[str, Any]]:

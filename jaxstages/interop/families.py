@@ -35,10 +35,11 @@ class Power(NamedTuple):
 
 class Nested(NamedTuple):
     """`rope_parameters` has an entry for each kind of layer. key: where version 4 had the theta of local layers; "" is
-    nowhere. theta: its default."""
+    nowhere. theta: its default. both: version 4 had `rope_scaling`, which is then that of global layers."""
 
     key: str
     theta: float
+    both: bool = True
 
 
 class Family(NamedTuple):
@@ -292,7 +293,7 @@ MELLUM = QWEN3_MOE._replace(
     only={"mlp_layer_types": ("sparse",), "num_nextn_predict_layers": (0,), "num_mtp_layers": (0,)},
     layers="alternating",
     pattern=("global",),
-    nested=Nested("", 1e4),
+    nested=Nested("", 1e4, both=False),
 )
 MIXTRAL = MISTRAL._replace(
     model_type="mixtral",

@@ -140,9 +140,8 @@ def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenize
     from transformers import AutoModelForCausalLM
 
     call("export", f"--workdir={work}", f"--to={tmp_path}/ours")
-    again, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
-    )
+    words: Any = {"output_loading_info": True, "attn_implementation": "eager"}
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **words)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert type(again) is type(model)
     exported = max(float(np.abs(theirs_of(again.eval(), row) - theirs_of(model, row)).max()) for row in rows)
@@ -208,9 +207,8 @@ def test_the_table_of_a_family_is_right(name: str, tmp_path: Path, tokenizer: Pa
     write_json(tmp_path / "ours" / "config.json", written)
     entries = entries_of(places_of(FAMILIES[family.model_type], shapes), leaves, shapes)
     write_shards(tmp_path / "ours", entries, "F32", 10**9, lambda done: None)
-    again, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
-    )
+    words: Any = {"output_loading_info": True, "attn_implementation": "eager"}
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **words)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert type(again) is type(model)
     # Not to the bit: gelu has several names, and an implementation for each.
