@@ -137,20 +137,66 @@ MORE: dict[str, dict[str, Any]] = {
 }
 """Models that are the same as those of `ZOO` but for what a table says."""
 
+VISION = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+QWEN_VISION: dict[str, Any] = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2}
+QWEN_VISION |= {"out_hidden_size": 40}
+QWEN_IDS = {"image_token_id": 901, "video_token_id": 902, "vision_start_token_id": 903, "vision_end_token_id": 904}
+
+PARTS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 20, "model_type": "gemma3_text"},
+        "vision_config": VISION | {"model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+    },
+    "mistral3": {
+        "text_config": {"head_dim": 14, "model_type": "mistral", "sliding_window": None},
+        "vision_config": VISION | {"model_type": "pixtral"},
+        "image_token_index": 901,
+        "tie_word_embeddings": False,
+    },
+    "qwen2_5_vl": QWEN_IDS
+    | {
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 2]},
+        },
+        "vision_config": QWEN_VISION,
+    },
+    "qwen3_vl": QWEN_IDS
+    | {
+        "text_config": {
+            **{"model_type": "qwen3_vl_text", "head_dim": 12},
+            "rope_scaling": {"rope_type": "default", "mrope_section": [2, 2, 2], "mrope_interleaved": True},
+        },
+        "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        "tie_word_embeddings": True,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": VISION | {"model_type": "clip_vision_model"},
+        "image_token_index": 901,
+    },
+}
+"""Models with more parts than text."""
+
 
 def make(name: str, folder: Path, tokenizer: Path) -> Any:
     """The model, saved into `folder` beside a tokenizer.json. Norms and biases are random too, and all weights larger
     than transformers would begin with, so that an error in any of them shows."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = name.split(",")[0]
     if kind == "gpt2":
         shape = {"vocab_size": VOCAB, "n_embd": 40, "n_layer": 2, "n_head": 4, "n_positions": 320}
         config = AutoConfig.for_model(kind, **(shape | {"bos_token_id": 0, "eos_token_id": 0} | (ZOO | MORE)[name]))
+    elif kind in PARTS:
+        config = AutoConfig.for_model(kind, **(PARTS[kind] | {"text_config": BASE | PARTS[kind]["text_config"]}))
     else:
         config = AutoConfig.for_model(kind, **(BASE | (ZOO | MORE)[name]))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    auto: Any = AutoModelForImageTextToText if kind in PARTS else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
         for path, weight in model.named_parameters():
