@@ -66,6 +66,12 @@ def _flat(place: Place, part: str, shapes: dict[str, tuple[int, ...]]) -> tuple[
     return math.prod(dims[: place.row.inputs]), math.prod(dims[place.row.inputs :])
 
 
+def parts_of(place: Place, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:
+    """Our parameters that lie in a tensor, with the inputs and outputs of each."""
+    for part in place.row.parts:
+        yield part, *_flat(place, part, shapes)
+
+
 def shape_of(place: Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The tensor's shape."""
     sizes = [_flat(place, part, shapes) for part in place.row.parts]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxstages.commands.recipe import resolve_recipe
 from jaxstages.commands.train import train
@@ -26,12 +27,15 @@ from jaxstages.decode.generate import make_answers
 from jaxstages.decode.sampling import Sampling
 from jaxstages.disk import read_json, write_json
 from jaxstages.fingerprint import named_leaves
+from jaxstages.interop import peft
 from jaxstages.interop.config_json import choose_family, read_config
 from jaxstages.interop.families import FAMILIES
 from jaxstages.interop.hf_import import Plan, adopted, describe, load
 from jaxstages.interop.layout import by_plain_names, entries_of, match, places_of
+from jaxstages.interop.peft_import import read_adapter
 from jaxstages.interop.tensors import open_folder, write_shards
 from jaxstages.main import main
+from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
 from jaxstages.parent import contract_of, read_parent
 from jaxstages.sharding import batch_sharding, make_mesh
@@ -157,7 +161,7 @@ def opened(folder: Path) -> tuple[ModelConfig, Params]:
     """The model of a folder, read without a workdir."""
     found = describe(folder)
     config = found.model
-    config.context = LENGTH
+    config.context = found.positions if config.attention.position == "learned" else LENGTH
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     tree = jax.eval_shape(make_model(config, config.vocab_size).init, jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
@@ -260,3 +264,76 @@ def test_adapters_are_the_same_beside_the_base_in_peft(kind: dict[str, Any], tmp
     worst = float(np.abs(wanted - found).max())
     assert worst <= MOST
     FIGURES.append(f"| adapters on {name}, {kind or 'LoRA'} | {worst:.1e} (merged, beside) | | | |")
+
+
+def logits_of(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
+    """Log-probabilities of one row."""
+    row = jnp.asarray(tokens[None], jnp.int32)
+    batch = Batch(row, row, jnp.ones_like(row, jnp.float32), jnp.ones_like(row), jnp.arange(row.shape[1])[None])
+    model = make_model(config, config.vocab_size)
+    return np.asarray(jax.nn.log_softmax(model.apply(params, batch, None)[0], axis=-1))
+
+
+MERGED = {
+    "gpt2": {"targets": ("/kernel$",), "dora": True},
+    "phi3, window": {"targets": ("query/kernel", "value/kernel", "/up/kernel", "down/kernel"), "rank_stabilized": True},
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_adapters_of_projections_in_one_tensor_go_there_and_back(name: str, tmp_path: Path, tokenizer: Path) -> None:
+    """Of GPT-2's `c_attn`, Phi-3's `qkv_proj` and `gate_up_proj`, all parts or some are adapted."""
+    from peft import PeftModel
+
+    model = make(name, tmp_path / "theirs", tokenizer)
+    config, params = opened(tmp_path / "theirs")
+    kind = LoraConfig(rank=3, alpha=7.0, **MERGED[name])
+    adapters = lora.init(jax.random.key(0), params, make_model(config, VOCAB).axes, kind)
+    noise = iter(jax.random.split(jax.random.key(1), 99))
+    adapters = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(noise), x.shape), adapters)
+    merged = lora.merge(params, adapters, kind)
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(params).items()}
+    leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(adapters).items()}
+    family = FAMILIES[name.split(",")[0]]
+    tensors, chosen = peft._tensors(family, leaves, shapes)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", peft._config(kind, chosen, str(tmp_path / "theirs")))
+
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 64)
+    wanted, before = logits_of(config, merged, tokens), theirs_of(model, tokens)
+    beside = theirs_of(PeftModel.from_pretrained(model, folder).eval(), tokens)
+    worst = float(np.abs(beside - wanted).max())
+    assert worst <= MOST < float(np.abs(wanted - before).max())
+    FIGURES.append(f"| adapters on {name}, in PEFT | {worst:.1e} | | | |")
+    again = lora.merge(params, *read_adapter(folder, places_of(family, shapes), shapes))
+    for (path, one), other in zip(named_leaves(merged).items(), named_leaves(again).values(), strict=True):
+        np.testing.assert_allclose(other, one, atol=2e-6, err_msg=path)
+
+
+def test_adapters_that_peft_wrote_are_imported_beside_their_base(tmp_path: Path, tokenizer: Path) -> None:
+    import torch
+    from peft import LoraConfig as Theirs
+    from peft import get_peft_model
+
+    model = make("llama, one key head, tied, linear scaling", tmp_path / "theirs", tokenizer)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 64)
+    before = theirs_of(model, tokens)
+    wanted = {"r": 4, "lora_alpha": 6, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 11}}
+    where = {"target_modules": ["q_proj", "o_proj", "down_proj"], "layers_to_transform": [1]}
+    adapted = get_peft_model(model, Theirs(**wanted, **where)).eval()
+    with torch.no_grad():
+        for path, weight in adapted.named_parameters():
+            if "lora_B" in path:
+                weight.copy_(0.2 * torch.randn(weight.shape))
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = read_json(tmp_path / "adapter" / "adapter_config.json")
+    write_json(tmp_path / "adapter" / "adapter_config.json", config | {"base_model_name_or_path": f"{tmp_path}/theirs"})
+    call("import", f"--from={tmp_path}/adapter", f"--workdir={tmp_path}/work")
+    bench = open_workbench(resolve_recipe(None, tmp_path / "work"), "import", tmp_path / "work", with_data=False)
+    params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
+    found, theirs = logits_of(bench.recipe.model, params, tokens), theirs_of(adapted, tokens)
+    worst = float(np.abs(found - theirs).max())
+    assert worst <= MOST < float(np.abs(theirs - before).max())
+    FIGURES.append(f"| adapters by PEFT, imported | {worst:.1e} | | | |")
