@@ -44,7 +44,9 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RopeScalingConfig:
-    """How rope reaches further than it was trained to: "none", "linear" (Chen et al. 2023) or "llama3" (Llama 3.1)."""
+    """How rope reaches further than it was trained to: "none", "linear" (Chen et al. 2023), "llama3" (Llama 3.1),
+    "yarn" (Peng et al. 2023), "longrope" (Ding et al. 2024) or "dynamic". The frequencies of the last two depend on the
+    length of a text beyond `trained_context`, which `model.context` must not exceed."""
 
     kind: str = "none"
     factor: float = 1.0
@@ -54,6 +56,19 @@ class RopeScalingConfig:
     high_frequency_factor: float = 4.0
     """llama3: what turns more often than this within `trained_context` stays; between the two it is blended."""
     trained_context: int = 8192
+    """llama3, yarn, longrope, dynamic: positions that the model was trained on before it was scaled."""
+    beta_fast: float = 32.0
+    """yarn: what turns more often than this within `trained_context` stays."""
+    beta_slow: float = 1.0
+    """yarn: what turns less often than this is scaled; between the two it is blended."""
+    truncate: bool = True
+    """yarn: the two bounds of the blend are rounded to whole pairs."""
+    attention_factor: float = 0.0
+    """yarn, longrope: queries and keys are multiplied by this; 0 is the paper's value, from `factor`."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: what the frequency of each pair is divided by, up to `trained_context`."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: the same beyond it, which is only carried along."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,6 +80,8 @@ class AttentionConfig:
     """ "rope" or "learned"."""
     rope_theta: float = 10_000.0
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    rope_dims: int = 0
+    """Dims of each head that rope turns, the first ones; 0 is all of them (Phi-4-mini turns three quarters)."""
     pattern: tuple[str, ...] = ()
     """Kind of each layer, repeated over the layers: "global", "local" (sees `window` tokens back), or "nope" (global,
     without rope). By default all are "local" where `window` is set, else "global"."""
@@ -77,6 +94,8 @@ class AttentionConfig:
     """ "head" (each by itself, as in Qwen 3) or "heads" (all together, as in OLMo 2)."""
     qkv_bias: bool = False
     """Biases of query, key and value where `model.bias` gives none (Qwen 2)."""
+    out_bias: bool = False
+    """A bias of the output projection where `model.bias` gives none (Llama-likes with `attention_bias`)."""
     scale: float = 0.0
     """Scores are multiplied by this; 0 is `head_dim ** -0.5`."""
     softcap: float = 0.0
@@ -114,9 +133,18 @@ class ModelConfig:
     """ "swiglu", "geglu", "gelu" (by tanh), "gelu_erf" (exact) or "relu2"."""
     tied_head: bool = True
     bias: bool = False
+    """Of all linear maps, and of layer norms."""
+    ff_bias: bool = False
+    """Biases of the feed-forward where `bias` gives none (Llama-likes with `mlp_bias`)."""
     dropout: float = 0.0
     scaled_embedding: bool = False
     """Embeddings are multiplied by `sqrt(width)` (Gemma)."""
+    embedding_scale: float = 1.0
+    """Embeddings are multiplied by this (Granite)."""
+    residual_scale: float = 1.0
+    """What attention and feed-forward add to the residual stream is multiplied by this (Granite)."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by this (Granite)."""
     logit_softcap: float = 0.0
     """Logits are `softcap * tanh(logit / softcap)`; 0 leaves them (Gemma 2)."""
     vocab_size: int = 0

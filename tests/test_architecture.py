@@ -108,7 +108,7 @@ PURE = {"step": {"data", "checkpoint", "config", "workdir"}, "models": {"optim",
 CORE = 7
 """Floors 0 to 6."""
 
-BUDGETS = {"step": (8, 1400), "models.transformer": (15, 2250), "loop": (65, 11000)}
+BUDGETS = {"step": (8, 1425), "models.transformer": (15, 2310), "loop": (65, 11100)}
 """Entry point -> the modules and lines that a reader of it can reach, by imports at the top of modules."""
 
 

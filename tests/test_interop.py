@@ -51,8 +51,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 7},
     "qwen3_moe": {"head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6},
     "mixtral": {"num_local_experts": 3},
-    "arcee": {},
-    "gpt2": {},
+    "internlm3": {"head_dim": 8},
+    "iquestcoder": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8, "attention_out_bias": True},
+    "granite": {"attention_multiplier": 0.25, "logits_scaling": 6.0, "residual_multiplier": 0.22},
+    "hyperclovax": {"head_dim": 8, "logits_scaling": 0.125, "embedding_multiplier": 10.0},
+    "ministral3": {"head_dim": 8},
+    "cwm": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "vaultgemma": {"head_dim": 8},
+    "exaone4": {"sliding_window": 5},
+    "olmoe": {"num_experts": 3, "num_experts_per_tok": 2},
+    "flex_olmo": {"num_experts": 3, "num_experts_per_tok": 2},
+    "mellum": {"head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6},
 }
 ROWS = 320
 
@@ -63,7 +74,7 @@ def config_of(kind: str, **changes: Any) -> dict[str, Any]:
     else:
         base = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 4, "num_attention_heads": 2}
         base |= {"num_key_value_heads": 1, "vocab_size": ROWS, "max_position_embeddings": 64}
-    return {"model_type": kind} | base | CONFIGS[kind] | changes
+    return {"model_type": kind} | base | CONFIGS.get(kind, {}) | changes
 
 
 def write_folder(folder: Path, config: dict[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
@@ -151,13 +162,23 @@ def test_a_config_goes_there_and_back(kind: str) -> None:
     ("kind", "changes", "complaint"),
     [
         ("llama", {"model_type": "bert"}, "model_type='bert' is not supported; supported: llama, "),
-        ("llama", {"attention_bias": True}, "attention_bias=True can't be represented here; supported: False"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 can't be represented here; supported: none"),
+        ("llama", {"is_causal": False}, "is_causal=False can't be represented here; supported: True"),
+        ("starcoder2", {"use_bias": False}, "use_bias=False can't be represented here; supported: True"),
+        ("mellum", {"mlp_layer_types": ["sparse", "dense"] * 2}, "mlp_layer_types=['sparse', 'dense', "),
         ("llama", {"hidden_act": "relu"}, "hidden_act='relu' can't be represented here; supported: silu"),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic' can't"),
-        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": []}}, "rope_type='longrope' can't"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn' can't"),
-        ("llama", {"rope_scaling": {"type": "linear"}}, "lacks 'factor'"),
-        ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 can't be represented here; supported: 1.0"),
+        ("llama", {"rope_scaling": {"type": "proportional"}}, "rope_type='proportional' can't"),
+        ("llama", {"rope_scaling": {"type": "dynamic"}}, "config.json: rope_scaling.factor is missing"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": "x"}}, "json: rope_scaling.factor='x' is of type str"),
+        ("llama", {"rope_scaling": "linear"}, "config.json: rope_scaling='linear' must be an object"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": []}},
+            "short_factor=[] must be a list of 4 numb",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": True}}, "rope_parameters.factor=True is of type"),
+        ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 of head_dim=8 must give an even number of"),
+        ("llama", {"rope_theta": "many"}, "config.json: rope_theta='many' is of type str; it must be float"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} can't"),
         ("llama", {"hidden_size": "16"}, "hidden_size='16' is of type str; it must be int"),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
@@ -165,7 +186,10 @@ def test_a_config_goes_there_and_back(kind: str) -> None:
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True can't"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers=[0] can't"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "layer_types='chunked_attention' can't"),
-        ("qwen3", {"layer_types": ["full_attention"]}, "must name 4 layers each"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types=['full_attention'] must name 4 layers"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0 must be larger than 0"),
+        ("exaone4", {"sliding_window_pattern": "LLG"}, "sliding_window_pattern='LLG' is of type str; it must be int"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": []}, "max_window_layers=[] is of type list"),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "local and without rope"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True can't"),
     ],
@@ -253,6 +277,7 @@ def spoil(folder: Path, how: str) -> str:
             file.write_bytes(b"\xff" * 64)
             return "is no safetensors file, or cut short"
         case "index leads out":
+            file.unlink()  # which would come first
             write_json(folder / "model.safetensors.index.json", {"weight_map": {"x": "../model/model.safetensors"}})
             return "which is no file beside it"
         case "no tokenizer":

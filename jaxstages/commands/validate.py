@@ -42,7 +42,7 @@ CHOICES = {
     "tokenizer.kind": ("bpe", "characters", "file"),
     "attention.position": ("rope", "learned"),
     "attention.qk_norm_over": ("head", "heads"),
-    "rope_scaling.kind": ("none", "linear", "llama3"),
+    "rope_scaling.kind": ("none", "linear", "llama3", "yarn", "longrope", "dynamic"),
     "model.norm": ("rmsnorm", "rmsnorm_plus_one", "layernorm"),
     "model.norm_place": ("before", "after", "both"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_erf", "relu2"),
@@ -85,7 +85,8 @@ AT_MOST = {
 BELOW_ONE = ("beta1", "beta2", "dropout", "label_smoothing", "average")
 POSITIVE = (
     *("peak_lr", "norm_eps", "rope_theta", "muon_lr_factor", "plateau_factor", "hang_seconds"),
-    *("alpha", "factor", "low_frequency_factor", "high_frequency_factor"),
+    *("alpha", "factor", "low_frequency_factor", "high_frequency_factor", "beta_fast", "beta_slow"),
+    *("short_factors", "long_factors", "embedding_scale", "residual_scale", "logit_scale"),
 )
 SHARES = (
     "holdout",
@@ -118,9 +119,13 @@ APPLIES = {
     "optim.beta2": ("name", ("adamw", "lion", "muon")),
     "optim.moment_dtype": ("name", ("adamw", "lion", "muon", "sgd")),
     "optim.muon_lr_factor": ("name", ("muon",)),
-    "rope_scaling.factor": ("kind", ("linear", "llama3")),
+    "rope_scaling.factor": ("kind", ("linear", "llama3", "yarn", "longrope", "dynamic")),
     **{f"rope_scaling.{name}_frequency_factor": ("kind", ("llama3",)) for name in ("low", "high")},
-    "rope_scaling.trained_context": ("kind", ("llama3",)),
+    "rope_scaling.trained_context": ("kind", ("llama3", "yarn", "longrope", "dynamic")),
+    **{f"rope_scaling.{name}": ("kind", ("yarn",)) for name in ("beta_fast", "beta_slow", "truncate")},
+    "rope_scaling.attention_factor": ("kind", ("yarn", "longrope")),
+    **{f"rope_scaling.{name}_factors": ("kind", ("longrope",)) for name in ("short", "long")},
+    "attention.rope_dims": ("position", ("rope",)),
     "attention.qk_norm_over": ("qk_norm", (True,)),
 }
 """Owner and field -> the field beside it that it depends on, and for which of its values it is read."""
@@ -316,6 +321,17 @@ def _check_model(model: ModelConfig) -> None:
         raise ValueError(f"{where}.local_rope_theta={part.local_rope_theta} does not apply without local layers")
     if part.rope_scaling.high_frequency_factor <= part.rope_scaling.low_frequency_factor:
         raise ValueError(f"{where}.rope_scaling: high_frequency_factor must be larger than low_frequency_factor")
+    scaling, pairs = part.rope_scaling, (part.rope_dims or part.head_dim) // 2
+    if part.rope_dims % 2 or part.rope_dims > part.head_dim:
+        raise ValueError(f"{where}.rope_dims={part.rope_dims} must be even, and at most head_dim={part.head_dim}")
+    if scaling.kind in ("longrope", "dynamic") and model.context > scaling.trained_context:
+        raise ValueError(
+            f"config.model.context={model.context} must be at most {where}.rope_scaling.trained_context="
+            f"{scaling.trained_context}: beyond it, {scaling.kind} depends on the length of each text"
+        )
+    for name in ("short_factors", "long_factors") if scaling.kind == "longrope" else ():
+        if len(getattr(scaling, name)) != pairs:
+            raise ValueError(f"{where}.rope_scaling.{name} must have {pairs} numbers, one for each pair of dims")
     if model.experts.count and model.experts.count < model.experts.per_token:
         raise ValueError(
             f"config.model.experts: per_token={model.experts.per_token} must be at most count={model.experts.count}"

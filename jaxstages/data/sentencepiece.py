@@ -67,10 +67,11 @@ def keep_apart(backend: tokenizers.Tokenizer, control: list[str]) -> None:
     it knows no types, and so does one of whole words. A BPE would have to merge its way there."""
     vocab = backend.get_vocab(with_added_tokens=True)
     names = [*control, *filter(ONE_BYTE.fullmatch, vocab)]
+    unknown = json.loads(backend.to_str())["model"]
     if isinstance(backend.model, models.Unigram):
-        unknown = json.loads(backend.to_str())["model"]["unk_id"]
-        names += [name for name, i in vocab.items() if i == unknown]
+        names += [name for name, i in vocab.items() if i == unknown["unk_id"]]
     else:
+        names += [unknown["unk_token"]] if unknown.get("unk_token") in vocab else []
         names = [name for name in names if vocab[name] in backend.encode(name, add_special_tokens=False).ids]
     cuts = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names if len(name) > 1]
     if cuts:

@@ -276,11 +276,12 @@ def _read_dialect(path: Path, backend: tokenizers.Tokenizer) -> _Dialect | None:
     with _refused(f"{path} can't encode; take another"):
         puts_bos = backend.encode("").ids[:1] == [backend.token_to_id(bos)]
     if path.suffix == ".model":  # it can't say; these classes of transformers do by default
-        puts_bos = text_of("tokenizer_class", "").startswith(("Llama", "CodeLlama", "Gemma"))
-    add_bos = bool(found.get("add_bos_token", puts_bos))
+        default = text_of("tokenizer_class", "").startswith(("Llama", "CodeLlama", "Gemma"))
+        puts_bos = bool(found.get("add_bos_token", default))
     tool_template = templates.get("tool_use", "") or found.get("tool_template", "")
     stops = found.get("stop_tokens") or _read_stops(path, backend)
-    return _Dialect(bos, eos, add_bos, templates.get("default", ""), tool_template, stops)
+    # Of a tokenizer.json, the post-processor counts: transformers reads no add_bos_token beside one.
+    return _Dialect(bos, eos, puts_bos, templates.get("default", ""), tool_template, stops)
 
 
 def _read_templates(path: Path, chat_template: Any) -> dict[str, str]:

@@ -2,16 +2,36 @@
 
 How layers differ (`Family.layers`): "global" they do not; "local" all are local where there is a window; "switched"
 those that `layer_types` says, or from `max_window_layers` on, where `use_sliding_window` is on; "alternating" those
-that `layer_types` says, or all but each `sliding_window_pattern`-th; "nope" as switched, and `no_rope_layers` (a 0 for
-each that has none), or each `no_rope_layer_interval`-th, has no rope.
+that `layer_types` says, or `Family.pattern`, or all but each `sliding_window_pattern`-th where the family reads that;
+"alternating, nope" the same, and where there is a window, only local layers have rope; "nope" as switched, and
+`no_rope_layers` (a 0 for each that has none), or each `no_rope_layer_interval`-th, has no rope.
+
+Where transformers reads a key under several names, the order is its own; so are the defaults.
 """
 
 import copy
 import dataclasses
+import math
+import reprlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxstages.config import ModelConfig, RopeScalingConfig, check_type, differences
-from jaxstages.interop.families import FAMILIES, GATED, GLOBAL, KEYS, LOCAL, PLAIN, REFUSED_ANYWHERE, Family
+from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, check_type, differences
+from jaxstages.interop.families import (
+    FAMILIES,
+    GATED,
+    GLOBAL,
+    KEYS,
+    LOCAL,
+    PLAIN,
+    REFUSED_ANYWHERE,
+    SIZES,
+    TEXT_PARTS,
+    TIED_WRAPPERS,
+    WRAPPERS,
+    Family,
+    Power,
+)
 
 MOST_CONTEXT = 2048
 """Tokens in a row, unless the user says otherwise."""
@@ -23,13 +43,21 @@ OURS = ("context", "dtype", "dropout", "unroll", "family")
 NULL = ("attention.kv_heads", "attention.head_dim", "attention.softcap", "logit_softcap")
 """Fields where null is a value of its own (as many as heads, width over heads, no cap); elsewhere it is the default."""
 
+ZERO = ("attention.softcap", "logit_softcap")
+"""Fields that may be 0."""
+
+
+LARGEST = 2**31
+"""What a number of a config.json must be below, and as many tokens as rope has no end."""
+
 
 class Described(NamedTuple):
-    """positions: how many it was made for."""
+    """positions: how many it was made for. reach: the most tokens in a row that it can be run on here."""
 
     family: Family
     model: ModelConfig
     positions: int
+    reach: int
 
 
 def read_config(found: Any, where: str) -> Described:
@@ -41,43 +69,83 @@ def read_config(found: Any, where: str) -> Described:
     if not isinstance(found, dict):
         raise ValueError(f"{where} is no JSON object")
     kind = found.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"{where}: model_type={kind!r} is not supported; supported: {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
+    if not isinstance(kind, str) or kind not in FAMILIES | TEXT_PARTS:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{where}: model_type={reprlib.repr(kind)} is not supported; supported: {known}")
+    family = (FAMILIES | TEXT_PARTS)[kind]
     for key, allowed in (REFUSED_ANYWHERE | family.only).items():
         value = found.get(key)
-        if value is not None and value not in allowed:
+        each = value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
+        if value is not None and value not in allowed and each not in allowed:
             raise _refuse(where, key, value, allowed)
-    if (experts := found.get("num_local_experts")) is not None:  # transformers 5's name
-        found = {"num_experts": experts} | found
+    found = found | {key: found[other] for other, key in family.also.items() if found.get(other) is not None}
     model = ModelConfig(family=family.model_type)
     for path, value in family.model.items():
         _put(model, path, value)
     for path, key in (KEYS | family.keys).items():
         if key:
-            value = found.get(key)
-            if value is None and not (key in found and path in NULL):
-                value = family.defaults.get(key)
-            _put(model, path, _from_theirs(model, path, value, f"{where}: {key}", "gate" in _parts(family)))
-    heads = model.attention.heads
-    if not family_has(family, "attention.kv_heads"):
-        model.attention.kv_heads = heads
-    if not family_has(family, "attention.head_dim"):
-        model.attention.head_dim = model.width // heads
-    _read_rope(model, found, family, where)
+            name = key.name if isinstance(key, Power) else key
+            value = found.get(name)
+            if value is None and not (name in found and path in NULL):
+                value = family.defaults.get(name)
+            value = family.values.get(name, {}).get(value, value) if isinstance(value, str) else value
+            value = _from_theirs(model, path, value, f"{where}: {name}", "gate" in _parts(family))
+            _put(model, path, _power(value, key) if isinstance(key, Power) else value)
+    part, heads = model.attention, model.attention.heads
+    if not key_of(family, "attention.kv_heads"):
+        part.kv_heads = heads
+    if not key_of(family, "attention.head_dim"):
+        part.head_dim = model.width // heads
+    if part.head_dim < 1:
+        raise ValueError(f"{where}: num_attention_heads={heads} must be at most hidden_size={model.width}")
+    if part.scale == part.head_dim**-0.5:
+        part.scale = 0.0
+    reach = _read_rope(model, found, family, where)
     _read_kinds(model, found, family, where)
     positions = model.context
-    model.context = min(positions, MOST_CONTEXT)
-    return Described(family, model, positions)
+    model.context = min(positions, reach, MOST_CONTEXT)
+    return Described(family, model, positions, reach)
 
 
-def family_has(family: Family, path: str) -> bool:
-    return bool((KEYS | family.keys).get(path))
+def _power(value: float, key: Power) -> float:
+    """Ours of theirs."""
+    return float(value) ** key.exponent
+
+
+def key_of(family: Family, path: str) -> str:
+    """The key of config.json for a field of ours; "" is none."""
+    key = (KEYS | family.keys).get(path, "")
+    return key.name if isinstance(key, Power) else key
+
+
+def text_config(found: Any, where: str, has_head: Callable[[], bool]) -> tuple[Any, str]:
+    """The config of the text part, where a config.json is that of a model with more parts, and where it stands; else
+    both as they are.
+
+    Args:
+        has_head: whether the folder has weights for a head.
+    """
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if not isinstance(kind, str) or kind not in WRAPPERS:
+        return found, where
+    text = found.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise ValueError(f"{where}: text_config={reprlib.repr(text)} must be an object")
+    where = where if text is None else f"{where}: text_config"
+    text = {key: value for key, value in found.items() if key != "model_type"} if text is None else text
+    text = {"model_type": WRAPPERS[kind]} | text
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    text = dict(zip(sizes, SIZES.get(text["model_type"], ()), strict=False)) | text
+    tied = found.get("tie_word_embeddings")
+    if tied is None:
+        tied = kind in TIED_WRAPPERS and not has_head()
+    outer = {key: found[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in found}
+    return outer | text | {"tie_word_embeddings": tied or text.get("tie_word_embeddings") is True}, where
 
 
 def _refuse(where: str, key: str, value: Any, allowed: Any) -> ValueError:
     known = ", ".join(repr(one) for one in allowed) or "none"
-    return ValueError(f"{where}: {key}={value!r} can't be represented here; supported: {known}")
+    return ValueError(f"{where}: {key}={reprlib.repr(value)} can't be represented here; supported: {known}")
 
 
 def _parts(family: Family) -> set[str]:
@@ -103,6 +171,7 @@ def _get(model: ModelConfig, path: str) -> Any:
 
 
 def _from_theirs(model: ModelConfig, path: str, value: Any, where: str, gated: bool) -> Any:
+    """The value of a key as our field has it, but for a power."""
     part = model.attention
     if value is None:
         match path:
@@ -110,6 +179,8 @@ def _from_theirs(model: ModelConfig, path: str, value: Any, where: str, gated: b
                 return part.heads
             case "attention.head_dim":
                 return model.width // part.heads
+            case "attention.scale":
+                return part.head_dim**-0.5
             case "ff_width":
                 return 4 * model.width
             case "attention.softcap" | "logit_softcap":
@@ -118,60 +189,161 @@ def _from_theirs(model: ModelConfig, path: str, value: Any, where: str, gated: b
                 raise ValueError(f"{where} is missing")
     if path == "activation":
         known = GATED if gated else PLAIN
-        if value not in known:
-            raise ValueError(f"{where}={value!r} can't be represented here; supported: {', '.join(known)}")
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"{where}={reprlib.repr(value)} can't be represented here; supported: {', '.join(known)}")
         return known[value]
-    default = _get(ModelConfig(), path)
-    check_type(value, type(default), where)
-    if type(default) is not bool and value <= 0 and path not in ("attention.softcap", "logit_softcap"):
-        raise ValueError(f"{where}={value!r} must be larger than 0")
-    if path == "attention.scale":
-        return 0.0 if value == part.head_dim else float(value) ** -0.5
+    return _number(value, type(_get(ModelConfig(), path)), where, least=0 if path in ZERO else None)
+
+
+def _number(value: Any, kind: type, where: str, least: float | None = None) -> Any:
+    """Checked: of this type, finite, and larger than 0, or at least `least`. A bool passes as it is."""
+    check_type(value, kind, where)
+    if kind is bool:
+        return value
+    if not (value > 0 or least is not None and least <= value) or value >= LARGEST:
+        raise ValueError(f"{where}={value!r} must be larger than 0" + (f", and below {LARGEST:g}" if value > 0 else ""))
     return value
 
 
-def _read_rope(model: ModelConfig, found: dict[str, Any], family: Family, where: str) -> None:
+def _entry(found: dict[str, Any], key: str, kind: type, before: str, default: Any = None) -> Any:
+    """A positive number, or a bool. Raises ValueError, with the key and what comes `before` it, where it is none."""
+    value = found.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"{before}{key} is missing")
+    value = _number(value, kind, f"{before}{key}")
+    return value if kind is bool else kind(value)
+
+
+def _table(found: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """The entry of a key, which is an object, or null."""
+    value = found.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{where}: {key}={reprlib.repr(value)} must be an object")
+    return value or {}
+
+
+def _read_rope(model: ModelConfig, found: dict[str, Any], family: Family, where: str) -> int:
     """Both spellings: `rope_parameters` (transformers 5), one for each kind of layer or for all, and `rope_theta`,
-    `rope_scaling` (4)."""
+    `rope_scaling` (4), which comes first. Returns the most tokens for which positions are the same in each text."""
     part = model.attention
-    given = found.get("rope_parameters") or {}
-    own = {kind: given[kind] or {} for kind in (GLOBAL, LOCAL) if kind in given}
-    scaling = (found.get("rope_scaling") or {}) | (own.get(GLOBAL, {}) if own else given)
-    default = found.get("rope_theta") or family.defaults["rope_theta"]
-    part.rope_theta = float(scaling.get("rope_theta") or default)
-    part.rope_scaling = _read_scaling(scaling, model, where)
-    if own.get(LOCAL):
-        local = own[LOCAL]
-        if _read_scaling(local, model, where).kind != "none":
-            raise ValueError(f"{where}: rope_parameters.{LOCAL} is scaled; supported: rope_type 'default' there")
-        theta = float(local.get("rope_theta") or part.local_rope_theta or part.rope_theta)
-        same = theta == part.rope_theta and part.rope_scaling.kind == "none"
-        part.local_rope_theta = 0.0 if same and not family_has(family, "attention.local_rope_theta") else theta
+    if part.position != "rope":
+        return model.context
+    scaling, parameters = _table(found, "rope_scaling", where), _table(found, "rope_parameters", where)
+    default = _entry(found, "rope_theta", float, f"{where}: ", family.defaults["rope_theta"])
+    if family.nested is None:
+        entry = scaling or parameters or family.defaults.get("rope_parameters", {})
+        name = f"{where}: {'rope_scaling' if scaling else 'rope_parameters'}"
+        part.rope_theta = _entry(entry, "rope_theta", float, f"{name}.", default)
+        part.rope_dims = _rope_dims(found, entry, part.head_dim, name, where)
+        original = found.get(
+            "original_max_position_embeddings", family.defaults.get("original_max_position_embeddings")
+        )
+        part.rope_scaling, reach = _read_scaling(entry, model, original, name)
+        return reach
+    name = f"{where}: rope_parameters"
+    entry, local = (_table(parameters, kind, name) for kind in (GLOBAL, LOCAL))
+    entry = entry | {key: value for key, value in scaling.items() if value is not None and key != "truncate"}
+    part.rope_theta = _entry(entry, "rope_theta", float, f"{name}.{GLOBAL}.", default)
+    part.rope_dims = _rope_dims(found, entry, part.head_dim, f"{name}.{GLOBAL}", where)
+    if _rope_dims(found, local, part.head_dim, f"{name}.{LOCAL}", where) != part.rope_dims:
+        raise ValueError(f"{name} must have one partial_rotary_factor for {GLOBAL} and {LOCAL}")
+    part.rope_scaling, reach = _read_scaling(entry, model, None, f"{name}.{GLOBAL}")
+    other, _ = _read_scaling(local, model, None, f"{name}.{LOCAL}")
+    theta = _entry(found, family.nested.key, float, f"{where}: ", family.nested.theta)
+    theta = _entry(local, "rope_theta", float, f"{name}.{LOCAL}.", theta)
+    if (theta, other) == (part.rope_theta, part.rope_scaling):
+        part.local_rope_theta = 0.0
+    elif other.kind == "none":
+        part.local_rope_theta = theta
+    else:
+        raise _refuse(f"{name}.{LOCAL}", "rope_type", other.kind, ("default",))
+    return reach
 
 
-def _read_scaling(given: dict[str, Any], model: ModelConfig, where: str) -> RopeScalingConfig:
-    kind = given.get("rope_type", given.get("type", "default"))
-    partial = given.get("partial_rotary_factor")
-    if partial not in (None, 1, 1.0):
-        raise _refuse(where, "partial_rotary_factor", partial, (1.0,))
-    try:
-        match kind:
-            case "default" | None:
-                return RopeScalingConfig()
-            case "linear":
-                return RopeScalingConfig(kind="linear", factor=float(given["factor"]))
-            case "llama3":
-                return RopeScalingConfig(
-                    kind="llama3",
-                    factor=float(given["factor"]),
-                    low_frequency_factor=float(given["low_freq_factor"]),
-                    high_frequency_factor=float(given["high_freq_factor"]),
-                    trained_context=int(given.get("original_max_position_embeddings") or model.context),
-                )
-            case _:
-                raise _refuse(where, "rope_scaling.rope_type", kind, ("default", "linear", "llama3"))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{where}: the rope scaling {given!r} lacks {error}") from error
+def _rope_dims(found: dict[str, Any], entry: dict[str, Any], head_dim: int, name: str, where: str) -> int:
+    share = _entry(found, "partial_rotary_factor", float, f"{where}: ", 1.0)
+    share = _entry(entry, "partial_rotary_factor", float, f"{name}.", share)
+    dims = int(head_dim * share)
+    if share > 1 or dims < 2 or dims % 2:
+        raise ValueError(
+            f"{name}.partial_rotary_factor={share} of head_dim={head_dim} must give an even number of dims"
+        )
+    return 0 if dims == head_dim else dims
+
+
+def _read_scaling(
+    entry: dict[str, Any], model: ModelConfig, original: Any, where: str
+) -> tuple[RopeScalingConfig, int]:
+    """How rope is scaled, and up to how many tokens that is the same in each text.
+
+    Args:
+        original: the positions that it was trained on, where they stand beside the entry; they count first.
+    """
+    kind = entry.get("rope_type", entry.get("type", "default"))
+    kind = "longrope" if kind in ("su", "yarn") and "short_factor" in entry else kind  # Phi-3's earlier names
+
+    def number(key: str, default: float | None = None) -> float:
+        return _entry(entry, key, float, f"{where}.", default)
+
+    def trained() -> int:
+        key = "original_max_position_embeddings"
+        return _entry({key: original} if original is not None else entry, key, int, f"{where}.", model.context)
+
+    match kind:
+        case "default" | "mrope" | None:  # mrope: the three positions of a text's token are one
+            return RopeScalingConfig(), LARGEST
+        case "linear":
+            return RopeScalingConfig(kind="linear", factor=number("factor")), LARGEST
+        case "llama3":
+            low, high = (number(f"{name}_freq_factor") for name in ("low", "high"))
+            found = RopeScalingConfig(kind="llama3", factor=number("factor"), trained_context=trained())
+            return dataclasses.replace(found, low_frequency_factor=low, high_frequency_factor=high), LARGEST
+        case "dynamic":
+            found = RopeScalingConfig(kind="dynamic", factor=number("factor"), trained_context=model.context)
+            return found, model.context
+        case "yarn":
+            found = RopeScalingConfig(
+                kind="yarn",
+                factor=number("factor", model.context / trained()),
+                trained_context=trained(),
+                beta_fast=number("beta_fast", 32.0),
+                beta_slow=number("beta_slow", 1.0),
+                truncate=_entry(entry, "truncate", bool, f"{where}.", True),
+            )
+            if entry.get("attention_factor") is not None:
+                found.attention_factor = number("attention_factor")
+            elif entry.get("mscale") and entry.get("mscale_all_dim"):
+                over, under = (number(name) for name in ("mscale", "mscale_all_dim"))
+                found.attention_factor = _mscale(found.factor, over) / _mscale(found.factor, under)
+            # Ministral 3 also scales queries, from `trained_context` on.
+            return found, found.trained_context if entry.get("llama_4_scaling_beta") else LARGEST
+        case "longrope":
+            short, long = (_factors(entry, f"{name}_factor", model.attention, where) for name in ("short", "long"))
+            found = RopeScalingConfig(
+                kind="longrope",
+                factor=number("factor", model.context / trained()),
+                trained_context=trained(),
+                short_factors=short,
+                long_factors=long,
+            )
+            if entry.get("attention_factor") is not None:
+                found.attention_factor = number("attention_factor")
+            return found, found.trained_context
+        case _:
+            known = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
+            raise _refuse(where, "rope_type", kind, known)
+
+
+def _mscale(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _factors(entry: dict[str, Any], key: str, part: AttentionConfig, where: str) -> tuple[float, ...]:
+    value, pairs = entry.get(key), (part.rope_dims or part.head_dim) // 2
+    if not isinstance(value, list) or len(value) != pairs:
+        raise ValueError(f"{where}.{key}={reprlib.repr(value)} must be a list of {pairs} numbers")
+    return tuple(float(_number(number, float, f"{where}.{key}")) for number in value)
 
 
 def _read_kinds(model: ModelConfig, found: dict[str, Any], family: Family, where: str) -> None:
@@ -187,22 +359,27 @@ def _read_kinds(model: ModelConfig, found: dict[str, Any], family: Family, where
         case "local" | "local, switched":
             local = [window is not None] * layers
         case "switched":
-            local = [window is not None and n >= names["max_window_layers"] for n in range(layers)]
-        case "alternating":
-            period = found.get("_sliding_window_pattern") or names["sliding_window_pattern"]
-            local = [(n + 1) % period > 0 for n in range(layers)]
+            first = _entry(names, "max_window_layers", int, f"{where}: ") if names.get("max_window_layers") != 0 else 0
+            local = [window is not None and n >= first for n in range(layers)]
+        case "alternating" | "alternating, nope":
+            kinds = [] if types is not None else _pattern(names, family, layers, where)
+            local = [kind == "local" and window is not None for kind in kinds]
         case "nope":
-            interval = names["no_rope_layer_interval"]
-            rope = names.get("no_rope_layers") or [int((n + 1) % interval > 0) for n in range(layers)]
+            rope = names.get("no_rope_layers")
+            if rope is None:
+                interval = _entry(names, "no_rope_layer_interval", int, f"{where}: ")
+                rope = [int((n + 1) % interval > 0) for n in range(layers)]
+            _check_list(rope, layers, f"{where}: no_rope_layers")
             local = [window is not None and not has for has in rope]
         case _:
             raise ValueError(f"layers={family.layers!r}")
-    if types is not None and family.layers in ("switched", "alternating", "nope"):
-        if bad := sorted({str(kind) for kind in types} - {GLOBAL, LOCAL}):
+    if types is not None and family.layers in ("switched", "alternating", "alternating, nope", "nope"):
+        _check_list(types, layers, f"{where}: layer_types")
+        if bad := [kind for kind in types if kind not in (GLOBAL, LOCAL)]:
             raise _refuse(where, "layer_types", bad[0], (GLOBAL, LOCAL))
         local = [kind == LOCAL for kind in types]
-    if len(local) != layers or len(rope) != layers:
-        raise ValueError(f"{where}: layer_types and no_rope_layers must name {layers} layers each")
+    if family.layers == "alternating, nope" and window is not None:
+        rope = [int(here) for here in local]
     if any(here and not has for here, has in zip(local, rope, strict=True)):
         raise ValueError(f"{where}: a layer that is local and without rope can't be represented here; supported: one")
     if any(local) and (type(window) is not int or window < 1):
@@ -212,6 +389,19 @@ def _read_kinds(model: ModelConfig, found: dict[str, Any], family: Family, where
     model.attention.pattern = _shortest(kinds)
     if not any(local):
         model.attention.local_rope_theta = 0.0
+
+
+def _pattern(names: dict[str, Any], family: Family, layers: int, where: str) -> list[str]:
+    """Kinds of layers where none are named."""
+    if "sliding_window_pattern" not in family.defaults:
+        return [family.pattern[n % len(family.pattern)] for n in range(layers)]
+    period = _entry(names, "sliding_window_pattern", int, f"{where}: ")
+    return ["local" if (n + 1) % period else "global" for n in range(layers)]
+
+
+def _check_list(value: Any, layers: int, where: str) -> None:
+    if not isinstance(value, list) or len(value) != layers:
+        raise ValueError(f"{where}={reprlib.repr(value)} must name {layers} layers")
 
 
 def _shortest(kinds: list[str]) -> tuple[str, ...]:
@@ -239,24 +429,30 @@ def plain_model(model: ModelConfig) -> ModelConfig:
     if part.position != "rope":
         part.rope_theta, part.rope_scaling, part.local_rope_theta = 0.0, RopeScalingConfig(), 0.0
         part.pattern = _shortest(["local" if kind == "local" else "global" for kind in kinds])
-    if not local:
+    if not local or (part.local_rope_theta == part.rope_theta and part.rope_scaling.kind == "none"):
         part.local_rope_theta = 0.0
+    if part.rope_dims == part.head_dim:
+        part.rope_dims = 0
     if part.scale == part.head_dim**-0.5:
         part.scale = 0.0
     if not part.qk_norm:
         part.qk_norm_over = default.attention.qk_norm_over
-    part.qkv_bias = part.qkv_bias and not model.bias
+    if model.bias and model.norm != "layernorm":  # it is that of the linear maps alone
+        model.bias, part.qkv_bias, part.out_bias, model.ff_bias = False, True, True, True
+    part.qkv_bias, part.out_bias = part.qkv_bias and not model.bias, part.out_bias and not model.bias
     model.experts = model.experts if model.experts.count else default.experts
+    model.ff_bias = model.ff_bias and not model.bias and not model.experts.count
     return model
 
 
 def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     """The config.json of a model, of which `read_config` makes the same one, if the family can express it."""
     part, gated = model.attention, "gate" in _parts(family)
+    plain = plain_model(model)
     found: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for path, key in (KEYS | family.keys).items():
         if key:
-            value = _get(model, path)
+            value: Any = _get(plain if path.endswith("bias") else model, path)
             match path:
                 case "activation":
                     known = GATED if gated else PLAIN
@@ -264,20 +460,22 @@ def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
                 case "attention.softcap" | "logit_softcap":
                     value = value or None
                 case "attention.scale":
-                    value = round(value**-2) if value else part.head_dim
-            found[key] = value
-    found |= {key: allowed[0] for key, allowed in family.only.items()}
+                    value = value or part.head_dim**-0.5
+            found |= {key.name: _unpower(value, key, family)} if isinstance(key, Power) else {key: value}
+    found |= {"pad_token_id": None}  # by default it may be one that there is no row for
     if part.position == "rope":
         found |= _write_rope(family, model)
+    if part.rope_scaling.kind == "dynamic":
+        found[key_of(family, "context")] = part.rope_scaling.trained_context
     kinds = kinds_of(model)
     window = part.window if "local" in kinds else None
     types = [LOCAL if kind == "local" else GLOBAL for kind in kinds]
     if family.layers in ("switched", "local, switched", "nope"):
         found |= {"use_sliding_window": window is not None, "sliding_window": window}
-    if family.layers in ("switched", "alternating", "nope"):
+    if family.layers in ("switched", "alternating", "alternating, nope", "nope"):
         found |= {"layer_types": types}
     match family.layers:
-        case "local":
+        case "local" | "alternating, nope":
             found |= {"sliding_window": window}
         case "switched":
             found |= {"max_window_layers": types.index(LOCAL) if LOCAL in types else model.layers}
@@ -288,27 +486,45 @@ def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     return found
 
 
+def _unpower(value: float, key: Power, family: Family) -> float | int:
+    """Theirs of ours; the power and its inverse are each rounded, which the last digits show."""
+    theirs = float(f"{value ** (1 / key.exponent):.12g}")
+    return round(theirs) if isinstance(family.defaults[key.name], int) else theirs
+
+
 def _write_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
-    part = model.attention
-    scaling: dict[str, Any] = {}
-    match part.rope_scaling.kind:
-        case "linear":
-            scaling = {"rope_type": "linear", "factor": part.rope_scaling.factor}
+    part, scaling = model.attention, model.attention.rope_scaling
+    entry = family.rope | {"rope_type": "default" if scaling.kind == "none" else scaling.kind}
+    if scaling.kind != "none":
+        entry |= {"factor": scaling.factor}
+    if scaling.kind in ("llama3", "yarn", "longrope"):
+        entry |= {"original_max_position_embeddings": scaling.trained_context}
+    if scaling.kind in ("yarn", "longrope") and scaling.attention_factor:
+        entry |= {"attention_factor": scaling.attention_factor}
+    match scaling.kind:
         case "llama3":
-            scaling = {
-                "rope_type": "llama3",
-                "factor": part.rope_scaling.factor,
-                "low_freq_factor": part.rope_scaling.low_frequency_factor,
-                "high_freq_factor": part.rope_scaling.high_frequency_factor,
-                "original_max_position_embeddings": part.rope_scaling.trained_context,
+            entry |= {
+                "low_freq_factor": scaling.low_frequency_factor,
+                "high_freq_factor": scaling.high_frequency_factor,
             }
-    all_ = {"rope_type": "default"} | scaling | {"rope_theta": part.rope_theta}
-    found: dict[str, Any] = {"rope_theta": part.rope_theta, "rope_scaling": scaling or None, "rope_parameters": all_}
-    if family_has(family, "attention.local_rope_theta"):
-        theta = part.local_rope_theta or part.rope_theta
-        local = {"rope_type": "default", "rope_theta": theta}
-        found |= {"rope_local_base_freq": theta, "rope_parameters": {GLOBAL: all_, LOCAL: local}}
-    return found
+        case "yarn":
+            entry |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+        case "longrope":
+            entry |= {"short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors)}
+    if part.rope_dims:
+        entry |= {"partial_rotary_factor": part.rope_dims / part.head_dim}
+    found: dict[str, Any] = {"rope_theta": part.rope_theta}
+    if "original_max_position_embeddings" in family.defaults:
+        found |= {"original_max_position_embeddings": scaling.trained_context}
+    all_ = entry | {"rope_theta": part.rope_theta}
+    if family.nested is None:
+        # Both spellings, for versions 4 and 5: the first that is there is read whole.
+        return found | {"rope_scaling": all_ if len(entry) > 1 else None, "rope_parameters": all_}
+    own = {"rope_type": "default", "rope_theta": part.local_rope_theta} if part.local_rope_theta else all_
+    found |= {"rope_parameters": {GLOBAL: all_, LOCAL: own}}
+    if family.nested.both:
+        found |= {"rope_scaling": entry if len(entry) > 1 else None}
+    return found | ({family.nested.key: own["rope_theta"]} if family.nested.key else {})
 
 
 def choose_family(model: ModelConfig) -> tuple[Family, dict[str, Any]]:

@@ -26,24 +26,47 @@ class Row(NamedTuple):
     transposed: bool = False
 
 
+class Power(NamedTuple):
+    """A key of config.json whose value to the power of `exponent` is our field's."""
+
+    name: str
+    exponent: float
+
+
+class Nested(NamedTuple):
+    """`rope_parameters` has an entry for each kind of layer. key: where version 4 had the theta of local layers; "" is
+    nowhere. theta: its default. both: version 4 had `rope_scaling`, which is then that of global layers."""
+
+    key: str
+    theta: float
+    both: bool = True
+
+
 class Family(NamedTuple):
     """model_type, architecture: what config.json calls it. rows: its tensors; those of parameters that a model has not
     are left out. keys: our field -> key of config.json, where it is not that of `KEYS`; "" is none. defaults: of keys
     that a config.json may lack. model: fields of ours that all its models have so. only: key -> what it may be, or be
-    missing. layers: how its layers differ, see `config_json.py`.
+    missing. layers: how its layers differ, see `config_json.py`. pattern: the kinds of layers where a config.json names
+    none, repeated. nested: see there. also: another name of a key -> the key; it counts first. values: key -> what
+    transformers takes some of its values for. rope: what `rope_parameters` must have, whatever the scaling.
     """
 
     model_type: str
     architecture: str
     rows: tuple[Row, ...]
-    keys: dict[str, str]
+    keys: dict[str, str | Power]
     defaults: dict[str, Any]
     model: dict[str, Any]
     only: dict[str, tuple[Any, ...]]
     layers: str
+    pattern: tuple[str, ...] = ()
+    nested: Nested | None = None
+    also: dict[str, str] = {}
+    values: dict[str, dict[str, str]] = {}
+    rope: dict[str, Any] = {}
 
 
-KEYS = {
+KEYS: dict[str, str | Power] = {
     "vocab_size": "vocab_size",
     "context": "max_position_embeddings",
     "layers": "num_hidden_layers",
@@ -57,6 +80,17 @@ KEYS = {
     "attention.head_dim": "head_dim",
 }
 """Field of `ModelConfig` -> key of a config.json."""
+
+ATTENTION_BIAS: dict[str, str | Power] = {
+    "attention.qkv_bias": "attention_bias",
+    "attention.out_bias": "attention_bias",
+}
+BIASES = ATTENTION_BIAS | {"ff_bias": "mlp_bias"}
+MULTIPLIERS: dict[str, str | Power] = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+}
 
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu_fast": "geglu"}
 PLAIN = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_erf", "relu2": "relu2"}
@@ -129,54 +163,137 @@ def _experts(prefix: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     )
 
 
+EXPERTS: dict[str, str | Power] = {
+    "experts.count": "num_experts",
+    "experts.per_token": "num_experts_per_tok",
+    "experts.normalize": "norm_topk_prob",
+}
+MINISTRAL3_ROPE = {
+    **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16_384},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1},
+}
+CWM_ROPE = {
+    **{"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 8192},
+    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+"""Of a config.json that has none."""
+
+
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     rows=_decoder(ATTENTION, FEED_FORWARD, NORMS_BEFORE),
-    keys={},
+    keys=BIASES,
     defaults={"tie_word_embeddings": False, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-    | {"rope_theta": 10_000.0},
+    | {"rope_theta": 10_000.0, "attention_bias": False, "mlp_bias": False},
     model={},
-    only={"attention_bias": (False,), "mlp_bias": (False,)},
+    only={},
     layers="global",
 )
 """Llama 2, 3, 3.1, 3.2 and SmolLM2. The other tables say what differs."""
 
+INTERNLM3 = LLAMA._replace(
+    model_type="internlm3",
+    defaults=LLAMA.defaults
+    | {"max_position_embeddings": 32_768, "rms_norm_eps": 1e-5, "num_key_value_heads": 2, "head_dim": 128},
+    also={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
+)
+IQUESTCODER = LLAMA._replace(
+    model_type="iquestcoder",
+    defaults=LLAMA.defaults
+    | {"max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128},
+)
+SEED_OSS = LLAMA._replace(
+    model_type="seed_oss",
+    architecture="SeedOssForCausalLM",
+    keys=BIASES | {"attention.out_bias": "attention_out_bias"},
+    defaults=LLAMA.defaults
+    | {"max_position_embeddings": 524_288, "num_key_value_heads": 8, "head_dim": 128}
+    | {"attention_bias": True, "attention_out_bias": False},
+)
+GRANITE = LLAMA._replace(
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    keys=BIASES | MULTIPLIERS | {"logit_scale": Power("logits_scaling", -1.0)},
+    defaults=LLAMA.defaults
+    | dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0),
+)
+HYPERCLOVAX = LLAMA._replace(
+    model_type="hyperclovax",
+    architecture="HyperCLOVAXForCausalLM",
+    rows=_decoder(
+        ATTENTION,
+        FEED_FORWARD,
+        NORMS_BEFORE,
+        _norm("post_norm1", "attention_post_norm"),
+        _norm("post_norm2", "ff_post_norm"),
+    ),
+    keys=BIASES | MULTIPLIERS | {"logit_scale": "logits_scaling"},
+    defaults=LLAMA.defaults | dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0),
+    model={"norm_place": "both"},
+    only={"use_post_norm": (True,)},
+)
 MISTRAL = LLAMA._replace(
     model_type="mistral",
     architecture="MistralForCausalLM",
+    keys={},
     defaults=LLAMA.defaults | {"max_position_embeddings": 131_072, "sliding_window": 4096, "num_key_value_heads": 8},
-    only={},
     layers="local",
+)
+MINISTRAL = MISTRAL._replace(
+    model_type="ministral", architecture="MinistralForCausalLM", layers="alternating", pattern=("local",)
+)
+MINISTRAL3 = MISTRAL._replace(
+    model_type="ministral3",
+    architecture="Ministral3ForCausalLM",
+    defaults=MISTRAL.defaults
+    | {"head_dim": 128, "max_position_embeddings": 262_144}
+    | {"rms_norm_eps": 1e-5, "sliding_window": None, "rope_parameters": MINISTRAL3_ROPE},
+    rope={"llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 2**20},
 )
 QWEN2 = LLAMA._replace(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    defaults=LLAMA.defaults | {"max_position_embeddings": 32_768, "sliding_window": 4096, "max_window_layers": 28},
+    keys={},
+    defaults=LLAMA.defaults
+    | {"max_position_embeddings": 32_768, "sliding_window": 4096, "max_window_layers": 28}
+    | {"num_key_value_heads": 32},
     model={"attention.qkv_bias": True},
-    only={},
     layers="switched",
+)
+QWEN2_VL = QWEN2._replace(
+    defaults=QWEN2.defaults
+    | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_window_layers": 80, "num_key_value_heads": 8}
 )
 QWEN3 = QWEN2._replace(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
+    keys=ATTENTION_BIAS,
     defaults=QWEN2.defaults | {"head_dim": 128},
     model={"attention.qk_norm": True},
-    only={"attention_bias": (False,)},
 )
 QWEN3_MOE = QWEN3._replace(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     rows=_decoder(ATTENTION, _experts("mlp", "gate_proj", "up_proj", "down_proj"), NORMS_BEFORE),
-    keys={
-        "ff_width": "moe_intermediate_size",
-        "experts.count": "num_experts",
-        "experts.per_token": "num_experts_per_tok",
-        "experts.normalize": "norm_topk_prob",
-    },
-    defaults=QWEN2.defaults | {"num_experts_per_tok": 8, "norm_topk_prob": False},
-    only={"attention_bias": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+    keys=ATTENTION_BIAS | EXPERTS | {"ff_width": "moe_intermediate_size"},
+    defaults=QWEN2.defaults
+    | {"num_key_value_heads": 4, "moe_intermediate_size": 768}
+    | {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False},
+    only={"decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
     layers="local, switched",
+    also={"num_local_experts": "num_experts"},
+)
+MELLUM = QWEN3_MOE._replace(
+    model_type="mellum",
+    architecture="MellumForCausalLM",
+    defaults=QWEN3_MOE.defaults
+    | {"max_position_embeddings": 131_072, "sliding_window": 1024, "head_dim": 128, "rope_theta": 5e5}
+    | {"moe_intermediate_size": 896, "num_experts": 64, "norm_topk_prob": True},
+    only={"mlp_layer_types": ("sparse",), "num_nextn_predict_layers": (0,), "num_mtp_layers": (0,)},
+    layers="alternating",
+    pattern=("global",),
+    nested=Nested("", 1e4, both=False),
 )
 MIXTRAL = MISTRAL._replace(
     model_type="mixtral",
@@ -184,36 +301,63 @@ MIXTRAL = MISTRAL._replace(
     rows=_decoder(ATTENTION, _experts("block_sparse_moe", "w1", "w3", "w2"), NORMS_BEFORE),
     keys={"experts.count": "num_local_experts", "experts.per_token": "num_experts_per_tok"},
     defaults=MISTRAL.defaults
-    | {"sliding_window": None, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
+    | {"sliding_window": None, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2}
+    | {"num_local_experts": 8},
     model={"experts.normalize": True},
-    only={},
+    also={"num_experts": "num_local_experts"},
 )
-GEMMA2 = LLAMA._replace(
+GEMMA = LLAMA._replace(
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    keys=ATTENTION_BIAS,
+    defaults=LLAMA.defaults
+    | {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192}
+    | {"head_dim": 256, "num_key_value_heads": 16},
+    model={"norm": "rmsnorm_plus_one", "scaled_embedding": True},
+    values={"hidden_act": {"gelu": "gelu_pytorch_tanh"}},
+)
+GEMMA2 = GEMMA._replace(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
     rows=_decoder(ATTENTION, FEED_FORWARD, NORMS_BOTH),
-    keys={
+    keys=ATTENTION_BIAS
+    | {
         "activation": "hidden_activation",
-        "attention.scale": "query_pre_attn_scalar",
+        "attention.scale": Power("query_pre_attn_scalar", -0.5),
         "attention.softcap": "attn_logit_softcapping",
         "logit_softcap": "final_logit_softcapping",
     },
-    defaults=LLAMA.defaults
-    | {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192}
-    | {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 2}
+    defaults=GEMMA.defaults
+    | {"hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 4, "num_attention_heads": 8}
+    | {"query_pre_attn_scalar": 256, "sliding_window": 4096}
     | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    model={"norm": "rmsnorm_plus_one", "norm_place": "both", "scaled_embedding": True},
-    only={"attention_bias": (False,), "use_bidirectional_attention": (False,)},
+    model=GEMMA.model | {"norm_place": "both"},
     layers="alternating",
+    pattern=("local", "global"),
+    values={},
 )
 GEMMA3 = GEMMA2._replace(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    keys=GEMMA2.keys | {"attention.local_rope_theta": "rope_local_base_freq"},
+    keys={field: key for field, key in GEMMA2.keys.items() if field != "attention.softcap"},
     defaults=GEMMA2.defaults
-    | {"max_position_embeddings": 131_072, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
-    | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    | {"max_position_embeddings": 131_072, "sliding_window_pattern": 6, "rope_theta": 1e6}
+    | {"final_logit_softcapping": None},
     model=GEMMA2.model | {"attention.qk_norm": True},
+    nested=Nested("rope_local_base_freq", 1e4),
+)
+"""`attn_logit_softcapping` stands in its config.json, and is used nowhere."""
+
+VAULTGEMMA = GEMMA2._replace(
+    model_type="vaultgemma",
+    architecture="VaultGemmaForCausalLM",
+    rows=_decoder(
+        ATTENTION,
+        FEED_FORWARD,
+        _norm("input_layernorm", "attention_norm"),
+        _norm("pre_feedforward_layernorm", "ff_norm"),
+    ),
+    model=GEMMA.model,
 )
 SMOLLM3 = LLAMA._replace(
     model_type="smollm3",
@@ -227,9 +371,56 @@ OLMO2 = LLAMA._replace(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
     rows=_decoder(ATTENTION, FEED_FORWARD, NORMS_AFTER),
+    keys=ATTENTION_BIAS,
     defaults=LLAMA.defaults | {"rms_norm_eps": 1e-5},
     model={"norm_place": "after", "attention.qk_norm": True, "attention.qk_norm_over": "heads"},
-    only={"attention_bias": (False,)},
+)
+OLMO3 = OLMO2._replace(
+    model_type="olmo3",
+    architecture="Olmo3ForCausalLM",
+    defaults=OLMO2.defaults | {"sliding_window": 4096, "rope_theta": 5e5},
+    layers="alternating",
+    pattern=("local", "local", "local", "global"),
+    nested=Nested("", 5e5),
+)
+OLMOE = LLAMA._replace(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    rows=QWEN3_MOE.rows,
+    keys=ATTENTION_BIAS | EXPERTS,
+    defaults=LLAMA.defaults
+    | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    | {"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+    model={"attention.qk_norm": True, "attention.qk_norm_over": "heads"},
+    only={"clip_qkv": ()},
+    also={"num_local_experts": "num_experts"},
+)
+FLEX_OLMO = OLMOE._replace(
+    model_type="flex_olmo",
+    architecture="FlexOlmoForCausalLM",
+    rows=_decoder(ATTENTION, _experts("mlp", "gate_proj", "up_proj", "down_proj"), NORMS_AFTER),
+    defaults=OLMOE.defaults | {"rms_norm_eps": 1e-6, "rope_theta": 5e5, "num_experts": 7, "num_experts_per_tok": 5},
+    model=OLMO2.model,
+    only={},
+)
+EXAONE4 = LLAMA._replace(
+    model_type="exaone4",
+    architecture="Exaone4ForCausalLM",
+    rows=OLMO2.rows,
+    keys={},
+    defaults=LLAMA.defaults | {"rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4},
+    model={"norm_place": "after", "attention.qk_norm": True},
+    layers="alternating, nope",
+)
+CWM = LLAMA._replace(
+    model_type="cwm",
+    architecture="CwmForCausalLM",
+    keys={"ff_bias": "mlp_bias"},
+    defaults=LLAMA.defaults
+    | {"max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128}
+    | {"rope_theta": 1e6, "sliding_window": 8192, "rope_parameters": CWM_ROPE},
+    layers="alternating",
+    pattern=("global", "local", "local", "local"),
 )
 PHI3 = MISTRAL._replace(
     model_type="phi3",
@@ -243,13 +434,35 @@ PHI3 = MISTRAL._replace(
         ),
         NORMS_BEFORE,
     ),
-    defaults=LLAMA.defaults | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None},
+    defaults=LLAMA.defaults
+    | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None}
+    | {"original_max_position_embeddings": 4096},
 )
 ARCEE = LLAMA._replace(
     model_type="arcee",
     architecture="ArceeForCausalLM",
     rows=_decoder(ATTENTION, FEED_FORWARD[2:], NORMS_BEFORE),
     defaults=LLAMA.defaults | {"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+)
+JAIS2 = ARCEE._replace(
+    model_type="jais2",
+    architecture="Jais2ForCausalLM",
+    keys={"norm_eps": "layer_norm_eps"},
+    defaults=ARCEE.defaults | {"max_position_embeddings": 8192, "layer_norm_eps": 1e-5},
+    model={"norm": "layernorm", "bias": True},
+    only={"attention_bias": (True,), "mlp_bias": (True,)},
+)
+STARCODER2 = LLAMA._replace(
+    model_type="starcoder2",
+    architecture="Starcoder2ForCausalLM",
+    rows=_decoder(ATTENTION, (*_linear("mlp.c_fc", "ff/up"), *_linear("mlp.c_proj", "ff/down")), NORMS_BEFORE),
+    keys={"norm_eps": "norm_epsilon"},
+    defaults=LLAMA.defaults
+    | {"hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 4096, "norm_epsilon": 1e-5}
+    | {"num_key_value_heads": 2, "tie_word_embeddings": True, "sliding_window": None},
+    model={"norm": "layernorm", "bias": True},
+    only={"use_bias": (True,)},
+    layers="local",
 )
 GPT2 = Family(
     model_type="gpt2",
@@ -285,15 +498,58 @@ GPT2 = Family(
     model={"norm": "layernorm", "bias": True, "attention.position": "learned"},
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     layers="global",
+    also={"hidden_size": "n_embd", "max_position_embeddings": "n_positions"}
+    | {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
 )
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(LLAMA, QWEN2, QWEN3, MISTRAL, GEMMA3, GEMMA2, OLMO2, SMOLLM3, PHI3, QWEN3_MOE, MIXTRAL, ARCEE, GPT2),
+        *(LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL, GEMMA3, GEMMA2, GEMMA, VAULTGEMMA, OLMO2, OLMO3, EXAONE4, SMOLLM3),
+        *(CWM, PHI3, QWEN3_MOE, MIXTRAL, OLMOE, FLEX_OLMO, MELLUM, GRANITE, HYPERCLOVAX, SEED_OSS, ARCEE, GPT2, JAIS2),
+        *(STARCODER2, MINISTRAL3, INTERNLM3, IQUESTCODER),
     )
 }
 """By model type; where several fit a model, the first is what it is exported as."""
 
-REFUSED_ANYWHERE = {"quantization_config": (), "partial_rotary_factor": (1.0, 1)}
+TEXT_PARTS = {
+    "qwen2_vl_text": QWEN2_VL,
+    "qwen2_5_vl_text": QWEN2_VL,
+    "qwen3_vl_text": QWEN3._replace(
+        defaults=QWEN3.defaults | {"max_position_embeddings": 128_000, "rope_theta": 5e5}, layers="global"
+    ),
+}
+"""Model types of the text part of models with more parts, which are these families under another name."""
+
+WRAPPERS = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
+    "llava": "llama",
+}
+"""Model types with more parts than text -> the model type of their text part, where it names none."""
+
+SIZES = {
+    "gemma3_text": (262_208, 2304, 9216, 26, 8),
+    "mistral": (32_000, 4096, 14_336, 32, 32),
+    "ministral3": (131_072, 4096, 14_336, 34, 32),
+    "llama": (32_000, 4096, 11_008, 32, 32),
+    "qwen2_vl_text": (152_064, 8192, 29_568, 80, 64),
+    "qwen2_5_vl_text": (152_064, 8192, 29_568, 80, 64),
+    "qwen3_vl_text": (151_936, 4096, 22_016, 32, 32),
+}
+"""Text parts -> what they lack in config.json where it is the default: tokens, width, ff_width, layers, heads."""
+
+TIED_WRAPPERS = ("gemma3", "mistral3")
+"""Those whose head is the embedding unless they say otherwise."""
+
+REFUSED_ANYWHERE = {
+    "quantization_config": (),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+}
 """Keys that no family may have, but as here."""

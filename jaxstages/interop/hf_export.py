@@ -22,8 +22,8 @@ from jaxstages.data.tokenizer import SPECIAL_TOKENS
 from jaxstages.disk import make_folder, read_json, sync, write_json, write_text
 from jaxstages.fingerprint import named_leaves, params_sha256
 from jaxstages.interop.card import licence_of, write_card
-from jaxstages.interop.config_json import choose_family, read_config
-from jaxstages.interop.families import KEYS, Family
+from jaxstages.interop.config_json import choose_family, key_of, plain_model, read_config
+from jaxstages.interop.families import Family
 from jaxstages.interop.hf_import import Plan, kept_source, load
 from jaxstages.interop.layout import entries_of, match, places_of
 from jaxstages.interop.tensors import open_folder, write_shards
@@ -37,6 +37,9 @@ SHARD = 5 * 10**9
 """Bytes of a file, at most."""
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+
+DROPPED = ("auto_map", "_name_or_path", "dtype", "torch_dtype")
+"""Keys of an imported config.json that do not go into an export."""
 
 CHECKED = 64
 """Tokens that the check runs the model on."""
@@ -70,8 +73,8 @@ def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most
     fresh = to.with_name(f"{to.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     make_folder(fresh)
-    config |= _ids(bench, stage) | {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
-    _keep_positions(config, family, recipe, workdir)
+    config = _kept_config(config, family, rows, bench) | {"dtype": dtype, "torch_dtype": dtype}
+    config |= _ids(bench, stage)
     write_json(fresh / "config.json", config)
     total = sum(math.prod(shape) for shape in shapes.values()) * (2 if dtype == "bfloat16" else 4)
     progress, megabytes = Progress("MB written", max(total // 10**6, 1)), 0
@@ -154,48 +157,80 @@ def _check(
     return worst
 
 
+def _kept_config(config: dict[str, Any], family: Family, rows: int, bench: Workbench) -> dict[str, Any]:
+    """The config.json that was imported, where it is that of the model still, but for its rows; else ours, in which
+    rope reaches as far as it was made to, even where rows were shorter here."""
+    file, model = kept_source(bench.workdir) / "config.json", bench.recipe.model
+    if not file.is_file():
+        return config | {"use_cache": True}
+    kept = read_json(file)
+    described, learned = read_config(kept, str(file)), model.attention.position == "learned"
+    positions = key_of(family, "context")
+    same = plain_model(dataclasses.replace(described.model, vocab_size=rows)) == plain_model(
+        dataclasses.replace(model, vocab_size=rows)
+    )
+    if same and kept["model_type"] == family.model_type:
+        ours = ("architectures", key_of(family, "vocab_size"), *([positions] if learned else []))
+        return {k: v for k, v in kept.items() if k not in DROPPED} | {key: config[key] for key in ours}
+    if not learned:
+        config[positions] = max(config[positions], described.positions)
+    return config | {"use_cache": True}
+
+
 def _ids(bench: Workbench, stage: str) -> dict[str, Any]:
     """Ids of the tokens that begin and end a text: those of what was imported, and those that were trained on."""
     file = kept_source(bench.workdir) / "config.json"
     kept = read_json(file) if file.is_file() else {}
+    named = {name: kept[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in kept}
+    if stage == recipes.IMPORT and named.get("eos_token_id") is not None:
+        return named
     special = bench.tokenizer.specials
     theirs = kept.get("eos_token_id")
     ends = [theirs] if isinstance(theirs, int) else list(theirs or [])
-    if stage != recipes.IMPORT or not ends:
-        ends = [*dict.fromkeys([*ends, special.end_of_text, special.end_of_turn])]
+    ends = [*dict.fromkeys([*ends, special.end_of_text, special.end_of_turn])]
     start = kept.get("bos_token_id")
     start = next(iter(bench.tokenizer.begin), None) if start is None else start
-    return {"bos_token_id": start, "eos_token_id": ends if len(ends) > 1 else ends[0]} | {
-        name: kept[name] for name in ("pad_token_id",) if name in kept
-    }
-
-
-def _keep_positions(config: dict[str, Any], family: Family, recipe: Recipe, workdir: Path) -> None:
-    """Rope reaches as far as it was made to, even where rows were shorter here."""
-    file = kept_source(workdir) / "config.json"
-    if recipe.model.attention.position == "rope" and file.is_file():
-        key = (KEYS | family.keys)["context"]
-        config[key] = max(config[key], read_config(read_json(file), str(file)).positions)
+    padding = named.get("pad_token_id")
+    padding = special.end_of_text if padding is None and not bench.tokenizer.eos else padding
+    found = {"bos_token_id": start, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    return found if padding is None else found | {"pad_token_id": padding}
 
 
 def _write_tokenizer(bench: Workbench, stage: str, folder: Path) -> None:
     """tokenizer.json, and beside it what transformers wants to know of it; with the chat template that the stages are
     trained with."""
     own, kept = tokenizer_file(bench.workdir), kept_source(bench.workdir)
-    shutil.copyfile(own, folder / "tokenizer.json")
+    content = read_json(own)
+    if stage != recipes.IMPORT and list(bench.tokenizer.begin) != bench.tokenizer.backend.encode("").ids:
+        content["post_processor"] = _beginning(content["post_processor"], bench)
+    write_json(folder / "tokenizer.json", content)
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for file in (kept / "tokenizer_config.json", own.with_name("tokenizer_config.json")):
         found |= read_json(file) if file.is_file() else {}
     for name in ("added_tokens_decoder", "auto_map", "chat_template"):
         found.pop(name, None)  # the first is in tokenizer.json, which has more of them
-    ends = dict.fromkeys(("bos_token", "eos_token"), SPECIAL_TOKENS[0])
+    ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS[0])
     found = (ends if not bench.tokenizer.eos else {}) | found
     template = bench.tokenizer.template or (OUR_TEMPLATE if stage != recipes.IMPORT else "")
     write_json(folder / "tokenizer_config.json", found | ({"chat_template": template} if template else {}))
 
 
+def _beginning(before: dict[str, Any] | None, bench: Workbench) -> dict[str, Any]:
+    """A post-processor that puts what the stages' texts begin with in front of a text."""
+    begin = bench.tokenizer.begin
+    names = [bench.tokenizer.backend.id_to_token(i) for i in begin]
+
+    def template(*letters: str) -> list[dict[str, Any]]:
+        front = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+        return front + [{"Sequence": {"id": letter, "type_id": n}} for n, letter in enumerate(letters)]
+
+    tokens = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in zip(names, begin, strict=True)}
+    ours = {"type": "TemplateProcessing", "single": template("A"), "pair": template("A", "B"), "special_tokens": tokens}
+    return ours if before is None else {"type": "Sequence", "processors": [before, ours]}
+
+
 def _write_generation(bench: Workbench, stage: str, folder: Path, config: dict[str, Any]) -> None:
     kept = kept_source(bench.workdir) / "generation_config.json"
     found = read_json(kept) if kept.is_file() else {}
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
     write_json(folder / "generation_config.json", (ids | found) if stage == recipes.IMPORT else (found | ids))

@@ -20,15 +20,17 @@ import optax
 
 from jaxstages import config as recipes
 from jaxstages.checkpoint import Checkpoints
-from jaxstages.config import IMPORT, Recipe, TokenizerConfig
+from jaxstages.config import IMPORT, LoraConfig, Recipe, TokenizerConfig
 from jaxstages.console import Progress, say
 from jaxstages.disk import make_folder, read_json, sync, write_json
 from jaxstages.early_stopping import early_stopping
 from jaxstages.fingerprint import named_leaves, params_sha256, tree_of
-from jaxstages.interop.config_json import OURS, Described, read_config
-from jaxstages.interop.families import FAMILIES
-from jaxstages.interop.layout import Place, match, places_of, read_parameter
-from jaxstages.interop.tensors import Stored, open_folder
+from jaxstages.interop.config_json import OURS, Described, read_config, text_config
+from jaxstages.interop.families import FAMILIES, WRAPPERS
+from jaxstages.interop.layout import Place, by_plain_names, match, places_of, read_parameter
+from jaxstages.interop.peft_import import is_adapter, model_folder, read_adapter
+from jaxstages.interop.tensors import Stored, open_folder, unread_of
+from jaxstages.models import lora
 from jaxstages.parent import contract_of
 from jaxstages.step import init_state
 from jaxstages.types import Params
@@ -36,8 +38,11 @@ from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import result_file, tokenizer_file
 
 SCHEME = "hf:"
-KEPT = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
-"""Files of the source that stay in `WORKDIR/import/source/`."""
+KEPT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
+"""Files of the source that stay in `WORKDIR/import/source/`, beside the config of its text."""
+
+OF_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja")
+"""Those that belong to the tokenizer."""
 
 READ = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")
 """Files that a folder may be read by."""
@@ -79,17 +84,26 @@ def find_folder(source: str) -> Path:
 
 
 def tokenizer_of(folder: Path) -> Path:
-    """`tokenizer.json`, or SentencePiece's `tokenizer.model` where that is all there is."""
-    found, other = folder / "tokenizer.json", folder / "tokenizer.model"
-    return other if other.is_file() and not found.is_file() else found
+    """`tokenizer.json`, or SentencePiece's `tokenizer.model` where that is all there is; of adapters, that of their
+    base where they have none."""
+    for place in dict.fromkeys((folder, model_folder(folder))):
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (place / name).is_file():
+                return place / name
+    return model_folder(folder) / "tokenizer.json"
 
 
 def describe(folder: Path) -> Described:
-    """What a folder's config.json says."""
+    """What a folder's config.json says; of adapters, that of their base."""
+    return read_config(*_text_config(model_folder(folder)))
+
+
+def _text_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """Of its config.json, or of the text part in it; and where that is."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json; name the folder of a model in Hugging Face's form")
-    return read_config(read_json(file), str(file))
+    return text_config(read_json(file), str(file), lambda: any("lm_head." in name for name in open_folder(folder)))
 
 
 def adopt(recipe: Recipe, found: Described, tokenizer: Path) -> Recipe:
@@ -112,8 +126,11 @@ def adopt(recipe: Recipe, found: Described, tokenizer: Path) -> Recipe:
         raise ValueError(
             f"the recipe is not that of the imported {found.family.model_type}: {'; '.join(against)}; leave these out"
         )
-    if theirs.attention.position == "learned" and theirs.context > found.positions:
-        raise ValueError(f"config.model.context={theirs.context} must be at most {found.positions}, its positions")
+    if theirs.context > found.reach:
+        raise ValueError(
+            f"config.model.context={theirs.context} must be at most {found.reach}: up to there, its positions are the "
+            "same in each text"
+        )
     return dataclasses.replace(recipe, model=theirs, tokenizer=wanted)
 
 
@@ -142,9 +159,11 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
         return result
     began = time.monotonic()
     folder = find_folder(source)
-    found = describe(folder)
-    stored = open_folder(folder)
-    if "auto_map" in read_json(folder / "config.json"):
+    base, found = model_folder(folder), describe(folder)
+    stored = open_folder(base)
+    if unread := unread_of(base):
+        say(f"import: {base} has two sets of weights; not read, as by transformers: {', '.join(unread)}", "yellow")
+    if "auto_map" in read_json(base / "config.json"):
         say("import: config.json names code of its own (auto_map), which is not used", "yellow")
     _keep_source(folder, workdir)
     shutil.rmtree(stage_dir / "checkpoints", ignore_errors=True)  # of an import that was killed
@@ -154,9 +173,13 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), of transformers, makes the first"
         )
     bench = open_workbench(recipe, IMPORT, workdir, with_data=False)
-    plan = make_plan(bench, found, stored, folder)
+    plan = make_plan(bench, found, stored, base)
     grown = _grown(bench, plan.rows)
+    adapters = read_adapter(folder, plan.places, plan.shapes) if is_adapter(folder) else None
     params = load(plan, bench.params)
+    if adapters is not None:
+        params = _merged(params, *adapters)
+        say(f"import: adapters of {folder}, merged into their base {base}", "yellow")
     files = digests(folder)
     source_meta = {
         "folder": str(folder),
@@ -164,6 +187,7 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
         "positions": found.positions,
         "files": files,
         "new_tokens": grown,
+        "adapters": adapters is not None,
     }
     state = init_state(params, optax.identity())
     meta = contract_of(bench) | {
@@ -204,19 +228,25 @@ def _keep_source(folder: Path, workdir: Path) -> None:
     kept = kept_source(workdir)
     make_folder(kept)
     write_json(kept / "where.json", {"tokenizer": str(tokenizer_of(folder))})
-    for name in reversed(KEPT):  # config.json last: where it is, the others are
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, kept / f"{name}.tmp")
+    base, beside = model_folder(folder), tokenizer_of(folder).parent
+    for name in KEPT:
+        source = (beside if name in OF_TOKENIZER else base) / name
+        if source.is_file():
+            shutil.copyfile(source, kept / f"{name}.tmp")
             (kept / f"{name}.tmp").replace(kept / name)
+    write_json(kept / "config.json", _text_config(base)[0])  # last: where it is, the others are
     sync(kept)
 
 
 def _check_source(source: str, before: dict[str, Any], stage_dir: Path) -> None:
     """Raises ValueError if the folder that was imported is another one now. A folder that is gone is not missed."""
     folder = Path(source) if Path(source).is_dir() else Path(before["folder"])
+    try:
+        now = digests(folder)
+    except ValueError:  # the base of adapters is gone
+        return
     if not folder.is_dir():
         return
-    now = digests(folder)
     changed = sorted(name for name in now.keys() | before["files"] if now.get(name) != before["files"].get(name))
     if changed:
         raise ValueError(
@@ -226,13 +256,20 @@ def _check_source(source: str, before: dict[str, Any], stage_dir: Path) -> None:
 
 
 def digests(folder: Path) -> dict[str, list[Any]]:
-    """Name -> size and SHA-256 of the files that make the model."""
-    names = {path for pattern in READ[:3] for path in folder.glob(pattern)} | {tokenizer_of(folder)}
-    found = {}
-    for path in sorted(path for path in names if path.is_file()):
+    """Name -> size and SHA-256 of the files that make the model; those of the base of adapters by their paths."""
+    base, found = model_folder(folder), {}
+    names = {path for place in (folder, base) for pattern in READ[:3] for path in place.glob(pattern)}
+    for path in sorted(path for path in names | {tokenizer_of(folder)} if path.is_file()):
+        name = path.name if path.parent == folder else str(path)
         with path.open("rb") as file:
-            found[path.name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+            found[name] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
     return found
+
+
+def _merged(params: Params, adapters: Params, config: LoraConfig) -> Params:
+    """The parameters with adapters in them, each placed as before."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jax.tree.map(jax.device_put, lora.merge(params, adapters, config), placed)
 
 
 class Plan(NamedTuple):
@@ -251,7 +288,11 @@ def make_plan(bench: Workbench, found: Described, stored: dict[str, Stored], fol
     if "position_embedding" in full:
         full["position_embedding"] = (found.positions, *full["position_embedding"][1:])
     places = places_of(FAMILIES[found.family.model_type], full)
-    stored = match(places, full, stored, found.model.vocab_size, str(folder))
+    parts = read_json(folder / "config.json").get("model_type") in WRAPPERS
+    stored = match(places, full, by_plain_names(stored, str(folder)), found.model.vocab_size, str(folder), parts)
+    if rest := sorted(stored.keys() - {place.name for place in places}) if parts else []:
+        names = dict.fromkeys(".".join(name.removeprefix("model.").split(".")[:1]) for name in rest)
+        say(f"import: of more parts than text; left out are {len(rest)} tensors of {', '.join(names)}", "yellow")
     if full != shapes:
         say(
             f"import: of {found.positions} learned positions the first {bench.recipe.model.context} are kept, which is "

@@ -13,6 +13,17 @@ import numpy as np
 from jaxstages.interop.families import IGNORED, Family, Row
 from jaxstages.interop.tensors import PIECE, Entry, Stored, read_rows
 
+WRAPPED = r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+"""What wrappers of torch put into the names of tensors."""
+
+TEXT_NAMES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "language_model.": "model.",
+}
+"""How the names of a text part begin in models with more parts -> by itself. The first that fits counts."""
+
 GROWS = ("embedding", "head")
 """Parameters with a row for each token, which may have more of them than the folder has."""
 
@@ -55,6 +66,12 @@ def _flat(place: Place, part: str, shapes: dict[str, tuple[int, ...]]) -> tuple[
     return math.prod(dims[: place.row.inputs]), math.prod(dims[place.row.inputs :])
 
 
+def parts_of(place: Place, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:
+    """Our parameters that lie in a tensor, with the inputs and outputs of each."""
+    for part in place.row.parts:
+        yield part, *_flat(place, part, shapes)
+
+
 def shape_of(place: Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The tensor's shape."""
     sizes = [_flat(place, part, shapes) for part in place.row.parts]
@@ -64,13 +81,39 @@ def shape_of(place: Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...
     return (outputs, inputs) if place.row.transposed else (inputs, outputs)
 
 
+def by_plain_names(stored: dict[str, Stored], where: str) -> dict[str, Stored]:
+    """Tensors without what wrappers of a model put into their names (torch.compile, data parallelism, the text part of
+    a model with more parts).
+
+    Raises:
+        ValueError: two tensors get one name.
+    """
+    found: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        plain = re.sub(WRAPPED, r"\1", name)
+        for begin, instead in TEXT_NAMES.items():
+            if plain.startswith(begin):
+                plain = f"{instead}{plain.removeprefix(begin)}"
+                break
+        if plain in found:
+            raise ValueError(f"{where} has {plain} twice, once as {name}; remove one of them")
+        found[plain] = tensor
+    return found
+
+
 def match(
-    places: list[Place], shapes: dict[str, tuple[int, ...]], stored: dict[str, Stored], tokens: int, where: str
+    places: list[Place],
+    shapes: dict[str, tuple[int, ...]],
+    stored: dict[str, Stored],
+    tokens: int,
+    where: str,
+    parts: bool = False,
 ) -> dict[str, Stored]:
     """Tensors by the table's names; some folders leave out what all names begin with.
 
     Args:
         tokens: rows of embedding and head in the folder.
+        parts: the folder has more than the text part, which is not expected here.
 
     Raises:
         ValueError: tensors are missing, unexpected, or of another shape; it names them.
@@ -80,11 +123,21 @@ def match(
     if not any(name.startswith(prefix) for name in stored):
         stored = {f"{prefix}{name}" if f"{prefix}{name}" in names else name: one for name, one in stored.items()}
     unexpected = [name for name in stored if name not in names and not any(re.search(p, name) for p in IGNORED)]
+    if parts:
+        ours = {".".join(name.split(".")[:2]) for name in names}
+        unexpected = [
+            name for name in unexpected if ".".join(name.split(".")[:2]) in ours or name.startswith("lm_head")
+        ]
     missing = sorted(names - stored.keys())
     if "lm_head.weight" in unexpected:
         head, embedding = stored["lm_head.weight"], stored.get(places[0].name)
         if embedding is not None and _same(head, embedding):  # tied, and written out all the same
             unexpected.remove("lm_head.weight")
+    if missing and (before := _common_prefix(missing, unexpected)):
+        raise ValueError(
+            f"{where}: the names of its tensors begin with {before!r}, which is all that keeps them from those of its "
+            "config.json; save them without it"
+        )
     wrong = []
     for place in places:
         if place.name in stored:
@@ -97,6 +150,13 @@ def match(
             more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
             raise ValueError(f"{where} does not fit its config.json: it {what} {', '.join(listed[:5])}{more}")
     return stored
+
+
+def _common_prefix(missing: list[str], unexpected: list[str]) -> str:
+    """What must be taken from the names of the unexpected to make them the missing; "" if that is not all."""
+    others = {name[: -len(missing[0])] for name in unexpected if name.endswith(missing[0])}
+    have = set(unexpected)
+    return next((before for before in others if before and all(f"{before}{name}" in have for name in missing)), "")
 
 
 def _same(one: Stored, other: Stored) -> bool:

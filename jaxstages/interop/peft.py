@@ -4,6 +4,7 @@ Legend: N layers, R rank, I inputs, O outputs.
 """
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,12 @@ from jaxstages.interop.card import licence_of, write_card
 from jaxstages.interop.config_json import choose_family
 from jaxstages.interop.families import Family, Row
 from jaxstages.interop.hf_import import kept_source
+from jaxstages.interop.peft_import import NAMES
 from jaxstages.interop.tensors import Entry, header_of, read_rows, write_file
 from jaxstages.models.lora import DOWN, MAGNITUDE, UP
 from jaxstages.parent import contract_of, lora_of, read_trained
 from jaxstages.workbench import open_workbench
 from jaxstages.workdir import result_file
-
-NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
-"""Ours -> PEFT's: [I, R] -> [R, I], [R, O] -> [O, R], [O] as it is."""
 
 
 def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path) -> None:
@@ -47,7 +46,9 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path) -> None:
         raise ValueError(f"{stage} has no adapters, it trained all parameters; export it without --adapter")
     rows = bench.params["embedding"].shape[0]
     family, _ = choose_family(dataclasses.replace(recipe.model, vocab_size=rows))
-    tensors, chosen = _tensors(family, {path: hosts.whole(leaf) for path, leaf in named_leaves(params).items()})
+    leaves = {path: hosts.whole(leaf) for path, leaf in named_leaves(params).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(bench.params).items()}
+    tensors, chosen = _tensors(family, leaves, shapes)
     fresh = to.with_name(f"{to.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     make_folder(fresh)
@@ -74,38 +75,86 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path) -> None:
     say(f"export: adapters of {stage} at step {lineage['step']}, rank {config.rank}, for {base}, in {to}", "bold")
 
 
-def _tensors(family: Family, leaves: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[Row]]:
-    """PEFT's tensors, and the rows of the family's table that are adapted."""
+def _tensors(
+    family: Family, leaves: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, np.ndarray], dict[Row, int]]:
+    """PEFT's tensors; and the rows of the family's table that are adapted, with how many of ours are in each.
+
+    Where a tensor of the family holds several of our kernels, its adapter holds theirs: their `lora_a` one above the
+    other, and a `lora_b` that is zero but for one block for each, so that each keeps its own product.
+
+    | kernels      | lora_A         | lora_B          |
+    | query, value | A of the query | B of query, 0   |
+    | in one       | A of the value | 0, 0 (the key)  |
+    |              |                | 0, B of value   |
+
+    Args:
+        shapes: of the base's parameters, by path.
+    """
     rows = {part: row for row in family.rows for part in row.parts}
-    found: dict[str, np.ndarray] = {}
-    chosen: dict[str, Row] = {}
+    adapters: dict[str, dict[str, np.ndarray]] = {}
+    chosen: dict[Row, int] = {}
     for path, stack in leaves.items():
         place, _, name = path.rpartition("/")
         row = rows.get(f"{place}/kernel")
-        if row is None or len(row.parts) > 1 or "{n}" not in row.name:
+        if row is None or "{n}" not in row.name:
             raise ValueError(
                 f"PEFT has no adapter for {place} of {family.model_type} by itself; export without --adapter"
             )
-        chosen[row.name] = row
-        for n, leaf in enumerate(stack):
+        adapters.setdefault(f"{place}/kernel", {})[name] = stack
+        chosen[row] = chosen.get(row, 0) + (name == DOWN)
+    found: dict[str, np.ndarray] = {}
+    for row in chosen:
+        if any(MAGNITUDE in adapters.get(part, {}) for part in row.parts) and chosen[row] < len(row.parts):
+            lost = next(part for part in row.parts if part not in adapters)
+            raise ValueError(
+                f"PEFT needs DoRA of {lost} too, which lies in one tensor with others; adapt it, or export "
+                "without --adapter"
+            )
+        widths = [math.prod(shapes[part][1 + row.inputs :]) for part in row.parts]
+        for n in range(shapes[row.parts[0]][0]):
             module = row.name.format(n=n).removesuffix(".weight")
-            found[f"base_model.model.{module}.{NAMES[name]}"] = np.ascontiguousarray(leaf.T)
-    return found, list(chosen.values())
+            for name, value in _joined([adapters.get(part) for part in row.parts], widths, n).items():
+                found[f"base_model.model.{module}.{NAMES[name]}"] = np.ascontiguousarray(value)
+    return found, chosen
 
 
-def _config(config: LoraConfig, rows: list[Row], base: str) -> dict[str, Any]:
+def _joined(adapters: list[dict[str, np.ndarray] | None], widths: list[int], n: int) -> dict[str, np.ndarray]:
+    """The adapter of a tensor in layer n, as PEFT has it. adapters: of each part of it. widths: their outputs."""
+    present = [adapter for adapter in adapters if adapter is not None]
+    found = {DOWN: np.concatenate([adapter[DOWN][n].T for adapter in present])}
+    found[UP] = np.zeros((sum(widths), len(found[DOWN])), np.float32)
+    row = column = 0
+    for adapter, width in zip(adapters, widths, strict=True):
+        if adapter is not None:
+            up_OR = adapter[UP][n].T
+            found[UP][row : row + width, column : column + up_OR.shape[1]] = up_OR
+            column += up_OR.shape[1]
+        row += width
+    if MAGNITUDE in present[0]:
+        found[MAGNITUDE] = np.concatenate([adapter[MAGNITUDE][n] for adapter in present])
+    return found
+
+
+def _config(config: LoraConfig, rows: dict[Row, int], base: str) -> dict[str, Any]:
     transposed = {row.transposed for row in rows}
     if len(transposed) > 1:
         raise ValueError("PEFT wants adapted tensors that all are [outputs, inputs], or none; export without --adapter")
+    names = {row.name.partition("{n}.")[2].removesuffix(".weight"): count for row, count in rows.items()}
+    # With a larger rank, a larger alpha leaves the scale as it is.
+    larger = {name: count for name, count in sorted(names.items()) if count > 1}
+    power = 0.5 if config.rank_stabilized else 1.0
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": config.alpha,
+        "rank_pattern": {name: count * config.rank for name, count in larger.items()},
+        "alpha_pattern": {name: count**power * config.alpha for name, count in larger.items()},
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(row.name.partition("{n}.")[2].removesuffix(".weight") for row in rows),
+        "target_modules": sorted(names),
         "use_rslora": config.rank_stabilized,
         "use_dora": config.dora,
         "fan_in_fan_out": not transposed.pop(),
@@ -118,6 +167,7 @@ def _base_of(workdir: Path, meta: dict[str, Any]) -> str:
     file = result_file(workdir / recipes.IMPORT)
     if file.exists():
         imported = read_json(file)
-        if imported["params_sha256"] == meta["parent"]["params_sha256"]:
+        plain = not imported["source"].get("adapters")
+        if plain and imported["params_sha256"] == meta["parent"]["params_sha256"]:
             return imported["source"]["folder"]
     return meta["parent"]["path"]

@@ -36,13 +36,14 @@ class Stored(NamedTuple):
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder, by name; only headers are read.
+    """Every tensor of a folder, by name; only headers are read. `model.safetensors` comes before an index beside it, as
+    it does for transformers.
 
     Raises:
         ValueError: no safetensors there, or files that are not whole.
     """
     index = folder / INDEX
-    if index.is_file():
+    if index.is_file() and not (folder / SINGLE).is_file():
         content = read_json(index, {"weight_map": (dict,)})["weight_map"]
         names = sorted({str(name) for name in content.values()})
         if bad := [name for name in names if Path(name).name != name]:
@@ -58,6 +59,13 @@ def open_folder(folder: Path) -> dict[str, Stored]:
     if content is not None and (odd := sorted(content.keys() ^ found)):
         raise ValueError(f"{index} and its files differ in {', '.join(odd[:5])}; fetch the folder anew")
     return found
+
+
+def unread_of(folder: Path) -> list[str]:
+    """Other weights that lie in a folder beside those that `open_folder` reads."""
+    index = [INDEX] if (folder / SINGLE).is_file() and (folder / INDEX).is_file() else []
+    others = ("consolidated*.safetensors", "pytorch_model*.bin")
+    return index + [path.name for kind in others for path in sorted(folder.glob(kind))]
 
 
 def _instead(folder: Path) -> str:

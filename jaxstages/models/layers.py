@@ -19,7 +19,7 @@ from jaxstages.models.attention import Attend, Reach, attend_cached, cache_mask
 from jaxstages.models.experts import mix_experts
 from jaxstages.models.lora import ADAPTER, SCALE, UP, adapt, kernel_of
 from jaxstages.models.primitives import last_dim, linear, normalize
-from jaxstages.models.rope import frequencies_of, rotate
+from jaxstages.models.rope import amplitude_of, frequencies_of, rotate
 from jaxstages.models.spread import ROWS, mix_over
 from jaxstages.models.unstacked import TURNED, linear_turned
 from jaxstages.types import Placement
@@ -39,10 +39,11 @@ class Backend(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What differs from layer to layer: rope's frequencies, and the place of its reach among the model's. Of all layers
-    they are [N, K/2] and [N]."""
+    """What differs from layer to layer: rope's frequencies and amplitude, and the place of its reach among the model's.
+    Of all layers they are [N, P], [N] and [N]."""
 
     frequencies: Any
+    amplitude: Any
     reach: Any
 
 
@@ -62,9 +63,10 @@ def _names_of_kinds(config: ModelConfig) -> list[str]:
 def kinds_of(config: ModelConfig) -> list[Kind]:
     """What each layer is."""
     part, reaches = config.attention, reaches_of(config)
+    windows = [part.window if kind == "local" else 0 for kind in _names_of_kinds(config)]
     return [
-        Kind(frequencies_of(part, kind), reaches.index(Reach(part.window if kind == "local" else 0, part.softcap)))
-        for kind in _names_of_kinds(config)
+        Kind(frequencies_of(part, kind), amplitude_of(part, kind), reaches.index(Reach(window, part.softcap)))
+        for kind, window in zip(_names_of_kinds(config), windows, strict=True)
     ]
 
 
@@ -154,7 +156,8 @@ class Attention(nn.Module):
         if part.qk_norm:
             query, key = self._norm("query_norm", query), self._norm("key_norm", key)
         if part.position == "rope":
-            query, key = (rotate(x, positions_BL, jnp.asarray(kind.frequencies)) for x in (query, key))
+            turn = jnp.asarray(kind.frequencies), jnp.asarray(kind.amplitude)
+            query, key = (rotate(x, positions_BL, *turn) for x in (query, key))
         if part.scale:  # the scores' usual scale is in what attends
             query = query * jnp.asarray(part.scale * part.head_dim**0.5, query.dtype)
         reaches = reaches_of(config)
@@ -169,7 +172,7 @@ class Attention(nn.Module):
             ways = [lambda q, k, v, s, reach=reach: attend(q, k, v, s, reach) for reach in reaches]
             mixed_BLHK = place(ways[0](*row) if len(ways) == 1 else jax.lax.switch(kind.reach, ways, *row), "heads")
         scale = 0.02 / (2 * config.layers) ** 0.5  # what adds to the residual stream starts small (Radford et al. 2019)
-        out = project((config.width,), ("heads", "head_dim", "embed"), scale, name="out")(mixed_BLHK)
+        out = project((config.width,), ("heads", "head_dim", "embed"), scale, part.out_bias, name="out")(mixed_BLHK)
         return out, cache
 
     def _norm(self, name: str, x_BLHK: Array) -> Array:
@@ -196,7 +199,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
         config = self.config
-        project = functools.partial(Projection, config, self.backend)
+        project = functools.partial(Projection, config, self.backend, bias=config.ff_bias)
         hidden = project((config.ff_width,), ("embed", "ff"), name="up")(x_BLD)
         if KNOWN[config.activation].gates:
             gate = project((config.ff_width,), ("embed", "ff"), name="gate")(x_BLD)
@@ -205,7 +208,7 @@ class FeedForward(nn.Module):
             hidden = activate(config.activation, hidden, self.backend.platform)
         hidden = self.backend.place.activation(hidden, (*ROWS, "ff"))
         scale = 0.02 / (2 * config.layers) ** 0.5
-        return project((config.width,), ("ff", "embed"), scale, name="down")(hidden)
+        return project((config.width,), ("ff", "embed"), scale=scale, name="down")(hidden)
 
 
 class Experts(nn.Module):
@@ -248,14 +251,19 @@ class Layer(nn.Module):
         mixed, cache = Attention(config, backend, name="attention")(
             self._norm("before", "attention_norm", x_BLD), positions_BL, segments_BL, kind, cache
         )
-        x_BLD = x_BLD + drop(self._norm("after", "attention_post_norm", self._place(mixed)))
+        x_BLD = x_BLD + drop(self._added("attention_post_norm", mixed))
         ff: Any = (
             Experts(config, backend, name="experts")
             if config.experts.count
             else FeedForward(config, backend, name="ff")
         )
         mixed = ff(self._norm("before", "ff_norm", x_BLD))
-        return x_BLD + drop(self._norm("after", "ff_post_norm", self._place(mixed))), cache
+        return x_BLD + drop(self._added("ff_post_norm", mixed)), cache
+
+    def _added(self, name: str, mixed_BLD: Array) -> Array:
+        """What goes to the residual stream."""
+        mixed_BLD, scale = self._norm("after", name, self._place(mixed_BLD)), self.config.residual_scale
+        return mixed_BLD if scale == 1.0 else mixed_BLD * jnp.asarray(scale, mixed_BLD.dtype)
 
     def _place(self, x_BLD: Array) -> Array:
         return self.backend.place.activation(x_BLD, (*ROWS, ""))

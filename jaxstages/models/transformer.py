@@ -54,6 +54,8 @@ class Transformer(nn.Module):
             x_BLD = x_BLD + self._noise(x_BLD, segments_BL)
         if config.scaled_embedding:
             x_BLD = x_BLD * jnp.asarray(config.width**0.5, dtype)
+        if config.embedding_scale != 1.0:
+            x_BLD = x_BLD * jnp.asarray(config.embedding_scale, dtype)
         if config.attention.position == "learned":
             table: Any = self.param("position_embedding", drawn("position", "embed"), (config.context, config.width))
             gathered: Any = gather(table.astype(dtype), place, ("position", "embed"))
@@ -71,6 +73,8 @@ class Transformer(nn.Module):
                 held.append(cache)
             caches = tuple(held)
         x_BLD = Norm(config, self.backend, name="final_norm")(x_BLD)
+        if config.logit_scale != 1.0:
+            x_BLD = x_BLD * jnp.asarray(config.logit_scale, dtype)
         head: Any = embedding_VD
         if not config.tied_head:
             head = self.param("head", drawn("vocab", "embed"), (self.vocab, config.width))

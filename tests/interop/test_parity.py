@@ -1,5 +1,8 @@
 """Models of transformers, imported, are the same models; exported, transformers loads them as they were.
 
+The models of `ZOO` go through the commands; those of `MORE`, which differ from them by a table, through the functions
+below these.
+
 Runs where the extra `parity` is installed (torch, transformers). Bounds are those of float32: log-probabilities differ
 by at most 2e-5 over 288 tokens of noise, of text, and of a row of three documents, each of which transformers sees by
 itself; 64 greedy tokens are the same.
@@ -14,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxstages.commands.recipe import resolve_recipe
 from jaxstages.commands.train import train
@@ -21,15 +25,23 @@ from jaxstages.config import LoraConfig, MeshConfig, ModelConfig, TokenizerConfi
 from jaxstages.data.tokenizer import load_tokenizer, make_tokenizer
 from jaxstages.decode.generate import make_answers
 from jaxstages.decode.sampling import Sampling
-from jaxstages.disk import read_json
-from jaxstages.interop.hf_import import adopted
+from jaxstages.disk import read_json, write_json
+from jaxstages.fingerprint import named_leaves
+from jaxstages.interop import peft
+from jaxstages.interop.config_json import choose_family, read_config
+from jaxstages.interop.families import FAMILIES
+from jaxstages.interop.hf_import import Plan, adopted, describe, load
+from jaxstages.interop.layout import by_plain_names, entries_of, match, places_of
+from jaxstages.interop.peft_import import read_adapter
+from jaxstages.interop.tensors import open_folder, write_shards
 from jaxstages.main import main
+from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
 from jaxstages.parent import contract_of, read_parent
 from jaxstages.sharding import batch_sharding, make_mesh
-from jaxstages.types import Batch
+from jaxstages.types import Batch, Params
 from jaxstages.workbench import open_workbench
-from tests.interop.zoo import VOCAB, ZOO, make
+from tests.interop.zoo import MORE, PARTS, VOCAB, ZOO, make
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -132,9 +144,8 @@ def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenize
     from transformers import AutoModelForCausalLM
 
     call("export", f"--workdir={work}", f"--to={tmp_path}/ours")
-    again, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
-    )
+    words: Any = {"output_loading_info": True, "attn_implementation": "eager"}
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **words)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert type(again) is type(model)
     exported = max(float(np.abs(theirs_of(again.eval(), row) - theirs_of(model, row)).max()) for row in rows)
@@ -144,6 +155,85 @@ def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenize
     assert results[0]["params_sha256"] == results[1]["params_sha256"]
     assert resolve_recipe(None, tmp_path / "again").model == recipe.model
     FIGURES.append(f"| {name} | {alone:.1e} | {together:.1e} | {NEW} of {NEW} | {exported:g} |")
+
+
+def opened(folder: Path) -> tuple[ModelConfig, Params]:
+    """The model of a folder, read without a workdir."""
+    found = describe(folder)
+    config = found.model
+    config.context = found.positions if config.attention.position == "learned" else LENGTH
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    tree = jax.eval_shape(make_model(config, config.vocab_size).init, jax.random.key(0))
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(target).items()}
+    places = places_of(found.family, shapes)
+    stored = by_plain_names(open_folder(folder), str(folder))
+    stored = match(places, shapes, stored, config.vocab_size, str(folder), parts=True)
+    return config, load(Plan(places, shapes, stored, config.vocab_size), target)
+
+
+def greedy_of(model: Any, prompt: np.ndarray, new: int) -> np.ndarray:
+    import torch
+
+    ids = torch.tensor(prompt, dtype=torch.long)[None]
+    words = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "eos_token_id": None}
+    with torch.no_grad():
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **words)[0].numpy()
+
+
+def check_same(name: str, model: Any, folder: Path, rows: np.ndarray) -> tuple[ModelConfig, Params]:
+    """The folder's model here gives what `model` gives: log-probabilities, and 48 greedy tokens after 48 of text."""
+    config, params = opened(folder)
+    text = rows.copy()
+    text[2, :96] = greedy_of(model, rows[1, :48], 48)
+    weights, ones = np.ones(text.shape, np.float32), np.ones_like(text)
+    batch = Batch(*map(jnp.asarray, (text, text, weights, ones, np.tile(np.arange(LENGTH, dtype=np.int32), (3, 1)))))
+    ours = make_model(config, config.vocab_size)
+    found = np.asarray(jax.nn.log_softmax(jax.jit(lambda p, b: ours.apply(p, b, None))(params, batch), axis=-1))
+    worst = max(float(np.abs(found[r] - theirs_of(model, text[r])).max()) for r in range(2))
+    assert worst <= MOST, worst
+    assert np.array_equal(found[2, 47:95].argmax(-1), text[2, 48:96]), "greedy tokens"
+    FIGURES.append(f"| {name} | {worst:.1e} | | 48 of 48 | 0 |")
+    return config, params
+
+
+def check_export(config: ModelConfig, params: Params, model: Any, folder: Path, rows: np.ndarray) -> Any:
+    """Written by itself, the model is loaded by transformers, and gives what `model` gives."""
+    from transformers import AutoModelForCausalLM
+
+    family, written = choose_family(config)
+    leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(params).items()}
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    folder.mkdir()
+    write_json(folder / "config.json", written)
+    entries = entries_of(places_of(FAMILIES[family.model_type], shapes), leaves, shapes)
+    write_shards(folder, entries, "F32", 10**9, lambda done: None)
+    words: Any = {"output_loading_info": True, "attn_implementation": "eager"}
+    again, info = AutoModelForCausalLM.from_pretrained(folder, **words)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    # Not to the bit: gelu has several names, and an implementation for each.
+    assert max(float(np.abs(theirs_of(again.eval(), row) - theirs_of(model, row)).max()) for row in rows) <= MOST
+    assert read_config(again.config.to_dict(), "x").model == read_config(written, "x").model
+    return again
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_the_table_of_a_family_is_right(name: str, tmp_path: Path, tokenizer: Path, rows: np.ndarray) -> None:
+    model = make(name, tmp_path / "theirs", tokenizer)
+    config, params = check_same(name, model, tmp_path / "theirs", rows)
+    again = check_export(config, params, model, tmp_path / "ours", rows)
+    assert again.config.model_type == name.split(",")[0] and type(again) is type(model)
+
+
+TEXT_FAMILIES = {"gemma3": "gemma3_text", "mistral3": "mistral", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_text_part_of_a_model_with_more_parts(name: str, tmp_path: Path, tokenizer: Path, rows: np.ndarray) -> None:
+    model = make(name, tmp_path / "theirs", tokenizer)
+    config, params = check_same(f"{name}, text part", model, tmp_path / "theirs", rows)
+    again = check_export(config, params, model, tmp_path / "ours", rows)
+    assert again.config.model_type == TEXT_FAMILIES.get(name, "llama")
 
 
 @pytest.mark.parametrize("kind", [{}, {"dora": True, "rank_stabilized": True}])
@@ -174,3 +264,76 @@ def test_adapters_are_the_same_beside_the_base_in_peft(kind: dict[str, Any], tmp
     worst = float(np.abs(wanted - found).max())
     assert worst <= MOST
     FIGURES.append(f"| adapters on {name}, {kind or 'LoRA'} | {worst:.1e} (merged, beside) | | | |")
+
+
+def logits_of(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
+    """Log-probabilities of one row."""
+    row = jnp.asarray(tokens[None], jnp.int32)
+    batch = Batch(row, row, jnp.ones_like(row, jnp.float32), jnp.ones_like(row), jnp.arange(row.shape[1])[None])
+    model = make_model(config, config.vocab_size)
+    return np.asarray(jax.nn.log_softmax(model.apply(params, batch, None)[0], axis=-1))
+
+
+MERGED = {
+    "gpt2": {"targets": ("/kernel$",), "dora": True},
+    "phi3, window": {"targets": ("query/kernel", "value/kernel", "/up/kernel", "down/kernel"), "rank_stabilized": True},
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_adapters_of_projections_in_one_tensor_go_there_and_back(name: str, tmp_path: Path, tokenizer: Path) -> None:
+    """Of GPT-2's `c_attn`, Phi-3's `qkv_proj` and `gate_up_proj`, all parts or some are adapted."""
+    from peft import PeftModel
+
+    model = make(name, tmp_path / "theirs", tokenizer)
+    config, params = opened(tmp_path / "theirs")
+    kind = LoraConfig(rank=3, alpha=7.0, **MERGED[name])
+    adapters = lora.init(jax.random.key(0), params, make_model(config, VOCAB).axes, kind)
+    noise = iter(jax.random.split(jax.random.key(1), 99))
+    adapters = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(noise), x.shape), adapters)
+    merged = lora.merge(params, adapters, kind)
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(params).items()}
+    leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(adapters).items()}
+    family = FAMILIES[name.split(",")[0]]
+    tensors, chosen = peft._tensors(family, leaves, shapes)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", peft._config(kind, chosen, str(tmp_path / "theirs")))
+
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 64)
+    wanted, before = logits_of(config, merged, tokens), theirs_of(model, tokens)
+    beside = theirs_of(PeftModel.from_pretrained(model, folder).eval(), tokens)
+    worst = float(np.abs(beside - wanted).max())
+    assert worst <= MOST < float(np.abs(wanted - before).max())
+    FIGURES.append(f"| adapters on {name}, in PEFT | {worst:.1e} | | | |")
+    again = lora.merge(params, *read_adapter(folder, places_of(family, shapes), shapes))
+    for (path, one), other in zip(named_leaves(merged).items(), named_leaves(again).values(), strict=True):
+        np.testing.assert_allclose(other, one, atol=2e-6, err_msg=path)
+
+
+def test_adapters_that_peft_wrote_are_imported_beside_their_base(tmp_path: Path, tokenizer: Path) -> None:
+    import torch
+    from peft import LoraConfig as Theirs
+    from peft import get_peft_model
+
+    model = make("llama, one key head, tied, linear scaling", tmp_path / "theirs", tokenizer)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 64)
+    before = theirs_of(model, tokens)
+    wanted = {"r": 4, "lora_alpha": 6, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 11}}
+    where = {"target_modules": ["q_proj", "o_proj", "down_proj"], "layers_to_transform": [1]}
+    adapted = get_peft_model(model, Theirs(**wanted, **where)).eval()
+    with torch.no_grad():
+        for path, weight in adapted.named_parameters():
+            if "lora_B" in path:
+                weight.copy_(0.2 * torch.randn(weight.shape))
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = read_json(tmp_path / "adapter" / "adapter_config.json")
+    write_json(tmp_path / "adapter" / "adapter_config.json", config | {"base_model_name_or_path": f"{tmp_path}/theirs"})
+    call("import", f"--from={tmp_path}/adapter", f"--workdir={tmp_path}/work")
+    bench = open_workbench(resolve_recipe(None, tmp_path / "work"), "import", tmp_path / "work", with_data=False)
+    params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
+    found, theirs = logits_of(bench.recipe.model, params, tokens), theirs_of(adapted, tokens)
+    worst = float(np.abs(found - theirs).max())
+    assert worst <= MOST < float(np.abs(theirs - before).max())
+    FIGURES.append(f"| adapters by PEFT, imported | {worst:.1e} | | | |")
