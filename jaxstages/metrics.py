@@ -6,15 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.metrics.chrf import CHRF
-from tensorboardX import SummaryWriter
 
 from jaxstages.disk import write_text
-from jaxstages.types import Metrics
+
+if TYPE_CHECKING:
+    from jaxstages.types import Metrics
 
 HIGHER = ("token_accuracy", "bleu", "chrf", "exact_match", "accuracy", "macro_f1")
 """Metrics that are better when they are higher."""
@@ -25,7 +24,7 @@ def higher_is_better(name: str) -> bool:
     return any(part in HIGHER for part in name.split("/"))
 
 
-def from_sums(sums: Mapping[str, SupportsFloat]) -> Metrics:
+def from_sums(sums: Mapping[str, SupportsFloat]) -> "Metrics":
     """Loss (nats a scored token), perplexity, accuracy of tokens and, where "bytes" is there, bits per byte."""
     weight = float(sums["weight"])
     if not weight:
@@ -41,12 +40,15 @@ def from_sums(sums: Mapping[str, SupportsFloat]) -> Metrics:
     return metrics
 
 
-def score_text(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> tuple[Metrics, list[str]]:
+def score_text(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> tuple["Metrics", list[str]]:
     """Corpus scores of generated answers, in percent, and sacreBLEU's signatures.
 
     Args:
         names: of "bleu", "chrf" (sacreBLEU's defaults, Post 2018) and "exact_match" (after stripping white space).
     """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
     scores, signatures = {}, []
     for name in names:
         match name:
@@ -62,7 +64,7 @@ def score_text(names: Sequence[str], answers: Sequence[str], references: Sequenc
     return scores, signatures
 
 
-def score_labels(predictions: Sequence[str], references: Sequence[str]) -> Metrics:
+def score_labels(predictions: Sequence[str], references: Sequence[str]) -> "Metrics":
     """Accuracy and macro-F1 in percent; a label counts for macro-F1 if it is predicted or true somewhere
     (scikit-learn's `f1_score(average="macro", zero_division=0)`)."""
     pairs = list(zip(predictions, references, strict=True))
@@ -89,6 +91,8 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, step: int, writes: bool = True) -> None:
+        from tensorboardX import SummaryWriter  # imports torch where it is installed: seconds
+
         self._file, self._board, self._there = None, SummaryWriter(write_to_disk=False), []
         if not writes:
             return
@@ -108,6 +112,7 @@ class MetricsWriter:
         for name, value in line.items():
             if isinstance(value, int | float) and name not in ("step", "kind"):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._board.flush()  # a kill loses no event
 
     def sync(self) -> None:
         """What is written is on disk: called before a checkpoint that relies on it."""

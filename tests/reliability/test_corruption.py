@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from jaxstages import manifest
-from jaxstages.checkpoint import Checkpoints, read_meta, steps_of
+from jaxstages.checkpoint import Checkpoints
 from jaxstages.commands.train import train
 from jaxstages.disk import read_json, write_json
 from jaxstages.early_stopping import early_stopping
 from jaxstages.fingerprint import fingerprint, params_sha256
 from jaxstages.manifest import UNLISTED
 from jaxstages.parent import contract_of, read_parent
+from jaxstages.record import read_meta, steps_of
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
 from tests.reliability.harness import damage, make_recipe, print_table, quick_runs

@@ -14,12 +14,12 @@ import pytest
 
 from jaxstages import config as recipes
 from jaxstages import manifest
-from jaxstages.checkpoint import META
 from jaxstages.commands.train import train
 from jaxstages.config import ModelConfig, Recipe
 from jaxstages.data.tokenizer import Specials
 from jaxstages.disk import read_json, write_json
-from jaxstages.parent import RESULT, check_lineage, contract_of, read_parent
+from jaxstages.parent import check_lineage, contract_of, read_parent
+from jaxstages.record import META, RESULT
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import checkpoint_folder, quarantine_folder, result_file, tokenizer_file
 from tests.reliability.harness import Home
