@@ -35,7 +35,7 @@ from jaxstages.process import settle, step_aside
 from jaxstages.sharding import place_batch, rows_here
 from jaxstages.signals import Stop, stop_signals, watchdog
 from jaxstages.start import Start, data_of, find_start
-from jaxstages.types import Batch, Diverged, Interrupted, Params, Sums, TrainState
+from jaxstages.types import Batch, Diverged, Interrupted, Metrics, Params, Sums, TrainState
 from jaxstages.verdict import Verdict, judge
 from jaxstages.workbench import Workbench
 from jaxstages.workdir import result_file
@@ -326,7 +326,7 @@ class _Run:
         """Raises ValueError where early stopping asks for a metric of data that are not measured."""
         stop = self._bench.stage.early_stopping
         scored = {each.prefix + name for each in self._bench.sets for name in each.config.metrics}
-        known = report.metrics.keys() | scored
+        known = {name for name in report.metrics if not name.endswith("_se")} | scored
         for field, name in [("metric", stop.metric), *(("within", name) for name, _ in stop.within)]:
             if name not in known:
                 raise ValueError(
@@ -389,15 +389,15 @@ class _Run:
         self._writer.write(step, "eval", report.metrics)
         if bad := [name for name, value in report.metrics.items() if not math.isfinite(value)]:
             self._writer.write(step, "event", {"event": "not finite", "metrics": ", ".join(bad)})
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items() if "/" not in name)
+        names = [name for name in report.metrics if "/" not in name and not name.endswith("_se")]
+        shown = "  ".join(_with_error(report.metrics, name) for name in names)
         say(f"{self._bench.name}: eval at step {step}: {shown}{f'  ({mark})' if mark else ''}", "green")
         if (average := report.metrics.get(f"average/{self._bench.stage.early_stopping.metric}")) is not None:
             say(f"  average: {self._bench.stage.early_stopping.metric} {average:.4g}", "green")
         for each in self._bench.sets[1:]:
-            parts = [(name, report.metrics[f"{each.prefix}{name}"]) for name in ("loss", "perplexity")]
             scored = [name for name in each.config.metrics if each.prefix + name in report.metrics]
-            parts += [(name, report.metrics[each.prefix + name]) for name in scored]
-            say(f"  {each.prefix.strip('/')}: {'  '.join(f'{name} {value:.4g}' for name, value in parts)}", "green")
+            parts = [_with_error(report.metrics, name, each.prefix) for name in ("loss", "perplexity", *scored)]
+            say(f"  {each.prefix.strip('/')}: {'  '.join(parts)}", "green")
 
     def _save(self, step: int, state: TrainState) -> None:
         self._carried["next_batch"] = self._batches.digest(step)
@@ -467,6 +467,12 @@ class _Run:
         if step >= self._config.steps:
             return "completed"
         return "early_stopped" if self._stopping.should_stop(self.stopping_state) else "ended"
+
+
+def _with_error(metrics: Metrics, name: str, prefix: str = "") -> str:
+    """A score, and its standard error where it has one: `loss 2.345 ± 0.012`."""
+    error = metrics.get(f"{prefix}{name}_se")
+    return f"{name} {metrics[prefix + name]:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def _next_command(bench: Workbench) -> str:

@@ -50,7 +50,8 @@ def _list(folders: list[Path]) -> None:
                 continue
             files = [path for path in checkpoint_folder(folder, step).rglob("*") if path.is_file()]
             marks = [mark] * (step == best) + ["latest"] * (step == steps[-1])
-            scores = ", ".join(f"{name} {value:.4g}" for name, value in meta["carried"]["best"].items() if value)
+            named = {name: value for name, value in meta["carried"]["best"].items() if not name.endswith("_se")}
+            scores = ", ".join(f"{name} {value:.4g}" for name, value in named.items() if value)
             size = sum(path.stat().st_size for path in files) / 1e6
             cells = (f"{meta['carried']['tokens']:,}", f"{size:.2f}", str(len(files)), scores)
             table.add_row(folder.name, str(step), ", ".join(marks) or "recent", *cells)
