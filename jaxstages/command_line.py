@@ -177,6 +177,9 @@ def _base(argv: list[str], change: str) -> Recipe:
     return kept
 
 
+_NOT_THERE = "changes what is not there: the recipe has no {}, or leaves it out"
+
+
 def _explained(error: BaseException, named: str, argv: list[str]) -> BaseException:
     """What is wrong with the flags, or with the file that --config names, in a user's words."""
     while "Error whilst parsing config file" in str(error) and error.__context__ is not None:
@@ -185,6 +188,9 @@ def _explained(error: BaseException, named: str, argv: list[str]) -> BaseExcepti
         return error
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "<module>")]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    for word in argv:
+        if "can not be applied because field" in str(error) and f"Flag {word[9:].partition('=')[0]} " in str(error):
+            return ValueError(f"{word} {_NOT_THERE.format(word.split('.')[1])}")
     if isinstance(error, ValueError):
         return ValueError(f"{named or 'recipe.json'}: {error}{place}")
     if frames or not isinstance(error, KeyError | AttributeError | TypeError):
@@ -195,7 +201,7 @@ def _explained(error: BaseException, named: str, argv: list[str]) -> BaseExcepti
             return ValueError(f"{word}: the recipe's mixture has no data set {said!r}; add it in the recipe's file")
         if "'NoneType'" in said and word.split("=")[0] == f"--config.{said.rpartition(' ')[2]}":
             stage = word.split(".")[1]
-            return ValueError(f"{word} changes what is not there: the recipe has no {stage}, or leaves it out")
+            return ValueError(f"{word} {_NOT_THERE.format(stage)}")
     return ValueError(f"--config can't be set so: {said}")
 
 

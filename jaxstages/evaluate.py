@@ -96,10 +96,8 @@ def make_evaluate(
 def with_spread(rows: Sums) -> Sums:
     """Sums of each row [B] as sums over the batch, and beside them what the standard errors of `from_sums` are made
     from: "rows", and the sums of products "nll*nll", "nll*weight", ... of the rows' own sums."""
-    weight_B = rows["weight"]
-    sums = {name: jnp.sum(values) for name, values in rows.items()} | {
-        "rows": jnp.sum(weight_B > 0).astype(jnp.float32)
-    }
+    sums = {name: jnp.sum(values) for name, values in rows.items()}
+    sums["rows"] = jnp.sum(rows["weight"] > 0).astype(jnp.float32)
     pairs = [(name, other) for name in ("nll", "correct") for other in (name, "weight")] + [("weight", "weight")]
     return sums | {f"{name}*{other}": jnp.sum(rows[name] * rows[other]) for name, other in pairs}
 

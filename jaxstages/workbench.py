@@ -282,12 +282,14 @@ def _tokenizer_texts(recipe: Recipe, workdir: Path, engine: Engine | None) -> It
         cache = cache_folder(recipe, workdir)
         source = open_source(name, cache)
         for item in items_of(source, "train", data, find_gone(source, data, cache, engine)):
-            if item.record is None:
-                continue
-            try:
-                found = texts(item.record, data)
-            except ValueError as error:  # counted and named when the source is prepared
-                faults = faults or [f"{item.where}: {error}"]
+            fault, found = item.fault, []
+            if item.record is not None:
+                try:
+                    found = texts(item.record, data)
+                except ValueError as error:
+                    fault = str(error)
+            if not found:  # counted and named when the source is prepared
+                faults = faults or ([f"{item.where}: {fault}"] if fault else [])
                 continue
             read += 1
             yield from found

@@ -1,7 +1,9 @@
 """`evaluate`: a checkpoint of a stage on held-out data, or the best ones of all stages as the stage matrix."""
 
+import contextlib
 import dataclasses
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -33,9 +35,10 @@ def evaluate(
         stage_matrix(recipe, workdir, keep=writable(workdir))
         return
     chosen = choose(recipe, workdir / stage, step)
-    bench = open_workbench(recipe, stage, workdir, with_data=not sources)
-    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench), chosen)
-    with tempfile.TemporaryDirectory(prefix="jaxstages-") as scratch:
+    # Rows that are not there yet are made, which is said, but not on the standard output: that is one JSON object.
+    with tempfile.TemporaryDirectory(prefix="jaxstages-") as scratch, contextlib.redirect_stdout(sys.stderr):
+        bench = open_workbench(recipe, stage, workdir, with_data=not sources)
+        params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench), chosen)
         sets = [_other_set(bench, sources, Path(scratch))] if sources else None
         report = make_evaluate(bench, sets)(params, True)
     values = {name: plain(value) for name, value in report.metrics.items()}
