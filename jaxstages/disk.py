@@ -20,9 +20,9 @@ def local_path(text: str, name: str) -> Path:
     """
     if not text:
         raise ValueError(f"{name} is empty; name a path")
-    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/", text):
         raise ValueError(
-            f"{name}={text}: runs and files live on a local or mounted file system, and {scheme[0]}/ is none; name a "
+            f"{name}={text}: runs and files live on a local or mounted file system, and {scheme[1]} is none; name a "
             "local path, and copy what should be in a bucket there afterwards"
         )
     try:

@@ -20,8 +20,6 @@ from jaxstages.plan.estimate import Flops, Roofline, flops_per_token, held_bytes
 from jaxstages.sharding import make_mesh
 from jaxstages.workbench import Parts, check_fit, make_parts
 
-GIB = 2**30
-
 
 class Plan(NamedTuple):
     """Bytes are a device's; estimate is None where the chip's speed is not known."""
@@ -166,7 +164,7 @@ def size_text(size: float) -> str:
 
 def time_text(seconds: float) -> str:
     """Seconds for people, however few: `3:05`, `1.20 s`, `4.56 ms`, `7.89 us`."""
-    if seconds >= 60:
+    if seconds >= 60 or not seconds:
         return duration(seconds)
     for unit, of in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= of:
@@ -184,7 +182,7 @@ def _verdict(found: Plan, topology: Topology) -> str:
         return ""
     limit = topology.chip.memory
     if found.step_bytes <= SHARE * limit:
-        return f" of {limit / GIB:.2f}: fits"
+        return f" of {size_text(limit)}: fits"
     remedies = []
     if found.remat != "full":
         remedies.append("loop.remat=full")
@@ -193,4 +191,4 @@ def _verdict(found: Plan, topology: Topology) -> str:
     if found.param_bytes + found.optimizer_bytes > 0.5 * limit:
         remedies.append("a larger mesh.fsdp or mesh.tensor, or more chips")
     remedies.append("a larger loop.accumulate, or a smaller loop.batch_size")
-    return f" of {limit / GIB:.2f}: does not fit; try {'; '.join(remedies)}"
+    return f" of {size_text(limit)}: does not fit; try {'; '.join(remedies)}"
