@@ -47,7 +47,8 @@ def make_evaluate(
         between: called before each batch; what it raises ends the evaluation.
     """
     token_bytes_V = jnp.asarray(bench.tokenizer.token_bytes())
-    eval_step = jax.jit(make_eval_step(bench.model.headless, token_bytes_V, bench.stage.loop.loss_tile))
+    row_sums = make_eval_step(bench.model.headless, token_bytes_V, bench.stage.loop.loss_tile)
+    eval_step = jax.jit(lambda params, batch: with_spread(row_sums(params, batch)))
     measured = bench.sets if sets is None else sets
 
     @functools.cache  # sets with answers of the same length share what is compiled
@@ -90,6 +91,15 @@ def make_evaluate(
         return Report(metrics, signatures)
 
     return evaluate
+
+
+def with_spread(rows: Sums) -> Sums:
+    """Sums of each row [B] as sums over the batch, and beside them what the standard errors of `from_sums` are made
+    from: "rows", and the sums of products "nll*nll", "nll*weight", ... of the rows' own sums."""
+    sums = {name: jnp.sum(values) for name, values in rows.items()}
+    sums["rows"] = jnp.sum(rows["weight"] > 0).astype(jnp.float32)
+    pairs = [(name, other) for name in ("nll", "correct") for other in (name, "weight")] + [("weight", "weight")]
+    return sums | {f"{name}*{other}": jnp.sum(rows[name] * rows[other]) for name, other in pairs}
 
 
 def make_scorer(

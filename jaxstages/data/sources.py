@@ -141,7 +141,9 @@ def _read_file(file: Path) -> Iterator[Item]:
 def _matching(name: str) -> list[Path]:
     """The files of a path or pattern, in order."""
     found: dict[Path, Path] = {}
-    for path in map(Path, glob.iglob(name, recursive=True)):
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    # A file that has this very name is meant itself, whatever pattern the name makes.
+    for path in map(Path, [name] if Path(name).is_file() else glob.iglob(name, recursive=True)):
         if path.is_file():
             # Links to a folder above make `**` walk in circles, and read a file many times: stop at the first.
             known = found.setdefault(path.resolve(), path)
@@ -171,6 +173,11 @@ def _named(file: Path) -> Iterator[None]:
 
 def _count(file: Path) -> int:
     """Records of a file; lines for JSONL, blank ones included; about how many for a large text."""
+    return _counted(file, *_stamp(file))
+
+
+@functools.cache
+def _counted(file: Path, *_: int) -> int:
     with _named(file):
         match file.suffix:
             case ".txt":
@@ -188,9 +195,20 @@ def _count(file: Path) -> int:
 def _fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        with _named(file), file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(_digest(file, *_stamp(file)))
     return digest.hexdigest()
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What changes when a file is written: one that was read in this process need not be read again."""
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@functools.cache
+def _digest(file: Path, *_: int) -> bytes:
+    with _named(file), file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 def _check_utf8(start: bytes) -> None:
