@@ -108,7 +108,7 @@ PURE = {"step": {"data", "checkpoint", "config", "workdir"}, "models": {"optim",
 CORE = 7
 """Floors 0 to 6."""
 
-BUDGETS = {"step": (8, 1425), "models.transformer": (15, 2310), "loop": (65, 11600)}
+BUDGETS = {"step": (8, 1440), "models.transformer": (15, 2320), "loop": (65, 11600)}
 """Entry point -> the modules and lines that a reader of it can reach, by imports at the top of modules."""
 
 

@@ -119,7 +119,11 @@ class _Talk:
             say("that is no text", "yellow")
             return
         messages = [*self.messages, {"role": "user", "content": text}]
-        kept, prompt = self._fit(messages)
+        try:
+            kept, prompt = self._fit(messages)
+        except ValueError as error:  # the template may not take such a message here
+            say(f"not said: {error}", "yellow")
+            return
         if prompt is None:
             say(f"too long: it leaves no room for an answer in the context; at most {self._room} tokens", "yellow")
             return
