@@ -423,7 +423,10 @@ class _Run:
                     f"{bench.name}: no evaluation was within {stop.within}, so there is nothing to hand on; raise "
                     f"replay or the anchor, or config.{bench.name}.early_stopping.within, in another --workdir"
                 )
-            raise Diverged(f"{bench.name}: {stop.metric} was never finite; halve peak_lr, or lengthen the warm-up")
+            raise Diverged(
+                f"{bench.name}: {stop.metric} was never finite; halve peak_lr, or lengthen the warm-up, after removing "
+                f"{bench.stage_dir}, or in another --workdir"
+            )
         if int(state.guard.skipped) >= step:
             raise Diverged(f"{bench.name}: the updates of all {step} steps were skipped; see metrics.jsonl for why")
         item = self._carried.get("handed_on", "params")

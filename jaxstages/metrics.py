@@ -77,9 +77,10 @@ def score_text(names: Sequence[str], answers: Sequence[str], references: Sequenc
             case "bleu" | "chrf":
                 scorer = BLEU() if name == "bleu" else CHRF()
                 scores[name] = scorer.corpus_score(list(answers), [list(references)]).score
-                # By a scorer of its own: the signature of the score is the one without resampling.
-                resampled = type(scorer)().corpus_score(list(answers), [list(references)], n_bootstrap=RESAMPLES)
-                scores[f"{name}_se"] = resampled._ci / 1.96
+                # sacreBLEU's own resampling fails where some scores are 0, and changes the signature.
+                counts = scorer._extract_corpus_statistics(list(answers), [list(references)])
+                drawn = ([counts[i] for i in chosen] for chosen in _resampled(len(counts)))
+                scores[f"{name}_se"] = float(np.std([scorer._aggregate_and_compute(some).score for some in drawn]))
                 signatures.append(str(scorer.get_signature()))
             case "exact_match":
                 hits = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
@@ -88,6 +89,11 @@ def score_text(names: Sequence[str], answers: Sequence[str], references: Sequenc
             case _:
                 raise ValueError(f"metric {name!r} is not scored from text; known: bleu, chrf, exact_match")
     return scores, signatures
+
+
+def _resampled(count: int) -> np.ndarray:
+    """[R, count]: places of examples, drawn with replacement, the same each time."""
+    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
 
 
 def _share_error(hits: int, count: int) -> float:
@@ -109,14 +115,12 @@ def score_labels(predictions: Sequence[str], references: Sequence[str]) -> "Metr
         hits = np.bincount(p[p == r], minlength=len(labels))
         return 100.0 * float(np.mean(2 * hits[both > 0] / both[both > 0]))
 
-    everything = np.arange(len(claimed))
-    resampled = np.random.default_rng(0).integers(0, len(claimed), (RESAMPLES, len(claimed)))
     hits = int(np.sum(claimed == true))
     return {
         "accuracy": 100.0 * hits / len(claimed),
         "accuracy_se": _share_error(hits, len(claimed)),
-        "macro_f1": macro_f1(everything),
-        "macro_f1_se": float(np.std([macro_f1(chosen) for chosen in resampled])),
+        "macro_f1": macro_f1(np.arange(len(claimed))),
+        "macro_f1_se": float(np.std([macro_f1(chosen) for chosen in _resampled(len(claimed))])),
     }
 
 

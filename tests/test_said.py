@@ -15,13 +15,13 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxstages.commands.plan import size_text, time_text
-from jaxstages.commands.train import train
+from jaxstages.commands.train import _warn_of_positions, train
 from jaxstages.config import DataConfig, Recipe
 from jaxstages.console import Progress
 from jaxstages.data.prepare import prepare
 from jaxstages.data.sources import open_source
 from jaxstages.data.tokenizer import load_tokenizer
-from jaxstages.disk import local_path
+from jaxstages.disk import local_path, write_json
 from jaxstages.main import main
 from jaxstages.metrics import MetricsWriter
 from jaxstages.signals import stop_signals
@@ -159,6 +159,21 @@ def test_where_nothing_fits_the_context_it_is_named(made: tuple[Recipe, Path, st
     source, data = open_source(f"{tmp_path}/long.jsonl", tmp_path), DataConfig(task="seq2seq", train=("x",))
     with pytest.raises(ValueError, match="no example is left of 1 records; 1 do not fit config.model.context=20"):
         prepare(source, "train", data, load_tokenizer(tokenizer_file(made[1])), 20, tmp_path / "cache")
+
+
+def test_a_context_beyond_the_positions_of_an_import_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe(tmp_path)
+    write_json(tmp_path / "work" / "import" / "result.json", {"source": {"folder": "some/model", "positions": 32}})
+    _warn_of_positions(recipe, tmp_path / "work")
+    assert "config.model.context=64 is more than the 32 positions that some/model was trained on" in (
+        capsys.readouterr().out
+    )
+    recipe.model.context = 32
+    _warn_of_positions(recipe, tmp_path / "work")
+    _warn_of_positions(recipe, tmp_path / "none")
+    assert capsys.readouterr().out == ""
 
 
 # Progress.

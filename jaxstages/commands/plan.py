@@ -116,7 +116,8 @@ def _show(recipe: Recipe, stage: StageConfig, topology: Topology, found: Plan) -
     say(f"{recipe.name} on {topology.asked}: {chips} devices; nothing was run", "bold")
     count = f"{found.params / 1e9:.3f} billion" if found.params >= 1e8 else f"{found.params:,}"
     say(f"parameters             {count}, {tokens:,} tokens a step, remat {found.remat}")
-    causal, full = (f"{flops / 1e9:.3g} G" for flops in (found.flops.causal, found.flops.full))
+    unit, of = ("G", 1e9) if found.flops.causal >= 1e9 else ("M", 1e6)
+    causal, full = (f"{flops / of:.3g} {unit}" for flops in (found.flops.causal, found.flops.full))
     say(f"FLOPs a token          {causal} causal, {full} full attention")
     say("bytes a device", "bold")
     say(f"  parameters           {size_text(found.param_bytes):>12}")
@@ -130,10 +131,10 @@ def _show(recipe: Recipe, stage: StageConfig, topology: Topology, found: Plan) -
     for _, kind, size in found.theory:
         theory[kind] = theory.get(kind, 0) + size
     for kind in sorted(found.sent.keys() | theory.keys()):
-        note = "" if kind == SMALL else f"   theory {theory.get(kind, 0) / 1e6:10.1f} MB"
-        say(f"  {kind:<20} {found.sent.get(kind, 0) / 1e6:10.1f} MB{note}")
+        note = "" if kind == SMALL else f"   theory {size_text(theory.get(kind, 0)):>12}"
+        say(f"  {kind:<20} {size_text(found.sent.get(kind, 0)):>12}{note}")
     for what, kind, size in found.theory:
-        say(f"    {what}: {kind} {size / 1e6:.1f} MB", "dim")
+        say(f"    {what}: {kind} {size_text(size)}", "dim")
     if found.estimate and chip:
         one, best, worst = found.estimate, found.estimate.overlapped, found.estimate.one_by_one
         peak = chips * chip.flops

@@ -139,7 +139,13 @@ def _check_moved(given: Recipe, name: str, workdir: Path) -> None:
     """Raises ValueError unless the data that a stage has now under other names are those that it was begun with."""
     from jaxstages.workbench import data_names, open_tokenizer
 
-    meta = record.read_meta(checkpoint_folder(workdir / name, record.steps_of(workdir / name)[-1]))
+    steps = record.steps_of(workdir / name)
+    if not steps:
+        raise ValueError(
+            f"{workdir / name} has no checkpoint left to compare its data with; name config.{name}.data as it was, or "
+            "take another --workdir"
+        )
+    meta = record.read_meta(checkpoint_folder(workdir / name, steps[-1]))
     now = data_names(given, name, recipes.stages(given)[name], open_tokenizer(given, workdir), workdir)
     if meta["data"] != now:
         raise ValueError(

@@ -12,6 +12,7 @@ from jaxstages.commands.recipe import keep_recipe, told
 from jaxstages.commands.validate import validate
 from jaxstages.config import Recipe
 from jaxstages.console import say
+from jaxstages.disk import read_json
 from jaxstages.interop.hf_import import bring, source_of
 from jaxstages.parent import check_lineage
 from jaxstages.record import begun, finished
@@ -102,6 +103,7 @@ def _ready(recipe: Recipe, workdir: Path, names: list[str], place: Place | None)
             held.enter_context(lock(workdir))
             keep_recipe(recipe, workdir)
             _import(recipe, workdir, place)
+            _warn_of_positions(recipe, workdir)
             prepare_stages(recipe, workdir, names)
         if place is None:
             yield
@@ -145,11 +147,17 @@ def _import(recipe: Recipe, workdir: Path, place: Place | None) -> None:
         return
     if place is not None and not result_file(workdir / recipes.IMPORT).exists():
         raise ValueError(f"of several processes none imports; run `jaxstages import --from={source}` first, in one")
-    positions, context = bring(recipe, workdir, source)["source"].get("positions", 0), recipe.model.context
-    if 0 < positions < context:
+    bring(recipe, workdir, source)
+
+
+def _warn_of_positions(recipe: Recipe, workdir: Path) -> None:
+    """Say where rows are longer than any that imported weights were trained on."""
+    file, context = result_file(workdir / recipes.IMPORT), recipe.model.context
+    source = read_json(file).get("source", {}) if file.exists() else {}
+    if 0 < (positions := source.get("positions", 0)) < context:
         say(
-            f"config.model.context={context} is more than the {positions} positions that {source} was trained on: it "
-            "has met no position beyond them. Train long rows, or set context lower",
+            f"config.model.context={context} is more than the {positions} positions that {source['folder']} was "
+            "trained on: it has met none beyond them. Train long rows, or set context lower",
             "yellow",
         )
 

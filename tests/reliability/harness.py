@@ -211,7 +211,7 @@ def garbage(work: Path) -> list[str]:
     known = {"recipe.json", "LOCK", "stage_matrix.json", "tokenizer", "tokenizer.json", "cache", *recipes.STAGES}
     inner = {"checkpoints", "metrics.jsonl", "result.json", "tensorboard"}
     left = [str(path) for path in work.iterdir() if path.name not in known]
-    left += [str(path) for path in (work / "tokenizer").iterdir() if path.name not in known]
+    left += [str(path) for path in (work / "tokenizer").iterdir() if path.name not in {*known, "made_from.json"}]
     for stage in recipes.STAGES:
         if (work / stage).exists():
             left += [str(path) for path in (work / stage).iterdir() if path.name not in inner]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jaxstages.record import steps_of
 from tests import compiled
 from tests.reliability.harness import ROOT, Home, free_port, outcome
 
@@ -19,7 +20,6 @@ import hashlib
 import os
 import time
 
-from jaxstages.record import steps_of
 from jaxstages import __main__ as door
 from jaxstages.signals import stop_signals
 

@@ -32,7 +32,7 @@ def whole(home: Home) -> dict:
 def imports() -> float:
     """Seconds from the start of a process to the end of the program's imports."""
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import jaxstages.main"], check=True)
+    subprocess.run([sys.executable, "-c", "import jaxstages.main, jaxstages.commands.train"], check=True)
     return time.monotonic() - began
 
 
