@@ -669,9 +669,11 @@ def test_adapters_alone_are_for_stages_that_have_them_and_families_with_a_place_
     assert call("export", f"--workdir={home}/work", f"--to={tmp_path}/x", "--adapter", "--dtype=bfloat16") == 2
     assert "--dtype=bfloat16 does not apply to --adapter" in capsys.readouterr().err
     leaf = np.zeros((2, 16, 4), np.float32)
-    tensors, rows = peft._tensors(LLAMA, {"layers/attention/query/lora_a": leaf})
+    shapes = {"layers/attention/query/kernel": (2, 16, 2, 8)}
+    leaves = {"layers/attention/query/lora_a": leaf, "layers/attention/query/lora_b": np.zeros((2, 4, 16), np.float32)}
+    tensors, rows = peft._tensors(LLAMA, leaves, shapes)
     assert [row.name for row in rows] == ["model.layers.{n}.self_attn.q_proj.weight"]
     assert tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (4, 16)
-    for family, place in (("phi3", "layers/attention/query"), ("llama", "embedding"), ("mixtral", "layers/experts/up")):
+    for family, place in (("llama", "embedding"), ("mixtral", "layers/experts/up")):
         with pytest.raises(ValueError, match=f"PEFT has no adapter for {place}"):
-            peft._tensors(FAMILIES[family], {f"{place}/lora_a": leaf})
+            peft._tensors(FAMILIES[family], {f"{place}/lora_a": leaf}, shapes)

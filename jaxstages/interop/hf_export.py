@@ -205,12 +205,15 @@ def _write_tokenizer(bench: Workbench, stage: str, folder: Path) -> None:
         content["post_processor"] = _beginning(content["post_processor"], bench)
     write_json(folder / "tokenizer.json", content)
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for file in (kept / "tokenizer_config.json", own.with_name("tokenizer_config.json")):
-        found |= read_json(file) if file.is_file() else {}
+    theirs, ours = (
+        read_json(file) if file.is_file() else {}
+        for file in (kept / "tokenizer_config.json", own.with_name("tokenizer_config.json"))
+    )
+    found |= theirs | {key: value for key, value in ours.items() if value}  # an empty token is none
     for name in ("added_tokens_decoder", "auto_map", "chat_template"):
         found.pop(name, None)  # the first is in tokenizer.json, which has more of them
     ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS[0])
-    found = (ends if not bench.tokenizer.eos else {}) | found
+    found = (ends if stage != recipes.IMPORT and not bench.tokenizer.eos else {}) | found
     template = bench.tokenizer.template or (OUR_TEMPLATE if stage != recipes.IMPORT else "")
     write_json(folder / "tokenizer_config.json", found | ({"chat_template": template} if template else {}))
 
