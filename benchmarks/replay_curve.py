@@ -31,9 +31,9 @@ COLUMNS = {
 }
 
 
-def run(workdir: Path, seed: int, flags: list[str]) -> None:
-    """Train the stages of the demo that WORKDIR has not finished."""
-    command = [sys.executable, "-m", "jaxstages", "run", "--config=configs/demo.py", f"--workdir={workdir}"]
+def run(stage: str, workdir: Path, seed: int, flags: list[str]) -> None:
+    """Train a stage of the demo."""
+    command = [sys.executable, "-m", "jaxstages", stage, "--config=configs/demo.py", f"--workdir={workdir}"]
     command += [f"--config.seed={seed}", *flags]
     print(" ".join(command[2:]), flush=True)
     workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -42,23 +42,25 @@ def run(workdir: Path, seed: int, flags: list[str]) -> None:
 
 
 def trial(share: float, seed: int, steps: int, out: Path) -> dict[str, float]:
-    """The scores of the last checkpoint."""
-    workdir = out / f"replay-{share:g}-{seed}"
-    matrix_file = workdir / "stage_matrix.json"
-    if not matrix_file.exists():
-        base = out / f"base-{seed}"
-        run(base, seed, ["--config.instruct=None"])
+    """The scores of the last checkpoint, on all held-out data of each stage."""
+    workdir, base = out / f"replay-{share:g}-{seed}", out / f"base-{seed}"
+    result = workdir / "instruct" / "result.json"
+    if not result.exists():
+        for stage in ("pretrain", "finetune"):
+            if not (base / stage / "result.json").exists():
+                run(stage, base, seed, [])
         shutil.rmtree(workdir, ignore_errors=True)
-        shutil.copytree(base, workdir, ignore=shutil.ignore_patterns("stage_matrix.json"))
+        shutil.copytree(base, workdir)
         replay = (("pretrain", share / 2), ("finetune", share / 2)) if share else ()
-        run(workdir, seed, [f"--config.instruct.replay={replay}", f"--config.instruct.loop.steps={steps}"])
-    matrix = json.loads(matrix_file.read_text())
-    last = dict(zip(matrix["columns"], matrix["values"][-1], strict=True))
-    best = json.loads((workdir / "instruct" / "result.json").read_text())["best"]
+        flags = [f"--config.instruct.replay={replay}", f"--config.instruct.loop.steps={steps}"]
+        flags += [f"--config.instruct.evaluation.{name}=0" for name in ("watch_max_rows", "watch_max_examples")]
+        run("instruct", workdir, seed, flags)
+    content = json.loads(result.read_text())
+    best, watch = content["best"], content["watch"]
     return {
-        "perplexity": last["pretrain/perplexity"],
-        "bleu": last["finetune/bleu"],
-        "exact_match": last["instruct/exact_match"],
+        "perplexity": watch["watch/pretrain/perplexity"]["best"],
+        "bleu": watch["watch/finetune/bleu"]["best"],
+        "exact_match": best["exact_match"],
         "facts": statistics.mean(best[f"exact_match/{kind}"] for kind in FACTS),
     }
 

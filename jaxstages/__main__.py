@@ -8,6 +8,11 @@ from jaxstages.process import keep_compiled, keep_freed_memory
 from jaxstages.signals import stop_signals
 
 
+def _keep_compiled() -> None:
+    if told := keep_compiled():
+        print(f"jaxstages: {told}", file=sys.stderr)
+
+
 def cli() -> None:
     """The console script."""
     faulthandler.enable()
@@ -15,9 +20,7 @@ def cli() -> None:
     with stop_signals():
         from jaxstages.main import main
 
-        if told := keep_compiled():
-            print(f"jaxstages: {told}", file=sys.stderr)
-        code = main(sys.argv)
+        code = main(sys.argv, before_jax=_keep_compiled)
         try:
             sys.stdout.flush()
         except OSError:  # the disk of the log is full

@@ -8,7 +8,6 @@ step how the save is doing.
 """
 
 import contextlib
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,10 +22,9 @@ from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
 
 from jaxstages import hosts, manifest
-from jaxstages.arrays import read, read_in_parts, to_save
-from jaxstages.config import lora_from
+from jaxstages.arrays import PIECE, read, read_in_parts, to_save
 from jaxstages.console import say
-from jaxstages.disk import Form, make_folder, read_json, sync, write_json
+from jaxstages.disk import make_folder, sync, write_json
 from jaxstages.early_stopping import EarlyStoppingState
 from jaxstages.fingerprint import (
     Fingerprint,
@@ -34,34 +32,14 @@ from jaxstages.fingerprint import (
     fingerprint,
     kind_of,
     named_leaves,
-    saved_kind,
     tree_of,
 )
 from jaxstages.manifest import Damaged, quarantine
 from jaxstages.process import step_aside
+from jaxstages.record import FORMAT, read_meta, saved_kind, steps_of, stored_shapes
 from jaxstages.sharding import shardings_of
 from jaxstages.types import Diverged, Params, TrainState
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
-
-FORMAT = 1
-"""Of what is written here; counts up when older versions can't read it."""
-
-META: Form = {
-    "format": (int,),
-    "stage": (str,),
-    "step": (int,),
-    "best_step": (int,),
-    "fingerprint": (dict,),
-    "tokenizer_sha256": (str,),
-    "vocab_size": (int,),
-    "special_ids": (list,),
-    "model": (dict,),
-    "chat_template": (str,),
-    "parent": (dict, type(None)),
-    "data": (dict,),
-    "carried": (dict,),
-}
-"""What a checkpoint says of itself."""
 
 HANDED_ON = ("params/", "average/")
 """What the next stage may start from, by the first part of its paths."""
@@ -74,9 +52,12 @@ COPIED = 2**28
 
 
 class Restored(NamedTuple):
+    """best_lost: the best step so far is not there any more; `stopping` has forgotten it."""
+
     state: TrainState
     stopping: EarlyStoppingState
     meta: dict[str, Any]
+    best_lost: bool = False
 
 
 class _KeepBest:
@@ -111,6 +92,9 @@ class Checkpoints:
         self._meta: dict[str, Any] = {}
         self._prints: Callable[[], Fingerprint]
         self._manager: _Manager | None = None
+        self._proved = False
+        self._shapes: dict[str, Any] = {}
+        self._digests: dict[str, str] = {}
         if hosts.leads():
             make_folder(self._folder)
             self._sweep()
@@ -118,7 +102,11 @@ class Checkpoints:
 
     def restore_newest(self, target: TrainState, stopping: EarlyStoppingState) -> Restored | None:
         """The newest checkpoint that can be trusted, placed as `target` (shapes with shardings) says; None if the
-        stage has none yet. Damaged ones are moved to the stage's `quarantine/`.
+        stage has none yet. Damaged ones are moved to the stage's `quarantine/`. Where its best step is damaged, or was
+        removed, it is said, and the next evaluation is the best so far: a healthy checkpoint is not lost for another.
+
+        Args:
+            stopping: as it is at the start of a stage.
 
         Raises:
             ValueError: there are checkpoints, but none can be trusted, or one does not fit the recipe.
@@ -129,10 +117,12 @@ class Checkpoints:
             except Damaged as error:
                 self._distrust(step, error)
             else:
-                self._best.step = found.meta["best_step"]
-                return found
+                self._proved = True
+                lost = bool(hosts.from_leader(int(self._best_lost(found.meta)) if hosts.leads() else 0))
+                self._best.step = -1 if lost else found.meta["best_step"]
+                return found._replace(stopping=stopping, best_lost=True) if lost else found
         quarantined = quarantine_folder(self._stage_dir)
-        if quarantined.is_dir() and any(quarantined.iterdir()):
+        if any(quarantined.glob("*.reason")):
             raise ValueError(
                 f"{self._stage_dir} has no checkpoint that can be trusted, see the reasons in {quarantined}; put a "
                 f"good copy into {self._folder}, or remove {self._stage_dir} to train that stage anew"
@@ -140,17 +130,34 @@ class Checkpoints:
         return None
 
     def _newest_whole(self) -> int:
-        """The newest step whose files, and those of its best step, are as they were written; -1 if there is none."""
+        """The newest step whose files are as they were written; -1 if there is none."""
         for step in reversed(steps_of(self._stage_dir)):
             try:
                 manifest.check(self._folder / str(step))
-                best = read_meta(self._folder / str(step))["best_step"]
-                if best not in (-1, step):
-                    manifest.check(self._folder / str(best))
+                read_meta(self._folder / str(step))
                 return step
             except Damaged as error:
                 self._distrust(step, error)
         return -1
+
+    def _best_lost(self, meta: dict[str, Any]) -> bool:
+        """Is the best step that a checkpoint names no longer one that could be handed on? Then it is said."""
+        best, step = meta["best_step"], meta["step"]
+        if best in (-1, step):
+            return False
+        if best in steps_of(self._stage_dir):
+            try:
+                manifest.check(self._folder / str(best))
+                return False
+            except Damaged as error:
+                self._distrust(best, error)
+        say(
+            f"{self._stage_dir.name}: its best step so far, {best}, is lost: {self._folder / str(best)} is not there, "
+            f"or not as it was saved. It goes on from step {step}, which is whole, and the best is chosen anew from "
+            "there on",
+            "yellow",
+        )
+        return True
 
     def _distrust(self, step: int, error: Damaged) -> None:
         if hosts.leads():
@@ -173,6 +180,7 @@ class Checkpoints:
             state = jax.device_put(state, shardings_of(state), may_alias=False)
         self._meta = meta | {"format": FORMAT, "step": step, "best_step": best_step}
         leaves = _items(state, stopping)
+        self._shapes = {} if self._proved else jax.tree.map(_shape_of, leaves)
         self._prints = (lambda: fingerprint(leaves)) if small else begin_fingerprint(leaves)  # copies may wait
         items = ocp.args.Composite(**{name: to_save(tree) for name, tree in leaves.items()})
         self._saving = step
@@ -198,6 +206,28 @@ class Checkpoints:
                 sync(path)
             # Orbax moves what it deletes here, and leaves it.
             shutil.rmtree(self._folder / TRASH, ignore_errors=True)
+        if not self._proved and jax.process_count() == 1:  # of several, Orbax would ask the others
+            self._read_back()
+        self._proved = True
+
+    def _read_back(self) -> None:
+        """Restore what was just saved, once in a run, and compare it: that files are as they were written says nothing
+        of whether anything can be made of them. Of a large state only its smaller arrays.
+
+        Raises:
+            Damaged: it can't be read, or is something else.
+        """
+        folder = self._folder / str(self._saving)
+        for name, tree in self._shapes.items():
+            leaves = named_leaves(tree)
+            sizes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in leaves.items()}
+            if name == "train" and sum(sizes.values()) > COPIED:
+                continue
+            few = {path: leaf for path, leaf in leaves.items() if sizes[path] <= PIECE}
+            part = read(folder / name, tree) if name == "train" else read_in_parts(folder / name, tree_of(few))
+            for path, digest in fingerprint({name: part}).digests.items():
+                if digest != self._digests[path]:
+                    raise Damaged(f"{folder}: {path} is not read back as it was saved")
 
     def poll(self) -> None:
         """Raises OSError if a save in the background has failed. Costs nothing otherwise."""
@@ -240,6 +270,7 @@ class Checkpoints:
             raise Diverged(
                 f"step {self._saving} is not saved: {', '.join(bad)} is not finite; the one before it stands"
             )
+        self._digests = prints.digests
         write_json(fresh / "meta" / "metadata", self._meta | {"fingerprint": prints.digests})
         manifest.seal(fresh)
 
@@ -274,11 +305,8 @@ class Checkpoints:
                 self._sweep()
 
 
-def steps_of(stage_dir: Path) -> list[int]:
-    """Steps that a stage has a checkpoint of, or what looks like one; unfinished ones are not among them."""
-    folder = checkpoints_folder(stage_dir)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+def _shape_of(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if isinstance(leaf, jax.Array) else leaf
 
 
 def _items(state: TrainState, stopping: EarlyStoppingState) -> dict[str, Any]:
@@ -311,35 +339,6 @@ def _restore(folder: Path, target: TrainState, stopping: EarlyStoppingState) -> 
     return Restored(state, EarlyStoppingState(*scalars), meta)
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """What checkpoint `folder` (`STAGE/checkpoints/STEP`) says of itself.
-
-    Raises:
-        Damaged: it can't be read.
-        ValueError: a newer version wrote it.
-    """
-    file = folder / "meta" / "metadata"
-    try:
-        made_by = read_json(file, {"format": (int,)})["format"]
-        meta: dict[str, Any] = read_json(file, META if made_by <= FORMAT else None)
-    except ValueError as error:
-        raise Damaged(f"{folder} is damaged, or no checkpoint of jaxstages: {error}") from error
-    if made_by > FORMAT:
-        raise ValueError(f"{folder} has format {made_by}, this version reads up to {FORMAT}; install a newer jaxstages")
-    prints = meta["fingerprint"].values()
-    if not all(isinstance(text, str) and re.fullmatch(r"[0-9a-f]+ \w+\[[\d, ]*\]", text) for text in prints):
-        raise Damaged(f"{folder} is no checkpoint of jaxstages: its fingerprint has another form")
-    meta = {"lora": None} | meta  # before there were adapters
-    try:
-        if lora_from(meta["lora"]) is not None and meta["parent"] is None:
-            raise ValueError("it has adapters without a base")
-    except ValueError as error:
-        raise Damaged(f"{folder} is damaged, or of a newer jaxstages: {error}") from error
-    if str(meta["step"]) != folder.name:
-        raise Damaged(f"{folder} is damaged: it says that it is of step {meta['step']}, not {folder.name}")
-    return meta
-
-
 def read_params(stage_dir: Path, step: int, target: Params, item: str = "params") -> Params:
     """Only the parameters of a stage at `step`, placed as `target` (shapes with shardings) says.
 
@@ -369,15 +368,6 @@ def stored_params(meta: dict[str, Any], sharding: Sharding) -> Params:
         shape = tuple(int(dim) for dim in dims.split(", ") if dim)
         found[path] = jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding)
     return tree_of(found)
-
-
-def stored_shapes(meta: dict[str, Any]) -> dict[str, str]:
-    """Path of each parameter in a checkpoint -> dtype and shape, such as "float32[16, 32]"."""
-    return {
-        path.removeprefix("params/"): saved_kind(text)
-        for path, text in meta["fingerprint"].items()
-        if path.startswith("params/")
-    }
 
 
 def _compare(folder: Path, saved: dict[str, str], target: Any) -> None:

@@ -9,9 +9,10 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jax._src.clusters import ClusterEnv
+if TYPE_CHECKING:
+    from jax._src.clusters import ClusterEnv
 
 ENVIRONMENT = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -79,6 +80,8 @@ def _checked(given: Mapping[str, Any], names: Mapping[str, str], told_by: str) -
 
 
 def _of_cluster(coordinator: str | None) -> Place | None:
+    from jax._src.clusters import ClusterEnv  # the flags are read without jax
+
     name = "Kubernetes"
     try:
         # JAX would ask Kubernetes in each of its pods, and warn in those that can't.
@@ -107,7 +110,7 @@ def _of_cluster(coordinator: str | None) -> Place | None:
     return Place(coordinator, count, number, _own_devices(found), name)
 
 
-def _own_devices(found: type[ClusterEnv]) -> tuple[int, ...] | None:
+def _own_devices(found: "type[ClusterEnv]") -> tuple[int, ...] | None:
     """Of several tasks on a host each has the GPU of its number. One task has them all, and so it has where the cluster
     shows each task its own only."""
     number = found.get_local_process_id()

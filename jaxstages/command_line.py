@@ -10,8 +10,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxstages.cluster import ENVIRONMENT
-from jaxstages.commands.answering import Manner
-from jaxstages.config import HELD, STAGES, Recipe
+from jaxstages.commands.manner import Manner
+from jaxstages.commands.recipe import kept_recipe
+from jaxstages.config import HELD, STAGES, Recipe, differences
+from jaxstages.console import warn
+from jaxstages.disk import local_path
 
 USAGE = """Train a language model in three stages: pretrain, fine-tune, instruct.
 
@@ -20,25 +23,28 @@ usage: jaxstages COMMAND --workdir=DIR [--config=FILE[:VARIANT]] [--config.FIELD
 commands:
   run        all stages of the recipe that are not done yet, then the stage matrix
   pretrain, finetune, instruct
-             one stage; started again, it resumes                                   [--lengthen]
+             one stage; started again, it resumes                         [--lengthen, --finish]
   prepare    tokenizer and packed rows, made ahead of training                       [--beam_options]
   inspect    a decoded batch with its trained-on tokens in colour, packing, shares   [--stage]
-  evaluate   held-out scores of a stage's best checkpoint, or the matrix of all      [--stage]
+  evaluate   held-out scores of a stage's checkpoint, or the matrix of all     [--stage --step
+             --data]
   checkpoints list | verify | diff STAGE/STEP STAGE/STEP
              what a run has kept, whether it can be trusted, and how two differ     [--stage]
-  generate   answers as JSON lines: --prompt=TEXT or --prompts=FILE.jsonl            [--stage --out, sampling]
-  chat       talk with a stage's best checkpoint; /help there says what it can do    [--stage, sampling]
+  generate   answers as JSON lines: --prompt=TEXT or --prompts=FILE.jsonl     [--stage --step --out, sampling]
+  chat       talk with a stage's checkpoint; /help there says what it can do   [--stage --step, sampling]
   import     a folder of Hugging Face's form (--from=DIR) becomes WORKDIR/import, which all stages and commands take
   plan       does a stage fit a machine that you have not, and how fast should it be: --topology=v5e:4x4   [--stage]
-  export     a stage's best checkpoint becomes such a folder (--to=DIR)               [--stage --dtype
+  export     a stage's checkpoint becomes such a folder (--to=DIR)              [--stage --step --dtype
              --adapter]
 
 flags:
   --workdir=DIR            where the run lives
   --config=FILE[:VARIANT]  the recipe, such as configs/demo.py; not needed where DIR has a recipe.json
-  --config.FIELD=VALUE     change a field of that file: --config.pretrain.optim.schedule.peak_lr=3e-4, or leave a
-                           stage out: --config.instruct=None
-  --stage=NAME             import, pretrain, finetune or instruct
+  --config.FIELD=VALUE     change a field of that file, or without --config of DIR's recipe.json:
+                           --config.pretrain.optim.schedule.peak_lr=3e-4, or leave a stage out: --config.instruct=None
+  --stage=NAME             import, pretrain, finetune or instruct; of one that is not finished, its best so far
+  --step=N                 a step that the stage keeps (`checkpoints list` has them); by default its best one
+  --data=SOURCE            evaluate on this held-out set instead of the recipe's; may be given again
   --prompt=TEXT, --prompts=FILE.jsonl ({"prompt": ...} a line), --out=FILE.jsonl
                            a line is {"prompt", "text", "tokens"}, tokens being how many were made; answers are
                            kept in OUT.part as they are done; started again, it goes on from there
@@ -59,8 +65,9 @@ weights of others:
 
   --topology=KIND:GRID     v5e:4x4, v5p:4x4x4, v6e:16x16, h100:8, h200:1, cpu:8, or local (the default)
 
-  --lengthen               train a finished stage further, to the new --config.STAGE.loop.steps (or epochs, tokens);
-                           its schedule is then the one of the new length
+  --lengthen               train a stage further, to the new --config.STAGE.loop.steps (or epochs, tokens); its
+                           schedule is then the one of the new length
+  --finish                 end a stage that is not finished at the step that it has saved, and hand its best one on
 
 several processes, and faults:
   --coordinator=HOST:PORT, --process_count=N, --process_id=I
@@ -78,21 +85,28 @@ failed; 75 interrupted after a complete save, or a host was lost, start it again
 FLAGS_OF = {
     "prepare": ("beam_options",),
     "run": ("debug_nans", *ENVIRONMENT),
-    **dict.fromkeys(STAGES, ("debug_nans", "lengthen", *ENVIRONMENT)),
-    **dict.fromkeys(("inspect", "evaluate", "checkpoints"), ("stage",)),
-    "generate": ("stage", "prompt", "prompts", "out", *Manner._fields),
-    "chat": ("stage", *Manner._fields),
+    **dict.fromkeys(STAGES, ("debug_nans", "lengthen", "finish", *ENVIRONMENT)),
+    **dict.fromkeys(("inspect", "checkpoints"), ("stage",)),
+    "evaluate": ("stage", "step", "data"),
+    "generate": ("stage", "step", "prompt", "prompts", "out", *Manner._fields),
+    "chat": ("stage", "step", *Manner._fields),
     "import": ("from",),
-    "export": ("stage", "to", "dtype", "adapter"),
+    "export": ("stage", "step", "to", "dtype", "adapter"),
     "plan": ("stage", "topology"),
 }
 """Command -> the flags that it takes beside --config and --workdir."""
 
 
-def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
-    """All flags of the program; what --config names is loaded when `argv` is parsed."""
+def define_flags(values: flags.FlagValues, argv: list[str], base: Recipe | None = None) -> Any:
+    """All flags of the program; what --config names is loaded when `argv` is parsed.
+
+    Args:
+        base: the recipe whose fields are changed where --config names none.
+    """
     flags.DEFINE_string("workdir", None, "where the run lives", flag_values=values)
     flags.DEFINE_enum("stage", None, HELD, "which stage", flag_values=values)
+    flags.DEFINE_integer("step", None, "which checkpoint of it", flag_values=values, lower_bound=0)
+    flags.DEFINE_multi_string("data", [], "held-out sources", flag_values=values)
     flags.DEFINE_string("prompt", None, "text to answer", flag_values=values)
     flags.DEFINE_string("prompts", None, "JSON lines with a prompt each", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", None, "at most (default: the recipe's)", flag_values=values)
@@ -113,8 +127,11 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
     flags.DEFINE_integer("process_count", None, "how many there are", flag_values=values, lower_bound=1)
     flags.DEFINE_integer("process_id", None, "number of this one", flag_values=values, lower_bound=0)
     flags.DEFINE_string("beam_options", None, "of the pipeline that prepares", flag_values=values)
-    flags.DEFINE_bool("lengthen", False, "train a finished stage further", flag_values=values)
+    flags.DEFINE_bool("lengthen", False, "train a stage further", flag_values=values)
+    flags.DEFINE_bool("finish", False, "end a stage where it is", flag_values=values)
     flags.DEFINE_bool("debug_nans", False, "end at the first operation that gives a NaN", flag_values=values)
+    if base is not None:
+        return config_flags.DEFINE_config_dataclass("config", base, "the recipe", flag_values=values, sys_argv=argv)
     return config_flags.DEFINE_config_file(
         "config", None, "the recipe", lock_config=True, sys_argv=argv, flag_values=values
     )
@@ -123,14 +140,13 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> Any:
 def parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | None, list[str]]:
     """The flags, the recipe that --config gives, and what stands beside the flags (only `checkpoints` takes that)."""
     values = flags.FlagValues()
-    holder = define_flags(values, argv)
     named = next((word for word in argv if word.split("=")[0] in ("--config", "-config")), "")
-    for word in argv[2:]:
-        if word.startswith("--config."):
-            _check_field(word.removeprefix("--config.").partition("=")[0])
-            if not named:
-                raise ValueError(f"{word} changes a recipe's field: name its file too, --config=FILE")
+    changes = [word for word in argv[2:] if word.startswith("--config.")]
+    for word in changes:
+        _check_field(word.removeprefix("--config.").partition("=")[0])
+    base = _base(argv, changes[0]) if changes and not named else None
     try:
+        holder = define_flags(values, argv, base)
         rest = values([argv[0], *argv[2:]])
     except Exception as error:
         raise _explained(error, named, argv) from None
@@ -139,12 +155,29 @@ def parse(command: str, argv: list[str]) -> tuple[flags.FlagValues, Recipe | Non
     for name in {name for names in FLAGS_OF.values() for name in names}:
         if values[name].present and name not in FLAGS_OF[command]:
             raise ValueError(f"--{name} does not apply to {command}")
-    recipe = holder.value
+    recipe = holder.value if named or changes else None
+    if base is not None and recipe is not None:
+        for line in differences(base, recipe):
+            warn(f"the workdir's recipe with {line}")
     if recipe is not None and not isinstance(recipe, Recipe):
         raise ValueError(
             f"{named}: no such file, or its get_config() gives no Recipe; name one such as configs/demo.py"
         )
     return values, recipe, rest[1:]
+
+
+def _base(argv: list[str], change: str) -> Recipe:
+    """The recipe of the workdir, whose field a word changes. Raises ValueError where there is none."""
+    words = (*argv, "")
+    texts = [word.partition("=")[2] for word in argv if word.startswith(("--workdir=", "-workdir="))]
+    texts += [words[place + 1] for place, word in enumerate(argv) if word in ("--workdir", "-workdir")]
+    kept = kept_recipe(local_path(texts[-1], "--workdir")) if texts else None
+    if kept is None:
+        raise ValueError(f"{change} changes a recipe's field: name its file too, --config=FILE")
+    return kept
+
+
+_NOT_THERE = "changes what is not there: the recipe has no {}, or leaves it out"
 
 
 def _explained(error: BaseException, named: str, argv: list[str]) -> BaseException:
@@ -155,8 +188,11 @@ def _explained(error: BaseException, named: str, argv: list[str]) -> BaseExcepti
         return error
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "<module>")]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    for word in argv:
+        if "can not be applied because field" in str(error) and f"Flag {word[9:].partition('=')[0]} " in str(error):
+            return ValueError(f"{word} {_NOT_THERE.format(word.split('.')[1])}")
     if isinstance(error, ValueError):
-        return ValueError(f"{named}: {error}{place}")
+        return ValueError(f"{named or 'recipe.json'}: {error}{place}")
     if frames or not isinstance(error, KeyError | AttributeError | TypeError):
         return ValueError(f"{named}: the recipe's file can't be loaded: {type(error).__name__}: {error}{place}")
     said = str(error.args[0] if error.args else error)
@@ -165,7 +201,7 @@ def _explained(error: BaseException, named: str, argv: list[str]) -> BaseExcepti
             return ValueError(f"{word}: the recipe's mixture has no data set {said!r}; add it in the recipe's file")
         if "'NoneType'" in said and word.split("=")[0] == f"--config.{said.rpartition(' ')[2]}":
             stage = word.split(".")[1]
-            return ValueError(f"{word} changes what is not there: the recipe has no {stage}, or leaves it out")
+            return ValueError(f"{word} {_NOT_THERE.format(stage)}")
     return ValueError(f"--config can't be set so: {said}")
 
 

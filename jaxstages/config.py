@@ -177,6 +177,8 @@ class DataConfig:
     """seq2seq, classify: format string of what is given."""
     target: str = "{target}"
     """seq2seq, classify: format string of what is to be answered, or of the label."""
+    answers: str = "all"
+    """chat: which of a conversation's answers are trained on, "all" or the "last"."""
     max_bad_share: float = 0.01
     """Stop when more than this share of a source's records are malformed."""
     clean: CleanConfig = field(default_factory=CleanConfig)

@@ -15,6 +15,11 @@ def say(text: str, style: str = "") -> None:
     _console.print(escape(text), style=style or None)
 
 
+def warn(text: str) -> None:
+    """One line on the standard error, where a command's output is for programs."""
+    print(f"jaxstages: {text}", file=sys.stderr, flush=True)
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: `7s`, `3:05`, `1:02:03`."""
     seconds = round(seconds)
@@ -43,14 +48,21 @@ class Progress:
         self._last = now
         fresh = done - self._first
         left = duration((now - self._start) / fresh * (self._total - done)) if fresh else "?"
-        text = f"{self._name} {done}/{self._total}  {note}{'  ' if note else ''}ETA {left}"
-        if self._live:
-            width = _console.width - 1
-            print(f"\r{text[:width]:<{width}}", end="\n" if done >= self._total else "", flush=True, file=self._to)
-        else:
-            print(text, flush=True, file=self._to)
+        self._write(f"{self._name} {done}/{self._total}  {note}{'  ' if note else ''}ETA {left}", done >= self._total)
+
+    def end(self, done: int) -> None:
+        """All is done, and it was so much: of what the total counts, a part may be held out."""
+        if done < self._total:  # else the last update has said so
+            self._write(f"{self._name} {done}/{done}  in {duration(time.monotonic() - self._start)}", last=True)
 
     def clear(self) -> None:
         """Make room for a note: an unfinished line is wiped, and comes back with the next update."""
         if self._live:
             print(f"\r{'':<{_console.width - 1}}\r", end="", flush=True, file=self._to)
+
+    def _write(self, text: str, last: bool) -> None:
+        if self._live:
+            width = _console.width - 1
+            print(f"\r{text[:width]:<{width}}", end="\n" if last else "", flush=True, file=self._to)
+        else:
+            print(text, flush=True, file=self._to)

@@ -3,9 +3,32 @@
 import fcntl
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+
+
+def local_path(text: str, name: str) -> Path:
+    """The path that a flag or a field names, with `~` as the home folder.
+
+    Args:
+        name: of the flag or field, such as "--workdir".
+
+    Raises:
+        ValueError: it is empty, or an address such as gs://BUCKET/PATH, which would become a local folder of that name.
+    """
+    if not text:
+        raise ValueError(f"{name} is empty; name a path")
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/", text):
+        raise ValueError(
+            f"{name}={text}: runs and files live on a local or mounted file system, and {scheme[1]} is none; name a "
+            "local path, and copy what should be in a bucket there afterwards"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name}={text}: {error}; name another path") from error
 
 
 def sync(path: Path) -> None:

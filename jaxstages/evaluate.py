@@ -47,7 +47,8 @@ def make_evaluate(
         between: called before each batch; what it raises ends the evaluation.
     """
     token_bytes_V = jnp.asarray(bench.tokenizer.token_bytes())
-    eval_step = jax.jit(make_eval_step(bench.model.headless, token_bytes_V, bench.stage.loop.loss_tile))
+    row_sums = make_eval_step(bench.model.headless, token_bytes_V, bench.stage.loop.loss_tile)
+    eval_step = jax.jit(lambda params, batch: with_spread(row_sums(params, batch)))
     measured = bench.sets if sets is None else sets
 
     @functools.cache  # sets with answers of the same length share what is compiled
@@ -92,6 +93,15 @@ def make_evaluate(
     return evaluate
 
 
+def with_spread(rows: Sums) -> Sums:
+    """Sums of each row [B] as sums over the batch, and beside them what the standard errors of `from_sums` are made
+    from: "rows", and the sums of products "nll*nll", "nll*weight", ... of the rows' own sums."""
+    sums = {name: jnp.sum(values) for name, values in rows.items()}
+    sums["rows"] = jnp.sum(rows["weight"] > 0).astype(jnp.float32)
+    pairs = [(name, other) for name in ("nll", "correct") for other in (name, "weight")] + [("weight", "weight")]
+    return sums | {f"{name}*{other}": jnp.sum(rows[name] * rows[other]) for name, other in pairs}
+
+
 def make_scorer(
     bench: Workbench,
     each: EvaluationSet,
@@ -127,8 +137,7 @@ def make_scorer(
 
 def recipe_sampling(bench: Workbench) -> Sampling:
     """Greedy, as many tokens as the recipe says, up to the end of the text or of the turn."""
-    special, most = bench.tokenizer.specials, bench.stage.evaluation.max_new_tokens
-    return Sampling(max_new_tokens=most, stop=(special.end_of_text, special.end_of_turn))
+    return Sampling(max_new_tokens=bench.stage.evaluation.max_new_tokens, stop=bench.tokenizer.stops)
 
 
 def make_texts(

@@ -35,11 +35,6 @@ def kind_of(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def saved_kind(digest: str) -> str:
-    """The same, of a leaf whose digest a checkpoint has."""
-    return digest.split(" ", 1)[1]
-
-
 def params_sha256(params: Params) -> str:
     """SHA-256 over the parameters' bytes, in sorted order of their paths."""
     digest = hashlib.sha256()

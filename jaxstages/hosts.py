@@ -102,8 +102,9 @@ def join(place: Place) -> None:
         _leaving.set()
         why = str(error).splitlines()[0]
         raise Interrupted(f"{place}; it could not join the others: {why}; start all of them again") from None
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as of `nohup`
+            signal.signal(number, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     signal.set_wakeup_fd(-1)
     joined.set()
     os.close(writer)

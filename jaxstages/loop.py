@@ -19,7 +19,7 @@ from jaxstages import config as recipes
 from jaxstages import hosts
 from jaxstages.checkpoint import Checkpoints, read_params
 from jaxstages.compilation import compile_step
-from jaxstages.console import Progress, say
+from jaxstages.console import Progress, duration, say
 from jaxstages.data.mixture import describe
 from jaxstages.data.pipeline import batches_by_step
 from jaxstages.data.prefetch import prefetch
@@ -35,7 +35,7 @@ from jaxstages.process import settle, step_aside
 from jaxstages.sharding import place_batch, rows_here
 from jaxstages.signals import Stop, stop_signals, watchdog
 from jaxstages.start import Start, data_of, find_start
-from jaxstages.types import Batch, Diverged, Interrupted, Params, Sums, TrainState
+from jaxstages.types import Batch, Diverged, Interrupted, Metrics, Params, Sums, TrainState
 from jaxstages.verdict import Verdict, judge
 from jaxstages.workbench import Workbench
 from jaxstages.workdir import result_file
@@ -50,8 +50,11 @@ COMPILING = 10.0
 """What compiles may take so many times the seconds of the watchdog."""
 
 
-def train_stage(bench: Workbench) -> dict[str, Any] | None:
+def train_stage(bench: Workbench, finish: bool = False) -> dict[str, Any] | None:
     """Train a stage from where it starts to its end, and write its result; None if `stop_after` ended it before.
+
+    Args:
+        finish: its end is the step that it has saved.
 
     Raises:
         ValueError: the start rules or the contract forbid it.
@@ -64,7 +67,9 @@ def train_stage(bench: Workbench) -> dict[str, Any] | None:
     with Checkpoints(bench.stage_dir, config.keep) as checkpoints, stop_signals(hosts.asked_together()) as signals:
         start = find_start(bench, checkpoints, stopping)
         step = int(start.state.step)
-        if step > config.steps:
+        if finish and not step:
+            raise ValueError(f"{bench.stage_dir} has saved no step; there is nothing to hand on")
+        if step > config.steps and not finish:
             raise ValueError(
                 f"{bench.stage_dir} has made {step} steps, and the recipe's length comes to {config.steps}; raise "
                 f"config.{bench.name}.loop.steps, epochs or tokens"
@@ -76,14 +81,22 @@ def train_stage(bench: Workbench) -> dict[str, Any] | None:
             run = _Run(bench, start, checkpoints, writer, stopping, signals, alive)
             for line in describe(bench.datasets, config.steps, config.batch_size, bench.stage.late_from):
                 say(f"  {line}")
-            last = min(config.steps, config.stop_after or config.steps)
+            for line in _doubts(bench):
+                say(f"  {line}", "yellow")
+            last = step if finish else min(config.steps, config.stop_after or config.steps)
+            run.ends_at = last if finish else config.steps
             state, held = run.steps(start.state, step, last)
             checkpoints.check_last(held)
             signals.unsaved = False
-            if held < config.steps and not stopping.should_stop(run.stopping_state):
+            if held < config.steps and not finish and not stopping.should_stop(run.stopping_state):
                 say(f"{bench.name}: stop_after={config.stop_after} reached; start again without it to go on", "yellow")
                 return None
             return run.finish(state, held)
+
+
+FEW, SPREAD = 4000, 2.0
+"""Scored tokens below which a held-out set is too small; and about how far the losses of single tokens lie apart, in
+nats (a standard deviation), which makes the loss of so many uncertain by 0.03."""
 
 
 class _Abandoned(Exception):
@@ -126,6 +139,7 @@ class _Run:
         self._at_once = AT_ONCE if 6 * tokens * sum(leaf.size for leaf in leaves) < TINY else 1
         step = int(start.state.step)
         self._saved_step = step
+        self.ends_at, self._began = self._config.steps, time.monotonic()
         next_batch = self._batches.digest(step)
         # What a checkpoint carries over so that a resumed run's lines and totals are those of an unbroken one.
         self._carried = start.carried or {
@@ -201,7 +215,7 @@ class _Run:
 
     def _evaluates(self, step: int) -> bool:
         """Is an evaluation due at `step` that was not made yet (before a run was interrupted)?"""
-        return self._carried["evaluated"] < step and (step % self._config.eval_every == 0 or step == self._config.steps)
+        return self._carried["evaluated"] < step and (step % self._config.eval_every == 0 or step == self.ends_at)
 
     def _due(self, step: int, last: int) -> bool:
         return self._evaluates(step) or step % self._config.save_every == 0 or step == last
@@ -302,16 +316,17 @@ class _Run:
         )
         if streak >= most:
             stands = f"the checkpoint at step {saved} stands" if saved else "nothing was saved yet"
+            way = f" (after removing {self._bench.stage_dir}, or in another --workdir)" if saved else ""
             raise Diverged(
                 f"{self._bench.name}: {streak} steps in a row, up to step {step}, are not finite ({numbers}); "
-                f"{stands}. Halve peak_lr, lengthen the warm-up, or find the operation with --debug_nans"
+                f"{stands}. Halve peak_lr or lengthen the warm-up{way}, or find the operation with --debug_nans"
             )
 
     def _check_names(self, report: Report) -> None:
         """Raises ValueError where early stopping asks for a metric of data that are not measured."""
         stop = self._bench.stage.early_stopping
         scored = {each.prefix + name for each in self._bench.sets for name in each.config.metrics}
-        known = report.metrics.keys() | scored
+        known = {name for name in report.metrics if not name.endswith("_se")} | scored
         for field, name in [("metric", stop.metric), *(("within", name) for name, _ in stop.within)]:
             if name not in known:
                 raise ValueError(
@@ -374,15 +389,15 @@ class _Run:
         self._writer.write(step, "eval", report.metrics)
         if bad := [name for name, value in report.metrics.items() if not math.isfinite(value)]:
             self._writer.write(step, "event", {"event": "not finite", "metrics": ", ".join(bad)})
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in report.metrics.items() if "/" not in name)
+        names = [name for name in report.metrics if "/" not in name and not name.endswith("_se")]
+        shown = "  ".join(_with_error(report.metrics, name) for name in names)
         say(f"{self._bench.name}: eval at step {step}: {shown}{f'  ({mark})' if mark else ''}", "green")
         if (average := report.metrics.get(f"average/{self._bench.stage.early_stopping.metric}")) is not None:
             say(f"  average: {self._bench.stage.early_stopping.metric} {average:.4g}", "green")
         for each in self._bench.sets[1:]:
-            parts = [(name, report.metrics[f"{each.prefix}{name}"]) for name in ("loss", "perplexity")]
             scored = [name for name in each.config.metrics if each.prefix + name in report.metrics]
-            parts += [(name, report.metrics[each.prefix + name]) for name in scored]
-            say(f"  {each.prefix.strip('/')}: {'  '.join(f'{name} {value:.4g}' for name, value in parts)}", "green")
+            parts = [_with_error(report.metrics, name, each.prefix) for name in ("loss", "perplexity", *scored)]
+            say(f"  {each.prefix.strip('/')}: {'  '.join(parts)}", "green")
 
     def _save(self, step: int, state: TrainState) -> None:
         self._carried["next_batch"] = self._batches.digest(step)
@@ -419,7 +434,7 @@ class _Run:
         verdict = _verdict(bench, lines, watch)
         result = {
             "stage": bench.name,
-            "status": "completed" if step >= self._config.steps else "early_stopped",
+            "status": self._status(step),
             "steps": step,
             "best_step": best_step,
             "best": self._carried["best"],
@@ -442,7 +457,57 @@ class _Run:
             "bold",
         )
         say(f"{bench.name}: {verdict}", "bold")
+        say(
+            f"{bench.name}: took {duration(time.monotonic() - self._began)}; scores in {result_file(bench.stage_dir)}, "
+            f"curves in {bench.stage_dir / 'metrics.jsonl'}, next: {_next_command(bench)}"
+        )
         return result
+
+    def _status(self, step: int) -> str:
+        if step >= self._config.steps:
+            return "completed"
+        return "early_stopped" if self._stopping.should_stop(self.stopping_state) else "ended"
+
+
+def _with_error(metrics: Metrics, name: str, prefix: str = "") -> str:
+    """A score, and its standard error where it has one: `loss 2.345 ± 0.012`."""
+    error = metrics.get(f"{prefix}{name}_se")
+    return f"{name} {metrics[prefix + name]:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def _next_command(bench: Workbench) -> str:
+    names = list(recipes.stages(bench.recipe))
+    after = names[names.index(bench.name) + 1 :]
+    if after:
+        return f"`jaxstages {after[0]} --workdir={bench.workdir}`"
+    what = "chat" if bench.stage.data.task == "chat" else "generate --prompt=TEXT"
+    return f"`jaxstages {what} --workdir={bench.workdir}`"
+
+
+def _doubts(bench: Workbench) -> list[str]:
+    """What is wrong with a stage's data that no error says: tokens that the context cuts off, and held-out data that
+    are too few to decide anything."""
+    lines = []
+    held_out = [source for each in bench.sets for source in each.held_out]
+    for source in {source.folder: source for source in (*bench.mixed.sources, *held_out)}.values():
+        index = source.index
+        lost, kept = index["cut_tokens"], index["tokens"]
+        if lost:
+            lines.append(
+                f"{index['source']} ({index['part']}): {lost / (lost + kept):.1%} of its tokens, {lost:,} of "
+                f"{lost + kept:,}, are lost to config.model.context={index['context']}: {index['cut_examples']:,} of "
+                f"{index['examples']:,} examples are longer"
+            )
+    for each in bench.sets:
+        scored = round(sum(source.index["scored"] for source in each.held_out))
+        if scored < FEW:
+            name = each.prefix.strip("/") or bench.name
+            lines.append(
+                f"held-out data of {name}: {scored:,} scored tokens are too few to decide anything: a difference of "
+                f"{2 * SPREAD / max(scored, 1) ** 0.5:.2f} nats may be chance; hold out more, with data.validation or "
+                "data.holdout"
+            )
+    return lines
 
 
 def _watch(start: dict[str, Any], best: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -461,4 +526,4 @@ def _verdict(bench: Workbench, lines: list[dict[str, Any]], watch: dict[str, dic
         for name, entry in watch.items()
         if name.endswith("/loss") and None not in entry.values()
     }
-    return judge(curve("train"), curve("eval"), baseline, losses)
+    return judge(curve("train"), curve("eval"), baseline, losses, comparable=len(bench.datasets) == 1)

@@ -1,56 +1,60 @@
-"""The door: flags in, one command, an exit code out. What can be said is in `command_line.py`."""
+"""The door: flags in, one command, an exit code out. What can be said is in `command_line.py`.
+
+What a command works with, jax first of all, is imported when it is known that the command can be run: help and mistakes
+take no time.
+"""
 
 import contextlib
 import difflib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before jax: the compiler's notes are not for our users
 
-import jax
 from absl import flags, logging
 
-from jaxstages import hosts
 from jaxstages.cluster import ENVIRONMENT, Place, find_place
 from jaxstages.command_line import FLAGS_OF, USAGE, parse
-from jaxstages.commands.answering import Manner
-from jaxstages.commands.chat import chat
-from jaxstages.commands.checkpoints import checkpoints
-from jaxstages.commands.evaluate import evaluate
-from jaxstages.commands.generate import Request, generate
-from jaxstages.commands.inspect import inspect
-from jaxstages.commands.plan import plan
-from jaxstages.commands.prepare import prepare_all
+from jaxstages.commands.manner import Manner
 from jaxstages.commands.recipe import resolve_recipe
-from jaxstages.commands.train import train, train_all
-from jaxstages.commands.transfer import export_model, import_model
-from jaxstages.types import Diverged, Interrupted
+from jaxstages.config import Recipe
+from jaxstages.disk import local_path
+from jaxstages.workdir import check_workdir
 
 
-def main(argv: list[str]) -> int:
-    """Run one command; the exit code."""
+def main(argv: list[str], before_jax: Callable[[], None] = lambda: None) -> int:
+    """Run one command; the exit code.
+
+    Args:
+        before_jax: called once it is known that jax is needed.
+    """
     if len(argv) < 2 or {"--help", "-h", "-help", "help"} & set(argv[1:]):
         print(USAGE)
         return 0 if len(argv) > 1 else 2
     try:
-        _dispatch(argv)
-    except (ValueError, flags.Error) as error:
-        return _fail(2, str(error))
-    except Diverged as error:
-        return _fail(70, str(error))
-    except Interrupted as error:
-        return _fail(75, str(error))
-    except FloatingPointError as error:
-        return _fail(70, f"--debug_nans: {str(error).splitlines()[0]} {_place_of(error)}")
-    except OSError as error:
-        return _fail(74, f"{error}; nothing that was saved before is lost")
+        _dispatch(argv, before_jax)
     except Exception as error:
-        traceback.print_exc()
-        hosts.tell_end(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        return 1
+        return _failed(error)
     return 0
+
+
+def _failed(error: Exception) -> int:
+    """Say in a line what has ended the command; the exit code for it."""
+    match error:
+        case ValueError() | flags.Error():
+            return _end(2, str(error))
+        case FloatingPointError():
+            return _end(70, f"--debug_nans: {str(error).splitlines()[0]} {_place_of(error)}")
+        case OSError():
+            return _end(74, f"{error}; nothing that was saved before is lost")
+    if (code := getattr(error, "exit_code", None)) is not None:  # Diverged, Interrupted
+        return _end(code, str(error))
+    traceback.print_exc()
+    _tell_others(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return 1
 
 
 def _place_of(error: BaseException) -> str:
@@ -61,24 +65,20 @@ def _place_of(error: BaseException) -> str:
     return f"at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}"
 
 
-def _fail(code: int, text: str) -> int:
+def _end(code: int, text: str) -> int:
     with contextlib.suppress(OSError):  # of a log on a full disk: the code tells it
         print(f"jaxstages: {' '.join(text.split())}", file=sys.stderr, flush=True)
-    hosts.tell_end(code, text)
+    _tell_others(code, text)
     return code
 
 
-def _check_workdir(workdir: Path) -> None:
-    """Raises ValueError unless it is a folder, or can become one."""
-    try:
-        there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    except OSError as error:  # a name that is too long, for one
-        raise ValueError(f"--workdir={str(workdir)[:100]}: {error.strerror}; name another folder") from error
-    if not there.is_dir():
-        raise ValueError(f"--workdir={workdir}: {there} is no folder; name another")
+def _tell_others(code: int, text: str) -> None:
+    """The other processes of the run; there are none where nothing of it was imported yet."""
+    if (hosts := sys.modules.get("jaxstages.hosts")) is not None:
+        hosts.tell_end(code, text)
 
 
-def _dispatch(argv: list[str]) -> None:
+def _dispatch(argv: list[str], before_jax: Callable[[], None]) -> None:
     command = argv[1]
     if command not in FLAGS_OF:
         near = difflib.get_close_matches(command, FLAGS_OF, n=1)
@@ -88,38 +88,70 @@ def _dispatch(argv: list[str]) -> None:
     if command == "plan":
         if given is None:
             raise ValueError("plan needs --config=FILE, the recipe to plan for, such as configs/scale.py:1b_v5e16")
+        before_jax()
+        from jaxstages.commands.plan import plan
+
         plan(given, values.stage, values.topology)
         return
     if values.workdir is None:
         raise ValueError(f"{command} needs --workdir=DIR, where the run lives")
-    workdir = Path(values.workdir)
-    _check_workdir(workdir)
+    workdir = local_path(values.workdir, "--workdir")
+    check_workdir(workdir)
     logging.set_verbosity(logging.FATAL)  # what fails in a library, we say in one line
     if command == "checkpoints":
+        from jaxstages.commands.checkpoints import checkpoints
+
         checkpoints(workdir, values.stage, words)
         return
-    jax.config.update("jax_debug_nans", values.debug_nans)
     if command == "import":
+        before_jax()
+        from jaxstages.commands.transfer import import_model
+
         import_model(given, workdir, values["from"].value)
         return
     recipe = resolve_recipe(given, workdir, lengthen=command if values.lengthen else "")
+    before_jax()
+    _work(command, values, recipe, workdir)
+
+
+def _work(command: str, values: flags.FlagValues, recipe: Recipe, workdir: Path) -> None:
+    import jax
+
+    jax.config.update("jax_debug_nans", values.debug_nans)
     match command:
         case "run":
+            from jaxstages.commands.train import train_all
+
             train_all(recipe, workdir, _place(values))
         case "prepare":
+            from jaxstages.commands.prepare import prepare_all
+
             prepare_all(recipe, workdir, values.beam_options)
         case "inspect":
+            from jaxstages.commands.inspect import inspect
+
             inspect(recipe, workdir, values.stage)
         case "evaluate":
-            evaluate(recipe, workdir, values.stage)
+            from jaxstages.commands.evaluate import evaluate
+
+            evaluate(recipe, workdir, values.stage, values.step, tuple(values.data))
         case "generate":
-            generate(recipe, workdir, values.stage, Request(values.prompt, values.prompts, values.out, _manner(values)))
+            from jaxstages.commands.generate import Request, generate
+
+            request = Request(values.prompt, values.prompts, values.out, _manner(values), values.step)
+            generate(recipe, workdir, values.stage, request)
         case "chat":
-            chat(recipe, workdir, values.stage, _manner(values))
+            from jaxstages.commands.chat import chat
+
+            chat(recipe, workdir, values.stage, _manner(values), values.step)
         case "export":
-            export_model(recipe, workdir, values.stage, values.to, values.dtype, values.adapter)
+            from jaxstages.commands.transfer import export_model
+
+            export_model(recipe, workdir, values.stage, values.to, values.dtype, values.adapter, values.step)
         case stage:
-            train(recipe, workdir, stage, _place(values), values.lengthen)
+            from jaxstages.commands.train import train
+
+            train(recipe, workdir, stage, _place(values), values.lengthen, values.finish)
 
 
 def _manner(values: flags.FlagValues) -> Manner:

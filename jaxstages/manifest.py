@@ -15,6 +15,11 @@ UNLISTED = (MANIFEST, f"{MANIFEST}.tmp", "_CHECKPOINT_METADATA", "commit_success
 """At the top of the folder, and not in the manifest: itself, and what Orbax still writes after it."""
 
 
+STRAYS = (".DS_Store", "Thumbs.db", "desktop.ini", ".directory")
+STRAY_PREFIXES = ("._", ".nfs", ".fuse_hidden")
+"""Files that systems put beside others: whoever looked at a folder in a file manager has not changed it."""
+
+
 class Damaged(ValueError):
     """What lies on disk is not what was written there."""
 
@@ -60,6 +65,7 @@ def check(folder: Path, hash_up_to: int | None = None) -> None:
 
 def _files(folder: Path) -> dict[str, Path]:
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    found = (path for path in found if path.name not in STRAYS and not path.name.startswith(STRAY_PREFIXES))
     return {name: path for path in sorted(found) if (name := str(path.relative_to(folder))) not in UNLISTED}
 
 

@@ -12,32 +12,27 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxstages import config as recipes
-from jaxstages.checkpoint import read_meta, read_params, stored_params
-from jaxstages.config import LoraConfig
+from jaxstages.checkpoint import read_params, stored_params
+from jaxstages.config import LoraConfig, StageConfig
 from jaxstages.data.chat import chat_name
-from jaxstages.disk import Form, read_json
 from jaxstages.fingerprint import params_sha256
 from jaxstages.manifest import Damaged
 from jaxstages.models import lora
+from jaxstages.record import finished, read_meta
 from jaxstages.sharding import shardings_of
 from jaxstages.types import Params
 from jaxstages.workbench import Workbench, base_shapes
-from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, result_file
+from jaxstages.workdir import checkpoint_folder, quarantine_folder, result_file
 
 CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_template")
 """What a stage's metadata must have in common with its parent's."""
 
-CHOSEN = ("context", "dtype", "dropout", "unroll")
-"""Fields of the model in which a stage may differ from the import that it starts from."""
+CHOSEN = ("dtype", "dropout", "unroll")
+"""Fields of the model in which a stage may differ from its parent: they make no other parameters. From an import it may
+also differ in its context."""
 
-RESULT: Form = {
-    "status": (str,),
-    "steps": (int,),
-    "best_step": (int,),
-    "params_sha256": (str,),
-    "parent": (dict, type(None)),
-}
-"""What is read later of a stage's `result.json`."""
+SAME_STEPS = ("unroll",)
+"""Fields of the model in which a stage may differ from its own checkpoints: they change no number of its steps."""
 
 
 def contract_of(bench: Workbench) -> dict[str, Any]:
@@ -51,14 +46,19 @@ def contract_of(bench: Workbench) -> dict[str, Any]:
     }
 
 
-def read_parent(folder: Path, bench: Workbench, contract: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+def read_parent(
+    folder: Path, bench: Workbench, contract: dict[str, Any], chosen: dict[str, Any] | None = None
+) -> tuple[Params, dict[str, Any]]:
     """The best parameters of a finished stage, and its lineage: path, step, params_sha256. Of a stage that trained
     adapters these are merged into its base, and the digest is that of the adapters.
+
+    Args:
+        chosen: in the form of a result, of a stage that need not be finished, or of another step.
 
     Raises:
         ValueError: the stage, or the base of its adapters, is missing, unfinished, damaged or made for something else.
     """
-    params, meta, lineage = read_trained(folder, bench, contract)
+    params, meta, lineage = read_trained(folder, bench, contract, chosen)
     config = lora_of(meta)
     if not config.rank:
         return params, lineage
@@ -76,7 +76,7 @@ def read_base(stage_dir: Path, meta: dict[str, Any], bench: Workbench, contract:
     """
     parent = meta["parent"]
     for place in _places(stage_dir, parent):
-        if result_file(place).exists() and finished(place)["params_sha256"] == parent["params_sha256"]:
+        if _is_finished(place) and finished(place)["params_sha256"] == parent["params_sha256"]:
             return read_parent(place, bench, contract)[0]
     needs = "has adapters only; their base" if meta["lora"] else "keeps close to its parent by an anchor; that parent"
     raise ValueError(
@@ -91,11 +91,11 @@ def lora_of(meta: dict[str, Any]) -> LoraConfig:
 
 
 def read_trained(
-    folder: Path, bench: Workbench, contract: dict[str, Any]
+    folder: Path, bench: Workbench, contract: dict[str, Any], chosen: dict[str, Any] | None = None
 ) -> tuple[Params, dict[str, Any], dict[str, Any]]:
     """What a finished stage trained, all parameters or adapters, as its best checkpoint has it; that checkpoint's
     metadata; and the lineage. Raises as `read_parent`."""
-    result = finished(folder)
+    result = chosen or finished(folder)
     step = result["best_step"]
     try:
         meta = read_meta(checkpoint_folder(folder, step))
@@ -104,7 +104,7 @@ def read_trained(
         target = stored_params(meta, whole) if meta["lora"] else bench.params
         params = read_params(folder, step, target, result.get("handed_on", "params"))
         digest = params_sha256(params)
-        if digest != result["params_sha256"]:
+        if result["params_sha256"] not in ("", digest):
             raise Damaged(
                 f"{folder} at step {step} is damaged: params_sha256 is {digest[:12]}…, its result.json says "
                 f"{result['params_sha256'][:12]}…"
@@ -116,48 +116,41 @@ def read_trained(
     return params, meta, {"path": str(folder), "step": step, "params_sha256": digest}
 
 
-def finished(folder: Path) -> dict[str, Any]:
-    """The result of a finished stage. Raises ValueError, which says what to run, if there is none."""
-    file = result_file(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the parent {folder} is no folder; name WORKDIR/STAGE of a run")
-    if not file.exists():
-        if folder.name not in recipes.HELD:
-            raise ValueError(f"the parent {folder} is no finished stage, it has no {file.name}; name WORKDIR/STAGE")
-        state = "is not finished" if checkpoints_folder(folder).exists() else "was not trained"
-        raise ValueError(
-            f"the parent {folder} {state}; run `jaxstages {folder.name}` with --workdir={folder.parent} first"
-        )
-    remedy = f"remove it, and run `jaxstages {folder.name}` again"
-    try:
-        return read_json(file, RESULT)
-    except ValueError as error:
-        raise ValueError(f"{error}; {remedy}") from error
+def lineage_break(stage_dir: Path, parent: dict[str, Any] | None, stage: StageConfig | None) -> str:
+    """What to say where the parent that a stage began from has been trained anew since; else "".
 
-
-def last_finished(recipe: recipes.Recipe, workdir: Path) -> str:
-    """The latest stage of the recipe that is finished, or else the import. Raises ValueError if there is none."""
-    done = [name for name in (recipes.IMPORT, *recipes.stages(recipe)) if result_file(workdir / name).exists()]
-    if not done:
-        raise ValueError(f"{workdir} has no finished stage; train one with `jaxstages run --workdir={workdir}`")
-    return done[-1]
-
-
-def check_lineage(stage_dir: Path, parent: dict[str, Any] | None) -> None:
-    """Raises ValueError if the parent that a stage began from has been trained anew since."""
+    Args:
+        stage: as the recipe has it, which says whether its parent is a stage of the same run.
+    """
     if parent is None:
-        return
-    now = [finished(place)["params_sha256"] for place in _places(stage_dir, parent) if result_file(place).exists()]
-    if now and parent["params_sha256"] not in now:
-        raise ValueError(
-            f"{stage_dir} began from {parent['path']} with params_sha256 {parent['params_sha256'][:12]}…, which is now "
-            f"{now[0][:12]}…; remove {stage_dir} to train it on from there"
-        )
+        return ""
+    now = [finished(place)["params_sha256"] for place in _places(stage_dir, parent, stage) if _is_finished(place)]
+    if not now or parent["params_sha256"] in now:
+        return ""
+    return (
+        f"{stage_dir} began from {parent['path']} with params_sha256 {parent['params_sha256'][:12]}…, which is now "
+        f"{now[0][:12]}…"
+    )
 
 
-def _places(stage_dir: Path, parent: dict[str, Any]) -> tuple[Path, Path]:
-    """The run may have been moved, or is called from another folder: its parent then lies beside it."""
-    return Path(parent["path"]), stage_dir.parent / Path(parent["path"]).name
+def check_lineage(stage_dir: Path, parent: dict[str, Any] | None, stage: StageConfig | None = None) -> None:
+    """Raises ValueError if the parent that a stage began from has been trained anew since."""
+    if why := lineage_break(stage_dir, parent, stage):
+        raise ValueError(f"{why}; remove {stage_dir} to train it on from there")
+
+
+def _is_finished(place: Path) -> bool:
+    return result_file(place).exists()
+
+
+def _places(stage_dir: Path, parent: dict[str, Any], stage: StageConfig | None = None) -> tuple[Path, ...]:
+    """Where a stage's parent may lie. A run may be moved or copied, and its own stages go with it: they are its
+    lineage, and not what the original has at the recorded path. A parent in another run stays where it is."""
+    recorded = Path(parent["path"])
+    beside = stage_dir.parent / recorded.name
+    if beside.is_dir() and stage is not None and (stage.init_from == "parent" or stage.init_from.startswith("hf:")):
+        return (beside,)
+    return recorded, beside
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -168,12 +161,18 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_contract(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+def check_contract(folder: Path, theirs: dict[str, Any], ours: dict[str, Any], free: tuple[str, ...] = CHOSEN) -> None:
+    """Raises ValueError, with both values, where a checkpoint was made for something else than this recipe.
+
+    Args:
+        theirs: the metadata of a checkpoint in `folder`.
+        free: fields of the model that may differ.
+    """
     # A field of the model that the checkpoint's version did not have yet: it did what is the default now.
     theirs = theirs | {"model": _flat(recipes.to_dict(recipes.ModelConfig())) | _flat(theirs["model"])}
     ours = ours | {"model": _flat(ours["model"])}
-    if theirs["stage"] == recipes.IMPORT:  # what makes no other parameters is the stage's own choice
-        theirs["model"] |= {name: ours["model"][name] for name in CHOSEN}
+    free = (*free, "context") if theirs["stage"] == recipes.IMPORT else free
+    theirs["model"] |= {name: ours["model"][name] for name in free if name in ours["model"]}
     for name in CONTRACT:
         old, new = theirs[name], ours[name]
         if old != new:

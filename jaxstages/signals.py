@@ -1,4 +1,4 @@
-"""Being asked to stop (SIGTERM, SIGINT, SLURM's SIGUSR1), and a watchdog for what hangs.
+"""Being asked to stop (SIGTERM, SIGINT, a terminal's SIGHUP, SLURM's SIGUSR1), and a watchdog for what hangs.
 
 Where nothing is unsaved the process ends at once with code 75: all files are written whole or not at all, so an end is
 as safe as a kill. In training it is noted, and the loop saves after the step. A thread does both, since Python's own
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 INTERRUPTED = 75
-ASKED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ASKED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 SAME = 1.0
 """Seconds in which a second signal is the first one again: launchers forward what the whole group got already."""
@@ -84,7 +84,9 @@ def stop_signals(
 
     thread = threading.Thread(target=watch, name="stop-signals", daemon=True)
     thread.start()
-    before = {number: signal.signal(number, lambda *_: None) for number in ASKED_BY}
+    # What is ignored from outside stays so: `nohup` means that SIGHUP ends nothing.
+    heard = [n for n in ASKED_BY if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in heard}
     if instead is not None:
         signal.signal(signal.SIGINT, instead)
     outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

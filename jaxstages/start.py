@@ -17,16 +17,28 @@ import jax.numpy as jnp
 
 from jaxstages import config as recipes
 from jaxstages.anchor import Anchor, open_anchor
-from jaxstages.checkpoint import Checkpoints, read_meta, stored_shapes
+from jaxstages.checkpoint import Checkpoints
 from jaxstages.console import say
+from jaxstages.disk import local_path
 from jaxstages.early_stopping import EarlyStopping, EarlyStoppingState
 from jaxstages.fingerprint import kind_of, named_leaves
 from jaxstages.models import lora
-from jaxstages.parent import check_contract, check_lineage, contract_of, hold_base, lora_of, read_base, read_parent
+from jaxstages.new_tokens import check_new_tokens
+from jaxstages.parent import (
+    SAME_STEPS,
+    check_contract,
+    check_lineage,
+    contract_of,
+    hold_base,
+    lora_of,
+    read_base,
+    read_parent,
+)
+from jaxstages.record import read_meta, stored_shapes
 from jaxstages.sharding import shardings_of
 from jaxstages.types import Params, TrainState
 from jaxstages.workbench import Workbench, fresh_state
-from jaxstages.workdir import checkpoint_folder, result_file
+from jaxstages.workdir import check_readable, checkpoint_folder, result_file
 
 
 class Start(NamedTuple):
@@ -50,9 +62,9 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
     """
     found = checkpoints.restore_newest(bench.shapes, stopping.init())
     if found is not None:
-        check_contract(bench.stage_dir, found.meta, contract_of(bench))
+        check_contract(bench.stage_dir, found.meta, contract_of(bench), free=SAME_STEPS)
         _check_data(bench, found.meta)
-        check_lineage(bench.stage_dir, found.meta["parent"])
+        check_lineage(bench.stage_dir, found.meta["parent"], bench.stage)
         for line in recipes.differences(lora_of(found.meta), bench.stage.lora, f"config.{bench.name}.lora"):
             raise ValueError(f"{bench.stage_dir} was begun with other adapters: {line}; set it back, or remove it")
         base = anchor = None
@@ -61,7 +73,10 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
             base = hold_base(bench, begun, bench.stage.lora) if bench.base is not None else None
             anchor = _anchor(bench, begun if base is None else base, found.meta["parent"])
         say(f"{bench.name}: resumes at step {found.meta['step']} of {bench.stage.loop.steps}", "cyan")
-        return Start(found.state, found.stopping, found.meta["parent"], found.meta["carried"], base, anchor)
+        carried = found.meta["carried"]
+        if found.best_lost:  # this step may be the best that is left: it is evaluated again where it was
+            carried = carried | {"best": {}, "handed_on": "params", "evaluated": found.meta["step"] - 1}
+        return Start(found.state, found.stopping, found.meta["parent"], carried, base, anchor)
     parent = parent_folder(bench)
     if parent is None:
         assert bench.base is None and bench.reference is None, "validate refuses adapters and anchors without a parent"
@@ -71,6 +86,7 @@ def find_start(bench: Workbench, checkpoints: Checkpoints, stopping: EarlyStoppi
     params, lineage = read_parent(parent, bench, contract_of(bench))
     say(f"{bench.name}: starts from {parent} at step {lineage['step']}, its best", "cyan")
     _report(bench, parent, lineage, params)
+    check_new_tokens(bench.name, bench.stage, bench.tokenizer, params)
     if bench.base is None:
         # A copy, for the state takes the memory of the parameters that it starts from.
         anchor = _anchor(bench, jax.tree.map(jnp.copy, params) if bench.reference is not None else params, lineage)
@@ -111,13 +127,15 @@ def parent_folder(bench: Workbench) -> Path | None:
         case path if path.startswith("hf:"):
             return bench.workdir / recipes.IMPORT
         case path:
+            folder = local_path(path, f"config.{bench.name}.init_from")
+            check_readable(folder)
             later = recipes.STAGES[recipes.STAGES.index(bench.name) :]
-            if Path(path).resolve() in [(bench.workdir / name).resolve() for name in later]:
+            if folder.resolve() in [(bench.workdir / name).resolve() for name in later]:
                 raise ValueError(
                     f"config.{bench.name}.init_from={path!r} is {bench.name} itself, or a stage after it; name a stage "
                     "before it, or WORKDIR/STAGE of another run"
                 )
-            return Path(path)
+            return folder
 
 
 def data_of(bench: Workbench) -> dict[str, list[str]]:

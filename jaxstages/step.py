@@ -157,13 +157,20 @@ def make_train_step(
 def make_eval_step(
     apply: Apply, token_bytes_V: Float[Array, " V"] | None = None, loss_tile: int = 0
 ) -> Callable[[Params, Batch], Sums]:
-    """Sums over one batch without dropout, `eval_step(params, batch) -> sums`; with `token_bytes_V` (UTF-8 bytes of
-    each token) also "bytes", the text that was scored, for bits per byte."""
+    """Sums over each row of a batch [B] without dropout, `eval_step(params, batch) -> sums`; with `token_bytes_V`
+    (UTF-8 bytes of each token) also "bytes", the text that was scored, for bits per byte."""
+
+    def row_sums(outputs: Any, targets_L: Array, weights_L: Array) -> Sums:
+        outputs = Headless(outputs[0][None], *outputs[1:]) if isinstance(outputs, Headless) else outputs[None]
+        return cross_entropy_sums(outputs, targets_L[None], weights_L[None], tile=loss_tile)
 
     def step(params: Params, batch: Batch) -> Sums:
-        sums = cross_entropy_sums(apply(params, batch, None), batch.targets_BL, batch.weights_BL, tile=loss_tile)
+        outputs = apply(params, batch, None)
+        axes: Any = Headless(0, None, None) if isinstance(outputs, Headless) else 0  # type: ignore[arg-type]
+        sums = jax.vmap(row_sums, (axes, 0, 0))(outputs, batch.targets_BL, batch.weights_BL)
         if token_bytes_V is not None:
-            sums["bytes"] = jnp.sum(jnp.where(batch.weights_BL > 0, token_bytes_V[batch.targets_BL], 0.0))
+            scored_BL = jnp.where(batch.weights_BL > 0, token_bytes_V[batch.targets_BL], 0.0)
+            sums["bytes"] = jnp.sum(scored_BL, axis=1)
         return sums
 
     return step

@@ -122,8 +122,12 @@ class Model(NamedTuple):
 
 
 class Diverged(Exception):
-    """The numbers of the run are no longer finite; the last good checkpoint stands. Exit code 70."""
+    """The numbers of the run are no longer finite; the last good checkpoint stands."""
+
+    exit_code = 70
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved everything; starting it again goes on. Exit code 75."""
+    """The run was asked to stop and has saved everything; starting it again goes on."""
+
+    exit_code = 75

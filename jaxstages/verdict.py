@@ -1,4 +1,5 @@
-"""A verdict on a finished stage: underfit, overfit, forgetting, healthy or diverging, with evidence and a remedy."""
+"""A verdict on a finished stage: underfit, overfit, forgetting, healthy, diverging or undecided, with evidence and a
+remedy."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +9,18 @@ OVERFIT_RISE = 0.02
 """Held-out loss this share above its best, while the training loss went on falling, is overfitting."""
 
 STILL_FALLING = 0.01
-"""Held-out loss that fell by more than this share over the last quarter of the stage was not done."""
+"""Held-out loss that fell by more than this share in a quarter of the stage, up to its end, was not done."""
 
+TOO_LONG = 0.5
+"""Where the evaluation before the last quarter lies further back than this share of the stage, there were too few to
+say what the loss did at the end."""
+
+GAP, GAP_NATS = 0.2, 0.1
+"""Held-out loss above the training loss by more than this share of it, and by more than so many nats, has learned its
+training data rather than what they have in common with others."""
+
+LONGER = "a larger loop.steps with --lengthen"
+"""How a finished stage is trained further."""
 
 FORGOT = 0.1
 """Nats by which the held-out loss of an earlier stage may rise; above, the stage has forgotten what it started with."""
@@ -29,6 +40,7 @@ def judge(
     held_out: list[tuple[int, float]],
     baseline: float = math.inf,
     watched: Mapping[str, tuple[float, float]] | None = None,
+    comparable: bool = True,
 ) -> Verdict:
     """Judge the curves of one stage.
 
@@ -36,6 +48,7 @@ def judge(
         train, held_out: (step, loss) in the order of the steps; NaN where it was not finite.
         baseline: loss of the unigram model on the held-out text; what is not below it is underfit.
         watched: earlier stage -> its held-out loss at this stage's start, and at the step that is handed on.
+        comparable: both losses are of the same kind of data, so that the gap between them means something.
     """
     finite = [(step, loss) for step, loss in held_out if math.isfinite(loss)]
     if not finite or not math.isfinite(held_out[-1][1]):
@@ -66,19 +79,36 @@ def judge(
             f"from {_at(train, best_step):.3f} to {tail:.3f}",
             f"Add data, dropout or weight decay, or stop at about {best_step} steps",
         )
+    before = [(step, loss) for step, loss in finite if step <= 0.75 * finite[-1][0]]
+    since, level = before[-1] if before else (0, last)
+    window = 1 - since / max(finite[-1][0], 1)
+    fell = (level - last) / abs(level) if level else 0.0
+    falling = window <= TOO_LONG and fell * 0.25 / window > STILL_FALLING
+    if comparable and not falling and last - tail > max(GAP * abs(tail), GAP_NATS):
+        return Verdict(
+            "overfit",
+            f"held-out loss {last:.3f} is {last - tail:.3f} above the training loss, {tail:.3f}",
+            "Add data, dropout or weight decay, train for fewer steps, or hold out data of the same kind",
+        )
     if last > baseline:
         return Verdict(
             "underfit",
             f"held-out loss {last:.3f} is no better than counting words, {baseline:.3f}",
-            "Raise peak_lr, train for more steps, or check the data with `jaxstages inspect`",
+            f"Raise peak_lr, train for more steps ({LONGER}), or check the data with `jaxstages inspect`",
         )
-    before = [loss for step, loss in finite if step <= 0.75 * finite[-1][0]]
-    if before and before[-1] - last > STILL_FALLING * before[-1]:
-        fell = 100 * (before[-1] - last) / before[-1]
+    if falling:
+        steps = f"from step {since} to {finite[-1][0]}"
         return Verdict(
             "underfit",
-            f"held-out loss was still falling, by {fell:.1f} % over the last quarter, to {last:.3f}",
-            "Train for more steps, or with a larger model or peak_lr",
+            f"held-out loss was still falling, by {100 * fell:.1f} % {steps}, to {last:.3f}",
+            f"Train for more steps ({LONGER}), or with a larger model or peak_lr",
+        )
+    if window > TOO_LONG:
+        return Verdict(
+            "undecided",
+            f"held-out loss came to {last:.3f}, but before step {finite[-1][0]} it was last measured at step {since}, "
+            "which says nothing of what it did at the end",
+            "Set loop.eval_every to a quarter of the steps, or fewer",
         )
     return Verdict("healthy", f"held-out loss settled at {last:.3f}, training loss at {tail:.3f}", "Nothing to mend")
 

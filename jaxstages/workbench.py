@@ -1,6 +1,8 @@
 """What a stage works with, made from its part of the recipe: mesh, tokenizer, model, optimizer and prepared data."""
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +29,12 @@ from jaxstages.config import (
 )
 from jaxstages.console import say
 from jaxstages.data.mixture import Dataset, Mixed, mix, steps_for
-from jaxstages.data.prepare import Engine, Prepared, find_gone, prepare
+from jaxstages.data.prepare import Engine, Prepared, find_gone, prepare, rows_folder
 from jaxstages.data.shards import items_of
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import texts
-from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, make_tokenizer, needed_tokens
+from jaxstages.disk import local_path, make_folder, read_json, write_json, write_text
 from jaxstages.fingerprint import named_leaves
 from jaxstages.mesh_config import RulesConfig
 from jaxstages.models import lora
@@ -40,6 +43,7 @@ from jaxstages.models.kernels import Shape, choose_attend, machine_of
 from jaxstages.models.layers import reaches_of
 from jaxstages.models.transformer import make_model
 from jaxstages.optim import check_optimizer_paths, make_optimizer
+from jaxstages.record import begun
 from jaxstages.sharding import (
     RULES,
     batch_sharding,
@@ -178,19 +182,75 @@ def check_fit(recipe: Recipe, name: str, stage: StageConfig, mesh: Mesh) -> None
 
 
 def cache_folder(recipe: Recipe, workdir: Path) -> Path:
-    return Path(recipe.cache) if recipe.cache else workdir / "cache"
+    return local_path(recipe.cache, "config.cache") if recipe.cache else workdir / "cache"
 
 
 def open_tokenizer(recipe: Recipe, workdir: Path, engine: Engine | None = None) -> Tokenizer:
-    """The run's tokenizer: trained, or taken over, on first use; afterwards the one in the workdir."""
+    """The run's tokenizer: trained, or taken over, on first use; afterwards the one in the workdir. As long as nothing
+    was trained with it, it is made again when what it was made from has changed."""
     path = tokenizer_file(workdir)
-    if path.exists():
+    origin = path.with_name("made_from.json")
+    if path.exists() and (any(begun(workdir / name) for name in recipes.HELD) or not origin.exists()):
         return load_tokenizer(path)
-    pairs = any(data.task in ("seq2seq", "classify") for data in _all_data(recipe))
-    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir, engine), path, separator=pairs)
-    how = "its own chat template" + f", {SEPARATOR} for pairs" * pairs if tokenizer.template else "our chat template"
+    taken = _taken_over(recipe)
+    made_from = {"inputs": _tokenizer_inputs(recipe, workdir, taken)}
+    if path.exists():
+        if read_json(origin) == made_from:
+            return load_tokenizer(path)
+        say(f"tokenizer: made again, what {path} was made from has changed", "yellow")
+        path.unlink()
+    if taken is not None:
+        _copy_tokenizer(taken, path)
+        write_json(origin, made_from)
+        tokenizer = load_tokenizer(path)
+        say(f"tokenizer: that of the run which this one starts from, {tokenizer.vocab_size} tokens, from {taken}")
+        return tokenizer
+    write_json(origin, made_from)
+    tasks = {data.task for data in _all_data(recipe)}
+    tokenizer = make_tokenizer(recipe.tokenizer, _tokenizer_texts(recipe, workdir, engine), path, tasks)
+    how = "its own chat template" if tokenizer.template else "our chat template"
+    pairs = tokenizer.template and needed_tokens(tasks, template=True)
+    how += f", {SEPARATOR} for pairs" if pairs else ""
     say(f"tokenizer: {recipe.tokenizer.kind}, {tokenizer.vocab_size} tokens, {how}, {path}")
     return tokenizer
+
+
+def _taken_over(recipe: Recipe) -> Path | None:
+    """The tokenizer of the other run that a stage of this one starts from; None where none does, or it has none."""
+    for stage in recipes.stages(recipe).values():
+        if stage.init_from not in ("parent", "scratch") and not stage.init_from.startswith("hf:"):
+            file = tokenizer_file(local_path(stage.init_from, "init_from").parent)
+            if file.is_file():
+                return file
+    return None
+
+
+def _copy_tokenizer(source: Path, path: Path) -> None:
+    make_folder(path.parent)
+    beside = "tokenizer_config.json"
+    (path.parent / beside).unlink(missing_ok=True)
+    for name in (beside, source.name):  # the tokenizer last: where it is, what belongs to it is
+        if (source.parent / name).is_file():
+            write_text(path.parent / name, (source.parent / name).read_text(encoding="utf-8"))
+
+
+def _tokenizer_inputs(recipe: Recipe, workdir: Path, taken: Path | None) -> str:
+    """SHA-256 of all that a tokenizer is made from: settings, and the bytes of files and sources."""
+    config = recipe.tokenizer
+    parts: list[Any] = [recipes.to_dict(config), sorted({data.task for data in _all_data(recipe)})]
+    file = taken or (Path(config.path) if config.kind == "file" else None)
+    if file is not None:
+        names = (file.name, "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+        names += ("config.json", "generation_config.json", "additional_chat_templates/tool_use.jinja")
+        files = [file.parent / name for name in names if (file.parent / name).is_file()]
+        parts += [hashlib.sha256(each.read_bytes()).hexdigest() for each in files]
+    else:
+        cache = cache_folder(recipe, workdir)
+        parts += [
+            [open_source(name, cache).fingerprint, recipes.to_dict(data)]
+            for name, data in _tokenizer_sources(recipe).items()
+        ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _all_data(recipe: Recipe) -> list[DataConfig]:
@@ -199,9 +259,8 @@ def _all_data(recipe: Recipe) -> list[DataConfig]:
     return [data for stage in stages for data in (stage.data, *(part.data for part in stage.mixture.values()))]
 
 
-def _tokenizer_texts(recipe: Recipe, workdir: Path, engine: Engine | None) -> Iterator[str]:
-    """An equal share of `max_bytes` from each source. Held-out and removed records are left out by the same rule as in
-    training."""
+def _tokenizer_sources(recipe: Recipe) -> dict[str, DataConfig]:
+    """The sources that a tokenizer is trained on, each with how its records are read."""
     chosen = {source: data for data in _all_data(recipe) for source in data.train}
     if recipe.tokenizer.sources:
         unknown = [name for name in recipe.tokenizer.sources if name not in chosen]
@@ -210,21 +269,38 @@ def _tokenizer_texts(recipe: Recipe, workdir: Path, engine: Engine | None) -> It
                 f"config.tokenizer.sources: {unknown[0]!r} is no stage's training source; known: {[*chosen]}"
             )
         chosen = {name: chosen[name] for name in recipe.tokenizer.sources}
+    return chosen
+
+
+def _tokenizer_texts(recipe: Recipe, workdir: Path, engine: Engine | None) -> Iterator[str]:
+    """An equal share of `max_bytes` from each source. Held-out and removed records are left out by the same rule as in
+    training.
+
+    Raises:
+        ValueError: no record of any source gives a text.
+    """
+    chosen, faults, read = _tokenizer_sources(recipe), [], 0
     for name, data in chosen.items():
         left = recipe.tokenizer.max_bytes // len(chosen)
         cache = cache_folder(recipe, workdir)
         source = open_source(name, cache)
         for item in items_of(source, "train", data, find_gone(source, data, cache, engine)):
-            if item.record is None:
+            fault, found = item.fault, []
+            if item.record is not None:
+                try:
+                    found = texts(item.record, data)
+                except ValueError as error:
+                    fault = str(error)
+            if not found:  # counted and named when the source is prepared
+                faults = faults or ([f"{item.where}: {fault}"] if fault else [])
                 continue
-            try:
-                found = texts(item.record, data)
-            except ValueError:
-                continue  # counted and named when the source is prepared
+            read += 1
             yield from found
             left -= sum(len(text.encode()) for text in found)
             if left <= 0:
                 break
+    if faults and not read:
+        raise ValueError(f"no record has a text to make a tokenizer from; the first: {faults[0]}")
 
 
 def _rows(
@@ -233,6 +309,26 @@ def _rows(
     """The rows of a data set, a cache for each source, made where they are not there yet."""
     names = data.train if part == "train" else data.validation or data.train
     return [prepare(open_source(name, cache), part, data, tokenizer, context, cache, engine) for name in names]
+
+
+def data_names(
+    recipe: Recipe, name: str, stage: StageConfig, tokenizer: Tokenizer, workdir: Path
+) -> dict[str, list[str]]:
+    """Fingerprints of the rows that a stage is trained on, and judged by, in the form of a checkpoint's metadata; no
+    rows are made."""
+    context, cache = recipe.model.context, cache_folder(recipe, workdir)
+
+    def names(data: DataConfig, part: str, sources: tuple[str, ...]) -> list[str]:
+        return [
+            rows_folder(open_source(source, cache), part, data, tokenizer, context, cache).name for source in sources
+        ]
+
+    judged = (stage.data, *(part.data for part in stage.mixture.values()))
+    trained = [data for data, _, _ in shares_of(recipe, name, stage).values()]
+    return {
+        "train": [each for data in trained for each in names(data, "train", data.train)],
+        "held_out": [each for data in judged for each in names(data, "validation", data.validation or data.train)],
+    }
 
 
 def shares_of(recipe: Recipe, name: str, stage: StageConfig) -> dict[str, tuple[DataConfig, float, float]]:

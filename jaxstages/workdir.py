@@ -1,10 +1,41 @@
 """The folder of a run: where things lie, and one run at a time."""
 
+import os
 import time
 from pathlib import Path
 from typing import IO
 
-from jaxstages.disk import hold
+from jaxstages.disk import hold, local_path
+
+PATTERN = "*?["
+"""Characters that the library of checkpoints takes for a pattern wherever they stand in a path: it would find nothing
+that it has written."""
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raises ValueError for a path in which a run can't live; nothing is written."""
+    local_path(str(workdir), "--workdir")
+    try:
+        there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long, for one
+        raise ValueError(f"--workdir={str(workdir)[:100]}: {error.strerror}; name another folder") from error
+    if not there.is_dir():
+        raise ValueError(f"--workdir={workdir}: {there} is no folder; name another")
+    check_readable(workdir)
+
+
+def check_readable(folder: Path) -> None:
+    """Raises ValueError for a folder out of which no checkpoint could be read."""
+    if odd := [character for character in PATTERN if character in str(folder.absolute())]:
+        raise ValueError(
+            f"{folder.absolute()} has {' '.join(odd)} in its path, and checkpoints could not be read back from there; "
+            "rename the folder, or name another"
+        )
+
+
+def writable(workdir: Path) -> bool:
+    """May this process write there, or make it?"""
+    return os.access(next(path for path in (workdir, *workdir.absolute().parents) if path.exists()), os.W_OK)
 
 
 def tokenizer_file(workdir: Path) -> Path:
@@ -32,8 +63,9 @@ def lock(workdir: Path) -> IO[str]:
     """Keep other runs out of `workdir` for as long as the file that this returns is open (also after a kill).
 
     Raises:
-        ValueError: another process, which is named, holds it.
+        ValueError: another process, which is named, holds it; or no run can live there.
     """
+    check_workdir(workdir)
     try:
         return hold(workdir / "LOCK", wait=False)
     except BlockingIOError as error:

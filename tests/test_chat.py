@@ -17,7 +17,8 @@ import pytest
 import tokenizers
 
 from jaxstages.config import DataConfig, TokenizerConfig
-from jaxstages.data.chat import TEMPLATE, Chat, chat_name, check_messages, make_chat, tools_of
+from jaxstages.data.chat import TEMPLATE, Chat, chat_name, make_chat
+from jaxstages.data.conversation import read_conversation
 from jaxstages.data.prepare import prepare
 from jaxstages.data.sentencepiece import BPE, UNIGRAM
 from jaxstages.data.sources import open_source
@@ -131,7 +132,7 @@ def test_golden_renderings(goldens: list[dict[str, Any]]) -> None:
                 render(golden["messages"], golden["tools"], golden["add_generation_prompt"])
             found["error"] += 1
             continue
-        text, marks = render(golden["messages"], golden["tools"], golden["add_generation_prompt"])
+        text, marks, _ = render(golden["messages"], golden["tools"], golden["add_generation_prompt"])
         assert text == golden["rendered"], (golden["template"], golden["case"])
         found["text"] += 1
         if "assistant_spans" in golden:
@@ -319,7 +320,7 @@ def test_real_chats(field: tuple[str, Tokenizer, Chat]) -> None:
     for file in ("oasst_100trees", "persona_chat", "self_instruct_seed", "sgd_dialogues", "taskmaster4", "p3_subset"):
         source = open_source(str(SHARED / "instruct" / f"{file}.jsonl"), SHARED)
         for item in itertools.islice(source.read(), 6):
-            messages = fitting(name, check_messages(item.record or {}))
+            messages = fitting(name, read_conversation(item.record or {}).messages)
             check_answers(tokenizer, chat, messages)
             done += 1
     assert done == 36
@@ -396,7 +397,7 @@ def test_a_long_chat_is_cut_after_a_whole_answer(field: tuple[str, Tokenizer, Ch
 # Tools.
 
 
-def test_sharegpt_calls_become_messages() -> None:
+def test_sharegpt_calls_become_messages(folder: Path) -> None:
     record = {
         "conversations": [
             {"from": "human", "value": "weather?"},
@@ -406,13 +407,15 @@ def test_sharegpt_calls_become_messages() -> None:
         ],
         "tools": '[{"name": "weather", "parameters": {}}]',
     }
-    messages = check_messages(record, tools=True)
+    messages, tools, trained, _ = read_conversation(record)
     assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant"]
     assert messages[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Lyon"}}
     assert messages[1]["tool_calls"][0]["id"] == messages[2]["tool_call_id"]
-    assert tools_of(record) == [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-    with pytest.raises(ValueError, match="message 2"):
-        check_messages(record)
+    assert trained == [True, True] and tools == [
+        {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    ]
+    with pytest.raises(ValueError, match="has no tools"):
+        make_task(DataConfig(task="chat"), ours(folder), 99).draft(record)
 
 
 @absent
@@ -423,8 +426,8 @@ def test_real_tool_calls(folder: Path, name: str) -> None:
     chat, refused, seen = make_chat(tokenizer), Counter(), Counter()
     for item in open_source(str(SHARED / "instruct" / "toolcall_demo.jsonl"), SHARED).read():
         try:
-            messages = check_messages(item.record or {}, tools=True)
-            written = chat.encode(messages, tools_of(item.record or {}))
+            messages, tools, *_ = read_conversation(item.record or {})
+            written = chat.encode(messages, tools)
         except ValueError as error:
             refused[str(error)[:60]] += 1
             continue
@@ -495,16 +498,15 @@ def test_a_foreign_tokenizer_keeps_its_vocabulary_and_its_template(folder: Path)
 def test_pairs_add_the_separator_and_nothing_else(folder: Path) -> None:
     plain = make_foreign(folder / "pairs", small_template("plain"))
     config = TokenizerConfig(kind="file", path=str(folder / "pairs" / "tokenizer.json"))
-    found = make_tokenizer(config, iter(()), folder / "pairs" / "run 2" / "tokenizer.json", separator=True)
+    found = make_tokenizer(config, iter(()), folder / "pairs" / "run 2" / "tokenizer.json", tasks=["seq2seq"])
     assert found.vocab_size == plain.vocab_size + 1 and found.specials.separator == plain.vocab_size
     pairs = DataConfig(task="seq2seq")
     task = make_task(pairs, found, 99)
     [encoded] = task.finish([task.draft({"prompt": "hi", "target": "no"})])
     expected = [*found.encode("hi"), found.specials.separator, *found.encode("no"), found.specials.end_of_text]
     assert encoded.examples[0].ids.tolist() == expected
-    task = make_task(pairs, plain, 99)
-    with pytest.raises(ValueError, match="no <|sep|>, which pairs need"):
-        task.finish([task.draft({"prompt": "hi", "target": "no"})])
+    with pytest.raises(ValueError, match=r"has no <\|sep\|>, which seq2seq needs"):
+        make_task(pairs, plain, 99)
 
 
 def test_config_beside_a_tokenizer(folder: Path) -> None:
@@ -589,7 +591,7 @@ def ours(folder: Path) -> Tokenizer:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         make_tokenizer(
-            TokenizerConfig(kind="bpe", vocab_size=300), iter(["first second one two"]), path, separator=True
+            TokenizerConfig(kind="bpe", vocab_size=300), iter(["first second one two"]), path, tasks=["seq2seq"]
         )
     return load_tokenizer(path)
 

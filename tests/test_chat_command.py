@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from jaxstages.commands import generate as generating
-from jaxstages.data.chat import check_messages
+from jaxstages.data.chat import Chat, make_chat
+from jaxstages.data.conversation import Messages, Tools, read_conversation
+from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.decode.stream import Session
 from jaxstages.main import main
 from tests.tiny import write_data
@@ -52,7 +54,7 @@ def test_a_piped_session(home: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert said in out, out
     records = [json.loads(line) for line in saved.read_text().splitlines()]
     for record in records:
-        check_messages(record)
+        read_conversation(record)
     roles = [[message["role"] for message in record["messages"]] for record in records]
     assert roles == [["system", "user", "assistant", "user", "assistant"], ["system", "user", "assistant"]]
     first, again = records[0]["messages"][2], records[1]["messages"][2]
@@ -69,7 +71,7 @@ def test_a_full_context_forgets_whole_turns_and_says_so(
     assert talk(home, ["/system be brief", *["say red and blue"] * 6, f"/save {saved}", "x" * 300], "--seed=3") == 0
     out = capsys.readouterr().out
     assert "the context is full: the first 2 messages are forgotten" in out and "too long" in out
-    messages = check_messages(json.loads(saved.read_text()))
+    messages = read_conversation(json.loads(saved.read_text())).messages
     assert messages[0]["role"] == "system" and len(messages) < 13 and messages[1]["role"] == "user"
 
 
@@ -137,3 +139,26 @@ def test_a_file_goes_on_where_it_was_killed(home: Path, tmp_path: Path, monkeypa
     out.unlink()
     assert main([*words, "--seed=5"]) == 0 and out.read_text() != whole
     assert asked == [0, 11, 0]
+
+
+def test_what_the_template_refuses_costs_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jaxstages.commands import chat as command
+
+    def choosy(tokenizer: Tokenizer) -> Chat:
+        chat = make_chat(tokenizer)
+
+        def prompt(messages: Messages, tools: Tools) -> list[int]:
+            if "forbidden" in messages[-1]["content"]:
+                raise ValueError("the chat template refuses this conversation: not so")
+            return chat.prompt(messages, tools)
+
+        return chat._replace(prompt=prompt)
+
+    monkeypatch.setattr(command, "make_chat", choosy)
+    saved = tmp_path / "talk.jsonl"
+    assert talk(home, ["say red", "a forbidden word", "say red", f"/save {saved}"]) == 0
+    assert "not said: the chat template refuses" in capsys.readouterr().out
+    said = [message["content"] for message in json.loads(saved.read_text())["messages"]]
+    assert len(said) == 4 and not any("forbidden" in text for text in said)

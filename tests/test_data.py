@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxstages.config import DataConfig, TokenizerConfig
-from jaxstages.data.chat import check_messages, make_chat
+from jaxstages.data.chat import make_chat
+from jaxstages.data.conversation import read_conversation
 from jaxstages.data.packing import best_fit, lay_out, pack
 from jaxstages.data.tasks import Example, is_held_out, make_task, render
 from jaxstages.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, make_tokenizer
@@ -59,8 +60,10 @@ def test_tokenizer_from_elsewhere_gets_our_control_tokens(tokenizer: Tokenizer, 
     content["model"]["vocab"] = {t: i for i, t in enumerate(content["model"]["vocab"])}
     (tmp_path / "theirs.json").write_text(json.dumps(content))
     config = TokenizerConfig(kind="file", path=str(tmp_path / "theirs.json"))
-    ours = make_tokenizer(config, iter(()), tmp_path / "run" / "tokenizer.json")
-    assert ours.vocab_size == len(content["model"]["vocab"]) + len(SPECIAL_TOKENS)
+    size, everything = len(content["model"]["vocab"]), ["lm", "seq2seq", "chat"]
+    for tasks, more in ((["lm"], 1), (["lm", "classify"], 2), (["chat"], 5), (everything, len(SPECIAL_TOKENS))):
+        ours = make_tokenizer(config, iter(()), tmp_path / "run" / "tokenizer.json", tasks)
+        assert ours.vocab_size == size + more, "only what the tasks need is added"
     assert ours.decode(ours.encode("the cat <|end|>")) == "the cat <|end|>"
 
 
@@ -148,15 +151,15 @@ def test_a_long_chat_is_cut_after_a_whole_answer(tokenizer: Tokenizer) -> None:
         (None, 'no "messages"'),
         ([{"role": "robot", "content": "x"}], "role 'robot'"),
         ([{"role": "user", "content": "x"}], "no assistant"),
-        ([{"role": "assistant", "content": "x"}], "where user has the turn"),
         ([{"role": "user", "content": " "}], "is empty"),
         ([{"role": "user", "content": 3}], "message 1"),
-        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "message 2"),
+        ([{"role": "user", "content": None}], 'message 1 .user. has no "content"'),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "a part of type 'image_url'; only text is read"),
     ],
 )
 def test_malformed_chats_say_what_is_wrong(messages: object, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        check_messages({"messages": messages})
+        read_conversation({"messages": messages})
 
 
 def test_held_out_share_and_stability() -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from jaxstages import config as recipes
-from jaxstages.checkpoint import steps_of
 from jaxstages.command_line import FLAGS_OF
 from jaxstages.commands.validate import validate
 from jaxstages.disk import read_json
 from jaxstages.main import main
 from jaxstages.metrics import read_metrics
+from jaxstages.record import steps_of
 from jaxstages.workdir import checkpoint_folder
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
@@ -70,7 +70,7 @@ OPTIM = "--config.pretrain.optim"
         (("run", "--workdir=new", "--config=nowhere.py"), "nowhere.py"),
         ((*NEW, f"{OPTIM}.clip_nrom=1"), f"unknown field {OPTIM}.clip_nrom; did you mean {OPTIM}.clip_norm?"),
         (
-            ("run", "--workdir={}/work", f"{OPTIM}.clip_norm=1"),
+            ("run", "--workdir=new", f"{OPTIM}.clip_norm=1"),
             "clip_norm=1 changes a recipe's field: name its file too",
         ),
         ((*NEW, f"{OPTIM}.schedule.peek_lr=1"), f"did you mean {OPTIM}.schedule.peak_lr?"),
@@ -143,6 +143,7 @@ def test_the_flags_are_frozen() -> None:
         *("workdir", "config", "stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
         *("top_k", "top_p", "min_p", "repetition_penalty", "stop", "from", "to", "dtype", "adapter", "lengthen"),
         *("debug_nans", "coordinator", "process_count", "process_id", "beam_options", "topology"),
+        *("step", "data", "finish"),
     }
 
 

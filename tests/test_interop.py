@@ -22,7 +22,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxstages import config as recipes
-from jaxstages.checkpoint import read_meta
 from jaxstages.commands.recipe import resolve_recipe
 from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, TokenizerConfig
 from jaxstages.data.sentencepiece import BPE
@@ -36,6 +35,7 @@ from jaxstages.interop.hf_export import export
 from jaxstages.interop.layout import places_of, shape_of
 from jaxstages.main import main
 from jaxstages.models.transformer import make_model
+from jaxstages.record import read_meta
 from jaxstages.workdir import checkpoint_folder
 from tests.tiny import model_config, recipe, sentencepiece_model, write_data
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from jaxstages import config as recipes
-from jaxstages.checkpoint import read_meta, steps_of, stored_shapes
 from jaxstages.commands.checkpoints import checkpoints
 from jaxstages.commands.evaluate import evaluate
 from jaxstages.commands.train import train
@@ -25,6 +24,7 @@ from jaxstages.metrics import read_metrics
 from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
 from jaxstages.parent import contract_of, read_base, read_parent, read_trained
+from jaxstages.record import read_meta, steps_of, stored_shapes
 from jaxstages.types import Model, Params
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import checkpoint_folder

@@ -4,10 +4,13 @@ import math
 
 import hypothesis
 import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import sacrebleu
 from sklearn.metrics import accuracy_score, f1_score
 
+from jaxstages.evaluate import with_spread
 from jaxstages.metrics import from_sums, plain, score_labels, score_text
 from jaxstages.verdict import judge
 
@@ -35,6 +38,33 @@ def test_accuracy_and_macro_f1_are_scikit_learns(pairs: list[tuple[str, str]]) -
     scores = score_labels(predicted, true)
     assert scores["accuracy"] == pytest.approx(100 * accuracy_score(true, predicted))
     assert scores["macro_f1"] == pytest.approx(100 * f1_score(true, predicted, average="macro", zero_division=0))
+
+
+def test_the_standard_error_of_a_loss_is_that_of_a_ratio_over_rows() -> None:
+    """By the formula over the rows themselves, and of resampled rows within a tenth."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(20, 60, 64).astype(np.float32)
+    nll = weight * rng.normal(3.0, 0.5, 64).astype(np.float32)
+    rows = {"nll": nll, "weight": weight, "correct": weight / 2, "bytes": 3 * weight}
+    metrics = from_sums(with_spread({name: jnp.asarray(values) for name, values in rows.items()}))
+    rest = nll - metrics["loss"] * weight
+    assert metrics["loss_se"] == pytest.approx(math.sqrt((rest**2).sum() * 64 / 63) / weight.sum(), rel=1e-2)
+    drawn = rng.integers(0, 64, (2000, 64))
+    assert metrics["loss_se"] == pytest.approx(np.std(nll[drawn].sum(1) / weight[drawn].sum(1)), rel=0.1)
+    assert metrics["perplexity_se"] == pytest.approx(metrics["perplexity"] * metrics["loss_se"])
+    assert metrics["bits_per_byte_se"] / metrics["bits_per_byte"] == pytest.approx(metrics["loss_se"] / metrics["loss"])
+    assert metrics["token_accuracy_se"] == pytest.approx(0.0, abs=1e-3)
+    one = {name: jnp.asarray(values[:1]) for name, values in rows.items()}
+    assert "loss_se" not in from_sums(with_spread(one)), "of one row there is no spread"
+
+
+def test_each_score_of_answers_has_a_standard_error() -> None:
+    answers, references = ["a b c d e"] * 30 + ["x y z v w"] * 10, ["a b c d e"] * 40
+    scores, signatures = score_text(("bleu", "chrf", "exact_match"), answers, references)
+    assert scores["exact_match"] == 75 and scores["exact_match_se"] == pytest.approx(100 * math.sqrt(0.75 * 0.25 / 40))
+    assert 4 < scores["bleu_se"] < 12 and 4 < scores["chrf_se"] < 12 and "bs:" not in "".join(signatures)
+    labels = score_labels(answers, references)
+    assert labels["accuracy_se"] == scores["exact_match_se"] and 0 < labels["macro_f1_se"] < 10
 
 
 def test_from_sums() -> None:
@@ -69,6 +99,35 @@ def test_verdicts(name: str, train: list[tuple[int, float]], held_out: list[tupl
     verdict = judge(train, held_out, baseline=5.5)
     assert verdict.name == name, verdict
     assert verdict.evidence and verdict.remedy
+
+
+def test_a_gap_to_the_training_loss_is_overfitting() -> None:
+    train, held_out = curve(6, 5, 4.4, 4, 3.8, 3.7, 3.67, 3.67), curve(6, 5.9, 5.82, 5.8, 5.79, 5.79, 5.79, 5.79)
+    verdict = judge(train, held_out, baseline=7.0)
+    assert verdict.name == "overfit" and "5.790 is 2.120 above the training loss, 3.670" in verdict.evidence
+    assert judge(train, held_out, baseline=5.5).name == "overfit", "not that it could not learn"
+    assert judge(train, held_out, baseline=7.0, comparable=False).name == "healthy", (
+        "other data are replayed in training"
+    )
+    near = curve(6, 5, 4.4, 4, 3.8, 3.7, 3.72, 3.72)
+    assert judge(train, near, baseline=7.0).name == "healthy"
+
+
+def test_two_evaluations_decide_nothing() -> None:
+    train = [(20 * i, 5.0 - 0.02 * i) for i in range(1, 51)]
+    verdict = judge(train, [(0, 6.0), (1000, 4.0)], baseline=7.0)
+    assert verdict.name == "undecided" and "last measured at step 0" in verdict.evidence
+    assert "loop.eval_every" in verdict.remedy
+
+
+def test_how_long_the_loss_was_falling_is_said_as_it_was_measured() -> None:
+    """Where the evaluations before the end are at half of the stage, it is no quarter."""
+    train = [(100 * i, 5.0 - 0.2 * i) for i in range(1, 11)]
+    verdict = judge(train, [(0, 6.0), (500, 4.0), (1000, 3.0)], baseline=7.0)
+    assert verdict.name == "underfit" and "by 25.0 % from step 500 to 1000" in verdict.evidence
+    assert "--lengthen" in verdict.remedy
+    slow = [(0, 6.0), (500, 4.0), (1000, 3.95)]  # 1.25 % in a half is 0.6 % in a quarter
+    assert judge(train, slow, baseline=7.0, comparable=False).name == "healthy"
 
 
 def test_overfit_from_the_first_step_on() -> None:

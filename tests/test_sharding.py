@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxstages.checkpoint import META, Checkpoints
+from jaxstages.checkpoint import Checkpoints
 from jaxstages.config import (
     AttentionConfig,
     ExpertsConfig,
@@ -24,6 +24,7 @@ from jaxstages.fingerprint import fingerprint
 from jaxstages.models.transformer import make_model
 from jaxstages.optim import make_optimizer
 from jaxstages.plan.collectives import SMALL, collectives_of, expected, total
+from jaxstages.record import META
 from jaxstages.sharding import _arranged, batch_sharding, check_batch, make_mesh, make_placement, param_shardings
 from jaxstages.step import init_state, make_train_step
 from jaxstages.types import Batch

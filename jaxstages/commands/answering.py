@@ -4,25 +4,14 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxstages.commands.chosen import choose, last_finished
+from jaxstages.commands.manner import Manner
 from jaxstages.config import Recipe
 from jaxstages.decode.sampling import Sampling, check_sampling
 from jaxstages.evaluate import recipe_sampling
-from jaxstages.parent import contract_of, finished, last_finished, read_parent
+from jaxstages.parent import contract_of, read_parent
 from jaxstages.types import Params
 from jaxstages.workbench import Workbench, open_workbench
-
-
-class Manner(NamedTuple):
-    """How to answer, a field a flag. max_new_tokens: None means the recipe's. stop: texts, or JSON lists of texts."""
-
-    max_new_tokens: int | None
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    stop: list[str]
-    seed: int
 
 
 class Answering(NamedTuple):
@@ -68,20 +57,27 @@ def _stop_texts(word: str) -> list[str]:
     return found
 
 
-def open_answering(recipe: Recipe, workdir: Path, stage: str | None, manner: Manner) -> Answering:
-    """The best checkpoint of a finished stage, by default of the last one, ready to answer.
+def open_answering(
+    recipe: Recipe, workdir: Path, stage: str | None, manner: Manner, step: int | None = None
+) -> Answering:
+    """A checkpoint of a stage, by default of the last one that is finished, ready to answer.
+
+    Args:
+        step: by default the best one.
 
     Raises:
         ValueError: a flag's value, or there is no such stage.
     """
     asked, stops = check_manner(manner)
     name = stage or last_finished(recipe, workdir)
-    finished(workdir / name)
+    chosen = choose(recipe, workdir / name, step)
     bench = open_workbench(recipe, name, workdir, with_data=False)
     usual, context = recipe_sampling(bench), recipe.model.context
     most = manner.max_new_tokens or usual.max_new_tokens
     if most >= context:
         raise ValueError(f"--max_new_tokens={most} must be less than the context, {context}")
-    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench))
-    sampling = asked._replace(max_new_tokens=most, stop=usual.stop)
+    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench), chosen)
+    ids = {text: bench.tokenizer.backend.token_to_id(text) for text in stops if text in bench.tokenizer.control}
+    sampling = asked._replace(max_new_tokens=most, stop=(*usual.stop, *ids.values()))
+    stops = tuple(text for text in stops if text not in ids)  # these are no text that is ever decoded
     return Answering(bench, params, lineage["params_sha256"], sampling, stops)

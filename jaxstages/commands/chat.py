@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxstages.commands.answering import Answering, Manner, open_answering
+from jaxstages.commands.answering import Answering, open_answering
+from jaxstages.commands.manner import Manner
 from jaxstages.config import Recipe
 from jaxstages.console import say
 from jaxstages.data.chat import make_chat
@@ -23,13 +24,13 @@ HELP = """\
 Messages = list[dict[str, str]]
 
 
-def chat(recipe: Recipe, workdir: Path, stage: str | None, manner: Manner) -> None:
+def chat(recipe: Recipe, workdir: Path, stage: str | None, manner: Manner, step: int | None = None) -> None:
     """A conversation until the end of the input.
 
     Raises:
-        ValueError: the stage is not finished, or was not trained on chats; a flag's value.
+        ValueError: the stage has nothing to answer with, or was not trained on chats; a flag's value.
     """
-    answering = open_answering(recipe, workdir, stage, manner)
+    answering = open_answering(recipe, workdir, stage, manner, step)
     bench = answering.bench
     if bench.stage.data.task != "chat" and not bench.tokenizer.template:
         raise ValueError(f"{bench.name} was not trained on chats; use generate, or --stage of one that was")
@@ -118,7 +119,11 @@ class _Talk:
             say("that is no text", "yellow")
             return
         messages = [*self.messages, {"role": "user", "content": text}]
-        kept, prompt = self._fit(messages)
+        try:
+            kept, prompt = self._fit(messages)
+        except ValueError as error:  # the template may not take such a message here
+            say(f"not said: {error}", "yellow")
+            return
         if prompt is None:
             say(f"too long: it leaves no room for an answer in the context; at most {self._room} tokens", "yellow")
             return

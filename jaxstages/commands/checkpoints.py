@@ -5,18 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
 
 from jaxstages import manifest
-from jaxstages.checkpoint import read_meta, read_params, steps_of, stored_params
 from jaxstages.config import HELD
 from jaxstages.console import say
-from jaxstages.fingerprint import named_leaves, saved_kind
-from jaxstages.parent import finished
+from jaxstages.record import finished, read_meta, saved_kind, steps_of
 from jaxstages.workdir import checkpoint_folder, quarantine_folder, result_file
 
 
@@ -55,7 +50,8 @@ def _list(folders: list[Path]) -> None:
                 continue
             files = [path for path in checkpoint_folder(folder, step).rglob("*") if path.is_file()]
             marks = [mark] * (step == best) + ["latest"] * (step == steps[-1])
-            scores = ", ".join(f"{name} {value:.4g}" for name, value in meta["carried"]["best"].items() if value)
+            named = {name: value for name, value in meta["carried"]["best"].items() if not name.endswith("_se")}
+            scores = ", ".join(f"{name} {value:.4g}" for name, value in named.items() if value)
             size = sum(path.stat().st_size for path in files) / 1e6
             cells = (f"{meta['carried']['tokens']:,}", f"{size:.2f}", str(len(files)), scores)
             table.add_row(folder.name, str(step), ", ".join(marks) or "recent", *cells)
@@ -92,6 +88,8 @@ def _verify(folders: list[Path]) -> None:
 
 
 def _diff(workdir: Path, one: str, other: str) -> None:
+    import jax.numpy as jnp  # listing and verifying need no arrays
+
     metas = [_meta_of(workdir, name) for name in (one, other)]
     prints = [meta["fingerprint"] for meta in metas]
     params = [_params_of(workdir, name, meta) for name, meta in zip((one, other), metas, strict=True)]
@@ -125,8 +123,14 @@ def _meta_of(workdir: Path, name: str) -> dict[str, Any]:
     return read_meta(checkpoint_folder(workdir / stage, int(step)))
 
 
-def _params_of(workdir: Path, name: str, meta: dict[str, Any]) -> dict[str, jax.Array]:
+def _params_of(workdir: Path, name: str, meta: dict[str, Any]) -> dict[str, Any]:
     """Path -> parameter, all on one device."""
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from jaxstages.checkpoint import read_params, stored_params
+    from jaxstages.fingerprint import named_leaves
+
     stage, _, step = name.partition("/")
     target = stored_params(meta, SingleDeviceSharding(jax.devices()[0]))
     return named_leaves(read_params(workdir / stage, int(step), target))

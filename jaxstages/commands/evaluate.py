@@ -1,27 +1,61 @@
-"""`evaluate`: a finished stage's best checkpoint on its held-out data, or all of them as the stage matrix."""
+"""`evaluate`: a checkpoint of a stage on held-out data, or the best ones of all stages as the stage matrix."""
 
+import contextlib
+import dataclasses
 import json
+import sys
+import tempfile
 from pathlib import Path
 
+from jaxstages.commands.chosen import choose
 from jaxstages.config import Recipe
 from jaxstages.console import say
+from jaxstages.data.prepare import prepare
+from jaxstages.data.sources import open_source
 from jaxstages.evaluate import make_evaluate, unigram_perplexity
 from jaxstages.metrics import plain
-from jaxstages.parent import contract_of, finished, read_parent
+from jaxstages.parent import contract_of, read_parent
 from jaxstages.report.matrix import stage_matrix
-from jaxstages.workbench import open_workbench
+from jaxstages.workbench import EvaluationSet, Workbench, cache_folder, open_workbench
+from jaxstages.workdir import writable
 
 
-def evaluate(recipe: Recipe, workdir: Path, stage: str | None) -> None:
-    """Print the metrics as one JSON object; without a stage, the matrix."""
+def evaluate(
+    recipe: Recipe, workdir: Path, stage: str | None, step: int | None = None, sources: tuple[str, ...] = ()
+) -> None:
+    """Print the metrics as one JSON object; without a stage, the matrix.
+
+    Args:
+        step: of the stage, by default its best one.
+        sources: held-out data to measure on instead of the recipe's.
+    """
     if stage is None:
-        stage_matrix(recipe, workdir)
+        if step is not None or sources:
+            raise ValueError("evaluate: --step and --data are of one stage; name it with --stage=NAME")
+        stage_matrix(recipe, workdir, keep=writable(workdir))
         return
-    finished(workdir / stage)
-    bench = open_workbench(recipe, stage, workdir)
-    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench))
-    report = make_evaluate(bench)(params, True)
+    chosen = choose(recipe, workdir / stage, step)
+    # Rows that are not there yet are made, which is said, but not on the standard output: that is one JSON object.
+    with tempfile.TemporaryDirectory(prefix="jaxstages-") as scratch, contextlib.redirect_stdout(sys.stderr):
+        bench = open_workbench(recipe, stage, workdir, with_data=not sources)
+        params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench), chosen)
+        sets = [_other_set(bench, sources, Path(scratch))] if sources else None
+        report = make_evaluate(bench, sets)(params, True)
     values = {name: plain(value) for name, value in report.metrics.items()}
-    if bench.stage.data.task == "lm":
+    if bench.stage.data.task == "lm" and not sources:
         values["unigram_perplexity"] = unigram_perplexity(bench.train, bench.held_out)
-    say(json.dumps({"stage": stage, "step": lineage["step"]} | values | {"signatures": report.signatures}))
+    about = {"stage": stage, "step": lineage["step"]} | ({"data": list(sources)} if sources else {})
+    say(json.dumps(about | values | {"signatures": report.signatures}))
+
+
+def _other_set(bench: Workbench, sources: tuple[str, ...], scratch: Path) -> EvaluationSet:
+    """Held-out data that the recipe does not name, read as the stage's own are. Their rows are kept in the cache, or,
+    where that can't be written to, in `scratch`."""
+    data = dataclasses.replace(bench.stage.data, train=(), weights=(), validation=sources, holdout=0.0)
+    cache, context = cache_folder(bench.recipe, bench.workdir), bench.recipe.model.context
+    opened = [open_source(name, cache) for name in sources]
+    try:
+        rows = [prepare(source, "validation", data, bench.tokenizer, context, cache) for source in opened]
+    except OSError:
+        rows = [prepare(source, "validation", data, bench.tokenizer, context, scratch) for source in opened]
+    return EvaluationSet("", data.task, bench.stage.evaluation, [], rows)

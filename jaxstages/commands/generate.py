@@ -1,17 +1,17 @@
 """`generate`: prompts in, a JSON object a line out, by the best checkpoint of a stage."""
 
-import glob
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxstages.commands.answering import Answering, Manner, open_answering
+from jaxstages.commands.answering import Answering, open_answering
+from jaxstages.commands.manner import Manner
 from jaxstages.config import Recipe
 from jaxstages.console import Progress
 from jaxstages.data.sources import open_source
-from jaxstages.disk import make_folder, put
+from jaxstages.disk import local_path, make_folder, put
 from jaxstages.evaluate import make_texts
 from jaxstages.report.matrix import prompt_ids
 
@@ -23,6 +23,7 @@ class Request(NamedTuple):
     prompts: str | None
     out: str | None
     manner: Manner
+    step: int | None = None
 
 
 def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request) -> None:
@@ -36,21 +37,24 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
     """
     if (request.prompt is None) == (request.prompts is None):
         raise ValueError("generate needs --prompt=TEXT or --prompts=FILE.jsonl, one of them")
-    prompts = [request.prompt] if request.prompt is not None else _read_prompts(Path(request.prompts or ""))
+    if request.prompts is None:
+        prompts = [request.prompt or ""]
+    else:
+        prompts = _read_prompts(local_path(request.prompts, "--prompts"))
     for prompt in prompts:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"prompt {prompt[:50]!r} is no text: {error}") from error
-    if request.out is not None and Path(request.out).exists():
+    out = None if request.out is None else local_path(request.out, "--out")
+    if out is not None and out.exists():
         raise ValueError(f"--out={request.out} is there already; remove it, or name another file")
-    answering = open_answering(recipe, workdir, stage, request.manner)
+    answering = open_answering(recipe, workdir, stage, request.manner, request.step)
     ids = _fitting(answering, prompts)
-    if request.out is None:
+    if out is None:
         for line in _answers(answering, request.manner.seed, prompts, ids, 0):
             print(line, flush=True)
         return
-    out = Path(request.out)
     part = out.with_name(f"{out.name}.part")
     head = json.dumps(_head(answering, request.manner))
     make_folder(out.parent)
@@ -137,7 +141,7 @@ def _read_prompts(file: Path) -> list[str]:
     if not file.is_file():
         raise ValueError(f"--prompts={file}: no such file")
     prompts, wanted = [], 'wanted is {"prompt": "text"}'
-    for item in open_source(glob.escape(str(file)), file.parent).read():
+    for item in open_source(str(file), file.parent).read():
         prompt = item.record.get("prompt") if item.record is not None else None
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"{item.where}: {item.fault or wanted}")

@@ -1,5 +1,6 @@
 """`inspect`: what a stage is really trained on: a decoded batch, trained-on tokens in colour, and the data's shares."""
 
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from jaxstages.commands.recipe import keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.data.mixture import describe
 from jaxstages.data.pipeline import batches_by_step
+from jaxstages.record import begun
 from jaxstages.types import Batch
 from jaxstages.workbench import Workbench, open_workbench
-from jaxstages.workdir import lock
+from jaxstages.workdir import lock, writable
 
 ROWS = 4
 """Rows that are shown."""
@@ -26,8 +28,11 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
     A token is green where the model is trained to produce it and dim where it is only read; where there is no colour
     (a file), trained-on stretches stand in ⟦double brackets⟧. `¦` begins a new example, `·` is padding.
     """
-    with lock(workdir):
-        keep_recipe(recipe, workdir)
+    with contextlib.ExitStack() as held:
+        # What a run has begun with stays as it is: it can be looked at while it runs, and where nobody may write.
+        if not any(begun(workdir / name) for name in recipes.HELD) and writable(workdir):
+            held.enter_context(lock(workdir))
+            keep_recipe(recipe, workdir)
         bench = open_workbench(recipe, stage or next(iter(recipes.stages(recipe)), recipes.IMPORT), workdir)
     console = Console(soft_wrap=True, highlight=False)
     mixed, loop = bench.mixed, bench.stage.loop

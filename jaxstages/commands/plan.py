@@ -20,8 +20,6 @@ from jaxstages.plan.estimate import Flops, Roofline, flops_per_token, held_bytes
 from jaxstages.sharding import make_mesh
 from jaxstages.workbench import Parts, check_fit, make_parts
 
-GIB = 2**30
-
 
 class Plan(NamedTuple):
     """Bytes are a device's; estimate is None where the chip's speed is not known."""
@@ -116,17 +114,17 @@ def _show(recipe: Recipe, stage: StageConfig, topology: Topology, found: Plan) -
     chips, chip = len(topology.devices), topology.chip
     tokens = stage.loop.batch_size * recipe.model.context
     say(f"{recipe.name} on {topology.asked}: {chips} devices; nothing was run", "bold")
-    say(f"parameters             {found.params / 1e9:.3f} billion, {tokens:,} tokens a step, remat {found.remat}")
-    say(
-        f"FLOPs a token          {found.flops.causal / 1e9:.2f} G causal, {found.flops.full / 1e9:.2f} G full attention"
-    )
+    count = f"{found.params / 1e9:.3f} billion" if found.params >= 1e8 else f"{found.params:,}"
+    say(f"parameters             {count}, {tokens:,} tokens a step, remat {found.remat}")
+    causal, full = (f"{flops / 1e9:.3g} G" for flops in (found.flops.causal, found.flops.full))
+    say(f"FLOPs a token          {causal} causal, {full} full attention")
     say("bytes a device", "bold")
-    say(f"  parameters           {found.param_bytes / GIB:8.2f} GiB")
-    say(f"  optimizer            {found.optimizer_bytes / GIB:8.2f} GiB")
-    say(f"  logits, at once      {found.logit_bytes / GIB:8.2f} GiB, a part of what follows")
+    say(f"  parameters           {size_text(found.param_bytes):>12}")
+    say(f"  optimizer            {size_text(found.optimizer_bytes):>12}")
+    say(f"  logits, at once      {size_text(found.logit_bytes):>12}, a part of what follows")
     rest = found.step_bytes - found.param_bytes - found.optimizer_bytes
-    say(f"  activations and rest {rest / GIB:8.2f} GiB, by the compiler's count")
-    say(f"  a step, in all       {found.step_bytes / GIB:8.2f} GiB" + _verdict(found, topology))
+    say(f"  activations and rest {size_text(rest):>12}, by the compiler's count")
+    say(f"  a step, in all       {size_text(found.step_bytes):>12}" + _verdict(found, topology))
     say("sent by a step, as whole arrays, of a device", "bold")
     theory: dict[str, int] = {}
     for _, kind, size in found.theory:
@@ -140,18 +138,38 @@ def _show(recipe: Recipe, stage: StageConfig, topology: Topology, found: Plan) -
         one, best, worst = found.estimate, found.estimate.overlapped, found.estimate.one_by_one
         peak = chips * chip.flops
         say("estimate, never run", "bold")
-        say(f"  products {one.compute:.3f} s, memory {one.memory:.3f} s, exchanges {one.exchange:.3f} s a step")
+        parts = (one.compute, one.memory, one.exchange)
+        compute, memory, exchange = map(time_text, parts)
+        say(f"  products {compute}, memory {memory}, exchanges {exchange} a step")
         for label, seconds in (("all overlaps", best), ("nothing overlaps", worst)):
             mfu = [tokens * flops / seconds / peak for flops in found.flops]
             # Passes over data that are not prepared here have no number of steps; padding is not known either.
             steps = stage.loop.steps or math.ceil(stage.loop.tokens / tokens)
             hours = steps * seconds / 3600
-            whole = f"; {steps:,} steps in {duration(hours * 3600)}, {hours * chips:,.0f} chip-hours" if steps else ""
+            whole = f"; {steps:,} steps in {time_text(hours * 3600)}, {hours * chips:,.3g} chip-hours" if steps else ""
             say(
-                f"  {label:<16} {seconds:.3f} s a step, {tokens / seconds / chips:,.0f} tokens/s a chip, MFU "
+                f"  {label:<16} {time_text(seconds)} a step, {tokens / seconds / chips:,.0f} tokens/s a chip, MFU "
                 f"{mfu[0]:.1%} causal ({mfu[1]:.1%} full){whole}"
             )
     say(f"compiled in {duration(found.seconds)}; mesh {_mesh_text(mesh)}")
+
+
+def size_text(size: float) -> str:
+    """Bytes for people, in the unit in which they are more than nothing: `1.50 GiB`, `3.21 MiB`."""
+    for unit, of in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size) >= of:
+            return f"{size / of:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds for people, however few: `3:05`, `1.20 s`, `4.56 ms`, `7.89 us`."""
+    if seconds >= 60 or not seconds:
+        return duration(seconds)
+    for unit, of in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= of:
+            return f"{seconds / of:.2f} {unit}"
+    return f"{seconds / 1e-6:.2f} us"
 
 
 def _mesh_text(mesh: Any) -> str:
@@ -164,7 +182,7 @@ def _verdict(found: Plan, topology: Topology) -> str:
         return ""
     limit = topology.chip.memory
     if found.step_bytes <= SHARE * limit:
-        return f" of {limit / GIB:.2f}: fits"
+        return f" of {size_text(limit)}: fits"
     remedies = []
     if found.remat != "full":
         remedies.append("loop.remat=full")
@@ -173,4 +191,4 @@ def _verdict(found: Plan, topology: Topology) -> str:
     if found.param_bytes + found.optimizer_bytes > 0.5 * limit:
         remedies.append("a larger mesh.fsdp or mesh.tensor, or more chips")
     remedies.append("a larger loop.accumulate, or a smaller loop.batch_size")
-    return f" of {limit / GIB:.2f}: does not fit; try {'; '.join(remedies)}"
+    return f" of {size_text(limit)}: does not fit; try {'; '.join(remedies)}"

@@ -6,20 +6,50 @@ from pathlib import Path
 from typing import Any
 
 from jaxstages import config as recipes
+from jaxstages import record
 from jaxstages.commands.validate import validate
 from jaxstages.config import Recipe
 from jaxstages.disk import read_json, write_json
-from jaxstages.interop.hf_import import adopted
-from jaxstages.workdir import checkpoints_folder, result_file, tokenizer_file
+from jaxstages.workdir import checkpoint_folder, result_file
 
-FREE = (".loop.stop_after", ".loop.log_every", ".loop.keep", ".evaluation.batch_size")
+FREE = (
+    *(f".loop.{name}" for name in ("stop_after", "log_every", "keep", "save_every", "hang_seconds")),
+    *(f".loop.{name}" for name in ("accumulate", "remat", "loss_tile", "compiler_options")),
+    *(".optim.max_bad_steps", ".evaluation.batch_size", "config.model.unroll"),
+)
 """What may change in a stage that has begun: it makes no other model, and no other score."""
+
+SOURCES = (".data.train", ".data.validation", "config.tokenizer.sources")
+"""Names of data. They may change where what lies there is the same: files are moved."""
+
+BETWEEN_STAGES = ("config.model.dropout", "config.model.dtype")
+"""What may be another in the next stage: it makes no other parameters."""
 
 VERSIONS = ("jaxstages", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
 
+LENGTH = tuple(f".loop.{name}" for name in ("steps", "epochs", "tokens"))
+"""Fields that say how long a stage is."""
 
-LENGTH = ("steps", "epochs", "tokens")
-"""Fields of `loop` that say how long a stage is."""
+SAME_RATES = ("constant", "plateau", "rsqrt")
+"""Schedules whose rates do not depend on how long the stage is."""
+
+
+def kept_recipe(workdir: Path) -> Recipe | None:
+    """The recipe of a workdir, as it was last run; None if there is none yet.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = workdir / "recipe.json"
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    if not isinstance(content, dict) or "recipe" not in content:
+        raise ValueError(f'{file} is damaged: an object with "recipe" is wanted; name the recipe with --config=FILE')
+    try:
+        return recipes.from_dict(content["recipe"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False, lengthen: str = "") -> Recipe:
@@ -32,44 +62,90 @@ def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False,
     Raises:
         ValueError: there is none, it is not valid, or it changes what a trained stage depends on.
     """
-    file = workdir / "recipe.json"
     importing = importing or result_file(workdir / recipes.IMPORT).exists()
     if given is not None:
         validate(given, importing)
-        given = adopted(given, workdir)
+        given = _adopted(given, workdir)
         validate(given, importing)
-    if not file.is_file():
-        if given is None:
+    kept = kept_recipe(workdir)
+    if given is None:
+        if kept is None:
             raise ValueError(f"{workdir} has no recipe.json; name a recipe with --config=configs/demo.py")
-        return given
-    content = read_json(file)
-    if not isinstance(content, dict) or "recipe" not in content:
-        raise ValueError(f'{file} is damaged: an object with "recipe" is wanted; name the recipe with --config=FILE')
-    try:
-        kept = recipes.from_dict(content["recipe"])
-        if given is None:
+        try:
             validate(kept, importing)
-            return kept
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    begun = [name for name in recipes.STAGES if checkpoints_folder(workdir / name).exists()]
-    shared = ["config.seed", "config.model"] if begun else []
-    shared += ["config.tokenizer"] if tokenizer_file(workdir).exists() else []
-    fixed = (*shared, *(f"config.{name}" for name in begun))
-    free = FREE + tuple(f"config.{lengthen}.loop.{name}" for name in LENGTH if lengthen)
-    judged = tuple(f"config.{name}.evaluation." for name in begun if result_file(workdir / name).exists())
+        except ValueError as error:
+            raise ValueError(f"{workdir / 'recipe.json'}: {error}") from error
+        return kept
+    if kept is not None:
+        _check_change(kept, given, workdir, lengthen)
+    return given
+
+
+def _adopted(recipe: Recipe, workdir: Path) -> Recipe:
+    """With the model of what is imported, where something is."""
+    hub = any(stage.init_from.startswith("hf:") for stage in recipes.stages(recipe).values())
+    if not hub and not result_file(workdir / recipes.IMPORT).exists():
+        return recipe
+    from jaxstages.interop.hf_import import adopted  # and jax with it, which mistakes in a recipe need not wait for
+
+    return adopted(recipe, workdir)
+
+
+def _check_change(kept: Recipe, given: Recipe, workdir: Path, lengthen: str) -> None:
+    """Raises ValueError for a recipe that changes what was learned. What was never saved binds to nothing."""
+    begun = [name for name in recipes.STAGES if record.begun(workdir / name)]
+    finished = [name for name in begun if result_file(workdir / name).exists()]
+    imported = result_file(workdir / recipes.IMPORT).exists()
+    fixed = (*(("config.seed", "config.model") if begun else ()), *(f"config.{name}" for name in begun))
+    fixed += ("config.tokenizer",) if begun or imported else ()
+    free = FREE + tuple(f"config.{lengthen}{field}" for field in LENGTH if lengthen)
+    free += BETWEEN_STAGES if begun == finished else ()
+    judged = tuple(f"config.{name}.evaluation." for name in finished)
+    moved = set()
     for line in recipes.differences(kept, given):
         path = line.split(":")[0]
-        if path.startswith(fixed) and not path.endswith(free) and not path.startswith(judged):
-            longer = (
-                " (or add --lengthen, to train it further)"
-                if path.endswith(tuple(f".loop.{n}" for n in LENGTH))
-                else ""
-            )
-            raise ValueError(
-                f"{workdir} was begun with another recipe: {line}; set it back{longer}, or take another --workdir"
-            )
-    return given
+        name = path.split(".")[1]
+        if not path.startswith(fixed) or path.endswith(free) or path.startswith(judged):
+            continue
+        if path.endswith(SOURCES):
+            moved.add(name)
+            continue
+        if path.endswith(LENGTH) and name not in finished and _may_be_longer(kept, given, name, workdir):
+            continue
+        way = "set it back"
+        if path.endswith(LENGTH):
+            way += " (or add --lengthen, to train it further, under the schedule of the new length)"
+        elif path in BETWEEN_STAGES:
+            way += f", or finish {', '.join(sorted({*begun} - {*finished}))} first"
+        raise ValueError(f"{workdir} was begun with another recipe: {line}; {way}, or take another --workdir")
+    for name in sorted(moved & {*begun}):
+        _check_moved(given, name, workdir)
+
+
+def _may_be_longer(kept: Recipe, given: Recipe, name: str, workdir: Path) -> bool:
+    """Would the steps that an unfinished stage has made be the same under the new length? They are where neither the
+    rates nor the shares of its data depend on the length; with "wsd" until the rate begins to fall."""
+    old, new = (recipes.stages(recipe).get(name) for recipe in (kept, given))
+    if old is None or new is None or old.late_from < 1:
+        return False
+    schedule, made = old.optim.schedule, record.steps_of(workdir / name)[-1]
+    if schedule.name == "wsd" and old.loop.steps and new.loop.steps:
+        lengths = (old.loop.steps, new.loop.steps)
+        return all(made <= steps - max(round(steps * schedule.decay_share), 1) for steps in lengths)
+    return schedule.name in SAME_RATES
+
+
+def _check_moved(given: Recipe, name: str, workdir: Path) -> None:
+    """Raises ValueError unless the data that a stage has now under other names are those that it was begun with."""
+    from jaxstages.workbench import data_names, open_tokenizer
+
+    meta = record.read_meta(checkpoint_folder(workdir / name, record.steps_of(workdir / name)[-1]))
+    now = data_names(given, name, recipes.stages(given)[name], open_tokenizer(given, workdir), workdir)
+    if meta["data"] != now:
+        raise ValueError(
+            f"{workdir / name} was begun with other data: {meta['data']} there, {now} here (fingerprints of prepared "
+            f"rows); name the same files, wherever they are, in config.{name}.data, or take another --workdir"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -9,15 +9,17 @@ from jaxstages import config as recipes
 from jaxstages import hosts
 from jaxstages.cluster import Place
 from jaxstages.commands.recipe import keep_recipe, told
+from jaxstages.commands.validate import validate
 from jaxstages.config import Recipe
 from jaxstages.console import say
 from jaxstages.interop.hf_import import bring, source_of
-from jaxstages.parent import check_lineage, finished
+from jaxstages.parent import check_lineage
+from jaxstages.record import begun, finished
 from jaxstages.report.matrix import stage_matrix
 from jaxstages.stages import finetune, instruct, pretrain
 from jaxstages.types import Diverged, Interrupted
 from jaxstages.workbench import prepare_stages
-from jaxstages.workdir import checkpoints_folder, lock, result_file
+from jaxstages.workdir import check_workdir, lock, result_file
 
 SHOWN_WITHIN = 60
 """Seconds that shared storage has to show what process 0 has written: attributes are cached on NFS."""
@@ -25,17 +27,29 @@ SHOWN_WITHIN = 60
 DRIVERS = {"pretrain": pretrain.run, "finetune": finetune.run, "instruct": instruct.run}
 
 
-def train(recipe: Recipe, workdir: Path, name: str, place: Place | None = None, lengthen: bool = False) -> bool:
+def train(
+    recipe: Recipe,
+    workdir: Path,
+    name: str,
+    place: Place | None = None,
+    lengthen: bool = False,
+    finish: bool = False,
+) -> bool:
     """One stage; False if `stop_after` ended it before its end.
 
     Args:
         lengthen: the stage is finished, and goes on to the end that the recipe has now.
+        finish: the stage ends at the step that it has saved, and hands on its best one.
     """
+    if finish and lengthen:
+        raise ValueError("--finish ends a stage, and --lengthen goes on with it; give one of them")
+    if finish and not begun(workdir / name):
+        raise ValueError(f"--finish: {workdir / name} has saved no step; there is nothing to hand on")
     with _ready(recipe, workdir, [name], place):
         if lengthen and hosts.leads():
             _reopen(recipe, workdir, name)
         hosts.meet(f"{name} may go on")
-        return _train(recipe, workdir, name)
+        return _train(recipe, workdir, name, finish)
 
 
 def _reopen(recipe: Recipe, workdir: Path, name: str) -> None:
@@ -48,7 +62,7 @@ def _reopen(recipe: Recipe, workdir: Path, name: str) -> None:
     if not file.exists():
         return
     result = finished(workdir / name)
-    if result["status"] != "completed":
+    if result["status"] == "early_stopped":
         raise ValueError(f"--lengthen: {name} stopped early, at step {result['steps']}; it would make no more steps")
     loop, names = recipes.stages(recipe)[name].loop, list(recipes.stages(recipe))
     if 0 < loop.steps <= result["steps"]:
@@ -56,8 +70,8 @@ def _reopen(recipe: Recipe, workdir: Path, name: str) -> None:
             f"--lengthen: {name} has made {result['steps']} steps; set --config.{name}.loop.steps to more than that"
         )
     later = names[names.index(name) + 1 :]
-    if begun := [other for other in later if checkpoints_folder(workdir / other).exists()]:
-        raise ValueError(f"--lengthen: {begun[0]} has begun from {name}; remove {workdir / begun[0]} first")
+    if after := [other for other in later if begun(workdir / other)]:
+        raise ValueError(f"--lengthen: {after[0]} has begun from {name}; remove {workdir / after[0]} first")
     file.rename(file.with_name(f"result-{result['steps']}.json"))
     say(f"{name}: was finished at step {result['steps']}, and goes on", "cyan")
 
@@ -79,6 +93,8 @@ def _ready(recipe: Recipe, workdir: Path, names: list[str], place: Place | None)
     Of several processes the first does that alone, and the others join it when it is done. Then all see that they have
     the same recipe, versions and rows.
     """
+    check_workdir(workdir)
+    validate(recipe, result_file(workdir / recipes.IMPORT).exists())
     with contextlib.ExitStack() as held:
         if place is not None:
             say(str(place), "cyan")
@@ -129,13 +145,19 @@ def _import(recipe: Recipe, workdir: Path, place: Place | None) -> None:
         return
     if place is not None and not result_file(workdir / recipes.IMPORT).exists():
         raise ValueError(f"of several processes none imports; run `jaxstages import --from={source}` first, in one")
-    bring(recipe, workdir, source)
+    positions, context = bring(recipe, workdir, source)["source"].get("positions", 0), recipe.model.context
+    if 0 < positions < context:
+        say(
+            f"config.model.context={context} is more than the {positions} positions that {source} was trained on: it "
+            "has met no position beyond them. Train long rows, or set context lower",
+            "yellow",
+        )
 
 
-def _train(recipe: Recipe, workdir: Path, name: str) -> bool:
+def _train(recipe: Recipe, workdir: Path, name: str, finish: bool = False) -> bool:
     if result_file(workdir / name).exists():
         result = finished(workdir / name)
-        check_lineage(workdir / name, result["parent"])
+        check_lineage(workdir / name, result["parent"], recipes.stages(recipe)[name])
         say(f"{name}: already {result['status']} at step {result['steps']}, best step {result['best_step']}", "cyan")
         return True
-    return DRIVERS[name](recipe, workdir) is not None
+    return DRIVERS[name](recipe, workdir, finish) is not None

@@ -48,6 +48,7 @@ CHOICES = {
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_erf", "relu2"),
     "model.dtype": ("float32", "bfloat16"),
     "data.task": TASKS,
+    "data.answers": ("all", "last"),
     "clean.control_characters": ("keep", "remove"),
     "clean.unicode": ("none", "nfc", "nfkc"),
     "duplicates.shingle": ("words", "characters"),
@@ -109,6 +110,7 @@ LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3e38
 APPLIES = {
     "tokenizer.path": ("kind", ("file",)),
     "data.text": ("task", ("lm",)),
+    "data.answers": ("task", ("chat",)),
     **dict.fromkeys(("data.prompt", "data.target"), ("task", ("seq2seq", "classify"))),
     "schedule.end_factor": ("name", ("linear", "cosine", "wsd")),
     "schedule.decay_share": ("name", ("wsd",)),

@@ -49,7 +49,7 @@ from jaxstages.data.tasks import Example, Question, make_task
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.disk import hold, make_folder, read_json, write_json, write_text
 
-VERSION = 4
+VERSION = 5
 """Counts up when the same inputs give other rows."""
 
 BLOCK_BYTES, BLOCK_RECORDS = 16_000_000, 50_000
@@ -144,20 +144,26 @@ def prepare(
         ValueError: more malformed records than `config.max_bad_share`, or nothing left to train on.
     """
     engine = engine or HERE
+    folder = rows_folder(source, part, config, tokenizer, context, cache)
+    if not (folder / manifest.MANIFEST).exists():  # else nothing is written, not even a lock: a cache may be read-only
+        with hold(folder.with_suffix(".lock"), wait=True):  # another run may be making the same rows
+            if not (folder / manifest.MANIFEST).exists():
+                make_folder(folder)
+                gone = find_gone(source, config, cache, engine)
+                form = Form(part, config, tokenizer, context)
+                shards = engine.write_shards(source, gone, form, folder)
+                write_json(folder / "index.json", _summarise(folder, shards, source.name, form))
+                manifest.seal(folder)
+    _check(folder, source)
+    return _usable(Prepared(folder, read_json(folder / "index.json")), config)
+
+
+def rows_folder(source: Source, part: str, config: DataConfig, tokenizer: Tokenizer, context: int, cache: Path) -> Path:
+    """Where the rows of `prepare` lie, or will lie; its name depends on all that they depend on, and on no path."""
     parts = [VERSION, source.fingerprint, tokenizer.sha256, context, config.task]
     parts += [config.holdout, part] if config.holdout else [""]
     parts += ["whole files"] if config.holdout and source.texts and not cuts_texts(source, config) else []
-    folder = _folder(cache, [*parts, *_texts_key(config)])
-    with hold(folder.with_suffix(".lock"), wait=True):  # another run may be making the same rows
-        if not (folder / manifest.MANIFEST).exists():
-            make_folder(folder)
-            gone = find_gone(source, config, cache, engine)
-            form = Form(part, config, tokenizer, context)
-            shards = engine.write_shards(source, gone, form, folder)
-            write_json(folder / "index.json", _summarise(folder, shards, source.name, form))
-            manifest.seal(folder)
-    _check(folder, source)
-    return _usable(Prepared(folder, read_json(folder / "index.json")), config)
+    return _folder(cache, [*parts, *_texts_key(config)])
 
 
 def generated_folder(cache: Path, key: list[Any]) -> Path:
@@ -194,13 +200,14 @@ def find_gone(source: Source, config: DataConfig, cache: Path, engine: Engine | 
     if not config.duplicates.threshold:
         return None
     folder = _folder(cache, [VERSION, "gone", source.fingerprint, config.task, *_texts_key(config)])
-    with hold(folder.with_suffix(".lock"), wait=True):
-        if not (folder / manifest.MANIFEST).exists():
-            make_folder(folder)
-            (engine or HERE).find_gone(source, config, folder)
-            found = sum(len(load_array(file)) for file in folder.glob("gone-*.npy"))
-            write_json(folder / "index.json", {"source": source.name, "near_duplicates": found})
-            manifest.seal(folder)
+    if not (folder / manifest.MANIFEST).exists():
+        with hold(folder.with_suffix(".lock"), wait=True):
+            if not (folder / manifest.MANIFEST).exists():
+                make_folder(folder)
+                (engine or HERE).find_gone(source, config, folder)
+                found = sum(len(load_array(file)) for file in folder.glob("gone-*.npy"))
+                write_json(folder / "index.json", {"source": source.name, "near_duplicates": found})
+                manifest.seal(folder)
     _check(folder, source)
     return folder
 
@@ -210,7 +217,8 @@ def _folder(cache: Path, key: list[Any]) -> Path:
 
 
 def _texts_key(config: DataConfig) -> list[str]:
-    return [*([config.text] if config.task == "lm" else [config.prompt, config.target]), *key_of(config)]
+    fields = {"lm": [config.text], "chat": [config.answers]}.get(config.task, [config.prompt, config.target])
+    return [*fields, *key_of(config)]
 
 
 def _check(folder: Path, source: Source | None = None) -> None:
@@ -241,6 +249,7 @@ def _find_gone(source: Source, config: DataConfig, folder: Path) -> None:
         for batch in prefetch(sign, duplicates.batches(documents()), workers=workers):
             progress.update(done)
             yield batch
+        progress.end(done)
 
     scratch = folder.with_suffix(".scratch")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
@@ -276,6 +285,7 @@ def _write_shards(source: Source, gone: Path | None, form: Form, folder: Path) -
     for size in prefetch(make, _blocks(source, gone, form), workers=workers):
         shards, records = shards + 1, records + size
         progress.update(records)
+    progress.end(records)
     return shards
 
 
@@ -326,6 +336,11 @@ def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
         say(f"{name}: removed {sum(removed.values())} of {index['records']} records: {reasons}", "yellow")
     if not index["rows"]:
         tip = f"; change data.holdout={config.holdout}, or name data.validation instead" if config.holdout else ""
+        if index["cut_examples"]:
+            tip = (
+                f"; {index['cut_examples']} do not fit config.model.context={index['context']}, which cuts "
+                f"{index['cut_tokens']:,} tokens of them: raise it, or shorten the prompts"
+            )
         raise ValueError(f"{name}: no example is left of {index['records']} records{tip}")
     if not index["scored"]:
         raise ValueError(

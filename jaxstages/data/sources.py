@@ -4,13 +4,19 @@
 | ---------------------- | ------------------------------------------------------------------------------ |
 | `notes/*.txt`          | {"text": the whole file}                                                       |
 | `pairs/*.jsonl`        | a JSON object a line; `.jsonl.gz` too                                          |
-| `pairs/*.parquet`      | a row each                                                                     |
+| `pairs/*.json`         | the objects of an array, or one a line                                         |
+| `pairs/*.csv`          | a row each, by the names in the first one; `.tsv` too                          |
+| `pairs/*.parquet`      | a row each; what is null there is missing                                      |
 | `pairs/*.array_record` | a JSON object each                                                             |
 | `tfds:NAME:SPLIT`      | any TFDS builder (`NAME/CONFIG` too), or the folder of a prepared one          |
-| `hf:NAME:SPLIT`        | a Hugging Face dataset (`pip install jaxstages[hf]`)                            |
+| `hf:NAME:SPLIT`        | a Hugging Face dataset (`hf:OWNER/NAME/CONFIG:SPLIT` too; needs jaxstages[hf])  |
 | `world:NAME:SPLIT`     | the small world: text, pairs or chats; train or validation                     |
+
+A split may be a slice, as TFDS and Hugging Face write it: `tfds:mnist:train[:50%]`.
 """
 
+import codecs
+import csv
 import functools
 import glob
 import gzip
@@ -26,18 +32,24 @@ from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader
 
+from jaxstages.disk import hold
+
 Record = dict[str, Any]
 
 MOST_BYTES = 2**24
 """Of a record in a file; a longer one is malformed, and never held in memory whole."""
 
 PIECE = 2**22
-"""Characters of a text file that make one record; a larger file is several."""
+"""Bytes of a text file that make one record; a larger file is several."""
 
 RANGE = 100_000
 """Records that one worker reads, of a source whose records are read at random places."""
 
-KINDS = {".txt": "text", ".jsonl": "JSONL", ".gz": "gzip", ".parquet": "Parquet", ".array_record": "ArrayRecord"}
+KINDS = {".txt": "text", ".jsonl": "JSONL", ".gz": "gzip", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV"}
+KINDS |= {".parquet": "Parquet", ".array_record": "ArrayRecord"}
+
+SPLIT = re.compile(r"[\w.-]+(\[[^\]]*\])?(\+[\w.-]+(\[[^\]]*\])?)*")
+"""`train`, `train[:50%]`, `train+test`."""
 
 FAULTS = (OSError, EOFError, zlib.error, RuntimeError, ValueError, LookupError, ArithmeticError, MemoryError)
 """What the decoders raise for damaged files; an OSError with a number is the disk's all the same."""
@@ -86,15 +98,21 @@ def open_source(name: str, data_dir: Path) -> Source:
     """
     kind, _, rest = name.partition(":")
     match kind:
-        case "world" | "tfds" | "hf" if rest.count(":"):
-            dataset, _, split = rest.rpartition(":")
+        case "world" | "tfds" | "hf":
+            dataset, split = _dataset_and_split(kind, rest)
             if kind == "world":
                 return _open_world(name, dataset, split, data_dir)
             return _open_tfds(name, dataset, split, data_dir) if kind == "tfds" else _open_hf(name, dataset, split)
-        case "world" | "tfds" | "hf":
-            raise ValueError(f"source {name!r} has no split; write it as {kind}:NAME:SPLIT")
         case _:
             return _open_files(name)
+
+
+def _dataset_and_split(kind: str, rest: str) -> tuple[str, str]:
+    """`NAME:SPLIT`; the split, which may have a colon in its slice, begins after the last colon that lets it be one."""
+    for colon in reversed([match.start() for match in re.finditer(":", rest)]):
+        if colon and SPLIT.fullmatch(rest, colon + 1):
+            return rest[:colon], rest[colon + 1 :]
+    raise ValueError(f"source {f'{kind}:{rest}'!r} has no split; write it as {kind}:NAME:SPLIT, such as train[:50%]")
 
 
 def _open_files(name: str) -> Source:
@@ -103,7 +121,8 @@ def _open_files(name: str) -> Source:
         if re.search(r"[\t\n\r\ud800-\udfff]", str(file)):
             raise ValueError(f"{str(file)!r}: a tab, a new line or what is not UTF-8 in a file's name; rename it")
         if file.suffix not in KINDS or (file.suffix == ".gz" and not file.name.endswith(".jsonl.gz")):
-            raise ValueError(f"{file}: unknown kind of file; known: .txt .jsonl .jsonl.gz .parquet .array_record")
+            known = " ".join([".jsonl.gz", *(kind for kind in KINDS if kind != ".gz")])
+            raise ValueError(f"{file}: unknown kind of file; known: {known}")
         if not file.stat().st_size:
             raise ValueError(f"{file} is empty; remove it from {name!r} or fill it")
     parts = tuple(functools.partial(_read_file, file) for file in files)
@@ -112,7 +131,8 @@ def _open_files(name: str) -> Source:
 
 
 def _read_file(file: Path) -> Iterator[Item]:
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".gz": _read_jsonl}
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".gz": _read_jsonl, ".json": _read_json}
+    readers |= {".csv": _read_csv, ".tsv": _read_csv}
     readers |= {".parquet": _read_parquet, ".array_record": _read_array_record}
     with _named(file):
         yield from readers[file.suffix](file)
@@ -121,7 +141,9 @@ def _read_file(file: Path) -> Iterator[Item]:
 def _matching(name: str) -> list[Path]:
     """The files of a path or pattern, in order."""
     found: dict[Path, Path] = {}
-    for path in map(Path, glob.iglob(name, recursive=True)):
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    # A file that has this very name is meant itself, whatever pattern the name makes.
+    for path in map(Path, [name] if Path(name).is_file() else glob.iglob(name, recursive=True)):
         if path.is_file():
             # Links to a folder above make `**` walk in circles, and read a file many times: stop at the first.
             known = found.setdefault(path.resolve(), path)
@@ -151,6 +173,11 @@ def _named(file: Path) -> Iterator[None]:
 
 def _count(file: Path) -> int:
     """Records of a file; lines for JSONL, blank ones included; about how many for a large text."""
+    return _counted(file, *_stamp(file))
+
+
+@functools.cache
+def _counted(file: Path, *_: int) -> int:
     with _named(file):
         match file.suffix:
             case ".txt":
@@ -159,6 +186,8 @@ def _count(file: Path) -> int:
                 return _open_parquet(file).metadata.num_rows
             case ".array_record":
                 return ArrayRecordReader(str(file)).num_records()
+            case ".csv" | ".tsv" | ".json":
+                return sum(1 for _ in _read_file(file))
             case _:
                 return sum(1 for _ in _lines(file))
 
@@ -166,9 +195,20 @@ def _count(file: Path) -> int:
 def _fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        with _named(file), file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(_digest(file, *_stamp(file)))
     return digest.hexdigest()
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What changes when a file is written: one that was read in this process need not be read again."""
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@functools.cache
+def _digest(file: Path, *_: int) -> bytes:
+    with _named(file), file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 def _check_utf8(start: bytes) -> None:
@@ -181,13 +221,39 @@ def _read_text(file: Path) -> Iterator[Item]:
     with file.open("rb") as content:
         _check_utf8(content.read(4))
     line = 1
-    with file.open(encoding="utf-8-sig") as content:
+    with file.open("rb") as content:
+        content.seek(len(codecs.BOM_UTF8) if content.read(3) == codecs.BOM_UTF8 else 0)
+        for piece in iter(lambda: _whole_letters(content), b""):
+            for good, part in _split_at_faults(piece):
+                where = f"{file}:{line}" if line > 1 or not good else str(file)
+                text = part.decode("utf-8", "strict" if good else "replace")
+                fault = f"not UTF-8, and left out; save the file as UTF-8: {text[:60]!r}"
+                record = {"text": text.replace("\r\n", "\n").replace("\r", "\n")} if good else None
+                yield Item(where, record, "" if good else fault)
+                line += part.count(b"\n")
+
+
+def _whole_letters(content: Any) -> bytes:
+    """The next piece of a text file, up to the end of a letter and of a line's end."""
+    piece = content.read(PIECE)
+    while piece and (following := content.peek(1)[:1]) and (following[0] & 0xC0 == 0x80 or piece[-1:] == b"\r"):
+        piece += content.read(1)
+    return piece
+
+
+def _split_at_faults(piece: bytes) -> Iterator[tuple[bool, bytes]]:
+    """Parts of a piece in order, and whether each is UTF-8: a line that is not is a part of its own."""
+    while piece:
         try:
-            while text := content.read(PIECE):
-                yield Item(f"{file}:{line}" if line > 1 else str(file), {"text": text})
-                line += text.count("\n")
+            piece.decode()
         except UnicodeDecodeError as error:
-            yield Item(str(file), None, f"not UTF-8: {error}")
+            start, stop = piece.rfind(b"\n", 0, error.start) + 1, piece.find(b"\n", error.start) + 1 or len(piece)
+            yield from [(True, piece[:start])] if start else []
+            yield False, piece[start:stop]
+            piece = piece[stop:]
+        else:
+            yield True, piece
+            return
 
 
 def _once(pairs: list[tuple[str, Any]]) -> Record:
@@ -221,6 +287,36 @@ def _read_jsonl(file: Path) -> Iterator[Item]:
             yield _parse(f"{file}:{number}", line)
 
 
+def _read_json(file: Path) -> Iterator[Item]:
+    """The objects of an array; a file that does not begin as one is read as lines."""
+    with file.open(encoding="utf-8-sig") as content:
+        start = content.read(1)
+        while start.isspace():
+            start = content.read(1)
+        records = json.loads(start + content.read()) if start == "[" else None
+    if records is None:
+        yield from _read_jsonl(file)
+    for number, record in enumerate(records or [], start=1):
+        where = f"{file}:{number}"
+        fault = f"a JSON object is wanted, not {type(record).__name__}"
+        yield Item(where, record) if isinstance(record, dict) else Item(where, None, fault)
+
+
+def _read_csv(file: Path) -> Iterator[Item]:
+    """Rows by the names in the first one; an empty field is an empty text."""
+    csv.field_size_limit(MOST_BYTES)
+    with file.open(encoding="utf-8-sig", newline="") as content:
+        rows = csv.reader(content, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        names = next(rows)
+        if len(set(names)) < len(names):
+            raise ValueError(f"two columns have one name: {', '.join(names)}")
+        for row in filter(None, rows):
+            where = f"{file}:{rows.line_num}"
+            fault = f"{len(row)} fields, where the first row names {len(names)}"
+            matched = len(row) == len(names)
+            yield Item(where, dict(zip(names, row, strict=True))) if matched else Item(where, None, fault)
+
+
 def _lines(file: Path) -> Iterator[bytes]:
     """Lines; of one that is too long only the beginning, which is more than `MOST_BYTES`."""
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
@@ -239,7 +335,14 @@ def _open_parquet(file: Path) -> Any:
 def _read_parquet(file: Path) -> Iterator[Item]:
     batches = _open_parquet(file).iter_batches(batch_size=100)
     for number, record in enumerate((record for batch in batches for record in batch.to_pylist()), start=1):
-        yield Item(f"{file}:{number}", record)
+        yield Item(f"{file}:{number}", _without_nulls(record))
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row of a table without the fields that are null: tables have each field of each row, records do not."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_array_record(file: Path) -> Iterator[Item]:
@@ -287,10 +390,16 @@ def _builder(dataset: str, data_dir: str, prepare: bool) -> Any:  # TFDS's decor
 
     if (Path(dataset) / "dataset_info.json").exists():
         return tfds.builder_from_directory(dataset)
-    builder: Any = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
-    if prepare:
+
+    def make() -> Any:
+        return tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+
+    if not prepare:
+        return make()
+    with hold(Path(data_dir) / f"{re.sub(r'[^a-zA-Z0-9]', '_', dataset)}.lock", wait=True):
+        builder = make()  # here, for it looks at once for what another run may have prepared
         builder.download_and_prepare()
-    return builder
+        return builder
 
 
 def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
@@ -299,7 +408,7 @@ def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
     try:
         builder = _builder(dataset, str(data_dir), prepare=True)
         records = len(builder.as_data_source(split=split))
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError, NotImplementedError) as error:
+    except (tfds.core.DatasetNotFoundError, ValueError, LookupError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"{name}: TFDS can't open it: {str(error).splitlines()[0]}") from error
     files = sorted(Path(str(builder.data_path)).glob("*.array_record*"))
     # A builder's files hold all its splits: which one is read has to be in the fingerprint.
@@ -323,7 +432,10 @@ def _load_hf(name: str, dataset: str, split: str) -> Any:
         datasets = importlib.import_module("datasets")  # an extra: type checkers need not find it
     except ImportError as error:
         raise ValueError(f"{name}: Hugging Face datasets is not installed; pip install jaxstages[hf]") from error
-    return datasets.load_dataset(dataset, split=split)
+    owner_name, config = dataset, None
+    if dataset.count("/") == 2 and not Path(dataset).exists():
+        owner_name, _, config = dataset.rpartition("/")
+    return datasets.load_dataset(owner_name, config, split=split)
 
 
 def _open_hf(name: str, dataset: str, split: str) -> Source:
@@ -335,4 +447,4 @@ def _open_hf(name: str, dataset: str, split: str) -> Source:
 def _read_hf(name: str, dataset: str, split: str, numbers: range) -> Iterator[Item]:
     records = _load_hf(name, dataset, split)
     for number in numbers:
-        yield Item(f"{name}:{number + 1}", dict(records[number]))
+        yield Item(f"{name}:{number + 1}", _without_nulls(dict(records[number])))

@@ -10,6 +10,7 @@ A tokenizer with a chat template of its own begins with its `begin` (it may be n
 """
 
 import hashlib
+import json
 import string
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,19 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxstages.config import DataConfig
-from jaxstages.data.chat import (
-    Chat,
-    Draft,
-    Written,
-    check_messages,
-    make_chat,
-    only_trained,
-    tools_of,
-    trained_turns,
-    unread_keys,
-)
+from jaxstages.data.chat import Chat, Chatted, Draft, make_chat, only_trained
+from jaxstages.data.conversation import Conversation, read_conversation, unread_keys
 from jaxstages.data.sources import Record
-from jaxstages.data.tokenizer import SEPARATOR, Tokenizer
+from jaxstages.data.tokenizer import Tokenizer, needed_tokens
 
 
 class Example(NamedTuple):
@@ -63,6 +55,8 @@ def render(template: str, record: Record) -> str:
     | template          | record                     | result   |
     | `{en} => {fr}`    | {"en": "dog", "fr": "chien"} | dog => chien |
     | `en`              |                            | dog      |
+    | `translation.en`  | {"translation": {"en": "dog"}} | dog  |
+    | `spam`            | {"spam": true}             | true     |
 
     Raises:
         ValueError: the record lacks a field, or it is neither text nor a number.
@@ -75,14 +69,22 @@ def render(template: str, record: Record) -> str:
         parts.append(literal)
         if name is None:
             continue
-        value = record.get(name)
-        if not isinstance(value, str | int | float) or isinstance(value, bool):
+        value = _field(record, name)
+        if not isinstance(value, str | int | float):
             raise ValueError(f"field {name!r} is missing or no text; it has {', '.join(map(repr, record)) or 'none'}")
-        parts.append(str(value))
+        parts.append(json.dumps(value) if isinstance(value, bool) else str(value))
     text = "".join(parts)
     if not text.strip():
         raise ValueError(f"{template} is empty")
     return text
+
+
+def _field(record: Record, name: str) -> Any:
+    """A field of a record; dots lead into records within it."""
+    value: Any = record
+    for part in [name] if name in record else name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def asks(record: Record, config: DataConfig) -> str:
@@ -92,7 +94,8 @@ def asks(record: Record, config: DataConfig) -> str:
         ValueError: the record does not fit the task.
     """
     if config.task == "chat":
-        return next(m["content"] for m in check_messages(record, tools=True) if m["role"] == "user")
+        messages = read_conversation(record).messages
+        return next((message["content"] for message in messages if message["role"] == "user"), json.dumps(messages))
     return render(config.text if config.task == "lm" else config.prompt, record)
 
 
@@ -109,7 +112,7 @@ def texts(record: Record, config: DataConfig) -> list[str]:
         ValueError: the record does not fit the task.
     """
     if config.task == "chat":
-        found = [message["content"] or "" for message in check_messages(record, tools=True)]
+        found = [message.get("content", "") for message in read_conversation(record, config.answers).messages]
     else:
         found = [render(t, record) for t in ((config.text,) if config.task == "lm" else (config.prompt, config.target))]
     _check_text(*found, _kind(record))
@@ -142,8 +145,9 @@ def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
     Text is cut into pieces that overlap by one token, so that each token is predicted once. A pair that does not fit
     is left out; a chat is cut after the last whole answer that fits.
     """
+    check_tokens(tokenizer, config.task)
     if config.task == "chat":
-        return _chat_task(make_chat(tokenizer), tokenizer.template, context + 1)
+        return _chat_task(make_chat(tokenizer), tokenizer, context + 1, config.answers)
     end = tokenizer.specials.end_of_text
 
     def draft(record: Record) -> tuple[list[str], str]:
@@ -160,7 +164,7 @@ def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
             return Encoded([Example(piece, _scored_after(1, len(piece))) for piece in pieces], None, 0)
         start = pair_prompt(ids[0], tokenizer)
         pair = np.concatenate([start, ids[1], [end]]).astype(np.int32)
-        question = Question(start, found[1], kind)
+        question = Question(start, tokenizer.decode(ids[1]), kind)
         if len(pair) > context + 1:
             return Encoded([], question, len(pair))
         return Encoded([Example(pair, _scored_after(len(start), len(pair)))], question, 0)
@@ -170,47 +174,53 @@ def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
 
 def pair_prompt(prompt: np.ndarray, tokenizer: Tokenizer) -> list[int]:
     """Ids of what is given, up to where the target has to come."""
-    if tokenizer.specials.separator < 0:
-        raise ValueError(
-            f"this run's tokenizer has no {SEPARATOR}, which pairs need: it was taken over when no stage had any; take "
-            "another --workdir"
-        )
+    check_tokens(tokenizer, "seq2seq")
     return [*tokenizer.begin, *prompt.tolist(), tokenizer.specials.separator]
+
+
+def check_tokens(tokenizer: Tokenizer, task: str) -> None:
+    """Raises ValueError where the tokenizer lacks a control token that the task needs."""
+    needed = needed_tokens([task], template=bool(tokenizer.template))
+    missing = [token for token in needed if tokenizer.backend.token_to_id(token) is None]
+    if missing:
+        raise ValueError(
+            f"this run's tokenizer has no {' '.join(missing)}, which {task} needs: it was taken over when no stage "
+            "did; take another --workdir"
+        )
 
 
 def _scored_after(start: int, length: int) -> np.ndarray:
     return (np.arange(length) >= start).astype(np.float32)
 
 
-class _Conversation(NamedTuple):
-    """A chat before it is tokenized. trained: for each answer, whether it is trained on."""
+class _Drafted(NamedTuple):
+    """A chat before it is tokenized."""
 
+    conversation: Conversation
     draft: Draft
     kind: str
-    trained: list[bool]
-    unread: list[str]
 
 
-def _chat_task(chat: Chat, template: str, most: int) -> Task:
-    def draft(record: Record) -> _Conversation:
-        every = check_messages(record, chat.uses_tools)
-        messages, trained = trained_turns(every)
-        drafted, kind = chat.draft(messages, tools_of(record) if chat.uses_tools else None), _kind(record)
+def _chat_task(chat: Chat, tokenizer: Tokenizer, most: int, answers: str) -> Task:
+    template = tokenizer.template + tokenizer.tool_template
+
+    def draft(record: Record) -> _Drafted:
+        conversation, kind = read_conversation(record, answers), _kind(record)
+        drafted = chat.draft(conversation.messages, conversation.tools)
         _check_text(*drafted.texts, kind)
-        return _Conversation(drafted, kind, trained, sorted(unread_keys(every, template)))
+        return _Drafted(conversation, drafted, kind)
 
-    def finish(drafts: Sequence[_Conversation]) -> list[Encoded]:
-        written = chat.finish([conversation.draft for conversation in drafts])
-        return [encode(*pair) for pair in zip(drafts, written, strict=True)]
+    def finish(drafts: Sequence[_Drafted]) -> list[Encoded]:
+        chats = chat.finish([drafted.draft for drafted in drafts])
+        return [encode(*pair) for pair in zip(drafts, chats, strict=True)]
 
-    def encode(conversation: _Conversation, written: list[Written]) -> Encoded:
-        prompt = written[-1].ids[: written[-1].answers[-1][0]].tolist()
+    def encode(drafted: _Drafted, chatted: Chatted) -> Encoded:
         examples, lost = [], 0
-        for one in only_trained(written, conversation.trained):
-            kept = max((stop for _, stop in one.answers if stop <= most), default=0)
-            lost += one.answers[-1][1] - kept
-            examples += [Example(one.ids[:kept], one.weights[:kept])] if kept else []
-        question = Question(prompt, conversation.draft.reference, conversation.kind)
-        return Encoded(examples, question, lost, conversation.unread)
+        for written in only_trained(chatted.examples, drafted.conversation.trained):
+            kept = max((stop for _, stop in written.answers if stop <= most), default=0)
+            lost += written.answers[-1][1] - kept
+            examples += [Example(written.ids[:kept], written.weights[:kept])] if kept else []
+        question = Question(chatted.prompt, chatted.reference, drafted.kind)
+        return Encoded(examples, question, lost, unread_keys(drafted.conversation, template))
 
     return Task(draft, finish)

@@ -36,10 +36,15 @@ NARROW = ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "tra
 
 
 class Rendered(NamedTuple):
-    """marks: where in the text, as (start, end), stands what the template marks as generated."""
+    """The text of a conversation.
+
+    marks: where in it, as (start, end), stands what the template marks as generated.
+    starts: where the template's loop over messages reached each of them; None for one that it did not visit.
+    """
 
     text: str
     marks: list[tuple[int, int]]
+    starts: list[int | None]
 
 
 Render = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None, bool], Rendered]
@@ -47,12 +52,15 @@ Render = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None, bool], Ren
 
 
 class _Budget:
-    """Counts down in one rendering: the only state of it."""
+    """The state of one rendering: what it may still do, and how far its text had come at each item of a loop."""
 
     def __init__(self) -> None:
-        self.steps, self.letters = MOST_STEPS, MOST_LETTERS
+        self.steps, self.letters, self.written = MOST_STEPS, MOST_LETTERS, 0
+        self.starts: dict[int, int] = {}
 
-    def step(self) -> str:
+    def step(self, item: Any) -> str:
+        if isinstance(item, dict):
+            self.starts[id(item)] = self.written
         self.steps -= 1
         if self.steps < 0:
             raise ValueError(f"it takes more than {MOST_STEPS:,} rounds of loops; does it end?")
@@ -84,6 +92,9 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and {type(left), type(right)} == {str}:  # nearly all there are
+            context[BUDGET].spend(len(left) + len(right))
+            return left + right
         sizes = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]
         if sizes and operator == "%":
             raise ValueError("it formats text by %, which is refused here")
@@ -99,8 +110,8 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
         return not (isinstance(obj, str) and attr in NARROW) and super().is_safe_attribute(obj, attr, value)
 
 
-def _step(context: Any, value: str) -> str:
-    return context[BUDGET].step() + value
+def _step(context: Any, value: str, item: Any = None) -> str:
+    return context[BUDGET].step(item) + value
 
 
 def _sized(context: Any, value: str) -> str:
@@ -126,16 +137,35 @@ def _refuse(message: str) -> None:
 
 
 def _counted(tree: nodes.Template) -> nodes.Template:
-    """The template with a step at the head of each loop's and macro's body, and with `~` counted."""
+    """The template with a step at the head of each loop's and macro's body, and with `~` counted.
 
-    def through(name: str, node: nodes.Expr) -> nodes.Filter:
-        return nodes.Filter(node, name, [], [], None, None)
+    The steps of outer loops, whose output is not buffered, also note their item.
+    """
 
-    for node in list(tree.find_all((nodes.For, nodes.Macro))):
-        node.body.insert(0, nodes.Output([through("step", nodes.Const(""))]))
+    def through(name: str, node: nodes.Expr, *arguments: nodes.Expr) -> nodes.Filter:
+        return nodes.Filter(node, name, list(arguments), [], None, None)
+
+    bodies = list(tree.find_all((nodes.For, nodes.Macro)))
+    buffered = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock)
+    inner = {id(node) for outer in tree.find_all(buffered) for node in outer.find_all(nodes.For) if node is not outer}
+    for node in bodies:
+        target = node.target if isinstance(node, nodes.For) and id(node) not in inner else None
+        item = [nodes.Name(target.name, "load")] if isinstance(target, nodes.Name) else []
+        node.body.insert(0, nodes.Output([through("step", nodes.Const(""), *item)]))
     for node in list(tree.find_all(nodes.Concat)):
         node.nodes = [through("sized", part) for part in node.nodes]
     return tree
+
+
+def constants(source: str) -> frozenset[str]:
+    """Texts that a template compares with, or writes, by expressions; no words, which are names of roles and keys."""
+    tree = _environment().parse(source)
+    texts = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+    return frozenset(text for text in texts if re.search(r"\W", text.strip()))
+
+
+def _environment() -> "_Sandbox":
+    return _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
 
 
 def make_render(
@@ -150,7 +180,7 @@ def make_render(
     Raises:
         ValueError: no template; and from `render`: what the template refuses, fails at, or does not end with.
     """
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
+    environment = _environment()
     for name in WIDE:
         environment.filters.pop(name, None)
         environment.globals.pop(name, None)
@@ -175,10 +205,12 @@ def make_render(
         try:
             for piece in template.generate(given):
                 budget.spend(len(piece))
+                budget.written += len(piece) - sum(map(piece.count, MARKS))
                 pieces.append(piece)
         except Exception as error:  # whatever a template may do with a conversation, the conversation is refused
             raise ValueError(f"the chat template refuses this conversation: {_line(error)}") from error
-        return _unmarked("".join(pieces))
+        text, marks = _unmarked("".join(pieces))
+        return Rendered(text, marks, [budget.starts.get(id(message)) for message in messages])
 
     return render
 
@@ -187,7 +219,7 @@ def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _unmarked(text: str) -> Rendered:
+def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
     """Take the marks out; a mark within another says nothing new."""
     parts, marks, opened, length = [], [], [], 0
     for part in re.split(f"([{''.join(MARKS)}])", text):
@@ -199,4 +231,4 @@ def _unmarked(text: str) -> Rendered:
         elif part not in MARKS:
             parts.append(part)
             length += len(part)
-    return Rendered("".join(parts), marks)
+    return "".join(parts), marks

@@ -22,7 +22,8 @@ from jaxstages.disk import read_json, write_json, write_text
 class Specials(NamedTuple):
     """Ids of the control tokens. Text never yields one of them: they are put between encoded texts, as ids.
 
-    A tokenizer with a chat template of its own names its own end of a text and of a turn here, and needs no more: -1.
+    A tokenizer from elsewhere names its own end of a text, and with a chat template its own end of a turn. What no task
+    of the recipe needs is not added to it: -1.
     """
 
     end_of_text: int
@@ -47,8 +48,16 @@ its memory a hundredfold with the other, where text has no spaces (DNA, base64).
 
 
 class Tokenizer(NamedTuple):
-    """backend: of the `tokenizers` library. sha256: of the files that it was read from. begin: ids that a document, or
-    a prompt, begins with. template: Jinja that chats are written by; "" is ours. bos, eos: as the template is told."""
+    """A tokenizer of a run.
+
+    backend: of the `tokenizers` library.
+    sha256: of the files that it was read from.
+    begin: ids that a document, or a prompt, begins with.
+    template: Jinja that chats are written by; "" is ours.
+    bos, eos: as the template is told.
+    tool_template: the one for chats with tools; "" is `template` too.
+    stops: ids that end what the model says.
+    """
 
     backend: tokenizers.Tokenizer
     specials: Specials
@@ -57,10 +66,17 @@ class Tokenizer(NamedTuple):
     template: str
     bos: str
     eos: str
+    tool_template: str
+    stops: tuple[int, ...]
 
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def control(self) -> frozenset[str]:
+        """Control tokens, which no text yields and no decoding shows."""
+        return frozenset(_special_tokens(self.backend))
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """int32 ids of each text, over all cores. Control tokens that stand in a text are encoded as plain text."""
@@ -181,10 +197,11 @@ def seal(tokenizer: Tokenizer) -> Sealed:
     secret = secrets.token_hex(16)
     special = frozenset(_special_tokens(tokenizer.backend))
     added = tokenizer.backend.get_added_tokens_decoder()
+    templates = tokenizer.template + tokenizer.tool_template
     names = {
         token.content: f"<|{secret}-{i}|>"
         for i, token in added.items()
-        if token.content in special or (token.content.strip() and token.content in tokenizer.template)
+        if token.content in special or (token.content.strip() and token.content in templates)
     }
     content = json.loads(tokenizer.backend.to_str())
     model, cut = content["model"], f"<|{secret}-cut|>"
@@ -221,6 +238,8 @@ class _Dialect(NamedTuple):
     eos: str
     add_bos: bool
     template: str
+    tool_template: str
+    stops: list[str]
 
 
 def _config_file(path: Path) -> Path:
@@ -236,8 +255,9 @@ def _read_dialect(path: Path, backend: tokenizers.Tokenizer) -> _Dialect | None:
             if not isinstance(content, dict):
                 raise ValueError(f"{file} is no JSON object")
             found |= {name: value for name, value in content.items() if value is not None}
-    if path.with_name("chat_template.jinja").is_file():
-        found["chat_template"] = path.with_name("chat_template.jinja").read_text(encoding="utf-8")
+    templates = _read_templates(path, found.get("chat_template"))
+    if templates:
+        found["chat_template"] = templates
     if not found:
         return None
 
@@ -248,15 +268,6 @@ def _read_dialect(path: Path, backend: tokenizers.Tokenizer) -> _Dialect | None:
             raise ValueError(f"{name} in {_config_file(path)} is no text: {str(value)[:50]}")
         return value
 
-    named: Any = found.get("chat_template")
-    if isinstance(named, list):
-        templates = {entry["name"]: entry["template"] for entry in named}
-        if "default" not in templates:
-            raise ValueError(
-                f"{_config_file(path)} has the chat templates {', '.join(templates)}, and none that is the default; "
-                "put the one you want into chat_template.jinja beside it"
-            )
-        found["chat_template"] = templates["default"]
     bos, eos = text_of("bos_token", "content"), text_of("eos_token", "content")
     listed = {int(i): token for i, token in found.get("added_tokens_decoder", {}).items()}
     control = [token["content"] for i, token in listed.items() if token.get("special")]
@@ -267,8 +278,51 @@ def _read_dialect(path: Path, backend: tokenizers.Tokenizer) -> _Dialect | None:
     if path.suffix == ".model":  # it can't say; these classes of transformers do by default
         default = text_of("tokenizer_class", "").startswith(("Llama", "CodeLlama", "Gemma"))
         puts_bos = bool(found.get("add_bos_token", default))
+    tool_template = templates.get("tool_use", "") or found.get("tool_template", "")
+    stops = found.get("stop_tokens") or _read_stops(path, backend)
     # Of a tokenizer.json, the post-processor counts: transformers reads no add_bos_token beside one.
-    return _Dialect(bos, eos, puts_bos, text_of("chat_template", "default"))
+    return _Dialect(bos, eos, puts_bos, templates.get("default", ""), tool_template, stops)
+
+
+def _read_templates(path: Path, chat_template: Any) -> dict[str, str]:
+    """Chat templates by name: of the config, of chat_template.jinja, and of the folder additional_chat_templates.
+
+    Raises:
+        ValueError: none of them is the default.
+    """
+    match chat_template:
+        case None | "":
+            templates = {}
+        case str():
+            templates = {"default": chat_template}
+        case list():
+            templates = {entry["name"]: entry["template"] for entry in chat_template}
+        case _:
+            templates = dict(chat_template)
+    files = {file.stem: file for file in sorted(path.with_name("additional_chat_templates").glob("*.jinja"))}
+    if path.with_name("chat_template.jinja").is_file():
+        files["default"] = path.with_name("chat_template.jinja")
+    templates |= {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    for name, template in templates.items():
+        if not isinstance(template, str):
+            raise ValueError(f"{_config_file(path)}: the chat template {name!r} is no text: {str(template)[:50]}")
+    if templates and "default" not in templates:
+        raise ValueError(
+            f"{_config_file(path)} has the chat templates {', '.join(templates)}, and none that is the default; "
+            "put the one you want into chat_template.jinja beside it"
+        )
+    return templates
+
+
+def _read_stops(path: Path, backend: tokenizers.Tokenizer) -> list[str]:
+    """The tokens that the model's own configs end a text with, beside its eos_token."""
+    ids: list[int] = []
+    for file in (path.with_name("config.json"), path.with_name("generation_config.json")):
+        content = read_json(file) if file.is_file() else {}
+        named = content.get("eos_token_id") if isinstance(content, dict) else None
+        ids += [named] if isinstance(named, int) else named or []
+    tokens = [backend.id_to_token(i) for i in dict.fromkeys(ids)]
+    return [token for token in tokens if token is not None]
 
 
 def _foreign_specials(backend: tokenizers.Tokenizer, dialect: _Dialect, path: Path) -> Specials:
@@ -277,12 +331,22 @@ def _foreign_specials(backend: tokenizers.Tokenizer, dialect: _Dialect, path: Pa
     eos, answer = backend.token_to_id(dialect.eos), "a test of where an answer ends"
     if eos is None:
         raise ValueError(f"{_config_file(path)}: eos_token {dialect.eos!r} is no token of {path.name}")
-    messages = [{"role": "user", "content": "a test"}, {"role": "assistant", "content": answer}]
-    text = make_render(dialect.template, dialect.bos, dialect.eos)(messages, None, False).text
-    if answer not in text:
-        raise ValueError(f"the chat template of {path} does not write an answer as it is")
-    ends = re.findall("|".join(map(re.escape, _special_tokens(backend))), text.rpartition(answer)[2])
-    end, separator = backend.token_to_id(ends[0]) if ends else eos, backend.token_to_id(SEPARATOR)
+    question, following = ({"role": "user", "content": text} for text in ("a test", "what follows"))
+    messages = [question, {"role": "assistant", "content": answer}]
+    render = make_render(dialect.template, dialect.bos, dialect.eos)
+    special = re.compile("|".join(map(re.escape, _special_tokens(backend))))
+
+    def after_answer(messages: list[dict[str, Any]]) -> list[str]:
+        text = render(messages, None, False).text
+        if answer not in text and messages[-1] is not following:
+            raise ValueError(f"the chat template of {path} does not write an answer as it is")
+        return special.findall(text.rpartition(answer)[2].partition(following["content"])[0])
+
+    ends, between = after_answer(messages), after_answer([*messages, following])
+    # Some write two tokens, of which the second stops; others eos once, at the end of the whole conversation.
+    stopping = [token for token in ends if token in (dialect.eos, *dialect.stops) and token in between]
+    chosen = (stopping or ends or [dialect.eos])[0]
+    end, separator = backend.token_to_id(chosen), backend.token_to_id(SEPARATOR)
     assert end is not None, ends
     return Specials(eos, -1 if separator is None else separator, -1, -1, -1, end)
 
@@ -311,9 +375,10 @@ def _open(content: bytes, path: Path) -> Tokenizer:
     backend = _parse(content, path)
     dialect = _read_dialect(path, backend)
     digest = hashlib.sha256(content + (json.dumps(dialect).encode() if dialect else b"")).hexdigest()
-    template, bos, eos = (dialect.template, dialect.bos, dialect.eos) if dialect is not None else ("", "", "")
-    specials = _foreign_specials(backend, dialect, path) if dialect and template else _our_specials(backend, path)
+    bos, eos, _, template, tool_template, named = dialect or _Dialect("", "", False, "", "", [])
+    specials = _foreign_specials(backend, dialect, path) if dialect and template else _our_specials(backend, path, eos)
     begin = () if template else (specials.end_of_text,)
+    stops = [specials.end_of_text, specials.end_of_turn, *(backend.token_to_id(token) for token in named)]
     if dialect is not None and dialect.add_bos:
         found = backend.token_to_id(bos)
         if found is None:
@@ -324,25 +389,44 @@ def _open(content: bytes, path: Path) -> Tokenizer:
         keep_apart(backend, _special_tokens(backend))
     backend.no_padding()
     backend.no_truncation()
-    return Tokenizer(backend, specials, digest, begin, template, bos, eos)
+    ends = tuple(dict.fromkeys(i for i in stops if i is not None and i >= 0))
+    return Tokenizer(backend, specials, digest, begin, template, bos, eos, tool_template, ends)
 
 
-def _our_specials(backend: tokenizers.Tokenizer, path: Path) -> Specials:
-    found = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
-    ids = [i for i in found if i is not None]
-    if len(ids) < len(found):
-        missing = [token for token, i in zip(SPECIAL_TOKENS, found, strict=True) if i is None]
-        raise ValueError(f"{path} lacks the control tokens {', '.join(missing)}; let `jaxstages prepare` make it")
-    if len(set(ids)) < len(ids):
+def _our_specials(backend: tokenizers.Tokenizer, path: Path, eos: str) -> Specials:
+    """Our control tokens as far as they are in the vocabulary; a text ends with its own eos, where it has one."""
+    end = backend.token_to_id(eos) if eos else None
+    ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
+    ids[0] = ids[0] if end is None else end
+    if ids[0] is None:
+        raise ValueError(f"{path} lacks the control token {SPECIAL_TOKENS[0]}; let `jaxstages prepare` make it")
+    known = [i for i in ids if i is not None]
+    if len(set(known)) < len(known):
         raise ValueError(f"{path}: control tokens share an id: {dict(zip(SPECIAL_TOKENS, ids, strict=True))}")
-    return Specials(*ids)
+    return Specials(*(-1 if i is None else i for i in ids))
 
 
-def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path, separator: bool = False) -> Tokenizer:
+def needed_tokens(tasks: Iterable[str], template: bool) -> list[str]:
+    """The control tokens that a recipe's tasks need beside the end of a text.
+
+    Args:
+        template: whether the tokenizer has a chat template of its own.
+    """
+    tasks = set(tasks)
+    pairs, chats = tasks & {"seq2seq", "classify"}, "chat" in tasks and not template
+    return [*(SPECIAL_TOKENS[1:2] if pairs else ()), *(SPECIAL_TOKENS[2:] if chats else ())]
+
+
+def make_tokenizer(
+    config: TokenizerConfig, texts: Iterator[str], path: Path, tasks: Iterable[str] = ("chat",)
+) -> Tokenizer:
     """Train on `texts`, or take the file that the recipe names, and write it to `path`.
 
-    To a tokenizer from elsewhere our control tokens are added at the end of its vocabulary where it lacks them. If it
-    has a chat template (see `_read_dialect`), it needs none but the separator, and that only for tasks of pairs.
+    To a tokenizer from elsewhere those control tokens are added, at the end of its vocabulary, that it lacks and that
+    the tasks need (see `needed_tokens`).
+
+    Args:
+        tasks: of all data sets of the recipe.
     """
     dialect = None
     match config.kind:
@@ -382,8 +466,10 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path, se
                 backend.post_processor = processors.TemplateProcessing(
                     [dialect.bos, "$A"], None, [(dialect.bos, begin)]
                 )
-            ours = SPECIAL_TOKENS if not (dialect and dialect.template) else (SEPARATOR,) if separator else ()
-            backend.add_special_tokens([t for t in ours if backend.token_to_id(t) is None])
+            ended = dialect is not None and backend.token_to_id(dialect.eos) is not None
+            ours = needed_tokens(tasks, template=bool(dialect and dialect.template))
+            ours = ours if ended or (dialect and dialect.template) else [SPECIAL_TOKENS[0], *ours]
+            backend.add_special_tokens([token for token in ours if backend.token_to_id(token) is None])
         case _:
             raise ValueError(f"tokenizer.kind={config.kind!r}; known: bpe, characters, file")
     if dialect is None:
@@ -392,7 +478,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str], path: Path, se
     # Before it is kept: one that can't be used must not stay in the workdir.
     tokenizer = _open(content.encode(), Path(config.path or path))
     if dialect is not None:  # first: where there is a tokenizer.json, it has its config
-        names = ("bos_token", "eos_token", "add_bos_token", "chat_template")
+        names = ("bos_token", "eos_token", "add_bos_token", "chat_template", "tool_template", "stop_tokens")
         write_json(_config_file(path), dict(zip(names, dialect, strict=True)))
     write_text(path, content)
     return tokenizer

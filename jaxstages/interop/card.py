@@ -6,13 +6,13 @@ from typing import Any
 
 from jaxstages import config as recipes
 from jaxstages.config import Recipe
-from jaxstages.parent import finished
+from jaxstages.record import finished
 from jaxstages.workdir import result_file
 
 
-def lineage_of(stage_dir: Path) -> list[dict[str, Any]]:
+def lineage_of(stage_dir: Path, chosen: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """Results of a stage and of those that it came from, oldest first, as far as they can be found."""
-    found = [finished(stage_dir)]
+    found = [chosen or finished(stage_dir)]
     seen = {stage_dir.resolve()}
     while parent := found[0]["parent"]:
         places = (Path(parent["path"]), stage_dir.parent / Path(parent["path"]).name)
@@ -33,9 +33,11 @@ def licence_of(source: Path) -> str:
     return named[1] if named else "other"
 
 
-def write_card(recipe: Recipe, stage_dir: Path, facts: dict[str, str], licence: str) -> str:
+def write_card(
+    recipe: Recipe, stage_dir: Path, facts: dict[str, str], licence: str, chosen: dict[str, Any] | None = None
+) -> str:
     """Markdown. facts: what the export says of itself, name -> value."""
-    lineage = lineage_of(stage_dir)
+    lineage = lineage_of(stage_dir, chosen)
     lines = ["---", f"license: {licence}", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += ["tags:", "- jaxstages", "---", "", f"# {recipe.name}", ""]
     lines += [f"Stage `{lineage[-1]['stage']}` of the run `{recipe.name}`, trained with jaxstages.", ""]

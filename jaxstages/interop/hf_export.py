@@ -51,7 +51,15 @@ OUR_TEMPLATE = (
 """What `data/chat.py` writes, for those that read Jinja."""
 
 
-def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most_bytes: int = SHARD) -> None:
+def export(
+    recipe: Recipe,
+    workdir: Path,
+    stage: str,
+    to: Path,
+    dtype: str,
+    most_bytes: int = SHARD,
+    chosen: dict[str, Any] | None = None,
+) -> None:
     """Write the best checkpoint of `stage` into the folder `to`, which must not be there yet, or be empty.
 
     Raises:
@@ -65,7 +73,7 @@ def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most
     family, config = choose_family(dataclasses.replace(recipe.model, vocab_size=rows))
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(bench.params).items()}
     places = places_of(family, shapes)
-    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench))
+    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench), chosen)
     if dtype == "bfloat16":
         params = _rounded(params)
     logits_of = _make_logits(bench)
@@ -96,7 +104,9 @@ def export(recipe: Recipe, workdir: Path, stage: str, to: Path, dtype: str, most
         "params_sha256": f"`{digest}`",
         "recipe": f"`{json.dumps(recipes.to_dict(recipe.model))}`",
     }
-    write_text(fresh / "README.md", write_card(recipe, bench.stage_dir, facts, licence_of(kept_source(workdir))))
+    write_text(
+        fresh / "README.md", write_card(recipe, bench.stage_dir, facts, licence_of(kept_source(workdir)), chosen)
+    )
     leaves.clear()
     for leaf in jax.tree.leaves(params):
         leaf.delete()

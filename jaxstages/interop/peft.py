@@ -29,7 +29,7 @@ from jaxstages.workbench import open_workbench
 from jaxstages.workdir import result_file
 
 
-def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path) -> None:
+def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: dict[str, Any] | None = None) -> None:
     """Write the adapters of a stage's best checkpoint, float32, into the folder `to`, which must not be there yet, or
     be empty. What they lie beside is not written.
 
@@ -40,7 +40,7 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path) -> None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"--to={to} is there already, and not empty; name another folder")
     bench = open_workbench(recipe, stage, workdir, with_data=False)
-    params, meta, lineage = read_trained(bench.stage_dir, bench, contract_of(bench))
+    params, meta, lineage = read_trained(bench.stage_dir, bench, contract_of(bench), chosen)
     config = lora_of(meta)
     if not config.rank:
         raise ValueError(f"{stage} has no adapters, it trained all parameters; export it without --adapter")
@@ -48,21 +48,23 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path) -> None:
     family, _ = choose_family(dataclasses.replace(recipe.model, vocab_size=rows))
     leaves = {path: hosts.whole(leaf) for path, leaf in named_leaves(params).items()}
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(bench.params).items()}
-    tensors, chosen = _tensors(family, leaves, shapes)
+    tensors, adapted = _tensors(family, leaves, shapes)
     fresh = to.with_name(f"{to.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     make_folder(fresh)
     entries = [Entry(name, value.shape, lambda value=value: [value]) for name, value in tensors.items()]
     write_file(fresh / "adapter_model.safetensors", entries, "F32", 0, lambda done: None)
     base = _base_of(workdir, meta)
-    write_json(fresh / "adapter_config.json", _config(config, chosen, base))
+    write_json(fresh / "adapter_config.json", _config(config, adapted, base))
     facts = {
         "adapters for": f"`{base}` ({family.model_type})",
         "rank, alpha": f"{config.rank}, {config.alpha:g}",
         "the base was held in": config.base,
         "params_sha256": f"`{lineage['params_sha256']}`",
     }
-    write_text(fresh / "README.md", write_card(recipe, bench.stage_dir, facts, licence_of(kept_source(workdir))))
+    write_text(
+        fresh / "README.md", write_card(recipe, bench.stage_dir, facts, licence_of(kept_source(workdir)), chosen)
+    )
     stored = header_of(fresh / "adapter_model.safetensors")
     for name, value in tensors.items():
         again = np.concatenate([piece for _, piece in read_rows(stored[name], 0, len(value))])

@@ -18,7 +18,8 @@ from jaxstages.data.tasks import pair_prompt
 from jaxstages.disk import write_json
 from jaxstages.evaluate import make_answer, make_evaluate
 from jaxstages.metrics import plain
-from jaxstages.parent import contract_of, finished, read_parent
+from jaxstages.parent import contract_of, read_parent
+from jaxstages.record import finished
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import result_file
 
@@ -39,8 +40,8 @@ def columns_of(bench: Workbench) -> list[str]:
     return ["perplexity", *bench.stage.evaluation.metrics]
 
 
-def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
-    """Measure, print and write `workdir/stage_matrix.json`.
+def stage_matrix(recipe: Recipe, workdir: Path, keep: bool = True) -> dict[str, Any]:
+    """Measure, print and, to `keep` it, write `workdir/stage_matrix.json`.
 
     Raises:
         ValueError: a stage of the recipe is not finished.
@@ -77,7 +78,7 @@ def stage_matrix(recipe: Recipe, workdir: Path) -> dict[str, Any]:
         "prompts": prompts,
         "signatures": sorted(signatures),
     }
-    if hosts.leads():
+    if keep and hosts.leads():
         write_json(workdir / "stage_matrix.json", matrix)
     _show(matrix)
     return matrix

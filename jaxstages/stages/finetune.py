@@ -12,6 +12,7 @@ from jaxstages.loop import train_stage
 from jaxstages.workbench import open_workbench
 
 
-def run(recipe: Recipe, workdir: Path) -> dict[str, Any] | None:
-    """Train (or go on training) the stage in `workdir/finetune`; its result, or None if `stop_after` ended it."""
-    return train_stage(open_workbench(recipe, "finetune", workdir))
+def run(recipe: Recipe, workdir: Path, finish: bool = False) -> dict[str, Any] | None:
+    """Train (or go on training) the stage in `workdir/finetune`; its result, or None if `stop_after` ended it. With
+    `finish` it ends at the step that it has saved."""
+    return train_stage(open_workbench(recipe, "finetune", workdir), finish)

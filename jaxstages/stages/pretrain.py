@@ -14,10 +14,11 @@ from jaxstages.loop import train_stage
 from jaxstages.workbench import open_workbench
 
 
-def run(recipe: Recipe, workdir: Path) -> dict[str, Any] | None:
-    """Train (or go on training) the stage in `workdir/pretrain`; its result, or None if `stop_after` ended it."""
+def run(recipe: Recipe, workdir: Path, finish: bool = False) -> dict[str, Any] | None:
+    """Train (or go on training) the stage in `workdir/pretrain`; its result, or None if `stop_after` ended it. With
+    `finish` it ends at the step that it has saved."""
     bench = open_workbench(recipe, "pretrain", workdir)
-    result = train_stage(bench)
+    result = train_stage(bench, finish)
     if result is not None:
         floor = unigram_perplexity(bench.train, bench.held_out)
         ours = result["best"]["perplexity"]

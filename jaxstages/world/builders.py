@@ -31,9 +31,6 @@ class _World(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "First version.", "1.1.0": "Small talk, the unknown, and longer conversations."}
     FIELDS: tuple[str, ...] = ()
     ABOUT = ""
-    # No checksums, as nothing is downloaded. TFDS would look for a file of them through `importlib_resources`, which
-    # it does not list among what it needs.
-    url_infos: dict[str, Any] | None = {}
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in self.FIELDS})

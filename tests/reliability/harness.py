@@ -20,10 +20,10 @@ import pytest
 
 from jaxstages import config as recipes
 from jaxstages import workbench
-from jaxstages.checkpoint import read_meta, steps_of
 from jaxstages.config import AnchorConfig, EarlyStoppingConfig, Recipe
 from jaxstages.disk import read_json
 from jaxstages.metrics import read_metrics
+from jaxstages.record import read_meta, steps_of
 from jaxstages.sharding import make_mesh
 from jaxstages.workdir import checkpoint_folder, checkpoints_folder
 from tests import compiled

@@ -14,9 +14,9 @@ import pytest
 import jaxstages.loop as loop
 from jaxstages import config as recipes
 from jaxstages import manifest
-from jaxstages.checkpoint import steps_of
 from jaxstages.commands.train import train
 from jaxstages.data.prepare import evenly
+from jaxstages.record import steps_of
 from jaxstages.workdir import checkpoint_folder
 from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, unlike
 

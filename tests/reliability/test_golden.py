@@ -15,7 +15,7 @@ import pytest
 
 from jaxstages import config as recipes
 from jaxstages import manifest
-from jaxstages.checkpoint import FORMAT, Checkpoints, read_meta, steps_of
+from jaxstages.checkpoint import Checkpoints
 from jaxstages.commands.recipe import keep_recipe, resolve_recipe
 from jaxstages.commands.train import train
 from jaxstages.config import (
@@ -34,6 +34,7 @@ from jaxstages.disk import read_json, write_json
 from jaxstages.early_stopping import early_stopping
 from jaxstages.fingerprint import params_sha256
 from jaxstages.parent import contract_of, read_parent
+from jaxstages.record import FORMAT, read_meta, steps_of
 from jaxstages.start import Start, find_start
 from jaxstages.workbench import open_workbench
 from jaxstages.workdir import checkpoint_folder

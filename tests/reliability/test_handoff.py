@@ -14,12 +14,12 @@ import pytest
 
 from jaxstages import config as recipes
 from jaxstages import manifest
-from jaxstages.checkpoint import META
 from jaxstages.commands.train import train
 from jaxstages.config import ModelConfig, Recipe
 from jaxstages.data.tokenizer import Specials
 from jaxstages.disk import read_json, write_json
-from jaxstages.parent import RESULT, check_lineage, contract_of, read_parent
+from jaxstages.parent import CHOSEN, check_lineage, contract_of, read_parent
+from jaxstages.record import META, RESULT
 from jaxstages.workbench import Workbench, open_workbench
 from jaxstages.workdir import checkpoint_folder, quarantine_folder, result_file, tokenizer_file
 from tests.reliability.harness import Home
@@ -175,6 +175,8 @@ def _holds(value: Any) -> bool:
 
 
 for names in _fields(ModelConfig()):
+    if names[0] in CHOSEN:  # these make no other parameters: see below
+        continue
     case(f"config.model.{'.'.join(names)}", r"model differs: \S+ .* there, .* here; use")(_field(names))
 
 
@@ -519,6 +521,13 @@ def test_a_parent_that_does_not_fit_is_refused(pair: Pair, name: str) -> None:
     with pytest.raises(ValueError, match=words):
         change(pair)
     assert not (pair.work / "finetune" / "result.json").exists()
+
+
+def test_a_child_may_have_a_dropout_a_dtype_and_an_unrolling_of_its_own(pair: Pair) -> None:
+    """An earlier version refused them, as if they made other parameters."""
+    assert set(CHOSEN) == {"dropout", "dtype", "unroll"}
+    pair.contract["model"] |= {"dropout": 0.3, "dtype": "bfloat16", "unroll": True}
+    pair.read()
 
 
 def test_the_parent_as_it_was_left_is_taken(pair: Pair) -> None:

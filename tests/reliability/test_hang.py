@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from jaxstages.checkpoint import steps_of
 from tests import compiled
 from tests.reliability.harness import ROOT, Home, free_port, outcome
 
@@ -20,6 +19,7 @@ import hashlib
 import os
 import time
 
+from jaxstages.record import steps_of
 from jaxstages import __main__ as door
 from jaxstages.signals import stop_signals
 

@@ -16,7 +16,7 @@ import pytest
 
 from jaxstages import main as door
 from jaxstages import workbench
-from jaxstages.checkpoint import META, Checkpoints, read_params, steps_of
+from jaxstages.checkpoint import Checkpoints, read_params
 from jaxstages.commands.recipe import keep_recipe
 from jaxstages.commands.train import train
 from jaxstages.config import MeshConfig, OptimConfig, Recipe, ScheduleConfig
@@ -27,6 +27,7 @@ from jaxstages.fingerprint import params_sha256
 from jaxstages.guard import init_guard, judge
 from jaxstages.metrics import read_metrics
 from jaxstages.optim import make_optimizer
+from jaxstages.record import META, steps_of
 from jaxstages.sharding import batch_sharding, make_mesh, place_batch
 from jaxstages.step import init_state, make_train_step
 from jaxstages.types import Batch, Diverged, Model, Params, TrainState

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import pytest
 
 from jaxstages import loop, workbench
-from jaxstages.checkpoint import Checkpoints, read_meta, steps_of
+from jaxstages.checkpoint import Checkpoints
 from jaxstages.commands.train import train
 from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
 from jaxstages.evaluate import Report, make_evaluate
 from jaxstages.fingerprint import fingerprint
+from jaxstages.record import read_meta, steps_of
 from jaxstages.signals import Stop
 from jaxstages.types import Batch, Interrupted, Params
 from jaxstages.workdir import checkpoint_folder

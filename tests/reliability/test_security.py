@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxstages.checkpoint import Checkpoints, steps_of
+from jaxstages.checkpoint import Checkpoints
 from jaxstages.commands.recipe import resolve_recipe
 from jaxstages.data.prepare import Prepared
 from jaxstages.disk import read_json, write_json
 from jaxstages.early_stopping import early_stopping
 from jaxstages.main import main
 from jaxstages.manifest import seal
+from jaxstages.record import steps_of
 from jaxstages.workbench import open_workbench
 from jaxstages.workdir import checkpoints_folder
 from tests.reliability.test_golden import DATA, GOLDEN, RUN

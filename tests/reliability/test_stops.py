@@ -15,9 +15,10 @@ import pytest
 from jax.experimental import multihost_utils
 
 from jaxstages import checkpoint
-from jaxstages.checkpoint import META, Checkpoints, _Manager, steps_of
+from jaxstages.checkpoint import Checkpoints, _Manager
 from jaxstages.early_stopping import early_stopping
 from jaxstages.fingerprint import fingerprint
+from jaxstages.record import META, steps_of
 from jaxstages.step import init_state
 from tests.reliability.harness import (
     SAVE_EVERY,

@@ -1,0 +1,42 @@
+"""What a user waits for before anything happens: help, mistakes and listings import neither jax nor what needs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SLOW = ("jax", "torch", "tensorboardX", "orbax", "flax", "tensorflow_datasets", "sacrebleu")
+
+PROGRAM = """
+import sys, time
+from jaxstages.main import main
+code = main(["jaxstages", *sys.argv[1:]])
+print("SECONDS", time.process_time())
+print("LOADED", *(name for name in {slow!r} if sys.modules.get(name) is not None))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--help",), 0),
+        (("trian",), 2),
+        (("run", "--workdri=x"), 2),
+        (("run", "--workdir=new", "--config=configs/demo.py", "--config.pretrain.optim.clip_nrom=1"), 2),
+        (("run", "--workdir=new", "--config=configs/demo.py", "--config.pretrain.optim.name=adam"), 2),
+        (("run", "--workdir=gs://bucket/run", "--config=configs/demo.py"), 2),
+        (("checkpoints", "list", "--workdir=tests/reliability/golden/run"), 0),
+        (("checkpoints", "verify", "--workdir=tests/reliability/golden/run"), 0),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)
+def test_help_mistakes_and_listings_come_at_once(words: tuple[str, ...], code: int) -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", PROGRAM.format(slow=SLOW), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == code, done.stderr
+    seconds, loaded = done.stdout.splitlines()[-2:]
+    assert loaded.strip() == "LOADED", loaded
+    assert float(seconds.split()[1]) < 1.0
