@@ -169,27 +169,33 @@ def test_what_comes_in_goes_out_as_it_was(kind: str, tmp_path: Path) -> None:
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
 
 
-@pytest.mark.parametrize("template", ["", TEMPLATE])
+NAMED = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": TEMPLATE + "tools"}]
+
+
+@pytest.mark.parametrize("template", ["", TEMPLATE, NAMED])
 def test_an_import_goes_out_with_its_tokenizer_and_its_ids(
-    template: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    template: Any, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """This tokenizer has all control tokens: what it gets without them is another test's."""
-    config = config_of("llama") | {"eos_token_id": 5, "attention_dropout": 0.5}
+    """Its tokens have other names than ours, and there is a row for each, and no more: none are added by an import."""
+    config = config_of("llama") | {"eos_token_id": 5, "attention_dropout": 0.5, "vocab_size": 290}
     write_folder(tmp_path / "one", config)
-    beside = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 77}
-    beside |= {"chat_template": template} if template else {}
+    file = tmp_path / "one" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|", "<:").replace("|>", ":>"))
+    beside: dict[str, Any] = {"eos_token": "<:end:>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    beside |= {"model_max_length": 77} | ({"chat_template": template} if template else {})
     write_json(tmp_path / "one" / "tokenizer_config.json", beside)
-    assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
+    assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0, capsys.readouterr().err
     assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0, capsys.readouterr().err
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(np.array_equal(value, two[name]) for name, value in one.items())
+    assert two["lm_head.weight"].shape == (290, 16)
     out = read_json(tmp_path / "two" / "config.json")
     assert out == config | {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "torch_dtype": "float32"}
     assert read_json(tmp_path / "two" / "tokenizer_config.json") == beside
     assert read_json(tmp_path / "two" / "generation_config.json") == {"eos_token_id": 5}
     vocabularies = [json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("one", "two")]
-    assert vocabularies[0]["model"] == vocabularies[1]["model"]
-    assert vocabularies[0]["post_processor"] == vocabularies[1]["post_processor"]
+    for part in ("model", "post_processor", "pre_tokenizer", "normalizer", "decoder", "added_tokens"):
+        assert vocabularies[0][part] == vocabularies[1][part], part
 
 
 # Names with something in front.
