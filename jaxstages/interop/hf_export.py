@@ -198,7 +198,7 @@ def _ids(bench: Workbench, stage: str) -> dict[str, Any]:
     theirs = theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
     if wrong := [i for i in theirs if type(i) is not int]:
         raise ValueError(f"{file}: eos_token_id has {wrong[0]!r}, which is no id; mend it")
-    ends = [*dict.fromkeys([*theirs, *bench.tokenizer.ends])]
+    ends = [*dict.fromkeys([*theirs, *bench.tokenizer.stops])]
     start = kept.get("bos_token_id")
     start = next(iter(bench.tokenizer.begin), None) if start is None else start
     padding = named.get("pad_token_id")
