@@ -384,8 +384,8 @@ def test_shards_bfloat16_buffers_tied_heads_and_bare_names(llama: Path, tmp_path
 
 
 def test_tokens_that_the_folder_has_no_row_for_begin_as_the_mean(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A tokenizer that names no end of a text gets ours, and no other token before a stage needs it; the folder has a row
-    for each of its own only."""
+    """A tokenizer that names no end of a text gets ours, and no other token before a stage needs it; the folder has a
+    row for each of its own only."""
     tensors = write_folder(tmp_path / "one", config_of("llama"))
     content = read_json(tmp_path / "one" / "tokenizer.json")
     # The control tokens take other names, which are no control tokens of ours.
