@@ -21,10 +21,15 @@ VARIANTS = {
         "bias": True,
         "activation": "gelu",
     },
-    "query norm, untied, relu2": {
-        "attention": AttentionConfig(heads=4, kv_heads=1, head_dim=8, qk_norm=True),
+    "query norm, yarn of some dims, untied, relu2, multipliers": {
+        "attention": AttentionConfig(
+            **{"heads": 4, "kv_heads": 1, "head_dim": 8, "qk_norm": True, "rope_dims": 6, "out_bias": True},
+            rope_scaling=RopeScalingConfig(kind="yarn", factor=4.0, trained_context=16),
+        ),
         "tied_head": False,
         "activation": "relu2",
+        "ff_bias": True,
+        **{"embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 0.25},
     },
     "unrolled geglu": {"activation": "geglu", "unroll": True},
     "local and global layers, soft caps, two norms": {

@@ -15,8 +15,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 UNIGRAM, BPE = 1, 2
 """`TrainerSpec.ModelType`; the others are of words and of characters."""
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-"""`SentencePiece.Type`; the others are unused pieces and single bytes."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+"""`SentencePiece.Type`; the other is of single bytes."""
 
 VARINT, BYTES, WIDTHS = 0, 2, {1: "<d", 5: "<f"}
 """How a field's value is written."""
@@ -52,6 +52,11 @@ def read_sentencepiece(content: bytes) -> tokenizers.Tokenizer:
     whole = sorted((piece.text for piece in pieces if piece.kind == USER_DEFINED), key=len, reverse=True)
     if whole:
         backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("|".join(map(re.escape, whole))), "isolated")
+        unused = [piece.text for piece in pieces if piece.kind == UNUSED and len(piece.text) > 1]
+        cuts = [rf"(?<=\A{re.escape(text[0])})(?={re.escape(text[1:])}\z)" for text in unused]
+        if cuts and isinstance(backend.model, models.BPE):  # text that is the whole of one would be taken for it
+            apart = pre_tokenizers.Split(tokenizers.Regex("|".join(cuts)), "isolated")
+            backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, apart])
     backend.normalizer = normalizers.Sequence(_normalizers(normal))
     surface = trainer.get(44, [b" \xe2\x81\x87 "])[-1].decode()
     shown = [decoders.Replace(pieces[unknown].text, surface), decoders.Replace(SPACE, " ")]
@@ -67,11 +72,12 @@ def keep_apart(backend: tokenizers.Tokenizer, control: list[str]) -> None:
     it knows no types, and so does one of whole words. A BPE would have to merge its way there."""
     vocab = backend.get_vocab(with_added_tokens=True)
     names = [*control, *filter(ONE_BYTE.fullmatch, vocab)]
-    unknown = json.loads(backend.to_str())["model"]
+    model = json.loads(backend.to_str())["model"]
     if isinstance(backend.model, models.Unigram):
-        names += [name for name, i in vocab.items() if i == unknown["unk_id"]]
+        names += [name for name, i in vocab.items() if i == model["unk_id"]]
+    elif model.get("ignore_merges") and model.get("unk_token") in vocab:
+        names += [model["unk_token"]]  # any text between two of a user's own pieces may be the whole of one of these
     else:
-        names += [unknown["unk_token"]] if unknown.get("unk_token") in vocab else []
         names = [name for name in names if vocab[name] in backend.encode(name, add_special_tokens=False).ids]
     cuts = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names if len(name) > 1]
     if cuts:

@@ -194,14 +194,15 @@ def _ids(bench: Workbench, stage: str) -> dict[str, Any]:
     named = {name: kept[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in kept}
     if stage == recipes.IMPORT and named.get("eos_token_id") is not None:
         return named
-    special = bench.tokenizer.specials
     theirs = kept.get("eos_token_id")
-    ends = [theirs] if isinstance(theirs, int) else list(theirs or [])
-    ends = [*dict.fromkeys([*ends, special.end_of_text, special.end_of_turn])]
+    theirs = theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
+    if wrong := [i for i in theirs if type(i) is not int]:
+        raise ValueError(f"{file}: eos_token_id has {wrong[0]!r}, which is no id; mend it")
+    ends = [*dict.fromkeys([*theirs, *bench.tokenizer.stops])]
     start = kept.get("bos_token_id")
     start = next(iter(bench.tokenizer.begin), None) if start is None else start
     padding = named.get("pad_token_id")
-    padding = special.end_of_text if padding is None and not bench.tokenizer.eos else padding
+    padding = bench.tokenizer.specials.end_of_text if padding is None and not bench.tokenizer.eos else padding
     found = {"bos_token_id": start, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     return found if padding is None else found | {"pad_token_id": padding}
 
@@ -215,13 +216,21 @@ def _write_tokenizer(bench: Workbench, stage: str, folder: Path) -> None:
         content["post_processor"] = _beginning(content["post_processor"], bench)
     write_json(folder / "tokenizer.json", content)
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for file in (kept / "tokenizer_config.json", own.with_name("tokenizer_config.json")):
-        found |= read_json(file) if file.is_file() else {}
-    for name in ("added_tokens_decoder", "auto_map", "chat_template"):
-        found.pop(name, None)  # the first is in tokenizer.json, which has more of them
+    theirs, ours = (
+        read_json(file) if file.is_file() else {}
+        for file in (kept / "tokenizer_config.json", own.with_name("tokenizer_config.json"))
+    )
+    found |= theirs | {key: value for key, value in ours.items() if value}  # an empty token is none
+    for name in ("added_tokens_decoder", "auto_map", "chat_template", "tool_template", "stop_tokens"):
+        found.pop(name, None)  # the first is in tokenizer.json, which has more of them; the last are our own words
     ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS[0])
-    found = (ends if not bench.tokenizer.eos else {}) | found
-    template = bench.tokenizer.template or (OUR_TEMPLATE if stage != recipes.IMPORT else "")
+    found = (ends if stage != recipes.IMPORT and not bench.tokenizer.eos else {}) | found
+    template: Any = bench.tokenizer.template or (OUR_TEMPLATE if stage != recipes.IMPORT else "")
+    if bench.tokenizer.tool_template:
+        named = {"default": template, "tool_use": bench.tokenizer.tool_template}
+        template = [{"name": name, "template": text} for name, text in named.items()]
+    if stage == recipes.IMPORT and not (kept / "chat_template.jinja").is_file():
+        template = theirs.get("chat_template") or template
     write_json(folder / "tokenizer_config.json", found | ({"chat_template": template} if template else {}))
 
 

@@ -133,7 +133,7 @@ def match(
         head, embedding = stored["lm_head.weight"], stored.get(places[0].name)
         if embedding is not None and _same(head, embedding):  # tied, and written out all the same
             unexpected.remove("lm_head.weight")
-    if missing and (before := _common_prefix(missing, unexpected)):
+    if missing and (before := _common_prefix(missing, stored.keys() - names)):
         raise ValueError(
             f"{where}: the names of its tensors begin with {before!r}, which is all that keeps them from those of its "
             "config.json; save them without it"
@@ -152,11 +152,10 @@ def match(
     return stored
 
 
-def _common_prefix(missing: list[str], unexpected: list[str]) -> str:
-    """What must be taken from the names of the unexpected to make them the missing; "" if that is not all."""
-    others = {name[: -len(missing[0])] for name in unexpected if name.endswith(missing[0])}
-    have = set(unexpected)
-    return next((before for before in others if before and all(f"{before}{name}" in have for name in missing)), "")
+def _common_prefix(missing: list[str], others: set[str]) -> str:
+    """What must be taken from the other names to make them the missing; "" if that is not all."""
+    before = {name.removesuffix(missing[0]) for name in others if name.endswith(missing[0])}
+    return next((prefix for prefix in before if all(f"{prefix}{name}" in others for name in missing)), "")
 
 
 def _same(one: Stored, other: Stored) -> bool:

@@ -1,0 +1,94 @@
+"""An export's tokenizer, loaded by transformers, encodes as the stages did; and a folder's begins a text here as there.
+
+Runs where the extra `parity` is installed.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from jaxstages.config import TokenizerConfig
+from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
+from jaxstages.interop import hf_export
+
+pytest.importorskip("transformers", reason="the extra `parity` is not installed: pip install 'jaxstages[parity]'")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TEXT = "Ann likes red. Bob likes blue, and grey is a colour."
+
+
+def exported(tokenizer: Tokenizer, workdir: Path, stage: str) -> Any:
+    """As transformers loads it."""
+    from transformers import AutoTokenizer
+
+    folder = workdir / "out"
+    folder.mkdir()
+    bench: Any = SimpleNamespace(workdir=workdir, tokenizer=tokenizer)
+    hf_export._write_tokenizer(bench, stage, folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "characters"])
+def test_our_own_tokenizer_begins_a_text_as_training_did_and_can_pad(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.parent.mkdir()
+    ours = make_tokenizer(TokenizerConfig(kind=kind, vocab_size=300), iter([TEXT]), path)
+    theirs = exported(ours, tmp_path, "pretrain")
+    assert ours.begin == (ours.specials.end_of_text,)
+    assert theirs(TEXT).input_ids == [*ours.begin, *ours.encode(TEXT).tolist()]
+    assert theirs.bos_token == theirs.pad_token == "<|endoftext|>"
+    padded = theirs([TEXT, "Ann"], padding=True).input_ids
+    assert len(padded[0]) == len(padded[1])
+    again = make_tokenizer(
+        TokenizerConfig(kind="file", path=str(tmp_path / "out" / "tokenizer.json")), iter(()), tmp_path / "x.json"
+    )
+    assert again.begin == ours.begin and again.encode(TEXT).tolist() == ours.encode(TEXT).tolist()
+
+
+def foreign(folder: Path, puts_bos: bool, says: bool | None, trims: bool = False) -> Path:
+    """A byte-level BPE with a chat template."""
+    vocab = {name: i for i, name in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    if trims:
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    if puts_bos:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    beside: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    beside["chat_template"] = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(beside | ({} if says is None else {"add_bos_token": says}))
+    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("says", [None, False, True])
+@pytest.mark.parametrize(("puts_bos", "trims"), [(False, False), (True, False), (False, True)])
+def test_a_post_processor_counts_and_not_add_bos_token(
+    puts_bos: bool, trims: bool, says: bool | None, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    file = foreign(tmp_path / "theirs", puts_bos, says, trims)
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.parent.mkdir()
+    ours = make_tokenizer(TokenizerConfig(kind="file", path=str(file)), iter(()), path)
+    theirs = AutoTokenizer.from_pretrained(file.parent)
+    assert [*ours.begin, *ours.encode(TEXT).tolist()] == theirs(TEXT).input_ids
+    for stage in ("import", "instruct"):
+        again = exported(ours, tmp_path, stage)
+        assert again(TEXT).input_ids == theirs(TEXT).input_ids
+        assert (again.bos_token, again.eos_token) == ("<s>", "</s>")
+        for left in (tmp_path / "out").iterdir():
+            left.unlink()
+        (tmp_path / "out").rmdir()
