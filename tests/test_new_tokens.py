@@ -8,6 +8,8 @@ import pytest
 
 from jaxstages.config import DataConfig, LoraConfig, OptimConfig, StageConfig, TokenizerConfig
 from jaxstages.data.tokenizer import make_tokenizer
+from jaxstages.disk import make_folder, write_json
+from jaxstages.interop.peft import _base_of
 from jaxstages.new_tokens import check_new_tokens, untrained_rows
 from tests.test_chat import make_foreign
 
@@ -63,3 +65,17 @@ def test_stages_that_would_not_learn_them(
     check_new_tokens(
         "instruct", config, tokenizer, {name: trained if name in ("embedding", "head") else {} for name in params}
     )
+
+
+def test_adapters_beside_a_grown_vocabulary_have_no_base_elsewhere(tmp_path: Path) -> None:
+    meta = {"parent": {"params_sha256": "1", "path": "parent"}}
+    source: dict[str, Any] = {"folder": "theirs", "new_tokens": []}
+    file = tmp_path / "import" / "result.json"
+    make_folder(file.parent)
+    for tokens, sha256, base in (([], "1", "theirs"), (["<|sep|>"], "1", None), (["<|sep|>"], "2", "parent")):
+        write_json(file, {"source": source | {"new_tokens": tokens}, "params_sha256": sha256})
+        if base is None:
+            with pytest.raises(ValueError, match=r"no rows for <\|sep\|>, .* without --adapter"):
+                _base_of(tmp_path, meta)
+        else:
+            assert _base_of(tmp_path, meta) == base

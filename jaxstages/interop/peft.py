@@ -44,6 +44,7 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: 
     config = lora_of(meta)
     if not config.rank:
         raise ValueError(f"{stage} has no adapters, it trained all parameters; export it without --adapter")
+    base = _base_of(workdir, meta)
     rows = bench.params["embedding"].shape[0]
     family, _ = choose_family(dataclasses.replace(recipe.model, vocab_size=rows))
     leaves = {path: hosts.whole(leaf) for path, leaf in named_leaves(params).items()}
@@ -54,7 +55,6 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: 
     make_folder(fresh)
     entries = [Entry(name, value.shape, lambda value=value: [value]) for name, value in tensors.items()]
     write_file(fresh / "adapter_model.safetensors", entries, "F32", 0, lambda done: None)
-    base = _base_of(workdir, meta)
     write_json(fresh / "adapter_config.json", _config(config, adapted, base))
     facts = {
         "adapters for": f"`{base}` ({family.model_type})",
@@ -165,11 +165,20 @@ def _config(config: LoraConfig, rows: dict[Row, int], base: str) -> dict[str, An
 
 
 def _base_of(workdir: Path, meta: dict[str, Any]) -> str:
-    """The folder that was imported, if the adapters lie beside that; else the parent, to be exported itself."""
+    """The folder that was imported, if the adapters lie beside that; else the parent, to be exported itself.
+
+    Raises:
+        ValueError: the import added tokens, for which the folder has no rows.
+    """
     file = result_file(workdir / recipes.IMPORT)
     if file.exists():
         imported = read_json(file)
         plain = not imported["source"].get("adapters")
         if plain and imported["params_sha256"] == meta["parent"]["params_sha256"]:
+            if added := imported["source"]["new_tokens"]:
+                raise ValueError(
+                    f"the imported base has no rows for {' '.join(added[:5])}, which this run added, so that its "
+                    "adapters fit no base elsewhere; export the merged model, without --adapter"
+                )
             return imported["source"]["folder"]
     return meta["parent"]["path"]
