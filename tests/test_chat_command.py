@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from jaxstages.commands import generate as generating
+from jaxstages.commands.answering import open_answering
+from jaxstages.commands.manner import Manner
+from jaxstages.commands.recipe import resolve_recipe
 from jaxstages.data.chat import Chat, make_chat
 from jaxstages.data.conversation import Messages, Tools, read_conversation
 from jaxstages.data.tokenizer import Tokenizer
@@ -162,3 +165,12 @@ def test_what_the_template_refuses_costs_nothing(
     assert "not said: the chat template refuses" in capsys.readouterr().out
     said = [message["content"] for message in json.loads(saved.read_text())["messages"]]
     assert len(said) == 4 and not any("forbidden" in text for text in said)
+
+
+def test_a_control_token_as_a_stop_is_an_id(home: Path) -> None:
+    """No decoding shows it: as a text it would never be found."""
+    manner = Manner(4, 0.0, 0, 1.0, 0.0, 1.0, ["<|user|>", "a text"], 0)
+    answering = open_answering(resolve_recipe(None, home / "work"), home / "work", None, manner)
+    special = answering.bench.tokenizer.specials
+    assert answering.sampling.stop == (special.end_of_text, special.end_of_turn, special.user)
+    assert answering.stops == ("a text",)
