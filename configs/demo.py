@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> Recipe:
         data=DataConfig(task="seq2seq", train=("world:pairs:train",), validation=("world:pairs:validation",)),
         replay=(("pretrain", 0.15),),
         optim=OptimConfig(schedule=ScheduleConfig(name="cosine", peak_lr=3e-3, warmup_steps=20), weight_decay=0.0),
-        loop=LoopConfig(steps=200, batch_size=4, eval_every=200, save_every=200),
+        loop=LoopConfig(steps=200, batch_size=4, eval_every=100, save_every=200),
         evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=400, max_new_tokens=40),
         early_stopping=EarlyStoppingConfig(metric="bleu", mode="max"),
     )

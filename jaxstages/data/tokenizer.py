@@ -400,7 +400,7 @@ def _our_specials(backend: tokenizers.Tokenizer, path: Path, eos: str) -> Specia
     ids[0] = ids[0] if end is None else end
     if ids[0] is None:
         raise ValueError(f"{path} lacks the control token {SPECIAL_TOKENS[0]}; let `jaxstages prepare` make it")
-    known = [i for i in ids if i is not None]
+    known = [i for i in ids[1:] if i is not None]  # a turn may end as a text does
     if len(set(known)) < len(known):
         raise ValueError(f"{path}: control tokens share an id: {dict(zip(SPECIAL_TOKENS, ids, strict=True))}")
     return Specials(*(-1 if i is None else i for i in ids))
