@@ -111,10 +111,14 @@ def noise_floor(row: RowRuns) -> float | None:
     return max((abs(a / b - 1.0) for a, b in pairs), default=None)
 
 
+FEWEST_ROUNDS = 3
+"""Rounds below which nothing is said of who is ahead."""
+
+
 def is_ahead(ours: list[float], theirs: list[float], floor: float) -> bool:
     """Faster by more than the noise floor and by more than either's spread, the ranges not overlapping; fewer than
     three rounds show nothing."""
-    if min(len(ours), len(theirs)) < 3:
+    if min(len(ours), len(theirs)) < FEWEST_ROUNDS:
         return False
     ahead = statistics.median(ours) - statistics.median(theirs)
     spread = max(max(ours) - min(ours), max(theirs) - min(theirs), floor * statistics.median(theirs))

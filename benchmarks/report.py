@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from outcome import RowRuns, best_torch, is_ahead, last_loss, noise_floor, ratio, read_runs, row_gate
+from outcome import FEWEST_ROUNDS, RowRuns, best_torch, is_ahead, last_loss, noise_floor, ratio, read_runs, row_gate
 from rows import ROWS, Row, flops_per_token
 
 OURS = "jaxstages"
@@ -59,9 +59,13 @@ def machine_text(row: RowRuns) -> str:
 
 
 def verdict(row: RowRuns, name: str) -> str:
-    """jaxstages against another contender: "ahead", "behind", or "no difference shown"; "" on a busy machine."""
+    """jaxstages against another contender: "ahead", "behind", "no difference shown", or how many rounds there were where
+    they are too few to say; "" on a busy machine."""
     if not was_idle(row):
         return ""
+    rounds = min(len(row.speeds(OURS)), len(row.speeds(name)))
+    if rounds < FEWEST_ROUNDS:
+        return f"not decided by {rounds} rounds"
     floor, ours, theirs = noise_floor(row) or 0.0, row.speeds(OURS), row.speeds(name)
     if is_ahead(ours, theirs, floor):
         return "ahead"
@@ -78,15 +82,11 @@ def claim(row: RowRuns) -> str:
     verdicts = {name: verdict(row, name) for name in peers}
     if set(verdicts.values()) == {"ahead"}:
         return f"{OURS} is ahead of every peer measured in this table."
-    parts = [
-        f"{word} {', '.join(names)}"
-        for word, kind in (
-            ("ahead of", "ahead"),
-            ("behind", "behind"),
-            ("no difference shown to", "no difference shown"),
-        )
-        if (names := [name for name, found in verdicts.items() if found == kind])
-    ]
+    words = {"ahead": "ahead of", "behind": "behind", "no difference shown": "no difference shown to"}
+    parts = []
+    for kind in dict.fromkeys(verdicts.values()):
+        names = [name for name, verdict in verdicts.items() if verdict == kind]
+        parts.append(f"{words.get(kind, f'{kind} beside')} {', '.join(names)}")
     return f"{OURS}: {'; '.join(parts)}."
 
 
