@@ -59,8 +59,8 @@ def machine_text(row: RowRuns) -> str:
 
 
 def verdict(row: RowRuns, name: str) -> str:
-    """jaxstages against another contender: "ahead", "behind", "no difference shown", or how many rounds there were where
-    they are too few to say; "" on a busy machine."""
+    """jaxstages against another contender: "ahead", "behind", "no difference shown", or that the rounds were too few to
+    say; "" on a busy machine."""
     if not was_idle(row):
         return ""
     rounds = min(len(row.speeds(OURS)), len(row.speeds(name)))
