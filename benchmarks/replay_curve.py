@@ -37,7 +37,7 @@ def run(stage: str, workdir: Path, seed: int, flags: list[str]) -> None:
     command += [f"--config.seed={seed}", *flags]
     print(" ".join(command[2:]), flush=True)
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    with workdir.with_suffix(".log").open("w") as log:
+    with (workdir.parent / f"{workdir.name}.log").open("w") as log:
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 

@@ -41,7 +41,7 @@ def run(stage: str, config: str, workdir: Path, flags: list[str]) -> dict:
     if not result.exists():
         command = [sys.executable, "-m", "jaxstages", stage, f"--config={config}", f"--workdir={workdir}", *flags]
         print(" ".join(command[2:]), flush=True)
-        log = workdir.with_suffix(".log")
+        log = workdir.parent / f"{workdir.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
             subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=True)

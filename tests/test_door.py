@@ -32,6 +32,8 @@ from tests.tiny import recipe
 def get_config(variant=""):
     found = recipe(Path({data!r}), steps=int(variant or 6))
     found.cache = {cache!r}
+    for stage in (found.pretrain, found.finetune, found.instruct):
+        stage.loop.eval_every = 3 if not variant else 30
     return found
 """
 

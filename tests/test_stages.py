@@ -318,7 +318,7 @@ def test_classification_is_scored_by_label(finished: tuple[Recipe, Path], tmp_pa
     stage.data.prompt, stage.data.target = "text", "label"
     stage.evaluation.metrics = ("accuracy", "macro_f1")
     stage.early_stopping = EarlyStoppingConfig(metric="accuracy", mode="max")
-    stage.loop.steps, stage.loop.eval_every, stage.optim.schedule.peak_lr = 60, 30, 1e-2
+    stage.loop.steps, stage.loop.eval_every, stage.optim.schedule.peak_lr = 40, 40, 1e-2
     validate(recipe)
     train(recipe, work, "finetune")
     best = read_json(work / "finetune" / "result.json")["best"]
