@@ -250,7 +250,7 @@ def test_recipe_json_is_the_recipe(home: Path) -> None:
 
 
 def start(home: Path, work: Path) -> subprocess.Popen:
-    words = [sys.executable, "-m", "jaxstages", "run", f"--config={home}/tiny.py:60", f"--workdir={work}"]
+    words = [sys.executable, "-m", "jaxstages", "run", f"--config={home}/tiny.py:30", f"--workdir={work}"]
     env = os.environ | {"XLA_FLAGS": ""}  # one device, as most users have
     return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -269,7 +269,7 @@ def test_killed_and_terminated_it_ends_in_the_same_bits(home: Path, tmp_path: Pa
     """At other instants, and in each stage: `reliability/test_stops.py`."""
     whole, work = start(home, tmp_path / "whole"), tmp_path / "killed"
     process = start(home, work)
-    wait_for_checkpoint(process, work / "finetune", 20)
+    wait_for_checkpoint(process, work / "finetune", 8)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
