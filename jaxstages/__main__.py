@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import signal
 import sys
 
 from jaxstages.process import keep_compiled, keep_freed_memory
@@ -20,7 +21,10 @@ def cli() -> None:
     with stop_signals():
         from jaxstages.main import main
 
-        code = main(sys.argv, before_jax=_keep_compiled)
+        try:
+            code = main(sys.argv, before_jax=_keep_compiled)
+        except BrokenPipeError:  # nobody reads any more, as behind `| head`
+            os._exit(128 + signal.SIGPIPE)
         try:
             sys.stdout.flush()
         except OSError:  # the disk of the log is full
