@@ -1,5 +1,6 @@
 """What a user waits for before anything happens: help, mistakes and listings import neither jax nor what needs it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -45,12 +46,11 @@ def test_help_mistakes_and_listings_come_at_once(words: tuple[str, ...], code: i
 
 def test_a_reader_that_leaves_is_no_traceback() -> None:
     """`jaxstages --help | head -1`; the pipe is closed before anything is written."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "jaxstages", "--help"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
-    )
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-u", "-m", "jaxstages", "--help"]
+    try:
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1])
+    finally:
+        os.close(write)
+    assert done.stderr == b"" and done.returncode == 128 + signal.SIGPIPE
