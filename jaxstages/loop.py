@@ -475,7 +475,8 @@ class _Run:
 def _with_error(metrics: Metrics, name: str, prefix: str = "") -> str:
     """A score, and its standard error where it has one: `loss 2.345 ± 0.012`."""
     error = metrics.get(f"{prefix}{name}_se")
-    return f"{name} {metrics[prefix + name]:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    shown = "" if error is None else f" ± {error:.0f}" if error >= 100 else f" ± {error:.2g}"
+    return f"{name} {metrics[prefix + name]:.4g}{shown}"
 
 
 def _next_command(bench: Workbench) -> str:

@@ -22,6 +22,7 @@ from jaxstages.data.prepare import prepare
 from jaxstages.data.sources import open_source
 from jaxstages.data.tokenizer import load_tokenizer
 from jaxstages.disk import local_path, write_json
+from jaxstages.loop import _with_error
 from jaxstages.main import main
 from jaxstages.metrics import MetricsWriter
 from jaxstages.signals import stop_signals
@@ -282,3 +283,15 @@ def test_a_kill_loses_no_event_of_tensorboard(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, 20) as writer:
         writer.write(21, "train", {"loss": 0.5})
     assert events(tmp_path / "tensorboard")[21] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"loss": 1.25}, "loss 1.25"),
+        ({"loss": 1.25, "loss_se": 0.0123}, "loss 1.25 ± 0.012"),
+        ({"loss": 672.3, "loss_se": 103.7}, "loss 672.3 ± 104"),
+    ],
+)
+def test_a_score_with_its_error(metrics: dict[str, float], said: str) -> None:
+    assert _with_error(metrics, "loss") == said
