@@ -44,7 +44,7 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RopeScalingConfig:
-    """How rope reaches further than it was trained to: "none", "linear" (Chen et al. 2023), "llama3" (Llama 3.1),
+    """Scaling of rope beyond the trained context: "none", "linear" (Chen et al. 2023), "llama3" (Llama 3.1),
     "yarn" (Peng et al. 2023), "longrope" (Ding et al. 2024) or "dynamic". The frequencies of the last two depend on the
     length of a text beyond `trained_context`, which `model.context` must not exceed."""
 
@@ -133,7 +133,7 @@ class ModelConfig:
     """ "swiglu", "geglu", "gelu" (by tanh), "gelu_erf" (exact) or "relu2"."""
     tied_head: bool = True
     bias: bool = False
-    """Of all linear maps, and of layer norms."""
+    """Biases of all linear layers and layer norms."""
     ff_bias: bool = False
     """Biases of the feed-forward where `bias` gives none (Llama-likes with `mlp_bias`)."""
     dropout: float = 0.0
@@ -142,7 +142,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     """Embeddings are multiplied by this (Granite)."""
     residual_scale: float = 1.0
-    """What attention and feed-forward add to the residual stream is multiplied by this (Granite)."""
+    """Multiplier of the outputs of attention and feed-forward before the residual sum (Granite)."""
     logit_scale: float = 1.0
     """Logits are multiplied by this (Granite)."""
     logit_softcap: float = 0.0

@@ -1,5 +1,5 @@
-"""Which checkpoint of a run a command looks at: by default the best one, which is handed on; of a stage that is not
-finished its best so far; or any step that is kept."""
+"""Choice of the checkpoint that a command reads: by default the best one, which is handed on; of an unfinished stage
+its best so far; or any step that is kept."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from jaxstages.workdir import checkpoint_folder, result_file
 
 
 def choose(recipe: recipes.Recipe, stage_dir: Path, step: int | None = None) -> dict[str, Any]:
-    """What `standing` says of the checkpoint that a command is to look at; which it is, where it is not the one that is
-    handed on, and a parent that was trained anew, are said on the standard error."""
-    result = standing(stage_dir, step)
+    """Choose the checkpoint that a command reads, and return its `result_at`. Warn where it is not the one that is
+    handed on, or where its parent was trained anew."""
+    result = result_at(stage_dir, step)
     stage = recipes.stages(recipe).get(stage_dir.name)
     for note in (describe(stage_dir, result), lineage_break(stage_dir, result["parent"], stage)):
         if note:
@@ -22,7 +22,7 @@ def choose(recipe: recipes.Recipe, stage_dir: Path, step: int | None = None) -> 
     return result
 
 
-def standing(stage_dir: Path, step: int | None = None) -> dict[str, Any]:
+def result_at(stage_dir: Path, step: int | None = None) -> dict[str, Any]:
     """The result of a stage; of one that is not finished, or at another step that is kept, what its checkpoints say in
     the same form: `status` is then "unfinished" or "kept", and `params_sha256` is "", for nothing was handed on.
 
@@ -58,7 +58,7 @@ def standing(stage_dir: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def describe(stage_dir: Path, result: dict[str, Any]) -> str:
-    """Which parameters `standing` has chosen, where it is not the ones that are handed on; else ""."""
+    """Describe a `result_at` whose parameters are not the ones that are handed on; "" for those that are."""
     match result["status"]:
         case "unfinished":
             which = f"its best so far, step {result['best_step']}" if result["best"] else f"step {result['best_step']}"

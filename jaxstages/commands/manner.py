@@ -1,10 +1,11 @@
-"""How to answer: the flags of sampling. Nothing here needs jax, so that flags are read without it."""
+"""Sampling flags, in a module without jax, so that flags are parsed before it is imported."""
 
 from typing import NamedTuple
 
 
 class Manner(NamedTuple):
-    """How to answer, a field a flag. max_new_tokens: None means the recipe's. stop: texts, or JSON lists of texts."""
+    """Sampling parameters, one field for each flag. max_new_tokens: None means the recipe's. stop: texts, or JSON lists
+    of texts."""
 
     max_new_tokens: int | None
     temperature: float

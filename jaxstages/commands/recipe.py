@@ -23,7 +23,7 @@ SOURCES = (".data.train", ".data.validation", "config.tokenizer.sources")
 """Names of data. They may change where what lies there is the same: files are moved."""
 
 BETWEEN_STAGES = ("config.model.dropout", "config.model.dtype")
-"""What may be another in the next stage: it makes no other parameters."""
+"""Fields that may differ in the next stage: parameters have the same shapes."""
 
 VERSIONS = ("jaxstages", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
 

@@ -41,7 +41,7 @@ PROBE: Messages = [{"role": "user", "content": "a question"}]
 class Answered(NamedTuple):
     """The examples of a conversation, sealed.
 
-    answers: their first letters and last + 1 in each text.
+    answers: spans (start, stop) of the answers in each text.
     prompt: what asks for the last answer, with the answers in it, where that is not what stands before it.
     """
 
@@ -99,7 +99,7 @@ def make_writer(tokenizer: Tokenizer, sealed: Sealed) -> Writer:
         return next((start for start in reversed(cues) if start and whole.startswith(asked[:start])), None)
 
     def kind_of(window: Messages) -> tuple:
-        """What a template can tell apart: roles, keys, and which of its own words a message has."""
+        """Key of windows that a template renders alike: roles, keys, and the template's constants in each message."""
         return tuple(
             (
                 message["role"],
@@ -110,7 +110,7 @@ def make_writer(tokenizer: Tokenizer, sealed: Sealed) -> Writer:
         )
 
     def answer_in(window: Messages, tools: Tools) -> _Turn | None:
-        """How a window's last message, an answer, is written and asked for; None where that can't be told."""
+        """Render the answer that ends a window, its header and its prompt; None where they can't be told apart."""
         before, asked = (write(window[:-1], tools, cue).text for cue in (False, True))
         whole = write(window, tools, False).text
         begin = divide(before, asked, whole)
@@ -174,14 +174,14 @@ def make_writer(tokenizer: Tokenizer, sealed: Sealed) -> Writer:
 
     def marked(full: Rendered, count: int) -> list[Span] | None:
         """What the template marks, each with its end token; None unless it marks so many answers."""
-        spans = []
-        for start, stop in _joined(full.marks):
+        spans, marks = [], _joined(full.marks)
+        for start, stop in marks:
             length = end_of(full.text[start:stop])
             if not length:
                 after = after_mark.match(full.text, stop)
                 length = after.end() - start if after else 0
             spans += [(start, start + length)] if length else []
-        return spans if len(spans) == count == len(_joined(full.marks)) else None
+        return spans if len(spans) == count == len(marks) else None
 
     def find(messages: Messages, tools: Tools) -> _Found:
         full, places = write(messages, tools, False), _answers_of(messages)

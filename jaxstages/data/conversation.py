@@ -138,7 +138,7 @@ def _messages(turns: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         content = message.pop("content", value)
         message = {"role": ALIASES.get(role, role) if isinstance(role, str) else role} | message
         if role == "function_call":
-            message["tool_calls"], content = _decoded(content, number), None
+            message["tool_calls"], content = _decoded(content, f"the call in message {number}"), None
         legacy = message.pop("function_call", None)
         if legacy is not None:
             message.setdefault("tool_calls", [legacy])
@@ -190,27 +190,25 @@ def _text(content: Any, number: int) -> str | None:
     return "".join(texts)
 
 
-def _decoded(value: Any, number: int) -> Any:
-    """The value of JSON text; anything else as it is."""
+def _decoded(value: Any, what: str) -> Any:
+    """Decode JSON text; None for blank text, and anything else as it is."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value) if value.strip() else None
     except ValueError as error:
-        raise ValueError(f"message {number} has a call that is no JSON: {error}") from error
+        raise ValueError(f"{what} is no JSON: {error}") from error
 
 
 def _calls(value: Any, number: int) -> list[dict[str, Any]]:
     """Calls with their arguments as objects, whether they were written as such or as JSON."""
-    calls = []
-    for call in [value] if isinstance(value, dict) else _decoded(value, number) or []:
+    calls, what = [], f"the call in message {number}"
+    for call in [value] if isinstance(value, dict) else _decoded(value, what) or []:
         wrapped = isinstance(call, dict) and "function" in call
         function = call["function"] if wrapped else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f'message {number} has a call without a function\'s "name": {reprlib.repr(call)}')
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            arguments = _decoded(arguments, number) if arguments.strip() else {}
+        arguments = _decoded(function.get("arguments"), what)
         function = function | {"arguments": {} if arguments is None else arguments}
         calls.append((call if wrapped else {"type": "function"}) | {"function": function})
     return calls
@@ -222,12 +220,7 @@ def _tools(record: Record) -> Tools:
     Raises:
         ValueError: something else.
     """
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as error:
-            raise ValueError(f'"tools" is no JSON: {error}') from error
+    tools = _decoded(record.get("tools"), '"tools"')
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f'"tools" is no list of functions: {reprlib.repr(tools)}')
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or []] or None

@@ -131,9 +131,8 @@ def _open_files(name: str) -> Source:
 
 
 def _read_file(file: Path) -> Iterator[Item]:
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".gz": _read_jsonl, ".json": _read_json}
-    readers |= {".csv": _read_csv, ".tsv": _read_csv}
-    readers |= {".parquet": _read_parquet, ".array_record": _read_array_record}
+    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".gz": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    readers |= {".tsv": _read_csv, ".parquet": _read_parquet, ".array_record": _read_array_record}
     with _named(file):
         yield from readers[file.suffix](file)
 
