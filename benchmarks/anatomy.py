@@ -26,9 +26,9 @@ from rows import ROWS, Row
 from weights import model_config
 
 from jaxstages.models.transformer import make_model
-from jaxstages.optim import make_optimizer
-from jaxstages.process import keep_freed_memory
-from jaxstages.step import init_state, make_train_step
+from jaxstages.runtime.cpu_tuning import disable_malloc_trim
+from jaxstages.train.optimizer import make_optimizer
+from jaxstages.train.step import init_state, make_train_step
 from jaxstages.types import Batch
 
 HERE = Path(__file__).resolve().parent
@@ -89,7 +89,7 @@ def make_step(row: Row) -> tuple[Any, Any, Batch]:
     ones_BL = jnp.ones(shape, jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(row.context), shape)
     batch = Batch(tokens_BL, targets_BL, jnp.ones(shape), ones_BL, positions_BL)
-    step = jax.jit(make_train_step(model.headless, tx), donate_argnums=0)
+    step = jax.jit(make_train_step(model.hidden, tx), donate_argnums=0)
     return step, init_state(model.init(jax.random.key(0)), tx), batch
 
 
@@ -114,7 +114,7 @@ def trace(step: Any, state: Any, batch: Batch, steps: int) -> tuple[list[dict[st
 
 
 def main() -> None:
-    keep_freed_memory()
+    disable_malloc_trim()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", type=ROWS.__getitem__, default=ROWS["C1"], help=f"one of {', '.join(ROWS)}")
     parser.add_argument("--steps", type=int, default=10)

@@ -17,14 +17,14 @@ from safetensors.numpy import load_file
 from tokens import Batches
 from weights import count_params, from_gpt2, from_peft, lora_config, model_config
 
-from jaxstages.compilation import paced
 from jaxstages.config import OptimConfig, ScheduleConfig
 from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
-from jaxstages.optim import make_optimizer
-from jaxstages.process import keep_freed_memory, settle
-from jaxstages.step import init_state, make_train_step
-from jaxstages.types import Batch, Headless, Params, Sums, TrainState
+from jaxstages.runtime.cpu_tuning import disable_malloc_trim, freeze_gc_and_trim_heap
+from jaxstages.train.compile import paced
+from jaxstages.train.optimizer import make_optimizer
+from jaxstages.train.step import init_state, make_train_step
+from jaxstages.types import Batch, HiddenAndHead, Params, Sums, TrainState
 
 
 def optim_config(row: Row) -> OptimConfig:
@@ -49,7 +49,7 @@ def gradient_as_state() -> optax.GradientTransformationExtraArgs:
 
 
 def main() -> None:
-    keep_freed_memory()  # as jaxstages' own command does, before XLA's threads start
+    disable_malloc_trim()  # as jaxstages' own command does, before XLA's threads start
     flags = contender_flags(__doc__).parse_args()
     row: Row = flags.row
     model = make_model(model_config(row), row.vocab)
@@ -65,12 +65,12 @@ def main() -> None:
     del params, tensors
 
     def adapted(state: TrainState, batch: Batch, base: Params | None) -> tuple[TrainState, Sums]:
-        """As in `jaxstages.compilation`."""
+        """As in `jaxstages.train.compile`."""
 
-        def headless(params: Params, part: Batch, key: Any) -> Headless:
-            return model.headless(params if base is None else lora.join(base, params, lora_config(row)), part, key)
+        def hidden(params: Params, part: Batch, key: Any) -> HiddenAndHead:
+            return model.hidden(params if base is None else lora.join(base, params, lora_config(row)), part, key)
 
-        return make_train_step(headless, tx)(state, batch)
+        return make_train_step(hidden, tx)(state, batch)
 
     step = functools.partial(jax.jit(adapted, donate_argnums=0), base=base)
     shape = (row.batch, row.context)
@@ -91,7 +91,7 @@ def main() -> None:
     recorder = Recorder(flags.warmup, flags.steps, lambda: jax.block_until_ready(state))
     recorder.begin()
     step = paced(step, step.func.lower(state, batch(0), base=base).compile(), row.device)
-    settle()
+    freeze_gc_and_trim_heap()
     for k in range(recorder.total):
         state, sums = step(state, batch(k))
         recorder.step_done(sums["nll"])

@@ -59,7 +59,7 @@ def timed(name: str, work: Callable[[], Any], found: dict[str, float]) -> Any:
 
 def jaxstages(documents: Path, tokenizer: Path, folder: Path, found: dict[str, Any]) -> None:
     from jaxstages.config import DataConfig
-    from jaxstages.data.pipeline import batches_by_step
+    from jaxstages.data.batches import batches_by_step
     from jaxstages.data.prepare import prepare
     from jaxstages.data.sources import open_source
     from jaxstages.data.tokenizer import load_tokenizer

@@ -6,7 +6,7 @@
 Contenders are processes that load the weights, answer once (which compiles), and then answer whenever they are told to:
 A B, B A, ... Before the clock their tokens must be equal. A round's figure is new tokens a second of whole answers, the
 reading of the prompts included; what counts is the ratio within a round. `--torch` names a Python with the extra
-`bench`, if the one that runs this has none. Prints a line a case, and keeps all in OUT/generation.json.
+`setup`, if the one that runs this has none. Prints a line a case, and keeps all in OUT/generation.json.
 
 * jaxstages: `make_answers`, as `jaxstages generate` and evaluation use it
 * transformers: `GPT2LMHeadModel.generate(do_sample=False, use_cache=True)` on --threads threads
@@ -69,10 +69,10 @@ def answer_by_jaxstages(row: Row, weights: Path, batch: int, new: int) -> Answer
     from weights import from_gpt2, model_config
 
     from jaxstages.config import MeshConfig
-    from jaxstages.decode.generate import make_answers
-    from jaxstages.decode.sampling import Sampling
+    from jaxstages.generate.decode import make_answers
+    from jaxstages.generate.sampling import Sampling
+    from jaxstages.models.sharding import batch_sharding, make_mesh
     from jaxstages.models.transformer import make_model
-    from jaxstages.sharding import batch_sharding, make_mesh
 
     params = jax.tree.map(jnp.asarray, from_gpt2(load_file(weights), row))
     model = make_model(model_config(row), row.vocab)

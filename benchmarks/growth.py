@@ -30,14 +30,14 @@ from rows import ROWS, Row, flops_per_token
 from weights import model_config
 
 from jaxstages.config import MeshConfig, StageConfig
-from jaxstages.losses import cross_entropy_sums
+from jaxstages.models.losses import cross_entropy_sums
+from jaxstages.models.sharding import batch_sharding, make_mesh
 from jaxstages.models.transformer import make_model
-from jaxstages.optim import make_optimizer
-from jaxstages.process import keep_freed_memory
-from jaxstages.sharding import batch_sharding, make_mesh
-from jaxstages.step import init_state, make_train_step
-from jaxstages.types import Batch, Headless
-from jaxstages.workbench import state_shapes
+from jaxstages.runtime.cpu_tuning import disable_malloc_trim
+from jaxstages.train.optimizer import make_optimizer
+from jaxstages.train.setup import abstract_state
+from jaxstages.train.step import init_state, make_train_step
+from jaxstages.types import Batch, HiddenAndHead
 
 HERE = Path(__file__).resolve().parent
 BASE = dataclasses.replace(ROWS["C1"], vocab=512, context=128, batch=8)
@@ -74,18 +74,18 @@ class Step:
         tx = make_optimizer(optim_config(row), 100, model.axes)
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
         stage = StageConfig(optim=optim_config(row))
-        self.shapes = state_shapes(model, tx, stage, mesh)
+        self.shapes = abstract_state(model, tx, stage, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         shape, rows = (row.batch, row.context), batch_sharding(mesh)
         dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
-        self.batch_shapes = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes))
-        step = make_train_step(model.headless, tx, accumulate=accumulate)
+        self.abstract_batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes))
+        step = make_train_step(model.hidden, tx, accumulate=accumulate)
         self.jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         self._row, self._init = row, lambda: init_state(model.init(jax.random.key(0)), tx, stage.optim.spike_window)
 
     def compiled(self) -> Any:
         """Compiled anew."""
-        return self.jitted.lower(self.shapes, self.batch_shapes).compile()
+        return self.jitted.lower(self.shapes, self.abstract_batch).compile()
 
     def bytes(self) -> tuple[int, int]:
         """Of the state and batch, and of what the step takes beside them, a device."""
@@ -152,7 +152,7 @@ def vocabulary(budget: float) -> Curve:
     for tokens in x:
 
         def objective(hidden_BLD: Any, head_VD: Any, targets_BL: Any, weights_BL: Any) -> Any:
-            sums = cross_entropy_sums(Headless(hidden_BLD, head_VD), targets_BL, weights_BL, tile=128)
+            sums = cross_entropy_sums(HiddenAndHead(hidden_BLD, head_VD), targets_BL, weights_BL, tile=128)
             return sums["objective"]
 
         shapes = [
@@ -216,7 +216,7 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
 
 
 def main() -> None:
-    keep_freed_memory()
+    disable_malloc_trim()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", default=",".join(CURVES))
     parser.add_argument("--seconds", type=float, default=5.0, help="for each point that is timed")

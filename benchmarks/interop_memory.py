@@ -35,14 +35,14 @@ def write_random(folder: Path, config: dict[str, object]) -> int:
     """The folder; how many parameters it has."""
     import jax
 
+    from jaxstages.checkpoint.fingerprint import named_leaves
     from jaxstages.config import TokenizerConfig
     from jaxstages.data.tokenizer import make_tokenizer
-    from jaxstages.disk import write_json
-    from jaxstages.fingerprint import named_leaves
     from jaxstages.interop.config_json import read_config
     from jaxstages.interop.layout import places_of, shape_of
     from jaxstages.interop.tensors import Entry, write_shards
     from jaxstages.models.transformer import make_model
+    from jaxstages.runtime.files import write_json
 
     found = read_config(config, "config.json")
     model = make_model(found.model, found.model.vocab_size)
@@ -71,7 +71,7 @@ def child(words: list[str]) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxstages.main import main
+    from jaxstages.cli.main import main
 
     jax.block_until_ready(jnp.ones(8) + 1)
     before, _ = held()

@@ -30,10 +30,10 @@ from outcome import keep, spread
 from recipes import pretrain_recipe
 from rows import ROWS, Row
 
-from jaxstages import loop
-from jaxstages.commands.train import train
-from jaxstages.compilation import compile_step
-from jaxstages.process import keep_compiled, keep_freed_memory
+from jaxstages.cli.train import train
+from jaxstages.runtime.cpu_tuning import disable_malloc_trim, enable_compilation_cache
+from jaxstages.train import loop
+from jaxstages.train.compile import compile_step
 
 LEFT_OUT = 10
 """Steps at the start of a run that are not counted."""
@@ -121,7 +121,7 @@ def run_loop(wrap: Callable[[Any], Any], row: Row, folder: Path, steps: int, sav
 
 
 def main() -> None:
-    keep_freed_memory()
+    disable_malloc_trim()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", type=ROWS.__getitem__, default=ROWS["C1"], help=f"one of {', '.join(ROWS)}")
     parser.add_argument("--steps", type=int, default=0, help="of each run, at least 40; default: the row's")
@@ -131,7 +131,7 @@ def main() -> None:
     flags = parser.parse_args()
     machine, row = facts(), flags.row
     steps = max(flags.steps or row.steps, 2 * BLOCK)
-    keep_compiled()
+    enable_compilation_cache()
     folder = Path(tempfile.mkdtemp(dir=flags.folder))
     overheads: list[float] = []
     stalls, busy = [], []

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxstages.config import DataConfig
-from jaxstages.data.prepare import find_gone
-from jaxstages.data.shards import read_gone
+from jaxstages.config.data import DuplicatesConfig
+from jaxstages.data.prepare import find_near_duplicates
+from jaxstages.data.shards import read_dropped
 from jaxstages.data.sources import open_source
-from jaxstages.data_config import DuplicatesConfig
 
 VOCABULARY, MOST_WORDS = 100_000, 2000
 NEAR, MOST_CHANGED = 0.1, 0.08
@@ -130,10 +130,10 @@ def main() -> None:
         making = time.perf_counter() - start
         source = open_source(str(folder / "documents.jsonl"), folder)
         start = time.perf_counter()
-        found = find_gone(source, DataConfig(duplicates=config), folder / "cache")
+        found = find_near_duplicates(source, DataConfig(duplicates=config), folder / "cache")
         seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        places = read_gone(found, 0)
+        places = read_dropped(found, 0)
         gone = np.array([number in places for number in range(flags.documents)])
         start = time.perf_counter()
         said = judge(of, gone, config, flags.seed, length)

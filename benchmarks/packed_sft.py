@@ -63,19 +63,19 @@ def jaxstages(talks: list[tuple[np.ndarray, int]], weights: Path, check: bool) -
     from safetensors.numpy import load_file
     from weights import from_gpt2, model_config
 
-    from jaxstages.data.pipeline import to_batch
+    from jaxstages.data.batches import to_batch
     from jaxstages.models.transformer import make_model
-    from jaxstages.optim import make_optimizer
-    from jaxstages.process import keep_freed_memory
-    from jaxstages.step import init_state, make_train_step
+    from jaxstages.runtime.cpu_tuning import disable_malloc_trim
+    from jaxstages.train.optimizer import make_optimizer
+    from jaxstages.train.step import init_state, make_train_step
 
-    keep_freed_memory()
+    disable_malloc_trim()
     rows = packed_rows(talks, ROW)
     batches = [to_batch(rows[k : k + ROW.batch]) for k in range(0, len(rows), ROW.batch)]
     model = make_model(model_config(ROW), ROW.vocab)
     tx = make_optimizer(optim_config(ROW), len(batches), model.axes)
     state = init_state(jax.tree.map(jax.numpy.array, from_gpt2(load_file(weights), ROW)), tx)
-    step = jax.jit(make_train_step(model.headless, tx), donate_argnums=0)
+    step = jax.jit(make_train_step(model.hidden, tx), donate_argnums=0)
     state, sums = step(state, batches[0])
     first = float(sums["nll"]) / float(sums["weight"])
     if check:

@@ -36,8 +36,7 @@ def measure(sizes: dict) -> tuple[int, int]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxstages.commands.plan import make_plan
-    from jaxstages.compilation import jit_step, step_shapes
+    from jaxstages.cli.plan import make_plan
     from jaxstages.config import (
         AttentionConfig,
         DataConfig,
@@ -49,10 +48,11 @@ def measure(sizes: dict) -> tuple[int, int]:
         StageConfig,
         TokenizerConfig,
     )
+    from jaxstages.models.sharding import make_mesh
     from jaxstages.plan.chips import topology_of
-    from jaxstages.sharding import make_mesh
-    from jaxstages.step import init_state
-    from jaxstages.workbench import make_parts
+    from jaxstages.train.compile import abstract_step_arguments, jit_step
+    from jaxstages.train.setup import make_parts
+    from jaxstages.train.step import init_state
 
     width, remat = sizes["width"], sizes.get("remat", "none")
     recipe = Recipe(
@@ -79,13 +79,13 @@ def measure(sizes: dict) -> tuple[int, int]:
     make = jax.jit(
         lambda key: init_state(parts.model.init(key), parts.tx, parts.stage.optim.spike_window), out_shardings=shardings
     )
-    compiled = jit_step(parts, remat)[1].lower(*step_shapes(parts)).compile()
+    compiled = jit_step(parts, remat)[1].lower(*abstract_step_arguments(parts)).compile()
     made = make.lower(jax.random.key(0)).compile()
     draw = np.random.default_rng(0)
     values = [draw.integers(0, 8192, (sizes["batch"], sizes["context"])) for _ in range(2)]
     ones = np.ones_like(values[0])
     fields = (*values, ones, ones, np.cumsum(ones, axis=1) - 1)
-    _, shapes, *_ = step_shapes(parts)
+    _, shapes, *_ = abstract_step_arguments(parts)
     batch = type(shapes)(
         *(jax.device_put(jnp.asarray(x, s.dtype), s.sharding) for x, s in zip(fields, shapes, strict=True))
     )

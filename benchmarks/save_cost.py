@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from jaxstages.checkpoint import Checkpoints
-from jaxstages.early_stopping import early_stopping
-from jaxstages.step import init_state
+from jaxstages.checkpoint.manager import Checkpoints
+from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.step import init_state
 from jaxstages.types import TrainState
 
 

@@ -29,12 +29,12 @@ def child(workdir: str) -> None:
     """`jaxstages pretrain` up to its first step, whose time is printed; ends there."""
     import jax
 
-    from jaxstages import loop
     from jaxstages.__main__ import cli
-    from jaxstages.compilation import compile_step
+    from jaxstages.train import loop
+    from jaxstages.train.compile import compile_step
 
-    def compile_clocked(bench, base=None):
-        function, jitted = compile_step(bench, base)
+    def compile_clocked(setup, base=None):
+        function, jitted = compile_step(setup, base)
 
         def step(state, batch):
             jax.block_until_ready(jitted(state, batch))

@@ -5,21 +5,21 @@ import os
 import signal
 import sys
 
-from jaxstages.process import keep_compiled, keep_freed_memory
-from jaxstages.signals import stop_signals
+from jaxstages.runtime.cpu_tuning import disable_malloc_trim, enable_compilation_cache
+from jaxstages.runtime.signals import stop_signals
 
 
 def _keep_compiled() -> None:
-    if told := keep_compiled():
+    if told := enable_compilation_cache():
         print(f"jaxstages: {told}", file=sys.stderr)
 
 
 def cli() -> None:
     """The console script."""
     faulthandler.enable()
-    keep_freed_memory()
+    disable_malloc_trim()
     with stop_signals():
-        from jaxstages.main import main
+        from jaxstages.cli.main import main
 
         try:
             code = main(sys.argv, before_jax=_keep_compiled)

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxstages.guard import GuardState
-
 Params = dict[str, Any]
 """Nested dict of arrays; a parameter's path is its keys joined by "/", such as `layers/attention/query/kernel`."""
 
@@ -44,6 +42,17 @@ class Batch(NamedTuple):
     positions_BL: Int[Array, "B L"]
 
 
+class GuardState(NamedTuple):
+    """skipped: steps in all whose update was not applied. streak: steps in a row, up to now, that were not finite.
+    losses_W, norms_W: of the last finite steps, a ring. seen: finite steps so far."""
+
+    skipped: Int[Array, ""]
+    streak: Int[Array, ""]
+    losses_W: Float[Array, " W"]
+    norms_W: Float[Array, " W"]
+    seen: Int[Array, ""]
+
+
 class TrainState(NamedTuple):
     """What one optimizer step reads and writes. Arrays only, so that it goes through a checkpoint as it is."""
 
@@ -55,7 +64,7 @@ class TrainState(NamedTuple):
     """Exponential moving average of the parameters; () where there is none."""
 
 
-class Headless(NamedTuple):
+class HiddenAndHead(NamedTuple):
     """What logits are made from, where they need not all exist at once."""
 
     hidden_BLD: Float[Array, "B L D"]
@@ -74,7 +83,7 @@ Names = tuple[str, ...]
 """The logical axis of each dim of an array; "" is one of no name, which is never split."""
 
 
-class Placement(NamedTuple):
+class ShardingHooks(NamedTuple):
     """What a model says of which device holds what, while it computes. By default nothing, as on one device.
 
     activation: `activation(x, names)`, x split as its axes are.
@@ -94,7 +103,9 @@ class Placement(NamedTuple):
     parts: Callable[[str], int] = lambda _name: 1
 
 
-ALONE = Placement()  # one device; to be compared by ==, for Flax makes another of a tuple among a module's fields
+SINGLE_DEVICE = (
+    ShardingHooks()
+)  # one device; to be compared by ==, for Flax makes another of a tuple among a module's fields
 
 
 class Model(NamedTuple):
@@ -102,23 +113,27 @@ class Model(NamedTuple):
 
     init: `init(key) -> params`.
     apply: `apply(params, batch, dropout_key) -> logits_BLV`; `dropout_key=None` turns dropout off.
-    headless: `headless(params, batch, dropout_key)`, the same without the last matmul.
+    hidden: `hidden(params, batch, dropout_key)`, the same without the last matmul.
     axes: tree like params whose leaves are tuples of logical axis names, one a dim ("embed", "heads", ...).
     init_cache: `init_cache(batch_size, slots) -> cache`, the empty key/value cache for decoding.
     unstack: `unstack(params)`, with each layer's parameters by themselves: what `decode` works with, made ahead of many
         calls so that a layer is not copied out of the stack at each of them.
-    decode: `decode(unstack(params), tokens_BL, positions_BL, cache) -> (Headless, cache)`; keys and values are written
+    decode: `decode(unstack(params), tokens_BL, positions_BL, cache) -> (HiddenAndHead, cache)`; keys and values are written
         to the slot of their position, a row's positions follow each other, and a query attends to the slots up to its
         own position.
     """
 
     init: Callable[[PRNGKeyArray], Params]
     apply: Callable[[Params, Batch, PRNGKeyArray | None], Float[Array, "B L V"]]
-    headless: Callable[[Params, Batch, PRNGKeyArray | None], Headless]
+    hidden: Callable[[Params, Batch, PRNGKeyArray | None], HiddenAndHead]
     axes: Params
     init_cache: Callable[[int, int], Any]
     unstack: Callable[[Params], Params]
-    decode: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[Headless, Any]]
+    decode: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[HiddenAndHead, Any]]
+
+
+Apply = Callable[[Params, Batch, PRNGKeyArray | None], Array | HiddenAndHead]
+"""`apply(params, batch, dropout_key)`: logits_BLV, or the hidden states and the head that they are made from."""
 
 
 class Diverged(Exception):

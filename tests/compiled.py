@@ -57,7 +57,7 @@ def traced_once(make_model: Callable[..., Any]) -> Callable[..., Any]:
             if known == key:
                 return model
         model = make_model(config, vocab, **settings)
-        model = model._replace(init=jax.jit(model.init), headless=jax.jit(model.headless))
+        model = model._replace(init=jax.jit(model.init), hidden=jax.jit(model.hidden))
         made.append((key, model))
         del made[:-MODELS]
         return model

@@ -28,7 +28,7 @@ jaxtyping.install_import_hook(
 )
 
 import jaxstages  # noqa: E402, F401  (sets the XLA flags that it needs)
-from jaxstages import workbench  # noqa: E402
+from jaxstages.train import program  # noqa: E402
 
 # Child processes keep what they compile here, not in the home of who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxstages-")
@@ -43,7 +43,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-workbench.make_model = compiled.traced_once(workbench.make_model)
+program.make_model = compiled.traced_once(program.make_model)
 
 # The same examples each time, and no deadline: a slow machine is no failure.
 hypothesis.settings.register_profile(

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxstages import anchor
-from jaxstages.anchor import generate_texts, open_anchor
-from jaxstages.commands.train import train
+from jaxstages.cli.train import train
 from jaxstages.config import AnchorConfig, LoraConfig, Recipe
-from jaxstages.metrics import read_metrics
-from jaxstages.parent import contract_of, read_parent
-from jaxstages.workbench import open_workbench
+from jaxstages.train import anchor
+from jaxstages.train.anchor import generate_texts, open_anchor
+from jaxstages.train.handoff import read_parent
+from jaxstages.train.metric_writer import read_metrics
+from jaxstages.train.setup import setup_stage
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -68,20 +68,20 @@ def test_texts_begin_and_end_as_texts_do_and_are_generated_once(
     pretrained: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, work = pretrained
-    bench = open_workbench(recipe, "finetune", work)
-    params, lineage = read_parent(work / "pretrain", bench, contract_of(bench))
-    examples = generate_texts(bench, params)
-    end, context = bench.tokenizer.specials.end_of_text, recipe.model.context
+    setup = setup_stage(recipe, "finetune", work)
+    params, lineage = read_parent(work / "pretrain", setup.program, setup.contract)
+    examples = generate_texts(setup, params)
+    end, context = setup.data.tokenizer.specials.end_of_text, recipe.model.context
     assert len(examples) == 5
     for example in examples:
-        assert example.ids[:1].tolist() == list(bench.tokenizer.begin)
+        assert example.ids[:1].tolist() == list(setup.data.tokenizer.begin)
         assert len(example.ids) <= context and (len(example.ids) == context or example.ids[-1] == end)
         assert example.weights.tolist() == [0.0, *[1.0] * (len(example.ids) - 1)]
     assert len({tuple(example.ids) for example in examples}) > 1, "they are sampled, each by its own key"
-    rows = open_anchor(bench, params, lineage["params_sha256"])
+    rows = open_anchor(setup, params, lineage["params_sha256"])
     assert rows.index["tokens"] == sum(len(example.ids) - 1 for example in examples)
     monkeypatch.setattr(anchor, "generate_texts", None)  # not called again
-    assert open_anchor(bench, params, lineage["params_sha256"]).folder == rows.folder
+    assert open_anchor(setup, params, lineage["params_sha256"]).folder == rows.folder
     with pytest.raises(TypeError):
-        open_anchor(bench, params, "another parent")
+        open_anchor(setup, params, "another parent")
     np.testing.assert_array_equal(rows.target_counts().sum(), rows.index["tokens"])

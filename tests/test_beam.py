@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxstages.commands.prepare import prepare_all
+from jaxstages.cli.prepare import prepare_all
 from jaxstages.config import DataConfig, Recipe
+from jaxstages.config.data import CleanConfig, DuplicatesConfig
 from jaxstages.data import prepare as preparing
 from jaxstages.data import sources
 from jaxstages.data.sources import Source
-from jaxstages.data_config import CleanConfig, DuplicatesConfig
 from tests.test_clean import words
 from tests.tiny import recipe as tiny_recipe
 
@@ -99,7 +99,7 @@ def test_what_fails_in_a_worker_is_said_in_one_line(tmp_path: Path) -> None:
     for name, kind in (("cut.jsonl.gz", ValueError), ("missing.jsonl", OSError)):
         source = Source("a source", (functools.partial(sources._read_file, tmp_path / name),), "0", 1)
         with pytest.raises(kind, match=f"near-duplicates of a source: the Beam pipeline failed: .*{name}") as caught:
-            engine.find_gone(source, config, tmp_path / "gone")
+            engine.find_near_duplicates(source, config, tmp_path / "gone")
         assert "\n" not in str(caught.value)
 
 

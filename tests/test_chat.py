@@ -18,12 +18,12 @@ import tokenizers
 
 from jaxstages.config import DataConfig, TokenizerConfig
 from jaxstages.data.chat import TEMPLATE, Chat, chat_name, make_chat
+from jaxstages.data.chat_template import DATE, MARKS, make_render
 from jaxstages.data.conversation import read_conversation
 from jaxstages.data.prepare import prepare
 from jaxstages.data.sentencepiece import BPE, UNIGRAM
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import make_task
-from jaxstages.data.template import DATE, MARKS, make_render
 from jaxstages.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from tests.tiny import sentencepiece_model
 

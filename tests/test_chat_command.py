@@ -5,16 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
-
 from jaxstages.commands import generate as generating
-from jaxstages.commands.answering import open_answering
-from jaxstages.commands.manner import Manner
-from jaxstages.commands.recipe import resolve_recipe
+
+from jaxstages.cli.loaded_model import load_model
+from jaxstages.cli.main import main
+from jaxstages.cli.resolve import resolve_recipe
+from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.data.chat import Chat, make_chat
 from jaxstages.data.conversation import Messages, Tools, read_conversation
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.decode.stream import Session
-from jaxstages.main import main
+from jaxstages.generate.session import Session
 from tests.tiny import write_data
 
 CONFIG = """
@@ -169,8 +169,8 @@ def test_what_the_template_refuses_costs_nothing(
 
 def test_a_control_token_as_a_stop_is_an_id(home: Path) -> None:
     """No decoding shows it: as a text it would never be found."""
-    manner = Manner(4, 0.0, 0, 1.0, 0.0, 1.0, ["<|user|>", "a text"], 0)
-    answering = open_answering(resolve_recipe(None, home / "work"), home / "work", None, manner)
-    special = answering.bench.tokenizer.specials
+    manner = SamplingFlags(4, 0.0, 0, 1.0, 0.0, 1.0, ["<|user|>", "a text"], 0)
+    answering = load_model(resolve_recipe(None, home / "work"), home / "work", None, manner)
+    special = answering.setup.data.tokenizer.specials
     assert answering.sampling.stop == (special.end_of_text, special.end_of_turn, special.user)
     assert answering.stops == ("a text",)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from jaxstages.config import DataConfig, TokenizerConfig
-from jaxstages.data import duplicates
+from jaxstages.config.data import CleanConfig, DuplicatesConfig
+from jaxstages.data import dedup
 from jaxstages.data import prepare as preparing
 from jaxstages.data.clean import clean_item, clean_text, compared
-from jaxstages.data.prepare import Prepared, find_gone, prepare
+from jaxstages.data.prepare import Prepared, find_near_duplicates, prepare
 from jaxstages.data.shards import items_of
 from jaxstages.data.sources import Item, open_source
 from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
-from jaxstages.data_config import CleanConfig, DuplicatesConfig
 
 ON = DuplicatesConfig(threshold=0.8)
 
@@ -39,8 +39,8 @@ def jaccard(one: str, other: str, size: int) -> float:
 def found(texts: list[str], tmp_path: Path, config: DuplicatesConfig = ON) -> list[int]:
     scratch = tmp_path / "scratch"
     scratch.mkdir(exist_ok=True)
-    batches = duplicates.batches(enumerate(texts))
-    return duplicates.find(((orders, duplicates.signatures(some, config)) for orders, some in batches), config, scratch)
+    batches = dedup.batches(enumerate(texts))
+    return dedup.find(((orders, dedup.signatures(some, config)) for orders, some in batches), config, scratch)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_lengths_count_what_is_left_of_all_texts() -> None:
 def test_signatures_are_of_the_set_of_shingles(shingle: str) -> None:
     config = DuplicatesConfig(threshold=0.8, shingle=shingle, shingle_size=3)
     texts = ["One two  three\tfour", "one TWO three four", "", "two", "one two three four one two three four"]
-    hashes, begins = duplicates.shingles(texts, config)
+    hashes, begins = dedup.shingles(texts, config)
     ours = ["one two three four"] * 2 + ["\0", "two", texts[-1]]
     runs = [
         [tuple(units[i : i + 3]) for i in range(max(1, len(units) - 2))]
@@ -105,14 +105,14 @@ def test_signatures_are_of_the_set_of_shingles(shingle: str) -> None:
     for run, value in zip(itertools.chain(*runs), hashes.tolist(), strict=True):
         assert by_run.setdefault(run, value) == value, "a shingle has one hash"
     assert len(set(by_run.values())) == len(by_run), "and no two have the same"
-    signed = duplicates.signatures(texts, config)
+    signed = dedup.signatures(texts, config)
     assert signed.shape == (5, 120) and signed.dtype == np.uint32
-    np.testing.assert_array_equal(signed, np.concatenate([duplicates.signatures([text], config) for text in texts]))
+    np.testing.assert_array_equal(signed, np.concatenate([dedup.signatures([text], config) for text in texts]))
     assert (signed[0] == signed[1]).all() and not (signed[0] == signed[2]).any()
 
 
 def test_signatures_are_the_same_on_every_machine() -> None:
-    one = duplicates.signatures(["the same numbers everywhere, or caches would not be shared"], ON)
+    one = dedup.signatures(["the same numbers everywhere, or caches would not be shared"], ON)
     assert one[0, :3].tolist() == GOLDEN
 
 
@@ -123,7 +123,7 @@ def test_a_signature_estimates_jaccard() -> None:
     text = words(0, 400)
     for every in (100, 40, 15):
         one, other = " ".join(text), " ".join(changed(text, every))
-        signed = duplicates.signatures([one, other], DuplicatesConfig(threshold=0.8, permutations=2000, bands=20))
+        signed = dedup.signatures([one, other], DuplicatesConfig(threshold=0.8, permutations=2000, bands=20))
         s = jaccard(one, other, 5)
         assert (signed[0] == signed[1]).mean() == pytest.approx(s, abs=4 * np.sqrt(s * (1 - s) / 2000))
 
@@ -136,7 +136,7 @@ def test_pairs_meet_in_a_band_as_often_as_the_s_curve_says() -> None:
         for pair in range(400):
             common = [f"{pair}c{i}" for i in range(shared)]
             texts += [" ".join([*common, *(f"{pair}{side}{i}" for i in range(each))]) for side in "ab"]
-        keys = duplicates.keys(duplicates.signatures(texts, config), config.bands)[:, 1:]
+        keys = dedup.keys(dedup.signatures(texts, config), config.bands)[:, 1:]
         met = (keys[::2] == keys[1::2]).any(axis=1).mean()
         curve = 1 - (1 - s ** (config.permutations / config.bands)) ** config.bands
         assert met == pytest.approx(curve, abs=4 * np.sqrt(curve * (1 - curve) / 400) + 0.01), s
@@ -183,8 +183,8 @@ def test_the_answer_does_not_depend_on_the_batches(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(duplicates, "PAIRS", 3)
     assert found(texts, tmp_path) == expected
     # By the definition: an earlier text of the same band is similar.
-    signed = duplicates.signatures(texts, ON)
-    bands = duplicates.keys(signed, ON.bands)
+    signed = dedup.signatures(texts, ON)
+    bands = dedup.keys(signed, ON.bands)
     slow = [
         later
         for later in range(len(texts))
@@ -194,7 +194,7 @@ def test_the_answer_does_not_depend_on_the_batches(tmp_path: Path, monkeypatch: 
 
 
 def test_a_band_with_everything_in_it_is_no_square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, asked, similar = words(0, 200), [], duplicates.similar
+    base, asked, similar = words(0, 200), [], dedup.similar
     texts = [" ".join([*base[:100], f"n{number}", *base[100:]]) for number in range(300)]
     monkeypatch.setattr(duplicates, "similar", lambda *some: (asked.append(len(some[0])), similar(*some))[1])
     assert len(found(texts, tmp_path, DuplicatesConfig(threshold=1.0))) < 10
@@ -274,7 +274,7 @@ def test_near_duplicates_never_fall_on_two_sides(tmp_path: Path, tokenizer: Toke
     records = [record for r in RECORDS for record in (r, {"text": f"{r['text']} and more"})]
     source = open_source(write(tmp_path / "a.jsonl", records), tmp_path)
     config = DataConfig(holdout=0.3, duplicates=DuplicatesConfig(threshold=0.8))
-    gone, parts = find_gone(source, config, tmp_path / "c"), ("train", "validation")
+    gone, parts = find_near_duplicates(source, config, tmp_path / "c"), ("train", "validation")
     sides = [[item.record["text"] for item in items_of(source, part, config, gone) if item.record] for part in parts]
     assert sorted(sides[0] + sides[1]) == sorted(r["text"] for r in RECORDS) and all(sides)
     index = [prepare(source, part, config, tokenizer, 32, tmp_path / "c").index for part in parts]
@@ -285,10 +285,10 @@ def test_near_duplicates_are_looked_for_once_and_across_files(tmp_path: Path, mo
     for number in range(3):
         write(tmp_path / f"{number}.jsonl", RECORDS[::-1] if number == 2 else RECORDS[:5])
     source, config = open_source(str(tmp_path / "*.jsonl"), tmp_path), DataConfig(duplicates=ON)
-    gone = find_gone(source, config, tmp_path / "c")
+    gone = find_near_duplicates(source, config, tmp_path / "c")
     assert gone is not None
     assert json.loads((gone / "index.json").read_text())["near_duplicates"] == 10
     assert len([item for item in items_of(source, "train", config, gone) if item.record]) == len(RECORDS)
     monkeypatch.setattr(preparing.duplicates, "find", None)
-    assert find_gone(source, config, tmp_path / "c") == gone
-    assert find_gone(source, DataConfig(), tmp_path / "c") is None
+    assert find_near_duplicates(source, config, tmp_path / "c") == gone
+    assert find_near_duplicates(source, DataConfig(), tmp_path / "c") is None

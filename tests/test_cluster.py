@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
-from jaxstages import cluster
-from jaxstages.cluster import Place, find_place
-from jaxstages.hosts import unlike
+from jaxstages.runtime import cluster
+from jaxstages.runtime.cluster import Place, find_place
+from jaxstages.runtime.multihost import first_difference
 
 NO_FLAGS = dict.fromkeys(cluster.ENVIRONMENT)
 
@@ -115,7 +115,10 @@ def test_what_is_told_by_halves_is_refused(told: Told, variables: dict[str, str]
 
 def test_the_first_difference_is_told_with_both_values() -> None:
     ours = {"jax": "0.10.2", "config.seed": "0", "rows": "a b"}
-    assert unlike(ours, [dict(ours), dict(ours)]) == ""
-    assert unlike(ours, [dict(ours), ours | {"config.seed": "1"}]) == "config.seed is 0 in process 0, 1 in process 2"
-    assert unlike(ours, [{"jax": "0.11.0"}]) == "jax is 0.10.2 in process 0, 0.11.0 in process 1 (and 2 more)"
-    assert unlike(ours, [ours | {"new": "x"}]) == "new is nothing in process 0, x in process 1"
+    assert first_difference(ours, [dict(ours), dict(ours)]) == ""
+    assert (
+        first_difference(ours, [dict(ours), ours | {"config.seed": "1"}])
+        == "config.seed is 0 in process 0, 1 in process 2"
+    )
+    assert first_difference(ours, [{"jax": "0.11.0"}]) == "jax is 0.10.2 in process 0, 0.11.0 in process 1 (and 2 more)"
+    assert first_difference(ours, [ours | {"new": "x"}]) == "new is nothing in process 0, x in process 1"

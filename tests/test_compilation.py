@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxstages import compilation, workbench
-from jaxstages.compilation import LADDER, compile_step, paced
 from jaxstages.config import ModelConfig
+from jaxstages.models.sharding import place_batch, shardings_of
 from jaxstages.models.transformer import REMAT, make_model
-from jaxstages.sharding import place_batch, shardings_of
-from jaxstages.step import init_state
-from jaxstages.workbench import Workbench, open_workbench, prepare_stages
+from jaxstages.train import compile
+from jaxstages.train.compile import REMAT_ORDER, compile_step, paced
+from jaxstages.train.setup import StageSetup, prepare_stages, setup_stage
+from jaxstages.train.step import init_state
 from tests.tiny import VOCAB, example, mixed_batch, model_config, packed_batch, recipe, write_data
 
 
@@ -36,14 +36,14 @@ def gradient(config: ModelConfig, remat: str) -> tuple[dict, int]:
 @pytest.mark.parametrize("unroll", [False, True])
 def test_less_memory_for_the_same_gradient(unroll: bool) -> None:
     config = model_config(layers=2 if unroll else 6, unroll=unroll)
-    found = {remat: gradient(config, remat) for remat in LADDER}
-    for remat in LADDER[1:]:
+    found = {remat: gradient(config, remat) for remat in REMAT_ORDER}
+    for remat in REMAT_ORDER[1:]:
         jax.tree.map(
             lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
             found[remat][0],
             found["none"][0],
         )
-    sizes = [found[remat][1] for remat in LADDER]
+    sizes = [found[remat][1] for remat in REMAT_ORDER]
     # XLA:CPU brings what is computed again forward where it can, and then it must keep it: out of a loop it can.
     assert unroll or sizes[0] > 1.1 * sizes[1] > 1.2 * sizes[2], sizes
 
@@ -54,7 +54,7 @@ def test_offload_is_lowered_for_gpu() -> None:
     step = jax.jit(jax.grad(lambda params: model.apply(params, batch, None)[..., 0].sum()))
     text = step.trace(jax.eval_shape(model.init, jax.random.key(0))).lower(lowering_platforms=("cuda",)).as_text()
     assert "pinned_host" in text
-    assert set(REMAT) == {*LADDER[1:], "offload"}
+    assert set(REMAT) == {*REMAT_ORDER[1:], "offload"}
 
 
 class Heap(ctypes.Structure):
@@ -95,24 +95,24 @@ def test_memory_is_given_back_before_the_next_step(monkeypatch: pytest.MonkeyPat
 FREED = """
 import os
 import numpy as np
-from jaxstages.process import keep_freed_memory, settle
+from jaxstages.runtime.cpu_tuning import disable_malloc_trim, freeze_gc_and_trim_heap
 
 def resident() -> int:
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-assert keep_freed_memory()
+assert disable_malloc_trim()
 arrays = [np.ones(2**20) for _ in range(64)]
 whole = resident()
 del arrays[::2]
 kept = resident()
-settle()
+freeze_gc_and_trim_heap()
 print(whole - kept, kept - resident())
 """
 
 
 SCATTERED = """
 import ctypes, re, sys
-from jaxstages.process import keep_freed_memory, settle
+from jaxstages.runtime.cpu_tuning import disable_malloc_trim, freeze_gc_and_trim_heap
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
@@ -126,12 +126,12 @@ def in_lists() -> int:
     found = re.findall('from="([0-9]+)".* count="([0-9]+)"', open(sys.argv[1]).read())
     return sum(int(count) for size, count in found if int(size) > 1024)
 
-assert keep_freed_memory()
+assert disable_malloc_trim()
 pieces = [libc.malloc(1100 + 7 * (number % 4000)) for number in range(40_000)]
 for piece in pieces[::2]:
     libc.free(piece)
 before = in_lists()
-settle()
+freeze_gc_and_trim_heap()
 print(before, in_lists())
 """
 
@@ -154,30 +154,30 @@ def test_free_pieces_leave_the_lists_before_the_first_step(tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def needed(bench: Workbench) -> int:
+def needed(setup: StageSetup) -> int:
     """Bytes of the step that keeps all."""
-    _, step = compilation.jit_step(bench, "none")
-    return compilation.bytes_of(step.lower(*compilation.step_shapes(bench)).compile())
+    _, step = compile.jit_step(setup, "none")
+    return compile.bytes_of(step.lower(*compile.abstract_step_arguments(setup)).compile())
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+def setup(tmp_path_factory: pytest.TempPathFactory) -> StageSetup:
     folder = tmp_path_factory.mktemp("compilation")
     write_data(folder)
     tiny = recipe(folder)
     assert tiny.pretrain is not None
     tiny.model.layers, tiny.pretrain.loop.remat = 6, "auto"
     prepare_stages(tiny, folder, ["pretrain"])
-    return open_workbench(tiny, "pretrain", folder)
+    return setup_stage(tiny, "pretrain", folder)
 
 
-def test_on_cpu_there_is_no_other_attention_than_the_model_s_own(bench: Workbench) -> None:
-    assert bench.train and workbench._attend(bench.recipe.model, 1, bench.train) is None
+def test_on_cpu_there_is_no_other_attention_than_the_model_s_own(setup: StageSetup) -> None:
+    assert setup.data.train and setup._choose_attention(setup.recipe.model, 1, setup.data.train) is None
 
 
 @pytest.mark.parametrize(("share", "rung"), [(2.0, "none"), (0.97, "dots"), (0.1, "full")])
 def test_auto_takes_the_first_that_fits(
-    bench: Workbench,
+    setup: StageSetup,
     needed: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -185,34 +185,34 @@ def test_auto_takes_the_first_that_fits(
     rung: str,
 ) -> None:
     """Of what the step needs without recomputation, so much is there."""
-    monkeypatch.setattr(compilation, "_memory_of", lambda device: int(needed * share / compilation.SHARE))
-    compile_step(bench)
+    monkeypatch.setattr(compilation, "_memory_of", lambda device: int(needed * share / compile.SHARE))
+    compile_step(setup)
     said = capsys.readouterr()
     assert f"remat {rung}: a step takes" in said.out + said.err
     assert ("lower loop.batch_size" in said.out + said.err) == (rung == "full")
 
 
-def test_memory_of_this_machine(bench: Workbench) -> None:
+def test_memory_of_this_machine(setup: StageSetup) -> None:
     """More than the step takes, less than 64 TiB."""
-    assert 2**26 < compilation._memory_of(bench.mesh.devices.flat[0]) < 2**46
-    state = init_state(jax.jit(bench.model.init)(jax.random.key(0)), bench.tx)
-    _, step = compile_step(bench)
+    assert 2**26 < compile._memory_of(setup.program.mesh.devices.flat[0]) < 2**46
+    state = init_state(jax.jit(setup.program.model.init)(jax.random.key(0)), setup.program.tx)
+    _, step = compile_step(setup)
     assert int(step(state, packed_batch([[example(40, r)] for r in range(8)], 64))[0].step) == 1
 
 
 def test_a_large_step_is_waited_for_and_compiled_once(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    setup: StageSetup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On CPU; what is found on the way to its size is what runs."""
-    monkeypatch.setattr(bench.stage.loop, "remat", "none")
-    params = jax.jit(bench.model.init)(jax.random.key(0))
-    state = init_state(params, bench.tx, bench.stage.optim.spike_window)
-    state = jax.device_put(state, shardings_of(bench.shapes))
-    batch = place_batch(packed_batch([[example(40, r)] for r in range(8)], 64), 8, bench.rows)
+    monkeypatch.setattr(setup.config.loop, "remat", "none")
+    params = jax.jit(setup.program.model.init)(jax.random.key(0))
+    state = init_state(params, setup.program.tx, setup.config.optim.spike_window)
+    state = jax.device_put(state, shardings_of(setup.program.abstract_state))
+    batch = place_batch(packed_batch([[example(40, r)] for r in range(8)], 64), 8, setup.program.row_sharding)
     for most, waits in ((0, True), (2**60, False)):
         monkeypatch.setattr(compilation, "MUCH", most)
         with jax.log_compiles():
-            _, step = compile_step(bench)
+            _, step = compile_step(setup)
             caplog.clear()
             for _ in range(3):
                 state, sums = step(state, batch)
@@ -222,12 +222,14 @@ def test_a_large_step_is_waited_for_and_compiled_once(
         assert not [line for line in caplog.messages if "Compiling jit(step)" in line]
 
 
-def test_compiler_options_are_the_step_s_own(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.stage.loop, "remat", "none")
-    loop = bench.stage.loop
+def test_compiler_options_are_the_step_s_own(
+    setup: StageSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup.config.loop, "remat", "none")
+    loop = setup.config.loop
     monkeypatch.setattr(loop, "compiler_options", (f"xla_dump_to={tmp_path}", "xla_dump_hlo_as_text=true"))
     assert not [*tmp_path.glob("*jit_step*")]
-    compile_step(bench)
+    compile_step(setup)
     jax.jit(lambda other: other + 1)(1)
     assert [*tmp_path.glob("*jit_step*.txt")] and not [*tmp_path.glob("*lambda*")]
     for wrong, complaint in (
@@ -236,11 +238,11 @@ def test_compiler_options_are_the_step_s_own(bench: Workbench, tmp_path: Path, m
     ):
         monkeypatch.setattr(loop, "compiler_options", (wrong,))
         with pytest.raises(ValueError, match=f"config.pretrain.loop.compiler_options=.*{complaint}"):
-            compile_step(bench)
+            compile_step(setup)
 
 
 def test_unknown_is_refused_at_the_door(tmp_path: Path) -> None:
-    from jaxstages.commands.validate import validate
+    from jaxstages.config.checks import validate
 
     tiny = recipe(tmp_path)
     assert tiny.pretrain is not None

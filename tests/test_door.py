@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from jaxstages import config as recipes
-from jaxstages.command_line import FLAGS_OF
-from jaxstages.commands.validate import validate
-from jaxstages.disk import read_json
-from jaxstages.main import main
-from jaxstages.metrics import read_metrics
-from jaxstages.record import steps_of
-from jaxstages.workdir import checkpoint_folder
+from jaxstages.cli.flags import FLAGS_OF
+from jaxstages.cli.main import main
+from jaxstages.config.checks import validate
+from jaxstages.runtime.files import read_json
+from jaxstages.runtime.workdir import checkpoint_folder, steps_of
+from jaxstages.train.metric_writer import read_metrics
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -137,7 +136,7 @@ def test_the_flags_are_frozen() -> None:
     """A new flag needs an argument in review, and a line here."""
     from absl import flags
 
-    from jaxstages.command_line import define_flags
+    from jaxstages.cli.flags import define_flags
 
     values = flags.FlagValues()
     define_flags(values, [])

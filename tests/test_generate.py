@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from jaxstages.config import AttentionConfig, MeshConfig
-from jaxstages.decode.generate import Answers, make_answers
-from jaxstages.decode.label import make_likeliest
-from jaxstages.decode.sampling import Sampling
-from jaxstages.decode.stream import Session
-from jaxstages.decode.text import TextStream
+from jaxstages.generate.decode import Answers, make_answers
+from jaxstages.generate.label_scores import make_likeliest
+from jaxstages.generate.sampling import Sampling
+from jaxstages.generate.session import Session
+from jaxstages.generate.text_stream import TextStream
+from jaxstages.models.sharding import batch_sharding, make_mesh
 from jaxstages.models.transformer import make_model
-from jaxstages.sharding import batch_sharding, make_mesh
 from jaxstages.types import Batch, Model, Params
 from tests.tiny import VOCAB, model_config
 
@@ -77,7 +77,7 @@ def texts_of(answers: Answers, params: Params, prompts: list[list[int]], first: 
 def test_a_stream_is_the_answer_at_once_turn_by_turn(
     model: tuple[Model, Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jaxstages.decode.stream.BUCKET", 4)  # so that a turn's new tokens are less than the context
+    monkeypatch.setattr("jaxstages.generate.session.BUCKET", 4)  # so that a turn's new tokens are less than the context
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     one = make_answers(model[0], HOW, context=32, batch_size=1, rows=batch_sharding(mesh), seed=7)
     session = Session(*model, HOW, context=32, seed=7)

@@ -22,21 +22,21 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxstages import config as recipes
-from jaxstages.commands.recipe import resolve_recipe
+from jaxstages.checkpoint.fingerprint import named_leaves
+from jaxstages.checkpoint.metadata import read_meta
+from jaxstages.cli.main import main
+from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, TokenizerConfig
 from jaxstages.data.sentencepiece import BPE
 from jaxstages.data.tokenizer import load_tokenizer, make_tokenizer
-from jaxstages.disk import read_json, write_json
-from jaxstages.fingerprint import named_leaves
 from jaxstages.interop import peft
 from jaxstages.interop.config_json import choose_family, plain_model, read_config, write_config
 from jaxstages.interop.families import FAMILIES, LLAMA
 from jaxstages.interop.hf_export import export
 from jaxstages.interop.layout import places_of, shape_of
-from jaxstages.main import main
 from jaxstages.models.transformer import make_model
-from jaxstages.record import read_meta
-from jaxstages.workdir import checkpoint_folder
+from jaxstages.runtime.files import read_json, write_json
+from jaxstages.runtime.workdir import checkpoint_folder
 from tests.tiny import model_config, recipe, sentencepiece_model, write_data
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -133,11 +133,11 @@ def test_where_each_tensor_goes(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "one" / "model.safetensors")
     assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
     assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0
-    from jaxstages.parent import contract_of, read_parent
-    from jaxstages.workbench import open_workbench
+    from jaxstages.train.handoff import read_parent
+    from jaxstages.train.setup import setup_stage
 
-    bench = open_workbench(resolve_recipe(None, tmp_path / "a"), "import", tmp_path / "a", with_data=False)
-    params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
+    setup = setup_stage(resolve_recipe(None, tmp_path / "a"), "import", tmp_path / "a", with_data=False)
+    params, _ = read_parent(setup.folder, setup.program, setup.contract)
     attention = params["layers"]["attention"]
     fused = tensors["model.layers.1.self_attn.qkv_proj.weight"]
     np.testing.assert_array_equal(attention["query"]["kernel"][1, :, 1, :], fused[8:16].T)
@@ -627,7 +627,7 @@ def test_a_trained_run_is_exported(tmp_path: Path) -> None:
     made = recipe(tmp_path / "data", steps=2)
     made.finetune = made.instruct = None
     made.prompts = ()
-    from jaxstages.commands.train import train
+    from jaxstages.cli.train import train
 
     train(made, tmp_path / "work", "pretrain")
     assert call("export", f"--workdir={tmp_path}/work", f"--to={tmp_path}/out") == 0
@@ -641,7 +641,7 @@ def test_a_trained_run_is_exported(tmp_path: Path) -> None:
 def test_large_parameters_are_written_and_read_in_pieces(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jaxstages import arrays
+    from jaxstages.checkpoint import arrays
 
     assert call("import", f"--from={llama}", f"--workdir={tmp_path}/whole") == 0
     monkeypatch.setattr(arrays, "PIECE", 2048)

@@ -14,7 +14,7 @@ from jaxstages.config import MeshConfig
 from jaxstages.models import kernels
 from jaxstages.models.attention import Attend, Reach, attend_in_tiles, attend_over, attend_packed
 from jaxstages.models.kernels import KERNELS, Kernel, Machine, Shape, choose_attend, run_lengths
-from jaxstages.sharding import RULES, make_mesh, make_placement
+from jaxstages.models.sharding import RULES, make_mesh, make_sharding_hooks
 
 SHAPE = Shape(length=256, heads=8, kv_heads=2, head_dim=64, dtype="bfloat16", runs=5)
 SMALL = SHAPE._replace(length=24, head_dim=16, dtype="float32")
@@ -131,7 +131,7 @@ def test_each_device_attends_with_its_own_rows_and_heads() -> None:
         return attend_packed(q, k, v, segments, reach)
 
     shape = SMALL._replace(runs=4)
-    attend = attend_over(local, make_placement(mesh, RULES), 24)
+    attend = attend_over(local, make_sharding_hooks(mesh, RULES), 24)
     for batch, length in ((8, 24), (8, 20)):
         values = arrays(shape._replace(length=length), batch)
         found = jax.jit(functools.partial(attend, reach=Reach()))(*values)

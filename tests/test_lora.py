@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 
 from jaxstages import config as recipes
-from jaxstages.commands.checkpoints import checkpoints
-from jaxstages.commands.evaluate import evaluate
-from jaxstages.commands.train import train
-from jaxstages.commands.validate import validate
-from jaxstages.compilation import compile_step, step_shapes
+from jaxstages.checkpoint.fingerprint import params_sha256
+from jaxstages.checkpoint.metadata import read_meta, stored_shapes
+from jaxstages.cli.checkpoints import checkpoints
+from jaxstages.cli.evaluate import evaluate
+from jaxstages.cli.train import train
 from jaxstages.config import LoraConfig, MeshConfig, Recipe
-from jaxstages.disk import read_json, write_json
-from jaxstages.fingerprint import params_sha256
-from jaxstages.metrics import read_metrics
+from jaxstages.config.checks import validate
 from jaxstages.models import lora
 from jaxstages.models.transformer import make_model
-from jaxstages.parent import contract_of, read_base, read_parent, read_trained
-from jaxstages.record import read_meta, steps_of, stored_shapes
+from jaxstages.runtime.files import read_json, write_json
+from jaxstages.runtime.workdir import checkpoint_folder, steps_of
+from jaxstages.train.compile import abstract_step_arguments, compile_step
+from jaxstages.train.handoff import read_base, read_parent, read_trained
+from jaxstages.train.metric_writer import read_metrics
+from jaxstages.train.setup import StageSetup, setup_stage
 from jaxstages.types import Model, Params
-from jaxstages.workbench import Workbench, open_workbench
-from jaxstages.workdir import checkpoint_folder
 from tests.tiny import VOCAB, mixed_batch, model_config, write_data
 from tests.tiny import recipe as tiny_recipe
 
@@ -197,16 +197,16 @@ def losses(work: Path, stage: str, kind: str = "train") -> list[float]:
     return [line["loss"] for line in read_metrics(work / stage / "metrics.jsonl") if line["kind"] == kind]
 
 
-def parts_of(recipe: Recipe, work: Path, stage: str) -> tuple[Workbench, Params, Params]:
+def parts_of(recipe: Recipe, work: Path, stage: str) -> tuple[StageSetup, Params, Params]:
     """The workbench, the base, and what was trained."""
-    bench = open_workbench(recipe, stage, work)
-    adapters, meta, _ = read_trained(work / stage, bench, contract_of(bench))
-    return bench, read_base(work / stage, meta, bench, contract_of(bench)), adapters
+    setup = setup_stage(recipe, stage, work)
+    adapters, meta, _ = read_trained(work / stage, setup.program, setup.contract)
+    return setup, read_base(work / stage, meta, setup, setup.contract), adapters
 
 
 def test_only_adapters_are_trained_and_kept(finished: tuple[Recipe, Path]) -> None:
     recipe, work = finished
-    bench, base, adapters = parts_of(recipe, work, "finetune")
+    setup, base, adapters = parts_of(recipe, work, "finetune")
     step = steps_of(work / "finetune")[-1]
     meta = read_meta(checkpoint_folder(work / "finetune", step))
     assert {path.rpartition("/")[2] for path in stored_shapes(meta)} == {"lora_a", "lora_b"}
@@ -219,14 +219,14 @@ def test_only_adapters_are_trained_and_kept(finished: tuple[Recipe, Path]) -> No
     assert losses(work, "finetune")[-1] < losses(work, "finetune")[0]
     assert read_meta(checkpoint_folder(work / "pretrain", 6))["lora"] is None
     start = losses(work, "finetune", "eval")[0]
-    full = make_evaluation(bench, base)
+    full = make_evaluation(setup, base)
     assert start == full, "step 0 is the base"
 
 
-def make_evaluation(bench: Workbench, params: Params) -> float:
-    from jaxstages.evaluate import make_evaluate
+def make_evaluation(setup: StageSetup, params: Params) -> float:
+    from jaxstages.generate.evaluate import make_evaluate
 
-    return make_evaluate(bench)(params, False).metrics["loss"]
+    return make_evaluate(setup)(params, False).metrics["loss"]
 
 
 def test_what_is_trained_is_counted_and_said(run: tuple[Recipe, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,13 +248,13 @@ def test_a_later_stage_evaluation_and_tools_take_the_merged_model(
     run: tuple[Recipe, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, work = run
-    bench, base, adapters = parts_of(recipe, work, "finetune")
-    params, lineage = read_parent(work / "finetune", bench, contract_of(bench))
+    setup, base, adapters = parts_of(recipe, work, "finetune")
+    params, lineage = read_parent(work / "finetune", setup.program, setup.contract)
     assert lineage["params_sha256"] == params_sha256(adapters)
     merged = lora.merge(base, adapters, recipe.finetune.lora)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), params, merged)
     last = losses(work, "finetune", "eval")[-1]
-    assert make_evaluation(bench, params) == pytest.approx(last, rel=1e-5)
+    assert make_evaluation(setup, params) == pytest.approx(last, rel=1e-5)
     evaluate(recipe, work, "finetune")
     train(recipe, work, "instruct")  # adapters on adapters
     out = capsys.readouterr().out
@@ -300,8 +300,8 @@ def test_adapters_are_split_as_their_matrices_are(finished: tuple[Recipe, Path])
     recipe, work = finished
     recipe = copy.deepcopy(recipe)
     recipe.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    bench = open_workbench(recipe, "finetune", work)
-    attention = bench.shapes.params["layers"]["attention"]
+    setup = setup_stage(recipe, "finetune", work)
+    attention = setup.program.abstract_state.params["layers"]["attention"]
     specs = {name: {n: tuple(x.sharding.spec) for n, x in part.items()} for name, part in attention.items()}
     assert specs["query"] == {"lora_a": (None, "fsdp", None), "lora_b": (None, None, "tensor")}
     assert specs["out"] == {"lora_a": (None, "tensor", None), "lora_b": (None, None, "fsdp")}
@@ -315,9 +315,9 @@ def test_nothing_is_differentiated_by_the_base(finished: tuple[Recipe, Path]) ->
         recipe = copy.deepcopy(recipe)
         recipe.finetune.lora, recipe.model.unroll = LoraConfig(rank=rank), True
         recipe.model.width, recipe.model.ff_width, recipe.mesh = 64, 256, MeshConfig(data=8)
-        bench = open_workbench(recipe, "finetune", work)
-        step = compile_step(bench, bench.base)[1]
-        compiled = step.func.lower(*step_shapes(bench), base=bench.base).compile()
+        setup = setup_stage(recipe, "finetune", work)
+        step = compile_step(setup, setup.program.abstract_base)[1]
+        compiled = step.func.lower(*abstract_step_arguments(setup), base=setup.program.abstract_base).compile()
         flops[rank] = compiled.cost_analysis()["flops"]
     assert flops[2] < 0.75 * flops[0], flops
 
@@ -340,7 +340,7 @@ def test_neftune_is_in_training_only(run: tuple[Recipe, Path], tmp_path: Path) -
 
 def test_a_base_that_is_gone_or_another_is_refused(run: tuple[Recipe, Path]) -> None:
     recipe, work = run
-    bench = open_workbench(recipe, "finetune", work)
+    setup = setup_stage(recipe, "finetune", work)
     for name in ("finetune", "instruct"):  # going on, and as a parent
         if name == "finetune":
             (work / "finetune" / "result.json").rename(work / "kept")
@@ -363,7 +363,7 @@ def test_a_base_that_is_gone_or_another_is_refused(run: tuple[Recipe, Path]) -> 
         finally:
             elsewhere.rename(parent["path"])
         write_json(work / "pretrain" / "result.json", result)
-    read_parent(work / "finetune", bench, contract_of(bench))
+    read_parent(work / "finetune", setup.program, setup.contract)
 
 
 @pytest.mark.parametrize(
@@ -421,12 +421,12 @@ def test_frozen_and_decayed_paths(finished: tuple[Recipe, Path], tmp_path: Path)
     optim.freeze, optim.weight_decay = ("embedding", "lora_a$", "query"), 1.0
     optim.schedule.peak_lr, recipe.finetune.loop.steps = 1e-9, 2  # nothing but decay, and that in vain, would show
     train(recipe, work, "finetune")
-    bench, base, adapters = parts_of(recipe, work, "finetune")
-    first = lora.init(jax.random.fold_in(jax.random.key(0), 1), base, bench.model.axes, recipe.finetune.lora)
+    setup, base, adapters = parts_of(recipe, work, "finetune")
+    first = lora.init(jax.random.fold_in(jax.random.key(0), 1), base, setup.program.model.axes, recipe.finetune.lora)
     attention = (adapters["layers"]["attention"], first["layers"]["attention"])
     np.testing.assert_array_equal(attention[0]["key"]["lora_a"], attention[1]["key"]["lora_a"])
     np.testing.assert_array_equal(attention[0]["query"]["lora_b"], attention[1]["query"]["lora_b"])
     assert np.any(attention[0]["key"]["lora_b"] != attention[1]["key"]["lora_b"])
     optim.freeze = ("embeding",)
     with pytest.raises(ValueError, match="optim.freeze: 'embeding' matches no parameter"):
-        open_workbench(recipe, "finetune", work)
+        setup_stage(recipe, "finetune", work)

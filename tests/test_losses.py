@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxstages.losses import cross_entropy_sums, kl_sum
-from jaxstages.types import Headless
+from jaxstages.models.losses import cross_entropy_sums, kl_sum
+from jaxstages.types import HiddenAndHead
 
 
 def _case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -81,11 +81,11 @@ def test_headless_is_the_same_loss_and_gradient(options: dict[str, float], tile:
     hidden, head, targets, weights = _headless_case()
 
     def ours(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, object]:
-        sums = cross_entropy_sums(Headless(hidden, head), targets, weights, tile=tile, **options)
+        sums = cross_entropy_sums(HiddenAndHead(hidden, head), targets, weights, tile=tile, **options)
         return 3.0 * sums["objective"], sums  # the factor comes back in the gradient
 
     (_, sums), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
-    alone = cross_entropy_sums(Headless(hidden, head), targets, weights, tile=tile, **options)
+    alone = cross_entropy_sums(HiddenAndHead(hidden, head), targets, weights, tile=tile, **options)
     with jax.enable_x64(True):
         wide = [jnp.asarray(x, jnp.float64) for x in (hidden, head)]
 
@@ -114,7 +114,7 @@ def test_masked_infinity_does_not_poison_a_headless_gradient() -> None:
     hidden, weights = hidden.at[0, 0].set(jnp.nan), weights.at[0, 0].set(0.0)
     for tile in (0, 2):
         gradient = jax.grad(
-            lambda x, tile=tile: cross_entropy_sums(Headless(x, head), targets, weights, tile=tile)["objective"]
+            lambda x, tile=tile: cross_entropy_sums(HiddenAndHead(x, head), targets, weights, tile=tile)["objective"]
         )(hidden)
         assert np.isfinite(gradient).all()
 
@@ -122,7 +122,9 @@ def test_masked_infinity_does_not_poison_a_headless_gradient() -> None:
 def test_only_the_objective_has_a_gradient() -> None:
     hidden, head, targets, weights = _headless_case()
     for name in ("nll", "correct", "weight"):
-        gradient = jax.grad(lambda x, name=name: cross_entropy_sums(Headless(x, head), targets, weights)[name])(hidden)
+        gradient = jax.grad(lambda x, name=name: cross_entropy_sums(HiddenAndHead(x, head), targets, weights)[name])(
+            hidden
+        )
         assert not np.any(gradient)
 
 
@@ -135,7 +137,7 @@ def test_memory_of_a_tile_does_not_grow_with_the_row() -> None:
         weights = jax.ShapeDtypeStruct((2, length), jnp.float32)
 
         def objective(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-            return cross_entropy_sums(Headless(hidden, head), targets, weights, tile=tile)["objective"]
+            return cross_entropy_sums(HiddenAndHead(hidden, head), targets, weights, tile=tile)["objective"]
 
         compiled = jax.jit(jax.grad(objective, argnums=(0, 1))).lower(hidden, head, targets, weights).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -156,7 +158,7 @@ def test_kl_is_that_of_float64_for_logits_hidden_states_and_tiles() -> None:
     )
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (reference, logits))
     expected = np.sum(np.asarray(weights, np.float64) * np.sum(p * np.log(p / q), -1))
-    ours, theirs = Headless(hidden, head), Headless(kept, kept_head)
+    ours, theirs = HiddenAndHead(hidden, head), HiddenAndHead(kept, kept_head)
     for tile in (0, 1, 2, 4):
         assert float(kl_sum(theirs, ours, weights, tile=tile)) == pytest.approx(expected, rel=1e-5)
     assert float(kl_sum(theirs.logits(), ours.logits(), weights, tile=3)) == pytest.approx(expected, rel=1e-5)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from jaxstages import config as recipes
-from jaxstages.commands.train import train_all
-from jaxstages.commands.validate import validate
+from jaxstages.cli.train import run_stages
 from jaxstages.config import DatasetConfig, EvaluationConfig, Recipe
+from jaxstages.config.checks import validate
+from jaxstages.data.batches import Late, batches_by_step, interleave
 from jaxstages.data.mixture import Dataset, describe, mix, steps_for, uses
-from jaxstages.data.pipeline import Late, batches_by_step, interleave
-from jaxstages.disk import read_json
-from jaxstages.metrics import read_metrics
-from jaxstages.workbench import open_tokenizer, open_workbench, prepare_stage
+from jaxstages.runtime.files import read_json
+from jaxstages.train.metric_writer import read_metrics
+from jaxstages.train.setup import open_tokenizer, prepare_stage, setup_stage
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -124,14 +124,14 @@ def replayed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     recipe.finetune.replay = (("pretrain", 0.25),)
     recipe.instruct.replay = (("pretrain", 0.125), ("finetune", 0.25))
     validate(recipe)
-    train_all(recipe, root / "work")
+    run_stages(recipe, root / "work")
     return recipe, root / "work"
 
 
 def sources_of(recipe: Recipe, work: Path, stage: str, steps: int) -> Counter[str]:
     """Rows of each source in the first steps of a stage, as the records say that they hold."""
-    bench = open_workbench(recipe, stage, work)
-    mixed, size = bench.mixed, bench.stage.loop.batch_size
+    setup = setup_stage(recipe, stage, work)
+    mixed, size = setup.data.mix(setup.config.loop, setup.config.late_from), setup.config.loop.batch_size
     batches = batches_by_step(mixed.sources, batch_size=1, seed=0, weights=mixed.weights, late=mixed.late)
     return Counter(Path(batches.where(i)[0].split(":")[0]).stem for i in range(steps * size))
 
@@ -180,9 +180,9 @@ def test_nothing_is_watched_where_the_recipe_says_so(replayed: tuple[Recipe, Pat
     assert recipe.instruct
     recipe.instruct.evaluation.watch = ()
     try:
-        assert [each.prefix for each in open_workbench(recipe, "instruct", work).sets] == [""]
+        assert [each.prefix for each in setup_stage(recipe, "instruct", work).sets] == [""]
         recipe.instruct.evaluation.watch = ("finetune",)
-        assert [each.prefix for each in open_workbench(recipe, "instruct", work).sets] == ["", "watch/finetune/"]
+        assert [each.prefix for each in setup_stage(recipe, "instruct", work).sets] == ["", "watch/finetune/"]
     finally:
         recipe.instruct.evaluation.watch = (recipes.EARLIER,)
 
@@ -261,10 +261,10 @@ def test_a_stage_as_long_as_its_tokens(tmp_path: Path) -> None:
     assert recipe.pretrain
     recipe.pretrain.loop.steps, recipe.pretrain.loop.epochs = 0, 1.5
     validate(recipe)
-    bench = open_workbench(recipe, "pretrain", tmp_path / "work")
-    rows = bench.train[0].index["rows"]
-    assert bench.stage.loop.steps == -(-3 * rows // 16) and recipe.pretrain.loop.steps == 0
+    setup = setup_stage(recipe, "pretrain", tmp_path / "work")
+    rows = setup.data.train[0].index["rows"]
+    assert setup.config.loop.steps == -(-3 * rows // 16) and recipe.pretrain.loop.steps == 0
     recipe.pretrain.loop.epochs, recipe.pretrain.loop.tokens = 0.0, 2000
-    steps = open_workbench(recipe, "pretrain", tmp_path / "work").stage.loop.steps
-    index = bench.train[0].index
+    steps = setup_stage(recipe, "pretrain", tmp_path / "work").stage.loop.steps
+    index = setup.data.train[0].index
     assert (steps - 1) * 8 * index["tokens"] / rows < 2000 <= steps * 8 * index["tokens"] / rows

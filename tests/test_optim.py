@@ -7,12 +7,12 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxstages.checkpoint.fingerprint import named_leaves
 from jaxstages.config import MeshConfig, OptimConfig, ScheduleConfig
-from jaxstages.fingerprint import named_leaves
+from jaxstages.models.sharding import make_mesh
 from jaxstages.models.transformer import make_model
-from jaxstages.optim import check_optimizer_paths, global_norm, make_optimizer, make_schedule, plateau_factor
-from jaxstages.sharding import make_mesh
-from jaxstages.step import init_state, make_train_step
+from jaxstages.train.optimizer import check_optimizer_paths, global_norm, make_optimizer, make_schedule, plateau_factor
+from jaxstages.train.step import init_state, make_train_step
 from tests.tiny import VOCAB, mixed_batch, model_config
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxstages.commands.plan import make_plan
+from jaxstages.cli.main import main
+from jaxstages.cli.plan import make_plan
 from jaxstages.config import AttentionConfig, ExpertsConfig, LoraConfig, ModelConfig
-from jaxstages.main import main
 from jaxstages.plan.chips import CHIPS, Topology, topology_of
 from jaxstages.plan.collectives import SMALL, collectives_of, total
 from jaxstages.plan.estimate import flops_per_token, roofline, wire_bytes

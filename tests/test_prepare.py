@@ -17,7 +17,7 @@ import pytest
 from jaxstages.config import DataConfig, TokenizerConfig
 from jaxstages.data import prepare as preparing
 from jaxstages.data import shards, sources
-from jaxstages.data.pipeline import batches_by_step, batches_once
+from jaxstages.data.batches import batches_by_step, batches_once
 from jaxstages.data.prefetch import prefetch
 from jaxstages.data.prepare import Prepared, prepare
 from jaxstages.data.sources import open_source

@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxstages.commands.plan import size_text, time_text
-from jaxstages.commands.train import _warn_of_positions, train
+from jaxstages.cli.main import main
+from jaxstages.cli.plan import size_text, time_text
+from jaxstages.cli.train import _warn_of_positions, train
 from jaxstages.config import DataConfig, Recipe
-from jaxstages.console import Progress
 from jaxstages.data.prepare import prepare
 from jaxstages.data.sources import open_source
 from jaxstages.data.tokenizer import load_tokenizer
-from jaxstages.disk import local_path, write_json
-from jaxstages.loop import _with_error
-from jaxstages.main import main
-from jaxstages.metrics import MetricsWriter
-from jaxstages.signals import stop_signals
-from jaxstages.workdir import tokenizer_file
+from jaxstages.runtime.console import Progress
+from jaxstages.runtime.files import local_path, write_json
+from jaxstages.runtime.signals import stop_signals
+from jaxstages.runtime.workdir import tokenizer_file
+from jaxstages.train.loop import _with_error
+from jaxstages.train.metric_writer import MetricsWriter
 from tests.reliability.harness import quick_runs
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
@@ -222,7 +222,7 @@ def test_sizes_and_times_of_small_models_are_not_nothing() -> None:
 
 
 def test_a_plan_of_a_small_model_has_no_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from jaxstages.commands.plan import plan
+    from jaxstages.cli.plan import plan
 
     write_data(tmp_path / "data")
     plan(tiny_recipe(tmp_path / "data"), "pretrain", "local")
@@ -254,7 +254,7 @@ def test_a_terminal_that_is_closed_saves_like_sigterm() -> None:
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from jaxstages.metrics import MetricsWriter
+from jaxstages.train.metric_writer import MetricsWriter
 writer = MetricsWriter(Path(sys.argv[1]), -1)
 for step in range(1, 31):
     writer.write(step, "train", {"loss": float(step)})

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxstages.decode import sampling as tested
-from jaxstages.decode.sampling import Sampling, check_sampling, filter_logits, make_choose
+
+from jaxstages.generate.sampling import Sampling, check_sampling, filter_logits, make_choose
 
 LOGITS = np.random.default_rng(0).standard_normal((5, 97)).astype(np.float32) * 3
 

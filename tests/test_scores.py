@@ -10,9 +10,10 @@ import pytest
 import sacrebleu
 from sklearn.metrics import accuracy_score, f1_score
 
-from jaxstages.evaluate import with_spread
-from jaxstages.metrics import from_sums, plain, score_labels, score_text
-from jaxstages.verdict import judge
+from jaxstages.generate.evaluate import with_spread
+from jaxstages.generate.metrics import from_sums, score_labels, score_text
+from jaxstages.train.diagnosis import judge
+from jaxstages.train.metric_writer import plain
 
 
 def test_bleu_and_chrf_are_sacrebleus_with_its_signature() -> None:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxstages.checkpoint import Checkpoints
+from jaxstages.checkpoint.fingerprint import fingerprint
+from jaxstages.checkpoint.manager import Checkpoints
+from jaxstages.checkpoint.metadata import META
 from jaxstages.config import (
     AttentionConfig,
     ExpertsConfig,
@@ -19,16 +21,21 @@ from jaxstages.config import (
     OptimConfig,
     StageConfig,
 )
-from jaxstages.early_stopping import early_stopping
-from jaxstages.fingerprint import fingerprint
+from jaxstages.models.sharding import (
+    _arranged,
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    make_sharding_hooks,
+    param_shardings,
+)
 from jaxstages.models.transformer import make_model
-from jaxstages.optim import make_optimizer
 from jaxstages.plan.collectives import SMALL, collectives_of, expected, total
-from jaxstages.record import META
-from jaxstages.sharding import _arranged, batch_sharding, check_batch, make_mesh, make_placement, param_shardings
-from jaxstages.step import init_state, make_train_step
+from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.optimizer import make_optimizer
+from jaxstages.train.setup import abstract_state
+from jaxstages.train.step import init_state, make_train_step
 from jaxstages.types import Batch
-from jaxstages.workbench import state_shapes
 from tests.tiny import VOCAB, model_config
 
 STEPS, WINDOW = 20, OptimConfig().spike_window
@@ -55,16 +62,16 @@ class Run:
 
     def __init__(self, config: ModelConfig, mesh_config: MeshConfig, devices: list[Any] | None = None) -> None:
         self.mesh = make_mesh(mesh_config, devices)
-        self.place = make_placement(self.mesh, mesh_config.rules)
+        self.place = make_sharding_hooks(self.mesh, mesh_config.rules)
         self.model = make_model(config, WORDS, place=self.place)
         self.tx = make_optimizer(OptimConfig(), STEPS, self.model.axes)
         stage = StageConfig(loop=LoopConfig(steps=STEPS))
-        self.shapes = state_shapes(self.model, self.tx, stage, self.mesh, mesh_config.rules)
+        self.shapes = abstract_state(self.model, self.tx, stage, self.mesh, mesh_config.rules)
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         self.rows = batch_sharding(self.mesh, mesh_config.rules)
 
     def jitted(self, accumulate: int = 1, tile: int = 0) -> Any:
-        step = make_train_step(self.model.headless, self.tx, accumulate=accumulate, loss_tile=tile, place=self.place)
+        step = make_train_step(self.model.hidden, self.tx, accumulate=accumulate, loss_tile=tile, place=self.place)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def losses(self, accumulate: int = 1, tile: int = 0) -> list[float]:

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from jaxstages import config as recipes
-from jaxstages import loop
-from jaxstages.commands.recipe import resolve_recipe
-from jaxstages.commands.train import train, train_all
-from jaxstages.commands.validate import validate
+from jaxstages.checkpoint.fingerprint import fingerprint, params_sha256
+from jaxstages.cli.resolve import resolve_recipe
+from jaxstages.cli.train import run_stages, train
 from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
-from jaxstages.disk import read_json, write_json
-from jaxstages.fingerprint import fingerprint, params_sha256
-from jaxstages.metrics import MetricsWriter, read_metrics
-from jaxstages.parent import contract_of, read_parent
+from jaxstages.config.checks import validate
+from jaxstages.runtime.files import read_json, write_json
+from jaxstages.train import loop
+from jaxstages.train.handoff import read_parent
+from jaxstages.train.metric_writer import MetricsWriter, read_metrics
+from jaxstages.train.setup import setup_stage
 from jaxstages.types import Diverged
-from jaxstages.workbench import open_workbench
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -34,7 +34,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     write_data(root / "data")
     recipe = tiny_recipe(root / "data")
     recipe.cache = str(root / "cache")
-    train_all(recipe, root / "work")
+    run_stages(recipe, root / "work")
     return recipe, root / "work"
 
 
@@ -299,7 +299,7 @@ def test_numbers_that_are_not_finite_end_the_run_with_the_last_checkpoint_in_pla
 
 
 def test_two_runs_in_one_workdir_are_refused(run: tuple[Recipe, Path]) -> None:
-    from jaxstages.workdir import lock
+    from jaxstages.runtime.workdir import lock
 
     with lock(run[1]), pytest.raises(ValueError, match=r"is in use by .* pid \d+"):
         train(run[0], run[1], "pretrain")
@@ -402,8 +402,8 @@ def test_the_average_is_handed_on_where_it_is_better(
     assert (result["handed_on"], result["best_step"]) == ("average", 3)
     assert result["params_sha256"] != result["last_params_sha256"]
     monkeypatch.undo()
-    bench = open_workbench(recipe, "finetune", work)
-    params, _ = read_parent(work / "pretrain", bench, contract_of(bench))
+    setup = setup_stage(recipe, "finetune", work)
+    params, _ = read_parent(work / "pretrain", setup.program, setup.contract)
     line = next(x for x in read_metrics(work / "pretrain" / "metrics.jsonl") if (x["kind"], x["step"]) == ("eval", 3))
     assert line["average/loss"] != line["loss"]
     assert train(recipe, work, "finetune")

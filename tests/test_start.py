@@ -12,7 +12,7 @@ SLOW = ("jax", "torch", "tensorboardX", "orbax", "flax", "tensorflow_datasets", 
 
 PROGRAM = """
 import sys, time
-from jaxstages.main import main
+from jaxstages.cli.main import main
 code = main(["jaxstages", *sys.argv[1:]])
 print("SECONDS", time.process_time())
 print("LOADED", *(name for name in {slow!r} if sys.modules.get(name) is not None))

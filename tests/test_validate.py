@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxstages.commands.validate import validate
 from jaxstages.config import Recipe
+from jaxstages.config.checks import validate
 from tests.tiny import recipe as tiny_recipe
 
 

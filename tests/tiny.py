@@ -20,8 +20,8 @@ from jaxstages.config import (
     StageConfig,
     TokenizerConfig,
 )
+from jaxstages.data.batches import to_batch
 from jaxstages.data.packing import lay_out
-from jaxstages.data.pipeline import to_batch
 from jaxstages.data.tasks import Example
 from jaxstages.types import Batch
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxstages.data.answers import Span, make_writer
+from jaxstages.data.chat_spans import Span, make_writer
 from jaxstages.data.conversation import INSTRUCTING, Messages, Tools
 from jaxstages.data.tokenizer import Specials, Tokenizer, seal
 

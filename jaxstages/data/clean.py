@@ -12,9 +12,9 @@ import unicodedata
 from typing import Any, Literal
 
 from jaxstages.config import DataConfig
+from jaxstages.config.data import CleanConfig, DuplicatesConfig
 from jaxstages.data.sources import Item, Record
 from jaxstages.data.tasks import texts
-from jaxstages.data_config import CleanConfig, DuplicatesConfig
 
 MOST_BYTES = 2**25
 """A record that takes more is malformed."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxstages.data.pipeline import Late
+from jaxstages.data.batches import Late
 from jaxstages.data.prepare import Prepared
 
 

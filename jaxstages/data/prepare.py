@@ -20,10 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from jaxstages import manifest
 from jaxstages.config import DataConfig
-from jaxstages.console import Progress, say
-from jaxstages.data import duplicates
+from jaxstages.data import dedup
 from jaxstages.data.clean import REMOVED, cleans, key_of, size_of
 from jaxstages.data.prefetch import prefetch
 from jaxstages.data.shards import (
@@ -40,14 +38,16 @@ from jaxstages.data.shards import (
     shard_file,
     shards_of,
     where_file,
+    write_dropped,
     write_examples,
-    write_gone,
     write_shard,
 )
 from jaxstages.data.sources import Item, Source
 from jaxstages.data.tasks import Example, Question, make_task
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.disk import hold, make_folder, read_json, write_json, write_text
+from jaxstages.runtime import manifest
+from jaxstages.runtime.console import Progress, say
+from jaxstages.runtime.files import hold, make_folder, read_json, write_json, write_text
 
 VERSION = 5
 """Counts up when the same inputs give other rows."""
@@ -115,12 +115,12 @@ class Prepared:
 class Engine(NamedTuple):
     """Who does the work. Both leave the same bytes, whoever it is.
 
-    find_gone: `(source, config, folder)`: writes there which documents have an earlier near-duplicate.
+    find_near_duplicates: `(source, config, folder)`: writes there which documents have an earlier near-duplicate.
     write_shards: `(source, gone, form, folder)`: writes all shards that are not there yet, without what is named in the
     folder `gone`, if there is one; how many there are.
     """
 
-    find_gone: Callable[[Source, DataConfig, Path], None]
+    find_near_duplicates: Callable[[Source, DataConfig, Path], None]
     write_shards: Callable[[Source, Path | None, Form, Path], int]
 
 
@@ -149,7 +149,7 @@ def prepare(
         with hold(folder.with_suffix(".lock"), wait=True):  # another run may be making the same rows
             if not (folder / manifest.MANIFEST).exists():
                 make_folder(folder)
-                gone = find_gone(source, config, cache, engine)
+                gone = find_near_duplicates(source, config, cache, engine)
                 form = Form(part, config, tokenizer, context)
                 shards = engine.write_shards(source, gone, form, folder)
                 write_json(folder / "index.json", _summarise(folder, shards, source.name, form))
@@ -191,7 +191,7 @@ def open_prepared(folder: Path) -> Prepared | None:
     return Prepared(folder, read_json(folder / "index.json"))
 
 
-def find_gone(source: Source, config: DataConfig, cache: Path, engine: Engine | None = None) -> Path | None:
+def find_near_duplicates(source: Source, config: DataConfig, cache: Path, engine: Engine | None = None) -> Path | None:
     """The folder that says which records of a source have an earlier near-duplicate; None where they all stay.
 
     They are looked for in the whole source, before any of it is held out: what is held out has no near-duplicate among
@@ -204,7 +204,7 @@ def find_gone(source: Source, config: DataConfig, cache: Path, engine: Engine | 
         with hold(folder.with_suffix(".lock"), wait=True):
             if not (folder / manifest.MANIFEST).exists():
                 make_folder(folder)
-                (engine or HERE).find_gone(source, config, folder)
+                (engine or HERE).find_near_duplicates(source, config, folder)
                 found = sum(len(load_array(file)) for file in folder.glob("gone-*.npy"))
                 write_json(folder / "index.json", {"source": source.name, "near_duplicates": found})
                 manifest.seal(folder)
@@ -242,11 +242,11 @@ def _find_gone(source: Source, config: DataConfig, folder: Path) -> None:
                 yield document
 
     def sign(batch: tuple[list[int], list[str]]) -> tuple[list[int], np.ndarray]:
-        return batch[0], duplicates.signatures(batch[1], config.duplicates)
+        return batch[0], dedup.signatures(batch[1], config.duplicates)
 
     def signed() -> Iterator[tuple[list[int], np.ndarray]]:
         workers = min(os.cpu_count() or 1, MOST_WORKERS)
-        for batch in prefetch(sign, duplicates.batches(documents()), workers=workers):
+        for batch in prefetch(sign, dedup.batches(documents()), workers=workers):
             progress.update(done)
             yield batch
         progress.end(done)
@@ -254,7 +254,7 @@ def _find_gone(source: Source, config: DataConfig, folder: Path) -> None:
     scratch = folder.with_suffix(".scratch")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir()
-    write_gone(folder, duplicates.find(signed(), config.duplicates, scratch))
+    write_dropped(folder, dedup.find(signed(), config.duplicates, scratch))
     shutil.rmtree(scratch)
 
 

@@ -19,7 +19,7 @@ from jaxstages.data.packing import pack
 from jaxstages.data.sources import Item, Part, Source
 from jaxstages.data.tasks import Example, Task, asks, is_held_out
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.disk import put, write_json, write_text
+from jaxstages.runtime.files import put, write_json, write_text
 
 MOST_NAMED, MOST_SAID = 5, 300
 """Malformed records that are named, each with so many letters of its fault; all of them are counted."""
@@ -63,7 +63,7 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05}.json"
 
 
-def gone_file(folder: Path, number: int) -> Path:
+def dropped_file(folder: Path, number: int) -> Path:
     """The near-duplicates of one part of a source; a part without any has no file."""
     return folder / f"gone-{number:05}.npy"
 
@@ -81,20 +81,20 @@ def documents_of(read: Part, number: int, config: DataConfig) -> Iterator[tuple[
             yield (number << PART_BITS) + place, text
 
 
-def write_gone(folder: Path, orders: Iterable[int]) -> None:
+def write_dropped(folder: Path, orders: Iterable[int]) -> None:
     """Keep which documents have an earlier near-duplicate, by their part."""
     by_part: dict[int, list[int]] = {}
     for order in orders:
         by_part.setdefault(order >> PART_BITS, []).append(order & (1 << PART_BITS) - 1)
     for number, places in by_part.items():
-        save_array(gone_file(folder, number), np.asarray(sorted(places), np.int64))
+        save_array(dropped_file(folder, number), np.asarray(sorted(places), np.int64))
 
 
-def read_gone(folder: Path | None, number: int) -> Container[int]:
-    """The places in a part that `write_gone` kept."""
-    if folder is None or not gone_file(folder, number).exists():
+def read_dropped(folder: Path | None, number: int) -> Container[int]:
+    """The places in a part that `write_dropped` kept."""
+    if folder is None or not dropped_file(folder, number).exists():
         return frozenset()
-    return frozenset(load_array(gone_file(folder, number)).tolist())
+    return frozenset(load_array(dropped_file(folder, number)).tolist())
 
 
 def cuts_texts(source: Source, config: DataConfig) -> bool:
@@ -106,10 +106,10 @@ def items_of(source: Source, part: str, config: DataConfig, gone: Path | None) -
     """The items of one part ("train" or "validation"): with `config.holdout` its side of the source, else all.
 
     Args:
-        gone: the folder that `write_gone` wrote to, or None if all documents stay.
+        gone: the folder that `write_dropped` wrote to, or None if all documents stay.
     """
     for number, read in enumerate(source.parts):
-        yield from items_of_part(read, read_gone(gone, number), cuts_texts(source, config), part, config)
+        yield from items_of_part(read, read_dropped(gone, number), cuts_texts(source, config), part, config)
 
 
 def items_of_part(read: Part, gone: Container[int], cut: bool, part: str, config: DataConfig) -> Iterator[Item]:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from jaxstages.disk import hold
+from jaxstages.runtime.files import hold
 
 Record = dict[str, Any]
 

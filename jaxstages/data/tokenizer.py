@@ -14,9 +14,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxstages.config import TokenizerConfig
+from jaxstages.data.chat_template import make_render
 from jaxstages.data.sentencepiece import ONE_BYTE, keep_apart, read_sentencepiece
-from jaxstages.data.template import make_render
-from jaxstages.disk import read_json, write_json, write_text
+from jaxstages.runtime.files import read_json, write_json, write_text
 
 
 class Specials(NamedTuple):

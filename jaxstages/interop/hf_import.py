@@ -19,23 +19,23 @@ import numpy as np
 import optax
 
 from jaxstages import config as recipes
-from jaxstages.checkpoint import Checkpoints
+from jaxstages.checkpoint.fingerprint import named_leaves, params_sha256, tree_of
+from jaxstages.checkpoint.manager import Checkpoints
 from jaxstages.config import IMPORT, LoraConfig, Recipe, TokenizerConfig
-from jaxstages.console import Progress, say
-from jaxstages.disk import make_folder, read_json, sync, write_json
-from jaxstages.early_stopping import early_stopping
-from jaxstages.fingerprint import named_leaves, params_sha256, tree_of
 from jaxstages.interop.config_json import OURS, Described, read_config, text_config
 from jaxstages.interop.families import FAMILIES, WRAPPERS
 from jaxstages.interop.layout import Place, by_plain_names, match, places_of, read_parameter
 from jaxstages.interop.peft_import import is_adapter, model_folder, read_adapter
 from jaxstages.interop.tensors import Stored, open_folder, unread_of
 from jaxstages.models import lora
-from jaxstages.parent import contract_of
-from jaxstages.step import init_state
+from jaxstages.runtime.console import Progress, say
+from jaxstages.runtime.files import make_folder, read_json, sync, write_json
+from jaxstages.runtime.workdir import result_file, tokenizer_file
+from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.saved_items import to_items
+from jaxstages.train.setup import StageSetup, setup_stage
+from jaxstages.train.step import init_state
 from jaxstages.types import Params
-from jaxstages.workbench import Workbench, open_workbench
-from jaxstages.workdir import result_file, tokenizer_file
 
 SCHEME = "hf:"
 KEPT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
@@ -172,11 +172,11 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
             f"{folder} has no tokenizer.json and no tokenizer.model; "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), of transformers, makes the first"
         )
-    bench = open_workbench(recipe, IMPORT, workdir, with_data=False)
-    plan = make_plan(bench, found, stored, base)
-    grown = _grown(bench, plan.rows)
+    setup = setup_stage(recipe, IMPORT, workdir, with_data=False)
+    plan = make_plan(setup, found, stored, base)
+    grown = _grown(setup, plan.rows)
     adapters = read_adapter(folder, plan.places, plan.shapes) if is_adapter(folder) else None
-    params = load(plan, bench.params)
+    params = load(plan, setup.program.abstract_params)
     if adapters is not None:
         params = _merged(params, *adapters)
         say(f"import: adapters of {folder}, merged into their base {base}", "yellow")
@@ -190,7 +190,7 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
         "adapters": adapters is not None,
     }
     state = init_state(params, optax.identity())
-    meta = contract_of(bench) | {
+    meta = setup.contract | {
         "stage": IMPORT,
         "parent": None,
         "data": {},
@@ -199,7 +199,7 @@ def bring(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
         "carried": {"tokens": 0, "seconds": 0.0, "best": {}},
     }
     with Checkpoints(stage_dir, 1) as checkpoints:
-        checkpoints.save(0, state, early_stopping().init(), meta, 0)
+        checkpoints.save(0, to_items(state, early_stopping().init()), meta, 0)
         checkpoints.check_last(0)
     digest = params_sha256(params)
     result = {
@@ -281,9 +281,9 @@ class Plan(NamedTuple):
     rows: int
 
 
-def make_plan(bench: Workbench, found: Described, stored: dict[str, Stored], folder: Path) -> Plan:
+def make_plan(setup: StageSetup, found: Described, stored: dict[str, Stored], folder: Path) -> Plan:
     """What is read into which parameter, checked by names and shapes before anything is read."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(bench.params).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(setup.program.abstract_params).items()}
     full = dict(shapes)
     if "position_embedding" in full:
         full["position_embedding"] = (found.positions, *full["position_embedding"][1:])
@@ -295,17 +295,17 @@ def make_plan(bench: Workbench, found: Described, stored: dict[str, Stored], fol
         say(f"import: of more parts than text; left out are {len(rest)} tensors of {', '.join(names)}", "yellow")
     if full != shapes:
         say(
-            f"import: of {found.positions} learned positions the first {bench.recipe.model.context} are kept, which is "
+            f"import: of {found.positions} learned positions the first {setup.recipe.model.context} are kept, which is "
             "config.model.context",
             "yellow",
         )
     return Plan(places_of(FAMILIES[found.family.model_type], shapes), shapes, stored, found.model.vocab_size)
 
 
-def _grown(bench: Workbench, rows: int) -> list[str]:
+def _grown(setup: StageSetup, rows: int) -> list[str]:
     """Tokens that the folder has no row for."""
-    size = bench.tokenizer.vocab_size
-    names = [bench.tokenizer.show([i]) for i in range(rows, size)]
+    size = setup.data.tokenizer.vocab_size
+    names = [setup.data.tokenizer.show([i]) for i in range(rows, size)]
     if names:
         say(
             f"import: the tokenizer has {len(names)} tokens more than the folder has rows ({rows}): "

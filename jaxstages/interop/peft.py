@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 
 from jaxstages import config as recipes
-from jaxstages import hosts
+from jaxstages.checkpoint.fingerprint import named_leaves
 from jaxstages.config import LoraConfig, Recipe
-from jaxstages.console import say
-from jaxstages.disk import make_folder, read_json, sync, write_json, write_text
-from jaxstages.fingerprint import named_leaves
-from jaxstages.interop.card import licence_of, write_card
 from jaxstages.interop.config_json import choose_family
 from jaxstages.interop.families import Family, Row
 from jaxstages.interop.hf_import import kept_source
+from jaxstages.interop.model_card import licence_of, write_card
 from jaxstages.interop.peft_import import NAMES
 from jaxstages.interop.tensors import Entry, header_of, read_rows, write_file
 from jaxstages.models.lora import DOWN, MAGNITUDE, UP
-from jaxstages.parent import contract_of, lora_of, read_trained
-from jaxstages.workbench import open_workbench
-from jaxstages.workdir import result_file
+from jaxstages.runtime import multihost
+from jaxstages.runtime.console import say
+from jaxstages.runtime.files import make_folder, read_json, sync, write_json, write_text
+from jaxstages.runtime.workdir import result_file
+from jaxstages.train.handoff import lora_of, read_trained
+from jaxstages.train.setup import setup_stage
 
 
 def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: dict[str, Any] | None = None) -> None:
@@ -39,16 +39,16 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: 
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"--to={to} is there already, and not empty; name another folder")
-    bench = open_workbench(recipe, stage, workdir, with_data=False)
-    params, meta, lineage = read_trained(bench.stage_dir, bench, contract_of(bench), chosen)
+    setup = setup_stage(recipe, stage, workdir, with_data=False)
+    params, meta, lineage = read_trained(setup.folder, setup.program, setup.contract, chosen)
     config = lora_of(meta)
     if not config.rank:
         raise ValueError(f"{stage} has no adapters, it trained all parameters; export it without --adapter")
     base = _base_of(workdir, meta)
-    rows = bench.params["embedding"].shape[0]
+    rows = setup.program.abstract_params["embedding"].shape[0]
     family, _ = choose_family(dataclasses.replace(recipe.model, vocab_size=rows))
-    leaves = {path: hosts.whole(leaf) for path, leaf in named_leaves(params).items()}
-    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(bench.params).items()}
+    leaves = {path: multihost.gather_to_host(leaf) for path, leaf in named_leaves(params).items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(setup.program.abstract_params).items()}
     tensors, adapted = _tensors(family, leaves, shapes)
     fresh = to.with_name(f"{to.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -62,9 +62,7 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: 
         "the base was held in": config.base,
         "params_sha256": f"`{lineage['params_sha256']}`",
     }
-    write_text(
-        fresh / "README.md", write_card(recipe, bench.stage_dir, facts, licence_of(kept_source(workdir)), chosen)
-    )
+    write_text(fresh / "README.md", write_card(recipe, setup.folder, facts, licence_of(kept_source(workdir)), chosen))
     stored = header_of(fresh / "adapter_model.safetensors")
     for name, value in tensors.items():
         again = np.concatenate([piece for _, piece in read_rows(stored[name], 0, len(value))])

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from jaxstages.config import LoraConfig
-from jaxstages.disk import read_json
 from jaxstages.interop.layout import GROWS, Place, by_plain_names, parts_of
 from jaxstages.interop.tensors import Stored, header_of, read_rows
 from jaxstages.models.lora import DOWN, KERNEL, MAGNITUDE, UP
+from jaxstages.runtime.files import read_json
 from jaxstages.types import Params
 
 NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}

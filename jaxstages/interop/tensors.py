@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxstages.disk import put, read_json, sync, write_json
+from jaxstages.runtime.files import put, read_json, sync, write_json
 
 PIECE = 2**24
 """Bytes that are read or written at once."""

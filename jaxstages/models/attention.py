@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxstages.models.spread import ROWS
-from jaxstages.types import ALONE, Placement
+from jaxstages.models.spmd import ROWS
+from jaxstages.types import SINGLE_DEVICE, ShardingHooks
 
 BLOCK = 128
 """Queries of a block on CPU: keys after its last query are left out."""
@@ -121,13 +121,13 @@ def _cap(scores: Array, softcap: float) -> tuple[Array, Array | None]:
 # Over a mesh.
 
 
-def attend_over(attend: Attend, place: Placement, length: int) -> Attend:
+def attend_over(attend: Attend, place: ShardingHooks, length: int) -> Attend:
     """Each device attends with its own rows and heads. Where a row's tokens are split too, it has its own queries, and
     gathers the keys and values of the whole row; they are attended to by the formula, some queries at a time.
 
     A row of another length takes the plain formula: to learn the parameters' shapes, two tokens are enough.
     """
-    if place == ALONE:
+    if place == SINGLE_DEVICE:
         return attend
     context = place.axes("length")
 

@@ -16,13 +16,13 @@ from jaxtyping import Array
 from jaxstages.config import ModelConfig
 from jaxstages.models.activations import KNOWN, activate
 from jaxstages.models.attention import Attend, Reach, attend_cached, cache_mask
-from jaxstages.models.experts import mix_experts
 from jaxstages.models.lora import ADAPTER, SCALE, UP, adapt, kernel_of
+from jaxstages.models.moe import mix_experts
 from jaxstages.models.primitives import last_dim, linear, normalize
 from jaxstages.models.rope import amplitude_of, frequencies_of, rotate
-from jaxstages.models.spread import ROWS, mix_over
+from jaxstages.models.spmd import ROWS, mix_over
 from jaxstages.models.unstacked import TURNED, linear_turned
-from jaxstages.types import Placement
+from jaxstages.types import ShardingHooks
 
 Cache = tuple[Array, Array]
 """Keys and values of one layer, [B, G, S, K] each."""
@@ -34,7 +34,7 @@ class Backend(NamedTuple):
 
     platform: str
     attend: Attend
-    place: Placement
+    place: ShardingHooks
     remat: str = "none"
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxstages.config import LoraConfig
 from jaxstages.models.primitives import last_dim, linear
-from jaxstages.types import ALONE, Names, Params, Placement
+from jaxstages.types import SINGLE_DEVICE, Names, Params, ShardingHooks
 
 KERNEL, SCALE = "kernel", "kernel_scale"
 DOWN, UP, MAGNITUDE = "lora_a", "lora_b", "lora_magnitude"
@@ -39,7 +39,7 @@ def adapt(
     kernel_IO: Array,
     adapter: dict[str, Array],
     platform: str,
-    place: Placement = ALONE,
+    place: ShardingHooks = SINGLE_DEVICE,
     names: Names = ("", ""),
 ) -> Float[Array, "*B O"]:
     """`out + x @ a @ b`, out being `x @ kernel`; with a magnitude, its columns are scaled to that length (DoRA, Liu et

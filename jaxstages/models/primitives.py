@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxstages.models.spread import outer_over
-from jaxstages.types import ALONE, Names, Placement
+from jaxstages.models.spmd import outer_over
+from jaxstages.types import SINGLE_DEVICE, Names, ShardingHooks
 
 _ROWS = (((0,), (0,)), ((), ()))
 """Both operands are contracted over their rows."""
@@ -57,16 +57,16 @@ _linear_on_cpu.defvjp(lambda x_MI, kernel_IO: (x_MI @ kernel_IO, (x_MI, kernel_I
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _linear_over(x: Array, kernel_IO: Array, place: Placement, names: Names) -> Array:
+def _linear_over(x: Array, kernel_IO: Array, place: ShardingHooks, names: Names) -> Array:
     return x @ place.whole(kernel_IO, names)
 
 
-def _over_forward(x: Array, kernel_IO: Array, place: Placement, names: Names) -> tuple[Array, tuple[Array, Array]]:
+def _over_forward(x: Array, kernel_IO: Array, place: ShardingHooks, names: Names) -> tuple[Array, tuple[Array, Array]]:
     kernel_IO = place.split(kernel_IO, names)  # what is kept
     return x @ place.whole(kernel_IO, names), (x, kernel_IO)
 
 
-def _over_backward(place: Placement, names: Names, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+def _over_backward(place: ShardingHooks, names: Names, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
     x, kernel_IO = saved
     kernel_IO, d_out = jax.lax.optimization_barrier((kernel_IO, d_out))  # else unrolled layers share what is gathered
     return d_out @ place.whole(kernel_IO, names).T, outer_over(x, d_out, place, names)
@@ -79,7 +79,7 @@ def linear(
     x: Float[Array, "*B I"],
     kernel_IO: Float[Array, "I O"],
     platform: str,
-    place: Placement = ALONE,
+    place: ShardingHooks = SINGLE_DEVICE,
     names: Names = ("", ""),
 ) -> Float[Array, "*B O"]:
     """`x @ kernel`. On one "cpu" the kernel's gradient is formed as above; elsewhere the compiler does well by itself.
@@ -87,7 +87,7 @@ def linear(
     Args:
         place: which device holds what. names: the kernel's logical axes.
     """
-    if place != ALONE:
+    if place != SINGLE_DEVICE:
         out: Any = _linear_over(x, kernel_IO, place, names)
         return out
     if platform != "cpu":
@@ -96,7 +96,7 @@ def linear(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather(x: Array, place: Placement, names: Names) -> Array:
+def gather(x: Array, place: ShardingHooks, names: Names) -> Array:
     """A parameter as it is computed with; its gradient is split as it is stored. (The transpose of a constraint is the
     same constraint: the gradient would be whole on every device.)"""
     return place.whole(x, names)

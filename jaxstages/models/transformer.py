@@ -17,9 +17,9 @@ from jaxstages.config import ModelConfig
 from jaxstages.models.attention import Attend, attend_in_tiles, attend_over, attend_packed
 from jaxstages.models.layers import Backend, Cache, Kind, Layer, Norm, drawn, kinds_of
 from jaxstages.models.primitives import gather
-from jaxstages.models.spread import lookup_over
+from jaxstages.models.spmd import lookup_over
 from jaxstages.models.unstacked import unstack
-from jaxstages.types import ALONE, Batch, Headless, Model, Params, Placement
+from jaxstages.types import SINGLE_DEVICE, Batch, HiddenAndHead, Model, Params, ShardingHooks
 
 _POLICIES = jax.checkpoint_policies
 
@@ -45,7 +45,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(
         self, tokens_BL: Array, positions_BL: Array, segments_BL: Array | None, caches: Any, deterministic: bool
-    ) -> tuple[Headless, Any]:
+    ) -> tuple[HiddenAndHead, Any]:
         config, place = self.config, self.backend.place
         dtype = jnp.dtype(config.dtype)
         embedding_VD: Any = self.param("embedding", drawn("vocab", "embed"), (self.vocab, config.width))
@@ -79,7 +79,7 @@ class Transformer(nn.Module):
         if not config.tied_head:
             head = self.param("head", drawn("vocab", "embed"), (self.vocab, config.width))
         softcap = jnp.float32(config.logit_softcap) if config.logit_softcap else None
-        return Headless(x_BLD, gather(head.astype(dtype), place, ("vocab", "embed")), softcap), caches
+        return HiddenAndHead(x_BLD, gather(head.astype(dtype), place, ("vocab", "embed")), softcap), caches
 
     def _loop(self) -> Any:
         config, layer = self.config, Layer
@@ -112,7 +112,7 @@ def make_model(
     *,
     platform: str | None = None,
     attend: Attend | None = None,
-    place: Placement = ALONE,
+    place: ShardingHooks = SINGLE_DEVICE,
     remat: str = "none",
     neftune: float = 0.0,
 ) -> Model:
@@ -132,11 +132,11 @@ def make_model(
     platform = platform or jax.default_backend()
     attend = attend or (attend_in_tiles if platform == "cpu" else attend_packed)
     # The forms that are fast on CPU know one device only.
-    forms = platform if place == ALONE else "several"
+    forms = platform if place == SINGLE_DEVICE else "several"
     vocab = max(vocab, config.vocab_size)
     spread = Backend(forms, attend_over(attend, place, config.context), place, remat)
     module = Transformer(config, vocab, spread, neftune=neftune)
-    alone = Backend(platform, attend_packed, ALONE)
+    alone = Backend(platform, attend_packed, SINGLE_DEVICE)
     decoder = Transformer(config, vocab, alone, stacked=False)
 
     @jax.jit  # traced once, however often its shapes are asked for
@@ -148,21 +148,21 @@ def make_model(
     def init(key: Array) -> Params:
         return nn.unbox(boxed(key))
 
-    def headless(params: Params, batch: Batch, dropout_key: Array | None) -> Headless:
+    def hidden(params: Params, batch: Batch, dropout_key: Array | None) -> HiddenAndHead:
         rngs = None if dropout_key is None or not (config.dropout or neftune) else {"dropout": dropout_key}
         rows = (batch.tokens_BL, batch.positions_BL, batch.segments_BL)
         found, _ = module.apply({"params": params}, *rows, None, rngs is None, rngs=rngs)
         return found
 
     def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
-        return headless(params, batch, dropout_key).logits()
+        return hidden(params, batch, dropout_key).logits()
 
     def init_cache(batch_size: int, slots: int) -> tuple[Cache, ...]:
         shape = (batch_size, config.attention.kv_heads, slots, config.attention.head_dim)
         empty = functools.partial(jnp.zeros, shape, jnp.dtype(config.dtype))
         return tuple((empty(), empty()) for _ in range(config.layers))
 
-    def decode(params: Params, tokens_BL: Array, positions_BL: Array, caches: Any) -> tuple[Headless, Any]:
+    def decode(params: Params, tokens_BL: Array, positions_BL: Array, caches: Any) -> tuple[HiddenAndHead, Any]:
         # Any: Flax's type also has the variables that `mutable` would return.
         found: Any = decoder.apply({"params": params}, tokens_BL, positions_BL, None, caches, True)
         return found
@@ -173,7 +173,7 @@ def make_model(
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
     return Model(
-        *(init, apply, headless, axes),
+        *(init, apply, hidden, axes),
         init_cache=init_cache,
         unstack=lambda params: unstack(params, config.layers, jnp.dtype(config.dtype), platform),
         decode=decode,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxstages.config import Recipe
-from jaxstages.loop import train_stage
-from jaxstages.workbench import open_workbench
+from jaxstages.train.loop import train_stage
+from jaxstages.train.setup import setup_stage
 
 
 def run(recipe: Recipe, workdir: Path, finish: bool = False) -> dict[str, Any] | None:
     """Train (or go on training) the stage in `workdir/instruct`; its result, or None if `stop_after` ended it. With
     `finish` it ends at the step that it has saved."""
-    return train_stage(open_workbench(recipe, "instruct", workdir), finish)
+    return train_stage(setup_stage(recipe, "instruct", workdir), finish)

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from jaxstages.config import Recipe
-from jaxstages.console import say
-from jaxstages.evaluate import unigram_perplexity
-from jaxstages.loop import train_stage
-from jaxstages.workbench import open_workbench
+from jaxstages.generate.evaluate import unigram_perplexity
+from jaxstages.runtime.console import say
+from jaxstages.train.loop import train_stage
+from jaxstages.train.setup import setup_stage
 
 
 def run(recipe: Recipe, workdir: Path, finish: bool = False) -> dict[str, Any] | None:
     """Train (or go on training) the stage in `workdir/pretrain`; its result, or None if `stop_after` ended it. With
     `finish` it ends at the step that it has saved."""
-    bench = open_workbench(recipe, "pretrain", workdir)
-    result = train_stage(bench, finish)
+    setup = setup_stage(recipe, "pretrain", workdir)
+    result = train_stage(setup, finish)
     if result is not None:
-        floor = unigram_perplexity(bench.train, bench.held_out)
+        floor = unigram_perplexity(setup.data.train, setup.data.held_out)
         ours = result["best"]["perplexity"]
         say(f"pretrain: held-out perplexity {ours:.2f}; a unigram model has {floor:.1f}, {floor / ours:.1f} times that")
     return result

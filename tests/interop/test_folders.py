@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxstages.checkpoint.fingerprint import named_leaves
 from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, TokenizerConfig
 from jaxstages.data.sentencepiece import BPE
 from jaxstages.data.tokenizer import make_tokenizer
-from jaxstages.disk import read_json, write_json
-from jaxstages.fingerprint import named_leaves
 from jaxstages.interop import hf_export, peft
 from jaxstages.interop.config_json import choose_family, read_config
 from jaxstages.interop.families import FAMILIES, LLAMA
@@ -26,6 +25,7 @@ from jaxstages.interop.hf_import import Plan, describe, load
 from jaxstages.interop.layout import by_plain_names, entries_of, match, places_of
 from jaxstages.interop.tensors import open_folder, write_shards
 from jaxstages.models.transformer import make_model
+from jaxstages.runtime.files import read_json, write_json
 from tests.test_interop import call, config_of, params_of, write_folder
 from tests.tiny import sentencepiece_model
 
@@ -157,12 +157,12 @@ def test_what_comes_in_goes_out_as_it_was(kind: str, tmp_path: Path) -> None:
     kept = tmp_path / "work" / "import" / "source"
     kept.mkdir(parents=True)
     write_json(kept / "config.json", config)
-    bench: Any = SimpleNamespace(workdir=tmp_path / "work", recipe=SimpleNamespace(model=model))
-    out = hf_export._kept_config(written, family, model.vocab_size, bench)
+    setup: Any = SimpleNamespace(workdir=tmp_path / "work", recipe=SimpleNamespace(model=model))
+    out = hf_export._kept_config(written, family, model.vocab_size, setup)
     wanted = {key: value for key, value in config.items() if key not in ("auto_map", "dtype")}
     assert out == wanted | {"architectures": [family.architecture]}
     model.norm_eps *= 2
-    changed = hf_export._kept_config(choose_family(model)[1], family, model.vocab_size, bench)
+    changed = hf_export._kept_config(choose_family(model)[1], family, model.vocab_size, setup)
     assert "attention_dropout" not in changed, "another model has a config of its own"
 
 

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxstages.commands.recipe import resolve_recipe
-from jaxstages.commands.train import train
+from jaxstages.checkpoint.fingerprint import named_leaves
+from jaxstages.cli.main import main
+from jaxstages.cli.resolve import resolve_recipe
+from jaxstages.cli.train import train
 from jaxstages.config import LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
 from jaxstages.data.tokenizer import load_tokenizer, make_tokenizer
-from jaxstages.decode.generate import make_answers
-from jaxstages.decode.sampling import Sampling
-from jaxstages.disk import read_json, write_json
-from jaxstages.fingerprint import named_leaves
+from jaxstages.generate.decode import make_answers
+from jaxstages.generate.sampling import Sampling
 from jaxstages.interop import peft
 from jaxstages.interop.config_json import choose_family, read_config
 from jaxstages.interop.families import FAMILIES
@@ -34,13 +34,13 @@ from jaxstages.interop.hf_import import Plan, adopted, describe, load
 from jaxstages.interop.layout import by_plain_names, entries_of, match, places_of
 from jaxstages.interop.peft_import import read_adapter
 from jaxstages.interop.tensors import open_folder, write_shards
-from jaxstages.main import main
 from jaxstages.models import lora
+from jaxstages.models.sharding import batch_sharding, make_mesh
 from jaxstages.models.transformer import make_model
-from jaxstages.parent import contract_of, read_parent
-from jaxstages.sharding import batch_sharding, make_mesh
+from jaxstages.runtime.files import read_json, write_json
+from jaxstages.train.handoff import read_parent
+from jaxstages.train.setup import setup_stage
 from jaxstages.types import Batch, Params
-from jaxstages.workbench import open_workbench
 from tests.interop.zoo import MORE, PARTS, VOCAB, ZOO, make
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
@@ -114,10 +114,10 @@ def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenize
     call("import", f"--from={tmp_path}/theirs", f"--workdir={work}")
     recipe = resolve_recipe(None, work)
     assert recipe.model.family == name.split(",")[0]
-    bench = open_workbench(recipe, "import", work, with_data=False)
-    spread, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
+    setup = setup_stage(recipe, "import", work, with_data=False)
+    spread, _ = read_parent(setup.folder, setup.program, setup.contract)
     params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), spread)
-    ours = make_model(recipe.model, bench.tokenizer.vocab_size)
+    ours = make_model(recipe.model, setup.data.tokenizer.vocab_size)
 
     logits = jax.jit(lambda p, b: ours.apply(p, b, None))(params, packed(rows))
     found = np.asarray(jax.nn.log_softmax(logits, axis=-1))
@@ -331,9 +331,9 @@ def test_adapters_that_peft_wrote_are_imported_beside_their_base(tmp_path: Path,
     config = read_json(tmp_path / "adapter" / "adapter_config.json")
     write_json(tmp_path / "adapter" / "adapter_config.json", config | {"base_model_name_or_path": f"{tmp_path}/theirs"})
     call("import", f"--from={tmp_path}/adapter", f"--workdir={tmp_path}/work")
-    bench = open_workbench(resolve_recipe(None, tmp_path / "work"), "import", tmp_path / "work", with_data=False)
-    params, _ = read_parent(bench.stage_dir, bench, contract_of(bench))
-    found, theirs = logits_of(bench.recipe.model, params, tokens), theirs_of(adapted, tokens)
+    setup = setup_stage(resolve_recipe(None, tmp_path / "work"), "import", tmp_path / "work", with_data=False)
+    params, _ = read_parent(setup.folder, setup.program, setup.contract)
+    found, theirs = logits_of(setup.recipe.model, params, tokens), theirs_of(adapted, tokens)
     worst = float(np.abs(found - theirs).max())
     assert worst <= MOST < float(np.abs(theirs - before).max())
     FIGURES.append(f"| adapters by PEFT, imported | {worst:.1e} | | | |")

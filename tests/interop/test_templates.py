@@ -17,9 +17,9 @@ import pytest
 
 from jaxstages.config import DataConfig
 from jaxstages.data.chat import make_chat
+from jaxstages.data.chat_template import DATE
 from jaxstages.data.conversation import read_conversation
 from jaxstages.data.tasks import make_task
-from jaxstages.data.template import DATE
 from jaxstages.data.tokenizer import Tokenizer
 from tests.test_chat import SHARED, make_foreign
 

@@ -28,8 +28,8 @@ def exported(tokenizer: Tokenizer, workdir: Path, stage: str) -> Any:
 
     folder = workdir / "out"
     folder.mkdir()
-    bench: Any = SimpleNamespace(workdir=workdir, tokenizer=tokenizer)
-    hf_export._write_tokenizer(bench, stage, folder)
+    setup: Any = SimpleNamespace(workdir=workdir, tokenizer=tokenizer)
+    hf_export._write_tokenizer(setup, stage, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return AutoTokenizer.from_pretrained(folder)
 

@@ -43,10 +43,10 @@ def tell_phases(slots: mmap.mmap) -> None:
     from jax._src import compiler
     from orbax.checkpoint._src.path import deleter
 
-    import jaxstages.checkpoint as checkpoint
-    import jaxstages.commands.train as train
-    import jaxstages.loop as loop
-    import jaxstages.parent as parent
+    import jaxstages.checkpoint.manager as checkpoint
+    import jaxstages.cli.train as train
+    import jaxstages.train.handoff as parent
+    import jaxstages.train.loop as loop
 
     within(train, "prepare_stages", "prepare", slots)
     within(checkpoint.Checkpoints, "restore_newest", "restore", slots)
@@ -87,20 +87,21 @@ def tell_phases(slots: mmap.mmap) -> None:
 
 def main() -> None:
     from jaxstages import __main__ as door
-    from jaxstages.signals import stop_signals
+    from jaxstages.runtime.signals import stop_signals
 
     slots = shared(os.environ["JAXSTAGES_TEST_PHASES"])
     with stop_signals():  # as the door itself does, which is one import later here
         slots[0] = PHASES.index("import")
         sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would load what only tests/interop needs
-        import jaxstages.main  # noqa: F401
-        from jaxstages import hosts, workbench
+        import jaxstages.cli.main  # noqa: F401
+        from jaxstages.runtime import multihost
+        from jaxstages.train import setup
         from tests.compiled import traced_once, write_whole_files
 
-        hosts.LOST_AFTER = int(os.environ.get("JAXSTAGES_TEST_LOST_AFTER", hosts.LOST_AFTER))
+        multihost.LOST_AFTER = int(os.environ.get("JAXSTAGES_TEST_LOST_AFTER", multihost.LOST_AFTER))
         tell_phases(slots)
         write_whole_files()
-        workbench.make_model = traced_once(workbench.make_model)
+        setup.make_model = traced_once(setup.make_model)
         door.cli()
 
 

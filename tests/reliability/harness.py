@@ -19,13 +19,12 @@ import jax
 import pytest
 
 from jaxstages import config as recipes
-from jaxstages import workbench
+from jaxstages.checkpoint.metadata import read_meta
 from jaxstages.config import AnchorConfig, EarlyStoppingConfig, Recipe
-from jaxstages.disk import read_json
-from jaxstages.metrics import read_metrics
-from jaxstages.record import read_meta, steps_of
-from jaxstages.sharding import make_mesh
-from jaxstages.workdir import checkpoint_folder, checkpoints_folder
+from jaxstages.models.sharding import make_mesh
+from jaxstages.runtime.files import read_json
+from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, steps_of
+from jaxstages.train.metric_writer import read_metrics
 from tests import compiled
 from tests.reliability.child import PHASES, SLOTS, shared
 from tests.tiny import recipe as tiny_recipe

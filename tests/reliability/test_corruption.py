@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from jaxstages import manifest
-from jaxstages.checkpoint import Checkpoints
-from jaxstages.commands.train import train
-from jaxstages.disk import read_json, write_json
-from jaxstages.early_stopping import early_stopping
-from jaxstages.fingerprint import fingerprint, params_sha256
-from jaxstages.manifest import UNLISTED
-from jaxstages.parent import contract_of, read_parent
-from jaxstages.record import read_meta, steps_of
-from jaxstages.workbench import Workbench, open_workbench
-from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
+from jaxstages.checkpoint.fingerprint import fingerprint, params_sha256
+from jaxstages.checkpoint.manager import Checkpoints
+from jaxstages.checkpoint.metadata import read_meta
+from jaxstages.cli.train import train
+from jaxstages.runtime import manifest
+from jaxstages.runtime.files import read_json, write_json
+from jaxstages.runtime.manifest import UNLISTED
+from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, steps_of
+from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.handoff import contract_of, read_parent
+from jaxstages.train.setup import StageSetup, setup_stage
 from tests.reliability.harness import damage, make_recipe, print_table, quick_runs
 
 KINDS = ("flip", "truncate", "zero", "delete", "swap")
@@ -36,7 +36,7 @@ class Kept:
         self.work = folder / "work"
         train(recipe, self.work, "pretrain")
         self.stage_dir = self.work / "pretrain"
-        self.bench: Workbench = open_workbench(recipe, "pretrain", self.work)
+        self.setup: StageSetup = setup_stage(recipe, "pretrain", self.work)
         self.steps = steps_of(self.stage_dir)
         self.metas = {step: read_meta(checkpoint_folder(self.stage_dir, step)) for step in self.steps}
         self.stopping = early_stopping().init()
@@ -53,7 +53,7 @@ class Kept:
     def restored(self, stage_dir: Path) -> int:
         """The step that is restored; fails if it is not, bit for bit, what was saved at that step."""
         with Checkpoints(stage_dir, 3) as checkpoints:
-            found = checkpoints.restore_newest(self.bench.shapes, self.stopping)
+            found = checkpoints.restore_newest(self.setup.program.abstract_state, self.stopping)
         assert found is not None, "checkpoints were there, and a fresh start would follow"
         step = found.meta["step"]
         assert found.meta == self.metas[step], "silently wrong metadata"
@@ -198,7 +198,7 @@ def test_a_damaged_parent_is_refused(kept: Kept, tmp_path: Path, request: pytest
             file = dice.choice(kept.files(result["best_step"]))
             harmed = harm(kept, stage_dir, result["best_step"], file, dice.choice(KINDS), dice)
         try:
-            params, lineage = read_parent(stage_dir, kept.bench, contract_of(kept.bench))
+            params, lineage = read_parent(stage_dir, kept.setup, contract_of(kept.setup))
         except ValueError:
             ends["refused"] += 1
         else:

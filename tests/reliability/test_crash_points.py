@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from jaxstages.commands.train import train_all
+from jaxstages.cli.train import run_stages
 from jaxstages.config import Recipe
 from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, quick_runs, unlike
 
@@ -97,14 +97,14 @@ def test_a_kill_at_each_call_of_python(quick: None, tmp_path: Path, request: pyt
             kept[before] = (f"{name} {' '.join(map(str, args))}", folder)
 
     with before_each_call(keep):
-        train_all(recipe, work)
+        run_stages(recipe, work)
     expected = outcome(work)
     every = request.config.getoption("--every")
     tried = list(kept.values())[::every]
     for what, folder in tried:
         shutil.rmtree(home)
         shutil.copytree(folder, home, symlinks=True)
-        train_all(recipe, work)
+        run_stages(recipe, work)
         assert unlike(outcome(work), expected) == [], f"killed before {what}"
         assert garbage(work) == [], f"killed before {what}"
         assert [p for p in (home / "cache").rglob("*.tmp*") if p.is_file()] == [], f"killed before {what}"
@@ -127,7 +127,7 @@ def test_an_error_at_each_call_of_python(
         count += 1
 
     with before_each_call(note):
-        train_all(recipe, work)
+        run_stages(recipe, work)
     expected, ends = outcome(work), Counter()
     every, total = request.config.getoption("--errors"), count
     first = 1 + (number + request.config.getoption("--seed")) % every  # so that all can be had in parts
@@ -145,11 +145,11 @@ def test_an_error_at_each_call_of_python(
 
         with before_each_call(fail):
             try:
-                train_all(recipe, work)
+                run_stages(recipe, work)
                 ends["not needed"] += 1
             except OSError:
                 ends["code 74"] += 1
-        train_all(recipe, work)
+        run_stages(recipe, work)
         assert unlike(outcome(work), expected) == [], f"failed at {failed}"
         assert garbage(work) == [], f"failed at {failed}"
         gc.collect()  # an error holds what was compiled; hundreds of them, more maps than a process may have

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-import jaxstages.loop as loop
+import jaxstages.train.loop as loop
 from jaxstages import config as recipes
-from jaxstages import manifest
-from jaxstages.commands.train import train
+from jaxstages.cli.train import train
 from jaxstages.data.prepare import evenly
-from jaxstages.record import steps_of
-from jaxstages.workdir import checkpoint_folder
+from jaxstages.runtime import manifest
+from jaxstages.runtime.workdir import checkpoint_folder, steps_of
 from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, unlike
 
 

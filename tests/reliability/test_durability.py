@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxstages.manifest import UNLISTED
+from jaxstages.runtime.manifest import UNLISTED
 from tests.reliability.harness import Home, print_table
 
 STRACE = shutil.which("strace")

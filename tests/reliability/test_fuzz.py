@@ -20,20 +20,21 @@ from typing import Any
 
 import pytest
 import tokenizers
+from jaxstages.commands import prepare as preparing
 
 from jaxstages import config as recipes
-from jaxstages import disk, main
-from jaxstages.commands import prepare as preparing
-from jaxstages.commands.generate import _read_prompts
-from jaxstages.commands.recipe import resolve_recipe
-from jaxstages.commands.validate import validate
+from jaxstages.cli import main
+from jaxstages.cli.generate import _read_prompts
+from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.config import DataConfig, Recipe, StageConfig, TokenizerConfig
+from jaxstages.config.checks import validate
 from jaxstages.data import tokenizer as tokenizing
 from jaxstages.data.prepare import Prepared, prepare
 from jaxstages.data.sentencepiece import BPE, UNIGRAM
 from jaxstages.data.sources import open_source
 from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
-from jaxstages.workbench import open_tokenizer
+from jaxstages.runtime import files
+from jaxstages.train.setup import open_tokenizer
 from tests.reliability.harness import print_table
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import sentencepiece_model, write_data
@@ -266,7 +267,7 @@ def test_a_damaged_recipe_json_is_named(tmp_path: Path, content: bytes) -> None:
 def test_a_recipe_json_that_was_edited_is_validated(tmp_path: Path) -> None:
     recipe = recipes.to_dict(tiny_recipe(tmp_path))
     recipe["model"]["layers"] = -3
-    disk.write_json(tmp_path / "recipe.json", {"recipe": recipe})
+    files.write_json(tmp_path / "recipe.json", {"recipe": recipe})
     with pytest.raises(ValueError, match=r"recipe.json: config.model.layers=-3 must be at least 1"):
         resolve_recipe(None, tmp_path)
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from jaxstages import checkpoint, manifest
 from jaxstages import config as recipes
-from jaxstages.commands.recipe import keep_recipe, resolve_recipe
-from jaxstages.commands.train import train, train_all
+from jaxstages.checkpoint import manager
+from jaxstages.cli.main import main
+from jaxstages.cli.resolve import keep_recipe, resolve_recipe
+from jaxstages.cli.train import run_stages, train
 from jaxstages.config import Recipe
-from jaxstages.disk import read_json
-from jaxstages.main import main
-from jaxstages.metrics import read_metrics
-from jaxstages.record import steps_of
-from jaxstages.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, tokenizer_file
+from jaxstages.runtime import manifest
+from jaxstages.runtime.files import read_json
+from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, steps_of, tokenizer_file
+from jaxstages.train.metric_writer import read_metrics
 from tests.reliability.harness import quick_runs
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
@@ -363,7 +363,7 @@ def test_a_save_that_can_not_be_read_back_is_no_save(
     assert recipe.pretrain
     shutil.copytree(made[1] / "tokenizer", work / "tokenizer")
     reads = []
-    read = checkpoint.read_in_parts
+    read = manager.read_in_parts
     monkeypatch.setattr(checkpoint, "read_in_parts", lambda *words: reads.append(words) or read(*words))
     recipe.pretrain.loop.stop_after = 3
     train(recipe, work, "pretrain")
@@ -383,7 +383,7 @@ def test_python_validates_as_the_command_does(made: tuple[Recipe, Path], tmp_pat
     assert recipe.pretrain
     recipe.pretrain.optim.schedule.peak_lr = -1.0
     with pytest.raises(ValueError, match="peak_lr=-1.0 must be larger than 0"):
-        train_all(recipe, tmp_path / "work")
+        run_stages(recipe, tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 

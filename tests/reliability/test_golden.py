@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from jaxstages import config as recipes
-from jaxstages import manifest
-from jaxstages.checkpoint import Checkpoints
-from jaxstages.commands.recipe import keep_recipe, resolve_recipe
-from jaxstages.commands.train import train
+from jaxstages.checkpoint.fingerprint import params_sha256
+from jaxstages.checkpoint.manager import Checkpoints
+from jaxstages.checkpoint.metadata import FORMAT, read_meta
+from jaxstages.cli.resolve import keep_recipe, resolve_recipe
+from jaxstages.cli.train import train
 from jaxstages.config import (
     AttentionConfig,
     DataConfig,
@@ -30,14 +31,13 @@ from jaxstages.config import (
     StageConfig,
     TokenizerConfig,
 )
-from jaxstages.disk import read_json, write_json
-from jaxstages.early_stopping import early_stopping
-from jaxstages.fingerprint import params_sha256
-from jaxstages.parent import contract_of, read_parent
-from jaxstages.record import FORMAT, read_meta, steps_of
-from jaxstages.start import Start, find_start
-from jaxstages.workbench import open_workbench
-from jaxstages.workdir import checkpoint_folder
+from jaxstages.runtime import manifest
+from jaxstages.runtime.files import read_json, write_json
+from jaxstages.runtime.workdir import checkpoint_folder, steps_of
+from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.handoff import read_parent
+from jaxstages.train.initial_state import Start, restore_or_init
+from jaxstages.train.setup import setup_stage
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")
@@ -115,9 +115,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start_of(run: Path, name: str) -> Start:
-    bench = open_workbench(resolve_recipe(None, run), name, run)
-    with Checkpoints(bench.stage_dir, bench.stage.loop.keep) as checkpoints:
-        return find_start(bench, checkpoints, early_stopping())
+    setup = setup_stage(resolve_recipe(None, run), name, run)
+    with Checkpoints(setup.folder, setup.config.loop.keep) as checkpoints:
+        return restore_or_init(setup, checkpoints, early_stopping())
 
 
 def test_the_recipe_is_still_read(run: Path) -> None:
@@ -126,9 +126,9 @@ def test_the_recipe_is_still_read(run: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
 def test_finished_stages_are_read_as_they_were_written(run: Path, name: str) -> None:
-    bench = open_workbench(resolve_recipe(None, run), name, run)
-    result = read_json(bench.stage_dir / "result.json")
-    params, lineage = read_parent(bench.stage_dir, bench, contract_of(bench))
+    setup = setup_stage(resolve_recipe(None, run), name, run)
+    result = read_json(setup.folder / "result.json")
+    params, lineage = read_parent(setup.folder, setup.program, setup.contract)
     assert params_sha256(params) == result["params_sha256"] == lineage["params_sha256"]
     assert lineage["step"] == result["best_step"]
 

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from jaxstages import config as recipes
-from jaxstages import manifest
-from jaxstages.commands.train import train
+from jaxstages.checkpoint.metadata import META, RESULT
+from jaxstages.cli.train import train
 from jaxstages.config import ModelConfig, Recipe
 from jaxstages.data.tokenizer import Specials
-from jaxstages.disk import read_json, write_json
-from jaxstages.parent import CHOSEN, check_lineage, contract_of, read_parent
-from jaxstages.record import META, RESULT
-from jaxstages.workbench import Workbench, open_workbench
-from jaxstages.workdir import checkpoint_folder, quarantine_folder, result_file, tokenizer_file
+from jaxstages.runtime import manifest
+from jaxstages.runtime.files import read_json, write_json
+from jaxstages.runtime.workdir import checkpoint_folder, quarantine_folder, result_file, tokenizer_file
+from jaxstages.train.handoff import OVERRIDABLE_MODEL_FIELDS, check_lineage, contract_of, read_parent
+from jaxstages.train.setup import StageSetup, setup_stage
 from tests.reliability.harness import Home
 
 
@@ -36,9 +36,9 @@ def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 class Pair:
     """A finished stage as it lies in a case's own copy, and the recipe and contract of the child that asks for it."""
 
-    def __init__(self, recipe: Recipe, bench: Workbench, work: Path) -> None:
-        self.recipe, self.bench, self.work = recipe, bench, work
-        self.contract = copy.deepcopy(contract_of(bench))
+    def __init__(self, recipe: Recipe, setup: StageSetup, work: Path) -> None:
+        self.recipe, self.setup, self.work = recipe, setup, work
+        self.contract = copy.deepcopy(setup.contract)
         self.parent = work / "pretrain"
 
     @property
@@ -57,7 +57,7 @@ class Pair:
         rewrite(self.best, change)
 
     def read(self) -> None:
-        read_parent(self.parent, self.bench, self.contract)
+        read_parent(self.parent, self.setup, self.contract)
 
     def train(self) -> None:
         train(self.recipe, self.work, "finetune")
@@ -69,13 +69,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     home = Home(tmp_path_factory.mktemp("handoff"), command=("pretrain",), more=("--config.pretrain.loop.steps=2",))
     assert home.run(home.folder / "work") == 0
     recipe = recipes.from_dict(read_json(home.folder / "work" / "recipe.json")["recipe"])
-    return Pair(recipe, open_workbench(recipe, "finetune", home.folder / "work"), home.folder / "work")
+    return Pair(recipe, setup_stage(recipe, "finetune", home.folder / "work"), home.folder / "work")
 
 
 @pytest.fixture
 def pair(made: Pair, tmp_path: Path) -> Pair:
     shutil.copytree(made.work, tmp_path / "work", ignore=shutil.ignore_patterns("tensorboard"))
-    return Pair(copy.deepcopy(made.recipe), made.bench, tmp_path / "work")
+    return Pair(copy.deepcopy(made.recipe), made.setup, tmp_path / "work")
 
 
 Case = Callable[[Pair], Any]
@@ -175,7 +175,7 @@ def _holds(value: Any) -> bool:
 
 
 for names in _fields(ModelConfig()):
-    if names[0] in CHOSEN:  # these make no other parameters: see below
+    if names[0] in OVERRIDABLE_MODEL_FIELDS:  # these make no other parameters: see below
         continue
     case(f"config.model.{'.'.join(names)}", r"model differs: \S+ .* there, .* here; use")(_field(names))
 
@@ -525,7 +525,7 @@ def test_a_parent_that_does_not_fit_is_refused(pair: Pair, name: str) -> None:
 
 def test_a_child_may_have_a_dropout_a_dtype_and_an_unrolling_of_its_own(pair: Pair) -> None:
     """An earlier version refused them, as if they made other parameters."""
-    assert set(CHOSEN) == {"dropout", "dtype", "unroll"}
+    assert set(OVERRIDABLE_MODEL_FIELDS) == {"dropout", "dtype", "unroll"}
     pair.contract["model"] |= {"dropout": 0.3, "dtype": "bfloat16", "unroll": True}
     pair.read()
 
@@ -535,4 +535,4 @@ def test_the_parent_as_it_was_left_is_taken(pair: Pair) -> None:
     pair.read()
     pair.change_meta(lambda meta: None)
     pair.read()
-    assert len(CASES) >= 30 and json.dumps(pair.contract) == json.dumps(contract_of(pair.bench))
+    assert len(CASES) >= 30 and json.dumps(pair.contract) == json.dumps(contract_of(pair.setup))

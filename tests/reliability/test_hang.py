@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from jaxstages.record import steps_of
 from tests import compiled
 from tests.reliability.harness import ROOT, Home, free_port, outcome
 
@@ -21,7 +20,8 @@ import os
 import time
 
 from jaxstages import __main__ as door
-from jaxstages.signals import stop_signals
+from jaxstages.runtime.workdir import steps_of
+from jaxstages.runtime.signals import stop_signals
 
 
 def mark(text):
@@ -41,8 +41,8 @@ def sleeps_for_ever():
 with stop_signals():  # as the door itself does, before the slow imports
     from jax._src import compiler
 
-    import jaxstages.loop as loop
-    import jaxstages.main
+    import jaxstages.train.loop as loop
+    import jaxstages.cli.main
 
     place, read, compile_any = loop._Run._place, loop._Run._read, compiler.compile_or_get_cached
 
@@ -190,18 +190,18 @@ def test_each_signal_ends_a_run_as_it_should_and_it_goes_on_to_the_same(lab: Lab
 LEAVES = """
 import os, signal, sys, time
 import jax
-from jaxstages import hosts
-from jaxstages.cluster import Place
+from jaxstages.runtime import multihost
+from jaxstages.runtime.cluster import Place
 
 process, port = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_enable_preemption_service", process == 0)  # 1 will never hear that 0 was asked to stop
-hosts.join(Place(f"127.0.0.1:{port}", 2, process))
-hosts.meet("both are here")
+multihost.join(Place(f"127.0.0.1:{port}", 2, process))
+multihost.barrier("both are here")
 if process == 0:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(2)  # JAX looks once a second, and begins to agree with the others
-hosts.meet("both are done")
-hosts.leave()
+multihost.barrier("both are done")
+multihost.leave()
 os._exit(75)
 """
 

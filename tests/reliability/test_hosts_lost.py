@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jaxstages.disk import read_json
+from jaxstages.runtime.files import read_json
 from tests.compiled import QUICK
 from tests.reliability.harness import ROOT, Child, Home, free_port, outcome, print_table, unlike, wait_for
 
@@ -174,16 +174,16 @@ def test_hosts_with_different_recipes_do_not_begin(home: Home, tmp_path: Path) -
 
 FAULT = """
 import os, sys, time
-from jaxstages import hosts
-from jaxstages.cluster import Place
+from jaxstages.runtime import multihost
+from jaxstages.runtime.cluster import Place
 
 process, port, faulty = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-hosts.join(Place(f"127.0.0.1:{port}", 2, process))
-hosts.meet("both are here")
+multihost.join(Place(f"127.0.0.1:{port}", 2, process))
+multihost.barrier("both are here")
 if process == faulty:
-    hosts.tell_end(70, "three steps in a row are not finite")
+    multihost.announce_exit(70, "three steps in a row are not finite")
     os._exit(70)
-hosts.meet("nobody else comes here")
+multihost.barrier("nobody else comes here")
 """
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxstages.workdir import lock
+from jaxstages.runtime.workdir import lock
 from tests.reliability.harness import Child, Home, outcome, print_table, unlike
 
 LIMIT = 3.0
@@ -32,7 +32,7 @@ def whole(home: Home) -> dict:
 def imports() -> float:
     """Seconds from the start of a process to the end of the program's imports."""
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import jaxstages.main, jaxstages.commands.train"], check=True)
+    subprocess.run([sys.executable, "-c", "import jaxstages.cli.main, jaxstages.cli.train"], check=True)
     return time.monotonic() - began
 
 

@@ -14,25 +14,24 @@ import numpy as np
 import optax
 import pytest
 
-from jaxstages import main as door
-from jaxstages import workbench
-from jaxstages.checkpoint import Checkpoints, read_params
-from jaxstages.commands.recipe import keep_recipe
-from jaxstages.commands.train import train
+from jaxstages.checkpoint.fingerprint import params_sha256
+from jaxstages.checkpoint.manager import Checkpoints, read_params
+from jaxstages.checkpoint.metadata import META
+from jaxstages.cli import main as door
+from jaxstages.cli.resolve import keep_recipe
+from jaxstages.cli.train import train
 from jaxstages.config import MeshConfig, OptimConfig, Recipe, ScheduleConfig
-from jaxstages.data.pipeline import Batches, batches_by_step
-from jaxstages.disk import read_json
-from jaxstages.early_stopping import early_stopping
-from jaxstages.fingerprint import params_sha256
-from jaxstages.guard import init_guard, judge
-from jaxstages.metrics import read_metrics
-from jaxstages.optim import make_optimizer
-from jaxstages.record import META, steps_of
-from jaxstages.sharding import batch_sharding, make_mesh, place_batch
-from jaxstages.step import init_state, make_train_step
+from jaxstages.data.batches import Batches, batches_by_step
+from jaxstages.models.sharding import batch_sharding, make_mesh, place_batch
+from jaxstages.runtime.files import read_json
+from jaxstages.runtime.workdir import checkpoints_folder, steps_of
+from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.guard import init_guard, judge
+from jaxstages.train.metric_writer import read_metrics
+from jaxstages.train.optimizer import make_optimizer
+from jaxstages.train.setup import setup_stage
+from jaxstages.train.step import init_state, make_train_step
 from jaxstages.types import Batch, Diverged, Model, Params, TrainState
-from jaxstages.workbench import open_workbench
-from jaxstages.workdir import checkpoints_folder
 from tests.reliability.harness import make_recipe, outcome, quick_runs, unlike
 from tests.tiny import VOCAB, mixed_batch
 
@@ -274,10 +273,14 @@ class Lab:
         self.recipe.finetune = self.recipe.instruct = None
         loop = self.recipe.pretrain.loop
         loop.accumulate, loop.batch_size, loop.keep, loop.eval_every = 1, 8, 100, 6
-        bench = open_workbench(self.recipe, "pretrain", folder / "bench")
-        self.vocab, self.tokenizer, self.shapes = bench.tokenizer.vocab_size, bench.tokenizer, bench.shapes
+        setup = setup_stage(self.recipe, "pretrain", folder / "setup")
+        self.vocab, self.tokenizer, self.shapes = (
+            setup.data.tokenizer.vocab_size,
+            setup.data.tokenizer,
+            setup.program.abstract_state,
+        )
         self.batches: Batches = batches_by_step(
-            bench.train, batch_size=loop.batch_size, seed=0, weights=self.recipe.pretrain.data.weights
+            setup.data.train, batch_size=loop.batch_size, seed=0, weights=self.recipe.pretrain.data.weights
         )
         self.tokens_NBL = np.stack([self.batches.batch(k).tokens_BL for k in range(STEPS)])
         assert len(np.unique(self.tokens_NBL, axis=0)) == STEPS, "each batch must be known from the others"
@@ -290,7 +293,7 @@ class Lab:
         self._patch.setattr(workbench, "make_model", lambda config, vocab, **_: self.model(bad))
         recipe, work = copy.deepcopy(self.recipe), self.folder / name
         shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(self.folder / "bench" / "tokenizer", work / "tokenizer")
+        shutil.copytree(self.folder / "setup" / "tokenizer", work / "tokenizer")
         recipe.pretrain.optim.max_bad_steps = most
         return recipe, work
 
@@ -353,15 +356,15 @@ def test_the_loop_skips_the_bad_batches_and_no_other(lab: Lab, scattered: Path) 
     assert {step - 1 for step, loss in losses.items() if loss is None} == SCATTERED
 
     # By hand, without the loop: only the good batches, each with its step's number.
-    bench = open_workbench(lab.recipe, "pretrain", lab.folder / "bench")
+    setup = setup_stage(lab.recipe, "pretrain", lab.folder / "setup")
     model = lab.model(SCATTERED)
     params = jax.jit(model.init)(jax.random.key(lab.recipe.seed))
-    state = init_state(params, bench.tx, bench.stage.optim.spike_window)
-    train_step = jax.jit(make_train_step(model.apply, bench.tx, seed=lab.recipe.seed))
+    state = init_state(params, setup.program.tx, setup.config.optim.spike_window)
+    train_step = jax.jit(make_train_step(model.apply, setup.program.tx, seed=lab.recipe.seed))
     for k in sorted(set(range(STEPS)) - SCATTERED):
         state, _ = train_step(
             state._replace(step=jnp.int32(k)),
-            place_batch(lab.batches.batch(k), bench.stage.loop.batch_size, bench.rows),
+            place_batch(lab.batches.batch(k), setup.config.loop.batch_size, setup.program.row_sharding),
         )
     assert result["last_params_sha256"] == params_sha256(state.params)
 

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxstages import loop, workbench
-from jaxstages.checkpoint import Checkpoints
-from jaxstages.commands.train import train
+from jaxstages.checkpoint.fingerprint import fingerprint
+from jaxstages.checkpoint.manager import Checkpoints
+from jaxstages.checkpoint.metadata import read_meta
+from jaxstages.cli.train import train
 from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
-from jaxstages.evaluate import Report, make_evaluate
-from jaxstages.fingerprint import fingerprint
-from jaxstages.record import read_meta, steps_of
-from jaxstages.signals import Stop
+from jaxstages.generate.evaluate import Report, make_evaluate
+from jaxstages.runtime.signals import Stop
+from jaxstages.runtime.workdir import checkpoint_folder, steps_of
+from jaxstages.train import loop
 from jaxstages.types import Batch, Interrupted, Params
-from jaxstages.workdir import checkpoint_folder
 from tests.reliability.harness import make_recipe, outcome, quick_runs
 from tests.reliability.test_nonfinite import small_model
 
@@ -182,7 +182,7 @@ class Signals:
         self._stop = Stop()
         yield self._stop
 
-    def _make_evaluate(self, bench: Any, *, between: Callable[[], None]) -> Any:
+    def _make_evaluate(self, setup: Any, *, between: Callable[[], None]) -> Any:
         evaluation, batch = -1, 0
 
         def counted() -> None:
@@ -191,7 +191,7 @@ class Signals:
             batch += 1
             between()
 
-        evaluate = make_evaluate(bench, between=counted)
+        evaluate = make_evaluate(setup, between=counted)
 
         def one(params: Params, scores: bool) -> Report:
             nonlocal evaluation, batch

@@ -17,16 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxstages.checkpoint import Checkpoints
-from jaxstages.commands.recipe import resolve_recipe
+from jaxstages.checkpoint.manager import Checkpoints
+from jaxstages.cli.main import main
+from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.data.prepare import Prepared
-from jaxstages.disk import read_json, write_json
-from jaxstages.early_stopping import early_stopping
-from jaxstages.main import main
-from jaxstages.manifest import seal
-from jaxstages.record import steps_of
-from jaxstages.workbench import open_workbench
-from jaxstages.workdir import checkpoints_folder
+from jaxstages.runtime.files import read_json, write_json
+from jaxstages.runtime.manifest import seal
+from jaxstages.runtime.workdir import checkpoints_folder, steps_of
+from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.setup import setup_stage
 from tests.reliability.test_golden import DATA, GOLDEN, RUN
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +181,7 @@ def plant(file: Path, marker: Path, kind: str) -> None:
 
 
 def rows_of(run: Path) -> Prepared:
-    return open_workbench(resolve_recipe(None, run), "pretrain", run).train[0]
+    return setup_stage(resolve_recipe(None, run), "pretrain", run).train[0]
 
 
 @pytest.mark.parametrize("kind", ["array of objects", "pickle"])
@@ -240,19 +239,19 @@ def test_a_format_string_reaches_fields_only(run: Path, capsys: pytest.CaptureFi
 
 def test_strays_among_the_steps_are_never_restored(run: Path) -> None:
     recipe = resolve_recipe(None, run)
-    bench = open_workbench(recipe, "instruct", run)
-    folder = checkpoints_folder(bench.stage_dir)
+    setup = setup_stage(recipe, "instruct", run)
+    folder = checkpoints_folder(setup.folder)
     for name in ("007", "٣", "1_000", "+5", " 6", "1e3", "12.orbax"):
         shutil.copytree(folder / "1", folder / name)
     (folder / "800").symlink_to("1")
     (folder / "900").mkdir()
     (folder / str(10**40)).mkdir()
     (folder / "950").write_text("a file")
-    assert steps_of(bench.stage_dir) == [1, 800, 900, 950, 10**40]
-    with Checkpoints(bench.stage_dir, 1) as checkpoints:
-        found = checkpoints.restore_newest(bench.shapes, early_stopping().init())
+    assert steps_of(setup.folder) == [1, 800, 900, 950, 10**40]
+    with Checkpoints(setup.folder, 1) as checkpoints:
+        found = checkpoints.restore_newest(setup.program.abstract_state, early_stopping().init())
     assert found is not None and found.meta["step"] == int(found.state.step) == 1
-    assert steps_of(bench.stage_dir) == [1], "what looked like a step is in quarantine"
+    assert steps_of(setup.folder) == [1], "what looked like a step is in quarantine"
     assert (folder / "1").is_dir(), "where the link led to"
 
 

@@ -14,12 +14,12 @@ import optax
 import pytest
 from jax.experimental import multihost_utils
 
-from jaxstages import checkpoint
-from jaxstages.checkpoint import Checkpoints, _Manager
-from jaxstages.early_stopping import early_stopping
-from jaxstages.fingerprint import fingerprint
-from jaxstages.record import META, steps_of
-from jaxstages.step import init_state
+from jaxstages.checkpoint.fingerprint import fingerprint
+from jaxstages.checkpoint.manager import Checkpoints, _Manager
+from jaxstages.checkpoint.metadata import META
+from jaxstages.runtime.workdir import steps_of
+from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.step import init_state
 from tests.reliability.harness import (
     SAVE_EVERY,
     Child,

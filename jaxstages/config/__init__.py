@@ -1,0 +1,56 @@
+"""The recipe: typed dataclasses, one of each kind of setting, and their form as JSON."""
+
+from jaxstages.config.data import TASKS, CleanConfig, DataConfig, DuplicatesConfig, TokenizerConfig
+from jaxstages.config.mesh import MeshConfig, RulesConfig
+from jaxstages.config.model import AttentionConfig, ExpertsConfig, ModelConfig, RopeScalingConfig
+from jaxstages.config.optimizer import OptimConfig, ScheduleConfig
+from jaxstages.config.recipe import (
+    CHECKPOINTED_STAGES,
+    EARLIER,
+    IMPORT,
+    STAGES,
+    AnchorConfig,
+    DatasetConfig,
+    EarlyStoppingConfig,
+    EvaluationConfig,
+    LoopConfig,
+    LoraConfig,
+    Recipe,
+    StageConfig,
+    stages,
+)
+from jaxstages.config.serialize import check_type, differences, from_dict, lora_from, to_dict
+
+__all__ = [
+    "AnchorConfig",
+    "AttentionConfig",
+    "CleanConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "DuplicatesConfig",
+    "EARLIER",
+    "EarlyStoppingConfig",
+    "EvaluationConfig",
+    "ExpertsConfig",
+    "CHECKPOINTED_STAGES",
+    "IMPORT",
+    "LoopConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Recipe",
+    "RopeScalingConfig",
+    "RulesConfig",
+    "STAGES",
+    "ScheduleConfig",
+    "StageConfig",
+    "TASKS",
+    "TokenizerConfig",
+    "check_type",
+    "differences",
+    "from_dict",
+    "lora_from",
+    "stages",
+    "to_dict",
+]

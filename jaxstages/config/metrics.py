@@ -1,0 +1,20 @@
+"""Names of the built-in metrics: the task that each fits, and whether higher is better."""
+
+LOSSES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
+"""Metrics of held-out rows, which every stage has."""
+
+FITS = {
+    "lm": (),
+    "seq2seq": ("bleu", "chrf", "exact_match"),
+    "classify": ("accuracy", "macro_f1"),
+    "chat": ("exact_match", "bleu", "chrf"),
+}
+"""Task -> the metrics of its answers."""
+
+HIGHER = ("token_accuracy", "bleu", "chrf", "exact_match", "accuracy", "macro_f1")
+"""Metrics that are better when they are higher."""
+
+
+def higher_is_better(name: str) -> bool:
+    """Args: name: of a metric, such as "loss" or "watch/finetune/bleu"; or of a part of one, "exact_match/fact"."""
+    return any(part in HIGHER for part in name.split("/"))

@@ -1,0 +1,100 @@
+"""Recipes as JSON: writing, reading with checks of names and types, and comparison."""
+
+import dataclasses
+import difflib
+import json
+import reprlib
+import typing
+from typing import Any
+
+from jaxstages.config.recipe import LoraConfig, Recipe
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain dicts and lists, as JSON holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _item_types(kind: Any, length: int) -> tuple[Any, ...] | None:
+    """Types of a tuple's items: `tuple[str, ...]` has as many as there are, `tuple[str, float]` two; None if the length
+    does not fit."""
+    options = typing.get_args(kind)
+    if options[-1] is Ellipsis:
+        return options[:1] * length
+    return options if len(options) == length else None
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(
+            isinstance(k, str) and _has_type(v, options[1]) for k, v in value.items()
+        )
+    if typing.get_origin(kind) is tuple:
+        types = _item_types(kind, len(value)) if isinstance(value, tuple) else None
+        return types is not None and all(map(_has_type, value, types))
+    if options:  # a stage, or None
+        return any(_has_type(value, option) for option in options)
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def check_type(value: Any, kind: Any, path: str) -> None:
+    """Raises ValueError for a field's value that is not of its type."""
+    if not _has_type(value, kind):
+        wanted = str(getattr(kind, "__name__", kind))
+        if kind == tuple[tuple[str, float], ...]:
+            wanted = "a tuple of pairs, such as (('name', 0.5),)"
+        elif wanted.startswith("tuple"):
+            wanted = "a tuple, such as ('one',)"
+        raise ValueError(f"{path}={reprlib.repr(value)} is of type {type(value).__name__}; it must be {wanted}")
+
+
+def _from_dict(kind: Any, value: Any, path: str) -> Any:
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}={reprlib.repr(value)} must be an object with the fields of {kind.__name__}")
+        hints = typing.get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            if item.name not in value and item.default is item.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{path} has no {item.name!r}; add it")
+        for name in value:
+            if name not in hints:
+                near = difflib.get_close_matches(name, hints, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(hints)}"
+                raise ValueError(f"unknown field {path}.{reprlib.repr(name)[1:-1]}; {hint}")
+        return kind(**{name: _from_dict(hints[name], item, f"{path}.{name}") for name, item in value.items()})
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {name: _from_dict(options[1], item, f"{path}.{name}") for name, item in value.items()}
+    if type(None) in options:
+        return None if value is None else _from_dict(options[0], value, path)
+    types = _item_types(kind, len(value)) if typing.get_origin(kind) is tuple and isinstance(value, list) else None
+    if types is not None:
+        return tuple(_from_dict(item_type, item, path) for item_type, item in zip(types, value, strict=True))
+    check_type(value, kind, path)
+    return float(str(value)) if kind is float else value  # by way of text, a whole number of any size gives a float
+
+
+def from_dict(value: Any) -> Recipe:
+    """What `to_dict` wrote, as a Recipe again. Raises ValueError for what is no recipe, or a field that is unknown."""
+    return _from_dict(Recipe, value, "recipe")
+
+
+def lora_from(value: dict[str, Any] | None) -> LoraConfig | None:
+    """What a checkpoint says of its adapters; None where all parameters were trained. Raises ValueError as above."""
+    return None if value is None else _from_dict(LoraConfig, value, "lora")
+
+
+def differences(old: Any, new: Any, path: str = "config") -> list[str]:
+    """Fields in which two recipes, or parts of them, differ, each as `path: old -> new`."""
+    if dataclasses.is_dataclass(old) and type(old) is type(new):
+        return [
+            line
+            for item in dataclasses.fields(old)
+            for line in differences(getattr(old, item.name), getattr(new, item.name), f"{path}.{item.name}")
+        ]
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        return [line for name in old for line in differences(old[name], new[name], f"{path}.{name}")]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -1,0 +1,109 @@
+"""The stage matrix: every stage's best checkpoint on every stage's held-out data, and one set of prompts for all.
+
+Read along a row for what a checkpoint can do; down a column for what the later stages added, or made it forget.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxstages import config as recipes
+from jaxstages.checkpoint.metadata import finished
+from jaxstages.config import Recipe
+from jaxstages.data.chat import make_chat
+from jaxstages.data.tasks import pair_prompt
+from jaxstages.generate.evaluate import make_answer
+from jaxstages.runtime import multihost
+from jaxstages.runtime.console import say
+from jaxstages.runtime.files import write_json
+from jaxstages.runtime.workdir import result_file
+from jaxstages.train.handoff import read_parent
+from jaxstages.train.metric_writer import plain
+from jaxstages.train.setup import StageSetup, make_stage_evaluate, setup_stage
+from jaxstages.types import Params
+
+
+def prompt_ids(setup: StageSetup, texts: list[str]) -> list[list[int]]:
+    """Each text of a person as the stage was taught to meet it: text to go on with, a prompt, or a user's message."""
+    if setup.config.data.task == "chat":
+        chat = make_chat(setup.data.tokenizer)
+        return [chat.prompt([{"role": "user", "content": text}], None) for text in texts]
+    found = setup.data.tokenizer.encode_batch(texts)
+    if setup.config.data.task == "lm":
+        return [[*setup.data.tokenizer.begin, *ids.tolist()] for ids in found]
+    return [pair_prompt(ids, setup.data.tokenizer) for ids in found]
+
+
+def columns_of(setup: StageSetup) -> list[str]:
+    """Metrics of a stage that the matrix shows: perplexity, and those that its recipe names."""
+    return ["perplexity", *setup.config.evaluation.metrics]
+
+
+def _answers(setup: StageSetup, params: Params, prompts: list[str]) -> list[str]:
+    config = setup.config.evaluation
+    answer = make_answer(setup.text_model, config.max_new_tokens, config.batch_size)
+    return answer(params, prompt_ids(setup, prompts)) if prompts else []
+
+
+def stage_matrix(recipe: Recipe, workdir: Path, keep: bool = True) -> dict[str, Any]:
+    """Measure, print and, to `keep` it, write `workdir/stage_matrix.json`.
+
+    Raises:
+        ValueError: a stage of the recipe is not finished.
+    """
+    for name in recipes.stages(recipe):
+        finished(workdir / name)
+    benches = {name: setup_stage(recipe, name, workdir) for name in recipes.stages(recipe)}
+    evaluates = {name: make_stage_evaluate(setup, setup.data.evaluation_sets[:1]) for name, setup in benches.items()}
+    columns = [f"{name}/{metric}" for name, setup in benches.items() for metric in columns_of(setup)]
+    values, signatures, answers = [], set(), {}
+    rows = benches
+    if result_file(workdir / recipes.IMPORT).exists():
+        rows = {recipes.IMPORT: setup_stage(recipe, recipes.IMPORT, workdir, with_data=False)} | benches
+    for checkpoint, setup in rows.items():
+        say(f"stage matrix: {checkpoint} on every stage's held-out data", "cyan")
+        params, _ = read_parent(setup.folder, setup.program, setup.contract)
+        row = []
+        for name, judge in benches.items():
+            report = evaluates[name](params, True)
+            row += [plain(report.metrics[metric]) for metric in columns_of(judge)]
+            signatures |= set(report.signatures)
+        values.append(row)
+        answers[checkpoint] = _answers(setup, params, list(recipe.prompts))
+    prompts = [
+        {"prompt": prompt, "answers": {name: answers[name][i] for name in rows}}
+        for i, prompt in enumerate(recipe.prompts)
+    ]
+    matrix = {
+        "checkpoints": list(rows),
+        "columns": columns,
+        "values": values,
+        "prompts": prompts,
+        "signatures": sorted(signatures),
+    }
+    if keep and multihost.is_process_zero():
+        write_json(workdir / "stage_matrix.json", matrix)
+    _show(matrix)
+    return matrix
+
+
+def _show(matrix: dict[str, Any]) -> None:
+    console = Console(width=None if Console().is_terminal else 120)
+    table = Table(title="stage matrix (best checkpoint of each stage, on all held-out data)", title_justify="left")
+    table.add_column("checkpoint")
+    for column in matrix["columns"]:
+        table.add_column(column.replace("/", "\n"), justify="right")
+    for name, row in zip(matrix["checkpoints"], matrix["values"], strict=True):
+        table.add_row(name, *("-" if value is None else f"{value:.2f}" for value in row))
+    console.print(table)
+    for signature in matrix["signatures"]:
+        say(f"  sacreBLEU signature: {signature}")
+    if matrix["prompts"]:
+        samples = Table(title="the same prompts, answered by each stage", title_justify="left")
+        for name in ("prompt", *matrix["checkpoints"]):
+            samples.add_column(name, overflow="fold")
+        for entry in matrix["prompts"]:
+            samples.add_row(entry["prompt"], *(text.strip()[:160] for text in entry["answers"].values()))
+        console.print(samples)

@@ -1,0 +1,182 @@
+"""Which device holds what: the mesh, and the recipe's table from logical axes to its axes.
+
+Legend: B batch, L length.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jaxstages.config.mesh import MeshConfig, RulesConfig
+from jaxstages.models.spmd import GATHERED
+from jaxstages.types import SINGLE_DEVICE, Batch, Names, Params, ShardingHooks
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""From the one whose devices may be far apart to the one that talks most."""
+
+RULES = RulesConfig()
+"""Those of a recipe that has none of its own."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices (or those given), as the network between them has it.
+
+    Raises:
+        ValueError: the axes do not multiply to the number of devices, or `data` does not cross the slices evenly.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    for axis, size in sizes.items():
+        if size == -1:
+            sizes[axis] = max(len(devices) // known, 1)
+    if math.prod(sizes.values()) != len(devices):
+        asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1 or axis == "data")
+        raise ValueError(f"mesh {asked} does not fit {len(devices)} devices; make the product {len(devices)}")
+    return Mesh(_arranged(tuple(sizes.values()), devices), AXES)
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if shape[0] % slices:
+            raise ValueError(f"mesh.data={shape[0]} must be a multiple of the {slices} slices, which it alone crosses")
+        within = (shape[0] // slices, *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(within, (slices, *[1] * (len(shape) - 1)), devices)
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
+
+
+def spec_of(names: Sequence[str], rules: RulesConfig, gathered: bool = False) -> PartitionSpec:
+    """How an array is split whose dims have these logical axes; gathered: as a parameter is while it is computed with.
+    A name without a rule is whole."""
+    axes = (() if gathered and name == GATHERED else getattr(rules, name, ()) for name in names)
+    return PartitionSpec(*(part or None for part in axes))
+
+
+def param_shardings(params: Params, axes: Params, mesh: Mesh, rules: RulesConfig = RULES) -> Params:
+    """A NamedSharding a parameter. `params` may hold shapes (`jax.eval_shape`) or arrays; `axes` is `Model.axes`.
+
+    Raises:
+        ValueError: a dim can't be split evenly over its axes of the mesh.
+    """
+
+    def one(path: Any, leaf: Any, names: tuple[str, ...]) -> NamedSharding:
+        for size, name in zip(leaf.shape, names, strict=True):
+            over = getattr(rules, name, ())
+            if size % _product(mesh, over):
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                asked = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
+                raise ValueError(
+                    f"{where}: its dim {name}={size} can't be split over {asked}; choose one that divides it"
+                )
+        return NamedSharding(mesh, spec_of(names, rules))
+
+    return jax.tree_util.tree_map_with_path(one, params, axes)
+
+
+def make_sharding_hooks(mesh: Mesh, rules: RulesConfig = RULES) -> ShardingHooks:
+    """What the model says to the compiler under this mesh; nothing on one device."""
+    if mesh.size == 1:
+        return SINGLE_DEVICE
+
+    def put(x: Array, spec: PartitionSpec) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def local(function: Callable[..., Array], ins: tuple[Names, ...], out: Names) -> Callable[..., Array]:
+        specs = tuple(spec_of(names, rules) for names in ins)
+        # Kernels don't say how their outputs vary over the mesh.
+        spread: Any = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec_of(out, rules), check_vma=False)
+        return spread
+
+    return ShardingHooks(
+        activation=lambda x, names: put(x, spec_of(names, rules)),
+        whole=lambda x, names: put(x, spec_of(names, rules, gathered=True)),
+        split=lambda x, names: put(x, spec_of(names, rules)),
+        local=local,
+        axes=lambda name: tuple(axis for axis in getattr(rules, name, ()) if mesh.shape[axis] > 1),
+        parts=lambda name: _product(mesh, getattr(rules, name, ())),
+    )
+
+
+def like_params(tree: Any, params: Params, shardings: Params, mesh: Mesh) -> Any:
+    """Shardings for a tree, such as an optimizer's state, that holds copies of `params`: a leaf whose path ends in a
+    parameter's path, and has its shape, is split as that parameter; every other leaf is whole on every device."""
+
+    def keys(path: Any) -> tuple[str, ...]:
+        return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
+    by_path = {keys(path): (leaf.shape, sharding) for (path, leaf), sharding in leaves}
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        names = keys(path)
+        for start in range(len(names)):
+            shape, sharding = by_path.get(names[start:], (None, whole))
+            if shape == leaf.shape:
+                return sharding
+        return whole
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def shardings_of(tree: Any) -> Any:
+    """How the leaves, arrays or shapes, are placed."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def batch_sharding(mesh: Mesh, rules: RulesConfig = RULES) -> NamedSharding:
+    """Of a batch's fields, [B, L]."""
+    return NamedSharding(mesh, spec_of(("rows", "length"), rules))
+
+
+def check_batch(name: str, batch_size: int, accumulate: int, mesh: Mesh, rules: RulesConfig = RULES) -> None:
+    """Raises ValueError unless each accumulated part can be split evenly over the mesh."""
+    parts = _product(mesh, rules.rows) * accumulate
+    if batch_size % parts:
+        over = " x ".join(f"mesh {axis}={mesh.shape[axis]}" for axis in rules.rows if mesh.shape[axis] > 1)
+        raise ValueError(
+            f"{name}={batch_size} must be divisible by {parts} ({over or 'one device'} x accumulate={accumulate}); "
+            f"set it to a multiple of {parts}"
+        )
+
+
+def check_context(context: int, mesh: Mesh, rules: RulesConfig = RULES) -> None:
+    """Raises ValueError unless a row's tokens can be split evenly over the mesh."""
+    if context % _product(mesh, rules.length):
+        raise ValueError(f"model.context={context} can't be split over mesh.context={mesh.shape['context']}")
+
+
+def rows_here(batch_size: int, sharding: NamedSharding) -> range:
+    """The rows of a batch that this process's devices hold parts of; other processes may hold parts of the same."""
+    held = sharding.addressable_devices_indices_map((batch_size, sharding.mesh.size)).values()
+    spans = [index[0].indices(batch_size) for index in held if index is not None]
+    return range(min(start for start, *_ in spans), max(stop for _, stop, _ in spans))
+
+
+def place_batch(batch: Batch, batch_size: int, sharding: NamedSharding) -> Batch:
+    """The rows `rows_here` (numpy) -> one global array a field."""
+    first = rows_here(batch_size, sharding).start
+
+    def one(field: Any) -> Array:
+        rows = np.asarray(field)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return rows[start - first : stop - first, *index[1:]]
+
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
+
+    return Batch(*map(one, batch))
+
+
+def _product(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)

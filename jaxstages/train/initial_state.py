@@ -1,0 +1,232 @@
+"""Where a stage starts, by rules in this order:
+
+1. its own checkpoints: resume everything, parameters, optimizer, step and early stopping;
+2. a parent (by default the stage before, at its best step): parameters and metadata only, under the contract of
+   `parent.py`;
+3. scratch, only where the recipe says so (`init_from="scratch"`; the first stage of a recipe has no parent).
+
+Anything else raises. Of a stage that trains adapters (`lora.rank`), the parent's parameters are the base, which it
+reads anew at each start.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxstages import config as recipes
+from jaxstages.checkpoint.fingerprint import kind_of, named_leaves
+from jaxstages.checkpoint.manager import Checkpoints, Restored
+from jaxstages.checkpoint.metadata import read_meta, stored_shapes
+from jaxstages.models.sharding import shardings_of
+from jaxstages.runtime.console import say
+from jaxstages.runtime.files import local_path
+from jaxstages.runtime.workdir import check_readable, checkpoint_folder, result_file
+from jaxstages.train.anchor import Anchor, open_anchor
+from jaxstages.train.early_stopping import EarlyStopping, EarlyStoppingState
+from jaxstages.train.handoff import (
+    SAME_STEPS,
+    check_contract,
+    check_lineage,
+    lora_of,
+    read_base,
+    read_parent,
+)
+from jaxstages.train.new_tokens import check_new_tokens
+from jaxstages.train.program import freeze, fresh_state
+from jaxstages.train.saved_items import from_items, to_items
+from jaxstages.train.setup import StageSetup
+from jaxstages.types import Params, TrainState
+
+
+@dataclass(slots=True)
+class LoopProgress:
+    """Counters that make the log lines and totals of a resumed run equal those of an unbroken one.
+
+    interval: sums of the steps since the last train line. best, start: metrics of the best evaluation, and of the one
+    at step 0. handed_on: the item that the next stage starts from, "params" or "average". evaluated: the last step with
+    an evaluation. next_batch: digest of the rows that come next.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    interval: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, Any] = field(default_factory=dict)
+    handed_on: str = "params"
+    evaluated: int = 0
+    next_batch: str = ""
+
+
+class InitialState(NamedTuple):
+    """Where a stage starts or goes on.
+
+    parent: path, step and params_sha256 of the stage that it began from; None from scratch.
+    progress: of the loop that is resumed; None at step 0.
+    base: the frozen parameters beside adapters; () in full training.
+    anchor: the rows and parameters that the stage is kept close to.
+    """
+
+    state: TrainState
+    stopping: EarlyStoppingState
+    parent: dict[str, Any] | None
+    progress: LoopProgress | None = None
+    base: Any = ()
+    anchor: Anchor | None = None
+
+
+def restore_or_init(setup: StageSetup, checkpoints: Checkpoints, stopping: EarlyStopping) -> InitialState:
+    """Return the initial state of a stage, by the rules above.
+
+    Raises:
+        ValueError: no rule applies, or the contract is broken; the message says what to do.
+    """
+    restored = checkpoints.restore_newest(to_items(setup.program.abstract_state, stopping.init()))
+    if restored is not None:
+        return _resume(setup, restored, stopping)
+    parent = parent_folder(setup)
+    if parent is not None:
+        return _from_parent(setup, parent, stopping)
+    assert not setup.config.lora.rank and not setup.config.anchor.weight, "`validate` refuses both without a parent"
+    params = _init_params(setup)
+    say(f"{setup.name}: starts from scratch, {_millions(params)} parameters new", "cyan")
+    return InitialState(_fresh_state(setup, params), stopping.init(), None)
+
+
+def _resume(setup: StageSetup, restored: Restored, stopping: EarlyStopping) -> InitialState:
+    meta, program = restored.meta, setup.program
+    check_contract(setup.folder, meta, setup.contract, free=SAME_STEPS)
+    _check_data(setup, meta)
+    check_lineage(setup.folder, meta["parent"], setup.config)
+    for line in recipes.differences(lora_of(meta), setup.config.lora, f"config.{setup.name}.lora"):
+        raise ValueError(f"{setup.folder} was begun with other adapters: {line}; set it back, or remove it")
+    base, anchor = (), None
+    if setup.config.lora.rank or setup.config.anchor.weight:
+        params = read_base(setup.folder, meta, program, setup.contract)
+        base = freeze(program, params)
+        anchor = _anchor(setup, base or params, meta["parent"])
+    say(f"{setup.name}: resumes at step {meta['step']} of {setup.config.loop.steps}", "cyan")
+    state, stopping_state = from_items(restored.items)
+    progress = LoopProgress(**meta["carried"])
+    if restored.best_lost:  # the newest step may be the best that is left: it is evaluated again
+        stopping_state = stopping.init()
+        progress.best, progress.handed_on, progress.evaluated = {}, "params", meta["step"] - 1
+    return InitialState(state, stopping_state, meta["parent"], progress, base, anchor)
+
+
+def _from_parent(setup: StageSetup, parent: Path, stopping: EarlyStopping) -> InitialState:
+    params, lineage = read_parent(parent, setup.program, setup.contract)
+    say(f"{setup.name}: starts from {parent} at step {lineage['step']}, its best", "cyan")
+    _report(setup, parent, lineage, params)
+    check_new_tokens(setup.name, setup.config, setup.data.tokenizer, params)
+    base = freeze(setup.program, params)
+    reference = base
+    if setup.config.anchor.weight and not base:
+        reference = jax.tree.map(jnp.copy, params)  # the train state takes the memory of `params`
+    anchor = _anchor(setup, reference, lineage)
+    state = _fresh_state(setup, _trained(setup, params, base))
+    return InitialState(state, stopping.init(), lineage, base=base, anchor=anchor)
+
+
+def _anchor(setup: StageSetup, reference: Params, lineage: dict[str, Any]) -> Anchor | None:
+    if not setup.config.anchor.weight:
+        return None
+    return Anchor(open_anchor(setup, reference, lineage["params_sha256"]), reference)
+
+
+def parent_folder(setup: StageSetup) -> Path | None:
+    """The folder of the stage that this one starts from; None means scratch.
+
+    Raises:
+        ValueError: the first stage of a recipe has none, or it is to start from itself, or from a later one.
+    """
+    match setup.config.init_from:
+        case "scratch":
+            return None
+        case "parent":
+            names = list(recipes.stages(setup.recipe))
+            place = names.index(setup.name)
+            if not place and result_file(setup.workdir / recipes.IMPORT).exists():
+                return setup.workdir / recipes.IMPORT
+            if not place and setup.name == "pretrain":
+                return None
+            if not place:
+                raise ValueError(
+                    f"{setup.name} is the recipe's first stage and has no parent; set config.{setup.name}.init_from to "
+                    'WORKDIR/STAGE of another run, or to "scratch"'
+                )
+            return setup.workdir / names[place - 1]
+        case path if path.startswith("hf:"):
+            return setup.workdir / recipes.IMPORT
+        case path:
+            folder = local_path(path, f"config.{setup.name}.init_from")
+            check_readable(folder)
+            later = recipes.STAGES[recipes.STAGES.index(setup.name) :]
+            if folder.resolve() in [(setup.workdir / name).resolve() for name in later]:
+                raise ValueError(
+                    f"config.{setup.name}.init_from={path!r} is {setup.name} itself, or a stage after it; name a stage "
+                    "before it, or WORKDIR/STAGE of another run"
+                )
+            return folder
+
+
+def _check_data(setup: StageSetup, meta: dict[str, Any]) -> None:
+    here = setup.data.fingerprints
+    if meta["data"] != here:
+        raise ValueError(
+            f"{setup.folder} was begun with other data: {meta['data']} there, {here} here (fingerprints of prepared "
+            "rows); put the files, and the version of jaxstages, back, or take another --workdir"
+        )
+
+
+def _init_params(setup: StageSetup) -> Params:
+    # Each device initializes its own part: no host ever holds the whole.
+    shardings = shardings_of(setup.program.abstract_params)
+    return jax.jit(setup.program.model.init, out_shardings=shardings)(jax.random.key(setup.recipe.seed))
+
+
+def _fresh_state(setup: StageSetup, params: Params) -> TrainState:
+    program = setup.program
+    make = jax.jit(
+        lambda p: fresh_state(p, program.tx, program.config.optim),
+        out_shardings=shardings_of(program.abstract_state),
+        donate_argnums=0,
+    )
+    return make(params)
+
+
+def _trained(setup: StageSetup, params: Params, base: Any) -> Params:
+    """Return the parameters that the stage trains: its parent's, or fresh adapters."""
+    if not base:
+        return params
+    key = jax.random.fold_in(jax.random.key(setup.recipe.seed), recipes.STAGES.index(setup.name))
+    shardings = shardings_of(setup.program.abstract_state.params)
+    return jax.jit(lambda k, b: setup.program.trainable.init(k, params, b), out_shardings=shardings)(key, base)
+
+
+def _millions(params: Params) -> str:
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.2f}M"
+
+
+def _report(setup: StageSetup, parent: Path, lineage: dict[str, Any], params: Params) -> None:
+    """Say what is inherited, and for each parameter that it was restored, or is new, or dropped."""
+    meta, ours = read_meta(checkpoint_folder(parent, lineage["step"])), named_leaves(params)
+    tokenizer = setup.data.tokenizer
+    stored = {path: kind_of(leaf) for path, leaf in ours.items()} if meta["lora"] else stored_shapes(meta)
+    say(
+        f"  inherited: tokenizer {tokenizer.sha256[:12]}…, {tokenizer.vocab_size} tokens, chat template, "
+        f"model {setup.recipe.model.layers} layers x {setup.recipe.model.width}, "
+        f"params {lineage['params_sha256'][:12]}…{', adapters merged into their base' if meta['lora'] else ''}"
+    )
+    for path in sorted(stored.keys() | ours):
+        fate = "restored" if path in stored and path in ours else "new" if path in ours else "dropped"
+        say(f"  {fate:8} {path}  {stored[path] if path in stored else kind_of(ours[path])}")
+    if setup.config.lora.rank:
+        adapters, base = setup.program.abstract_state.params, setup.config.lora.base
+        for path, leaf in named_leaves(adapters).items():
+            say(f"  new      {path}  {kind_of(leaf)}")
+        trained, whole = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (adapters, (params, adapters)))
+        say(f"  trains {trained:,} of {whole:,} parameters ({trained / whole:.2%}); the base is held in {base}")
+    say(f"  new: the optimizer's state, step 0; {_millions(params)} parameters restored")

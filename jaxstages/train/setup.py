@@ -1,0 +1,115 @@
+"""One stage of one run, ready to train or to generate: its data and its program."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+
+from jaxstages import config as recipes
+from jaxstages.config import (
+    AnchorConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoopConfig,
+    LoraConfig,
+    Recipe,
+    StageConfig,
+)
+from jaxstages.data.run_tokenizer import open_tokenizer
+from jaxstages.data.stage_data import EvaluationSet, StageData, prepare_stage, with_steps
+from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.generate.evaluate import Evaluate, TextModel, make_evaluate
+from jaxstages.models.sharding import make_mesh
+from jaxstages.train.handoff import Contract, contract_of
+from jaxstages.train.program import Program, check_fit, check_numbers, choose_attention, make_program
+
+
+@dataclass(frozen=True)
+class StageSetup:
+    """A stage of a run: where it lives, its data, its program, and its contract with the other stages."""
+
+    recipe: Recipe
+    workdir: Path
+    data: StageData
+    program: Program
+    contract: Contract
+
+    @property
+    def name(self) -> str:
+        return self.program.name
+
+    @property
+    def config(self) -> StageConfig:
+        return self.program.config
+
+    @property
+    def folder(self) -> Path:
+        return self.workdir / self.name
+
+    @property
+    def text_model(self) -> TextModel:
+        """What generates and evaluates with the stage's parameters."""
+        return TextModel(self.program.model, self.data.tokenizer, self.program.context, self.program.row_sharding)
+
+
+def make_stage_evaluate(
+    setup: StageSetup,
+    sets: Sequence[EvaluationSet] | None = None,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Evaluate:
+    """Return the `make_evaluate` of a stage.
+
+    Args:
+        sets: by default all of the stage's.
+        before_batch: called before each batch; what it raises ends the evaluation.
+    """
+    return make_evaluate(
+        setup.text_model,
+        setup.data.evaluation_sets if sets is None else sets,
+        setup.config.evaluation,
+        setup.config.loop.loss_tile,
+        before_batch,
+    )
+
+
+def setup_stage(recipe: Recipe, name: str, workdir: Path, with_data: bool = True) -> StageSetup:
+    """Set up stage `name`, all but its initial state.
+
+    Args:
+        with_data: prepare the rows too; without them the stage can only generate.
+
+    Raises:
+        ValueError: the recipe has no such stage, or a part of it does not fit the mesh or the data.
+    """
+    stages = recipes.stages(recipe)
+    if name == recipes.IMPORT:
+        stages = {recipes.IMPORT: _import_stage(stages, open_tokenizer(recipe, workdir), with_data)}
+    if name not in stages:
+        raise ValueError(f"recipe {recipe.name!r} has no stage {name}; it has {', '.join(stages)}")
+    config = stages[name]
+    check_numbers()
+    mesh = make_mesh(recipe.mesh)
+    check_fit(recipe, name, config, mesh)
+    tokenizer = open_tokenizer(recipe, workdir)
+    datasets, sets = prepare_stage(recipe, name, config, tokenizer, workdir) if with_data else ([], [])
+    data = StageData(tokenizer, datasets, sets)
+    attend = choose_attention(recipe.model, mesh.shape["context"], data.all_rows)
+    program = make_program(recipe, name, with_steps(config, datasets), mesh, tokenizer.vocab_size, attend)
+    return StageSetup(recipe, workdir, data, program, contract_of(recipe, tokenizer))
+
+
+def _import_stage(stages: dict[str, StageConfig], tokenizer: Tokenizer, with_data: bool) -> StageConfig:
+    """Return the stage that imported weights are evaluated as: the recipe's first one. A recipe without stages can only
+    generate: chat if the tokenizer has a chat template, else text."""
+    if stages:
+        first = next(iter(stages.values()))
+        return replace(first, lora=LoraConfig(), anchor=AnchorConfig(), replay=(), mixture={})
+    if with_data:
+        raise ValueError("the recipe has no stage, and so no data; name a recipe that has with --config=FILE")
+    devices = jax.device_count()
+    return StageConfig(
+        data=DataConfig(task="chat" if tokenizer.template else "lm"),
+        loop=LoopConfig(batch_size=devices),
+        evaluation=EvaluationConfig(batch_size=devices),
+    )
