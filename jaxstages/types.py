@@ -21,6 +21,13 @@ Metrics = dict[str, float]
 """Values for people and logs, already divided."""
 
 
+class Report(NamedTuple):
+    """An evaluation: its metrics, and sacreBLEU's signatures of the scores that have one."""
+
+    metrics: Metrics
+    signatures: list[str]
+
+
 class Batch(NamedTuple):
     """Packed rows, the only form in which data reaches a step.
 

@@ -23,7 +23,7 @@ from jaxstages.generate.metrics import from_sums, score_labels, score_text
 from jaxstages.generate.sampling import Sampling
 from jaxstages.generate.text_stream import TextStream
 from jaxstages.models.sharding import place_batch, rows_here
-from jaxstages.types import Metrics, Model, Params, Sums
+from jaxstages.types import Metrics, Model, Params, Report, Sums
 
 
 class TextModel(NamedTuple):
@@ -33,13 +33,6 @@ class TextModel(NamedTuple):
     tokenizer: Tokenizer
     context: int
     row_sharding: NamedSharding
-
-
-class Report(NamedTuple):
-    """metrics: plain numbers. signatures: sacreBLEU's, of the scores that have one."""
-
-    metrics: Metrics
-    signatures: list[str]
 
 
 Evaluate = Callable[[Params, bool], Report]
