@@ -58,7 +58,7 @@ def make_evaluate(
         before_batch: called before each batch; what it raises ends the evaluation.
     """
     token_bytes_V = jnp.asarray(text_model.tokenizer.token_bytes())
-    row_sums = make_eval_step(text_model.model.hidden, token_bytes_V, loss_tile)
+    row_sums = make_eval_step(text_model.model.outputs, token_bytes_V, loss_tile)
     eval_step = jax.jit(lambda params, batch: with_spread(row_sums(params, batch)))
 
     @functools.cache  # sets with answers of the same length share what is compiled
