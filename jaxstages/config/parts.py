@@ -13,7 +13,22 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class ModelSpec(Protocol):
+    """What `Recipe.model` can be: `ModelConfig`, or an object that also has `make(vocab_size) -> Model`."""
+
+    context: int
+
+
+@runtime_checkable
+class Makes(Protocol):
+    """An own part with fields: `make` returns what the recipe's field describes."""
+
+    @property
+    def make(self) -> Callable[..., Any]: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
