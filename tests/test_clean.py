@@ -15,7 +15,8 @@ from jaxstages.data.clean import clean_item, clean_text, compared
 from jaxstages.data.prepare import Prepared, find_near_duplicates, prepare
 from jaxstages.data.shards import items_of
 from jaxstages.data.sources import Item, open_source
-from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 
 ON = DuplicatesConfig(threshold=0.8)
 

@@ -13,7 +13,8 @@ from jaxstages.data.chat import make_chat
 from jaxstages.data.conversation import read_conversation
 from jaxstages.data.packing import best_fit, lay_out, pack
 from jaxstages.data.tasks import Example, is_held_out, make_task, render
-from jaxstages.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from tests.tiny import example
 
 CORPUS = ["the cat sat on the mat. ", "où est-il ? l'été, ça va.\n", "hello world " * 20]

@@ -22,7 +22,8 @@ from jaxstages.data.prefetch import prefetch
 from jaxstages.data.prepare import Prepared, prepare
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import Encoded, Task
-from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.types import Batch
 
 RECORDS = [{"text": f"number {i} and {i * i}"} for i in range(60)]

@@ -12,7 +12,8 @@ from jaxstages.data.prepare import Engine, find_near_duplicates
 from jaxstages.data.shards import items_of
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import texts
-from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, make_tokenizer, needed_tokens
+from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, needed_tokens
+from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import local_path, make_folder, read_json, write_json, write_text
 from jaxstages.runtime.workdir import has_begun, tokenizer_file

@@ -32,7 +32,8 @@ from jaxstages.data import tokenizer as tokenizing
 from jaxstages.data.prepare import Prepared, prepare
 from jaxstages.data.sentencepiece import BPE, UNIGRAM
 from jaxstages.data.sources import open_source
-from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.runtime import files
 from jaxstages.train.setup import open_tokenizer
 from tests.reliability.harness import print_table
@@ -367,7 +368,7 @@ def test_tokenizers_that_crashed(tmp_path: Path, change: dict[str, Any], complai
 
 
 def test_an_interrupt_is_no_fault_of_a_tokenizer() -> None:
-    with pytest.raises(KeyboardInterrupt), tokenizing._refused("never"):
+    with pytest.raises(KeyboardInterrupt), tokenizing.errors_as_value_error("never"):
         raise KeyboardInterrupt
 
 
