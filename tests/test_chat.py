@@ -394,7 +394,7 @@ def test_a_long_chat_is_cut_after_a_whole_answer(field: tuple[str, Tokenizer, Ch
         task = make_task(DataConfig(task="chat"), tokenizer, context)
         [found] = task.finish([task.draft({"messages": turns})])
         assert len(found.examples) == sum(one.answers[0][1] <= most for one in whole)
-        assert (found.lost > 0) == (most < ends[-1])
+        assert (found.lost_tokens > 0) == (most < ends[-1])
         for example in found.examples:
             assert len(example.ids) <= context + 1 and example.weights[-1] == 1
             assert example.ids[-1] == tokenizer.specials.end_of_turn

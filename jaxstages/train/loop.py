@@ -131,12 +131,12 @@ class _Run:
             seed=seed,
             weights=mixed.weights,
             late=mixed.late,
-            here=rows_here(size, sharding),
+            local_rows=rows_here(size, sharding),
         )
         if self._anchor is not None:
             size = setup.config.anchor.batch_size
             rows = [self._anchor.rows]
-            self._anchors = batches_by_step(rows, batch_size=size, seed=seed, here=rows_here(size, sharding))
+            self._anchors = batches_by_step(rows, batch_size=size, seed=seed, local_rows=rows_here(size, sharding))
         tokens = self._config.batch_size * setup.program.context
         leaves = jax.tree.leaves(setup.program.abstract_params)
         self._at_once = AT_ONCE if 6 * tokens * sum(leaf.size for leaf in leaves) < TINY else 1

@@ -617,7 +617,7 @@ def test_a_file_that_may_not_be_read_is_the_users(tmp_path: Path, monkeypatch: p
 
 def test_a_large_text_file_is_several_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
-    monkeypatch.setattr("jaxstages.data.sources.PIECE", 8)
+    monkeypatch.setattr("jaxstages.data.sources.TEXT_RECORD_BYTES", 8)
     items = list(open_source(str(tmp_path / "a.txt"), tmp_path).read())
     assert [item.record for item in items] == [{"text": "one\ntwo\n"}, {"text": "three\n"}]
     assert [item.where for item in items] == [str(tmp_path / "a.txt"), f"{tmp_path / 'a.txt'}:3"]
