@@ -94,7 +94,7 @@ def test_length_in_epochs_and_in_tokens() -> None:
 def test_one_data_set_is_mixed_as_before_there_were_several() -> None:
     """The weights go to Grain unscaled, so that runs from before go on with the same batches."""
     sources = [Rows(37, 1, 1), Rows(1001, 1, 1)]
-    mixed = mix([dataset("pretrain", sources, 1.0)], change=0)
+    mixed = mix([dataset("pretrain", sources, 1.0)], late_row=0)
     assert mixed.weights == [37, 1001] and mixed.late is None
     streams = [
         grain.MapDataset.range(size).map(lambda i, j=j: (j, int(i))).shuffle(seed=3 + j).repeat()
@@ -180,7 +180,7 @@ def test_nothing_is_watched_where_the_recipe_says_so(replayed: tuple[Recipe, Pat
     assert recipe.instruct
     recipe.instruct.evaluation.watch = ()
     try:
-        assert [each.prefix for each in setup_stage(recipe, "instruct", work).sets] == [""]
+        assert [each.prefix for each in setup_stage(recipe, "instruct", work).data.evaluation_sets] == [""]
         recipe.instruct.evaluation.watch = ("finetune",)
         assert [each.prefix for each in setup_stage(recipe, "instruct", work).sets] == ["", "watch/finetune/"]
     finally:
@@ -265,6 +265,6 @@ def test_a_stage_as_long_as_its_tokens(tmp_path: Path) -> None:
     rows = setup.data.train[0].index["rows"]
     assert setup.config.loop.steps == -(-3 * rows // 16) and recipe.pretrain.loop.steps == 0
     recipe.pretrain.loop.epochs, recipe.pretrain.loop.tokens = 0.0, 2000
-    steps = setup_stage(recipe, "pretrain", tmp_path / "work").stage.loop.steps
+    steps = setup_stage(recipe, "pretrain", tmp_path / "work").config.loop.steps
     index = setup.data.train[0].index
     assert (steps - 1) * 8 * index["tokens"] / rows < 2000 <= steps * 8 * index["tokens"] / rows

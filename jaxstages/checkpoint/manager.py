@@ -281,7 +281,7 @@ class Checkpoints:
             )
         self._digests = prints.digests
         write_json(fresh / "meta" / "metadata", self._meta | {"fingerprint": prints.digests})
-        manifest.seal(fresh)
+        manifest.write_manifest(fresh)
 
     def _sweep(self) -> None:
         """Remove what a kill, or a failed save, left: unfinished checkpoints and deleted ones, no more than that."""

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from jaxstages.config import EvaluationConfig
 from jaxstages.data.batches import batches_once
-from jaxstages.data.prepare import Prepared, evenly
+from jaxstages.data.prepare import Prepared, subsample_evenly
 from jaxstages.data.stage_data import EvaluationSet
 from jaxstages.data.tasks import Question
 from jaxstages.data.tokenizer import Tokenizer
@@ -71,12 +71,12 @@ def make_evaluate(
     def loss_sums(params: Params, each: EvaluationSet) -> list[tuple[str, Sums]]:
         """Name and sums of each source that has rows among those measured."""
         sources = [range(source.index["rows"]) for source in each.held_out]
-        rows = evenly([(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows)
+        rows = subsample_evenly([(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows)
         totals: list[tuple[str, Sums]] = []
         for number, source in enumerate(each.held_out):
             chosen = [row for owner, row in rows if owner == number]
             total: Sums = {}
-            for batch in batches_once(source, chosen, batch_size=size, here=rows_here(size, sharding)):
+            for batch in batches_once(source, chosen, batch_size=size, local_rows=rows_here(size, sharding)):
                 before_batch()
                 sums = eval_step(params, place_batch(batch, size, sharding))
                 # Sums stay on the device, so that no batch waits for the one before.
@@ -125,7 +125,7 @@ def make_scorer(
     Args:
         answer_with: `answer_with(max_new_tokens)`, what answers prompts with at most so many tokens.
     """
-    questions = evenly([q for source in each.held_out for q in source.questions()], each.config.max_examples)
+    questions = subsample_evenly([q for source in each.held_out for q in source.questions()], each.config.max_examples)
     if not each.config.metrics or not questions:
         return None
     references = [question.reference for question in questions]

@@ -84,7 +84,7 @@ def read_json(path: Path, form: Form | None = None) -> Any:
     return value
 
 
-def hold(path: Path, wait: bool) -> IO[str]:
+def acquire_lock(path: Path, wait: bool) -> IO[str]:
     """Lock a file for as long as what this returns is open; the end of the process, however it ends, frees it.
 
     Raises:

@@ -24,7 +24,7 @@ class Damaged(ValueError):
     """What lies on disk is not what was written there."""
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Sync every file and folder in `folder`, and then list the files in its manifest, which makes it whole."""
     files = _files(folder)
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from jaxstages.runtime.files import hold, local_path
+from jaxstages.runtime.files import acquire_lock, local_path
 
 PATTERN = "*?["
 """Characters that the library of checkpoints takes for a pattern wherever they stand in a path: it would find nothing
@@ -67,7 +67,7 @@ def lock(workdir: Path) -> IO[str]:
     """
     check_workdir(workdir)
     try:
-        return hold(workdir / "LOCK", wait=False)
+        return acquire_lock(workdir / "LOCK", wait=False)
     except BlockingIOError as error:
         time.sleep(0.1)  # who has just got it is about to write its name over that of the one before
         holder = (workdir / "LOCK").read_text(encoding="utf-8") or "another process"

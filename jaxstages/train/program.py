@@ -192,7 +192,7 @@ def choose_attention(config: ModelConfig, parts: int, rows: list[Prepared]) -> A
         kv_heads=part.kv_heads,
         head_dim=part.head_dim,
         dtype=config.dtype,
-        runs=max(prepared.most_segments() for prepared in rows) + 1,  # and padding
+        runs=max(prepared.max_segments() for prepared in rows) + 1,  # and padding
     )
     # Layers that see differently far may need different kernels.
     choices = {reach: choose_attend(shape._replace(reach=reach), machine) for reach in reaches_of(config)}

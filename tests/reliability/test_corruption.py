@@ -107,7 +107,7 @@ def test_metadata_of_another_form_under_a_manifest_that_fits(kept: Kept, tmp_pat
     meta = dict(kept.metas[newest])
     del meta[name]
     write_json(checkpoint_folder(stage_dir, newest) / "meta" / "metadata", meta)
-    manifest.seal(checkpoint_folder(stage_dir, newest))
+    manifest.write_manifest(checkpoint_folder(stage_dir, newest))
     assert kept.restored(stage_dir) == kept.steps[-2]
     (reason,) = quarantine_folder(stage_dir).glob(f"{newest}.*.reason")
     assert f"it lacks {name}" in reason.read_text()

@@ -204,7 +204,7 @@ def test_without_its_best_a_run_goes_on_from_what_is_whole(
         meta = read_json(file)
         meta["best_step"] = 2
         file.write_text(json.dumps(meta))
-        manifest.seal(checkpoint_folder(stage_dir, step))
+        manifest.write_manifest(checkpoint_folder(stage_dir, step))
     if how == "removed":
         shutil.rmtree(checkpoint_folder(stage_dir, 2))
     else:

@@ -167,7 +167,7 @@ def test_a_later_format_is_refused_and_left_alone(run: Path, name: str, step: in
         shutil.rmtree(run / "instruct")
     checkpoint = checkpoint_folder(run / name, step)
     write_json(checkpoint / "meta" / "metadata", read_meta(checkpoint) | {"format": 2})
-    manifest.seal(checkpoint)
+    manifest.write_manifest(checkpoint)
     with pytest.raises(ValueError, match=rf"{name}/checkpoints/{step} has format 2, .* install a newer jaxstages"):
         start_of(run, "instruct")
     assert checkpoint.is_dir() and not (run / name / "quarantine").exists()

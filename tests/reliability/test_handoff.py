@@ -30,7 +30,7 @@ def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     meta = read_json(checkpoint / "meta" / "metadata")
     changed = change(meta)
     write_json(checkpoint / "meta" / "metadata", meta if changed is None else changed)
-    manifest.seal(checkpoint)
+    manifest.write_manifest(checkpoint)
 
 
 class Pair:
@@ -367,14 +367,14 @@ def _(pair: Pair) -> None:
 )
 def _(pair: Pair) -> None:
     shutil.rmtree(pair.best / "meta")
-    manifest.seal(pair.best)
+    manifest.write_manifest(pair.best)
     pair.read()
 
 
 @case("checkpoint: no params in it", r"checkpoints/2/params is damaged, Orbax can't read it.*" + ANEW)
 def _(pair: Pair) -> None:
     shutil.rmtree(pair.best / "params")
-    manifest.seal(pair.best)
+    manifest.write_manifest(pair.best)
     pair.read()
 
 

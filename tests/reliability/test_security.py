@@ -22,7 +22,7 @@ from jaxstages.cli.main import main
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.data.prepare import Prepared
 from jaxstages.runtime.files import read_json, write_json
-from jaxstages.runtime.manifest import seal
+from jaxstages.runtime.manifest import write_manifest
 from jaxstages.runtime.workdir import checkpoints_folder, steps_of
 from jaxstages.train.early_stopping import early_stopping
 from jaxstages.train.setup import setup_stage
@@ -192,7 +192,7 @@ def test_a_pickle_in_a_cache_is_not_run(
     plant(rows.folder / "target_counts.npy", marker, kind)
     assert main(["jaxstages", "prepare", f"--workdir={run}"]) == 2
     assert "target_counts.npy is damaged" in capsys.readouterr().err
-    seal(rows.folder)  # now its maker says that it is as it should be
+    write_manifest(rows.folder)  # now its maker says that it is as it should be
     with pytest.raises(ValueError, match="allow_pickle="):
         rows_of(run).target_counts()
     plant(rows.folder / "counts-00000.npy", marker, kind)
