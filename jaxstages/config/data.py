@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from jaxstages.config.parts import Makes
+from jaxstages.config.parts import TaskSpec
 from jaxstages.config.setting import setting
 
 TASKS = ("lm", "seq2seq", "classify", "chat", "own")
@@ -48,7 +48,7 @@ class DataConfig:
 
     task: str = setting("lm", choices=TASKS)
     """ "lm" (raw text), "seq2seq" (pairs of texts), "classify" (a text and its label), "chat" or "own"."""
-    own: Makes | None = setting(None, only_for={"task": ("own",)})
+    own: TaskSpec | None = setting(None, only_for={"task": ("own",)})
     """own: an object with `texts(record)`, the texts of a record, and `make(tokenizer, context)`, which returns
     `encode(record) -> data.tasks.Encoded`."""
     train: tuple[str | Callable, ...] = ()

@@ -31,6 +31,19 @@ class Makes(Protocol):
     def make(self) -> Callable[..., Any]: ...
 
 
+@runtime_checkable
+class TaskSpec(Makes, Protocol):
+    """An own data task.
+
+    texts: `texts(record)`, the texts of a record: what tokenizers and near-duplicates are made from. The first one
+        decides whether the record is held out.
+    make: `make(tokenizer, context)` returns `encode(record) -> Encoded`, whose examples have at most context + 1 ids.
+    """
+
+    @property
+    def texts(self) -> Callable[[Any], list[str]]: ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
     """An own part as `recipe.json` records it.
@@ -143,11 +156,13 @@ class Metric:
     better: "max" or "min".
     """
 
-    score: Callable[..., float]
+    score: Callable[..., float] | Part
     better: str = "max"
 
     @property
     def name(self) -> str:
+        if isinstance(self.score, Part):
+            return self.score.part.partition(":")[2]
         return inspect.unwrap(self.score).__name__
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxstages import config as recipes
 from jaxstages.config import DataConfig
 from jaxstages.data import dedup
 from jaxstages.data.clean import REMOVAL_REASONS, fingerprint_parts, is_cleaned, memory_bytes
@@ -167,7 +168,7 @@ def prepare(
 def rows_folder(source: Source, part: str, config: DataConfig, tokenizer: Tokenizer, context: int, cache: Path) -> Path:
     """Return the folder of `prepare`'s rows, whether it exists or not. Its name depends on everything that the rows
     depend on, and on no path."""
-    parts = [VERSION, source.fingerprint, tokenizer.sha256, context, config.task]
+    parts = [VERSION, source.fingerprint, tokenizer.sha256, context, _task_key(config)]
     parts += [config.holdout, part] if config.holdout else [""]
     parts += ["whole files"] if config.holdout and source.texts and not cuts_texts(source, config) else []
     return _cache_folder(cache, [*parts, *_text_fingerprint_parts(config)])
@@ -208,7 +209,9 @@ def find_near_duplicates(source: Source, config: DataConfig, cache: Path, engine
     if not config.duplicates.threshold:
         return None
     # "gone" is part of the fingerprint of existing caches.
-    folder = _cache_folder(cache, [VERSION, "gone", source.fingerprint, config.task, *_text_fingerprint_parts(config)])
+    folder = _cache_folder(
+        cache, [VERSION, "gone", source.fingerprint, _task_key(config), *_text_fingerprint_parts(config)]
+    )
     if not (folder / manifest.MANIFEST).exists():
         with acquire_lock(folder.with_suffix(".lock"), wait=True):
             if not (folder / manifest.MANIFEST).exists():
@@ -225,8 +228,13 @@ def _cache_folder(cache: Path, key: list[Any]) -> Path:
     return cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
 
+def _task_key(config: DataConfig) -> Any:
+    """Return the name of the task; of an own one its fields and the SHA-256 of its source."""
+    return config.task if config.own is None else recipes.to_dict(config.own)
+
+
 def _text_fingerprint_parts(config: DataConfig) -> list[str]:
-    fields = {"lm": [config.text], "chat": [config.answers]}.get(config.task, [config.prompt, config.target])
+    fields = {"lm": [config.text], "chat": [config.answers], "own": []}.get(config.task, [config.prompt, config.target])
     return [*fields, *fingerprint_parts(config)]
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,9 @@ def _all_data(recipe: Recipe) -> list[DataConfig]:
     return [data for stage in stages for data in (stage.data, *(part.data for part in stage.mixture.values()))]
 
 
-def _tokenizer_sources(recipe: Recipe) -> dict[str, DataConfig]:
-    """Map the name of each source that a tokenizer is trained on to its data set."""
-    sources = {source: data for data in _all_data(recipe) for source in data.train}
+def _tokenizer_sources(recipe: Recipe) -> dict[str | Callable, DataConfig]:
+    """Map each source that a tokenizer is trained on to its data set."""
+    sources: dict[str | Callable, DataConfig] = {source: data for data in _all_data(recipe) for source in data.train}
     if recipe.tokenizer.sources:
         unknown = [name for name in recipe.tokenizer.sources if name not in sources]
         if unknown:

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader
 
+from jaxstages.config.parts import describe
 from jaxstages.runtime.files import acquire_lock
 
 Record = dict[str, Any]
@@ -96,16 +97,18 @@ class Source(NamedTuple):
             yield from part()
 
 
-def open_source(name: str, data_dir: Path) -> Source:
+def open_source(name: str | Callable, data_dir: Path) -> Source:
     """Open a source. Nothing is read yet, except for its fingerprint.
 
     Args:
-        name: see the table above; a path may be a pattern.
+        name: see the table above; a path may be a pattern. Or a function that yields records.
         data_dir: folder in which TFDS builders prepare data sets.
 
     Raises:
         ValueError: there is no such file, builder or split, or the kind of file is unknown.
     """
+    if not isinstance(name, str):
+        return _open_function(name)
     kind, _, address = name.partition(":")
     match kind:
         case "world" | "tfds" | "hf":
@@ -115,6 +118,20 @@ def open_source(name: str, data_dir: Path) -> Source:
             return _open_tfds(name, dataset, split, data_dir) if kind == "tfds" else _open_hf(name, dataset, split)
         case _:
             return _open_files(name)
+
+
+def _open_function(function: Callable[[], Iterable[Record]]) -> Source:
+    """Open a recipe's own source. Its records are read once for the fingerprint: what they say may not change."""
+    name, digest, count = describe(function).part, hashlib.sha256(), 0
+    for record in function():
+        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        count += 1
+    return Source(name, (functools.partial(_read_function, function, name),), digest.hexdigest(), count)
+
+
+def _read_function(function: Callable[[], Iterable[Record]], name: str) -> Iterator[Item]:
+    for number, record in enumerate(function(), start=1):
+        yield Item(f"{name}:{number}", record)
 
 
 def _dataset_and_split(kind: str, address: str) -> tuple[str, str]:

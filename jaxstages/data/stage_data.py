@@ -1,6 +1,6 @@
 """The data of a stage: the rows that it trains on, and the held-out sets that it is measured on."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -97,7 +97,7 @@ def data_names(
     """Return `StageData.fingerprints` without preparing any rows."""
     context, cache = recipe.model.context, cache_folder(recipe, workdir)
 
-    def names(data: DataConfig, part: str, sources: tuple[str, ...]) -> list[str]:
+    def names(data: DataConfig, part: str, sources: Sequence[str | Callable]) -> list[str]:
         return [
             rows_folder(open_source(source, cache), part, data, tokenizer, context, cache).name for source in sources
         ]

@@ -105,6 +105,8 @@ def holdout_key(record: Record, config: DataConfig) -> str:
     Raises:
         ValueError: the record does not fit the task.
     """
+    if config.own is not None:
+        return config.own.texts(record)[0]
     if config.task == "chat":
         messages = read_conversation(record).messages
         return next((message["content"] for message in messages if message["role"] == "user"), json.dumps(messages))
@@ -123,7 +125,9 @@ def texts(record: Record, config: DataConfig) -> list[str]:
     Raises:
         ValueError: the record does not fit the task.
     """
-    if config.task == "chat":
+    if config.own is not None:
+        fields = list(config.own.texts(record))
+    elif config.task == "chat":
         fields = [message.get("content", "") for message in read_conversation(record, config.answers).messages]
     else:
         templates = (config.text,) if config.task == "lm" else (config.prompt, config.target)
@@ -162,6 +166,9 @@ def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
     is left out. A chat is cut after the last whole answer that fits.
     """
     check_tokens(tokenizer, config.task)
+    if config.own is not None:
+        encode_record = config.own.make(tokenizer, context)
+        return Task(lambda record: record, lambda records: [_checked(encode_record(record)) for record in records])
     if config.task == "chat":
         return _chat_task(make_chat(tokenizer), tokenizer, context + 1, config.answers)
     end = tokenizer.specials.end_of_text
@@ -187,6 +194,18 @@ def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
         return Encoded([Example(pair, _weights_from(len(prompt), len(pair)))], question, 0)
 
     return Task(draft, finish)
+
+
+def _checked(encoded: Encoded) -> Encoded:
+    """Raises ValueError where an own task returns an example of a wrong form."""
+    for example in encoded.examples:
+        ids, weights = np.asarray(example.ids), np.asarray(example.weights)
+        if ids.ndim != 1 or ids.shape != weights.shape or not len(ids) or weights[0]:
+            raise ValueError(
+                f"an own task returned ids of shape {ids.shape} and weights of shape {weights.shape}; both must be [n], "
+                "and weights[0] must be 0, because nothing predicts the first token"
+            )
+    return encoded
 
 
 def pair_prompt(prompt: np.ndarray, tokenizer: Tokenizer) -> list[int]:

@@ -71,7 +71,9 @@ def make_evaluate(
     def loss_sums(params: Params, each: EvaluationSet) -> list[tuple[str, Sums]]:
         """Name and sums of each source that has rows among those measured."""
         sources = [range(source.index["rows"]) for source in each.held_out]
-        rows = subsample_evenly([(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows)
+        rows = subsample_evenly(
+            [(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows
+        )
         totals: list[tuple[str, Sums]] = []
         for number, source in enumerate(each.held_out):
             chosen = [row for owner, row in rows if owner == number]
@@ -133,7 +135,13 @@ def make_scorer(
     if each.task == "classify":
         labels = sorted({q.reference for source in (*each.train, *each.held_out) for q in source.questions()})
         classify = make_classify(text_model, labels, batch_size, before_batch)
-        return lambda params: (score_labels(classify(params, prompts), references), [])
+        own = [metric for metric in each.config.metrics if not isinstance(metric, str)]
+
+        def score_classes(params: Params) -> tuple[Metrics, list[str]]:
+            predictions = classify(params, prompts)
+            return score_labels(predictions, references) | score_text(own, predictions, references)[0], []
+
+        return score_classes
     answer = answer_with(each.config.max_new_tokens)
 
     def scorer(params: Params) -> tuple[Metrics, list[str]]:

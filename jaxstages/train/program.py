@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from jaxstages.checkpoint.fingerprint import named_leaves
 from jaxstages.config import ModelConfig, OptimConfig, Recipe, RulesConfig, StageConfig
+from jaxstages.config.parts import ModelSpec
 from jaxstages.data.prepare import Prepared
 from jaxstages.models.attention import AT_ONCE, Attend
 from jaxstages.models.kernels import Shape, choose_attend, machine_of
@@ -95,13 +96,17 @@ def make_program(
     hooks = make_sharding_hooks(mesh, rules)
 
     def remake(**options: Any) -> Model:
-        return make_model(recipe.model, vocab_size, platform=platform, attend=attend, place=hooks, **options)
+        if isinstance(recipe.model, ModelConfig):
+            return make_model(recipe.model, vocab_size, platform=platform, attend=attend, place=hooks, **options)
+        return _make_own_model(recipe.model, vocab_size)
 
     model = remake()
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    if model.axes is None:
+        model = model._replace(axes=jax.tree.map(lambda leaf: ("",) * leaf.ndim, params))
     trainable = make_trainable(model.axes, config.lora)
     tx = make_optimizer(config.optim, config.loop.steps, trainable.axes)
 
-    params = jax.eval_shape(model.init, jax.random.key(0))
     base = jax.eval_shape(trainable.freeze, params)
     state = jax.eval_shape(lambda key: fresh_state(_init(key, model, trainable), tx, config.optim), jax.random.key(0))
     # Patterns may also name parameters of the base, which are not trained anyway.
@@ -126,6 +131,16 @@ def make_program(
         abstract_base=_with_shardings(base, param_shardings(base, trainable.base_axes, mesh, rules)),
         abstract_state=_with_shardings(state, like_params(state, state.params, state_shardings, mesh)),
     )
+
+
+def _make_own_model(spec: Any, vocab_size: int) -> Model:
+    model = spec.make(vocab_size)
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"config.model: make(vocab_size) of {type(spec).__name__} returned {type(model).__name__}; return a "
+            "jaxstages.Model, as linen_model and nnx_model do"
+        )
+    return model
 
 
 def _init(key: Array, model: Model, trainable: Trainable) -> Params:
@@ -176,11 +191,11 @@ def check_numbers() -> None:
         )
 
 
-def choose_attention(config: ModelConfig, parts: int, rows: list[Prepared]) -> Attend | None:
+def choose_attention(config: ModelSpec, parts: int, rows: list[Prepared]) -> Attend | None:
     """The fastest attention for these rows, on this machine; None, the model's own, on CPU, which has no other, where a
     row is split over several `parts`, which take the formula, and without rows, for then nothing attends over them."""
     machine = machine_of(jax.local_devices()[0])
-    if not rows or machine.platform == "cpu":
+    if not isinstance(config, ModelConfig) or not rows or machine.platform == "cpu":
         return None
     if parts > 1:
         say(f"attention: the formula, {AT_ONCE} queries at a time, for mesh.context={parts} splits the rows")

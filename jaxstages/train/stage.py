@@ -12,6 +12,7 @@ from jaxstages import config as recipes
 from jaxstages.checkpoint.fingerprint import params_sha256
 from jaxstages.checkpoint.manager import Checkpoints, read_params
 from jaxstages.config.metrics import higher_is_better
+from jaxstages.config.parts import metric_name
 from jaxstages.data.batches import batches_by_step
 from jaxstages.data.mixture import describe
 from jaxstages.data.stage_data import WATCH
@@ -82,8 +83,8 @@ def train_stage(setup: StageSetup, finish: bool = False) -> dict[str, Any] | Non
                 group=_group_size(setup),
                 batches=_batches(setup, initial),
                 evaluate=evaluate,
-                scores={each.prefix: each.config.metrics for each in setup.data.evaluation_sets},
-                allowed=lambda metrics, start: _within(setup.config.early_stopping, metrics, start),
+                scores={each.prefix: [*map(metric_name, each.config.metrics)] for each in setup.data.evaluation_sets},
+                allowed=lambda metrics, start: _within(setup.config, metrics, start),
                 schedule=setup.program.schedule,
                 meta=_meta(setup, initial),
                 checkpoints=checkpoints,
@@ -132,13 +133,13 @@ def _batches(setup: StageSetup, initial: InitialState) -> Batches:
         seed=seed,
         weights=mixed.weights,
         late=mixed.late,
-        here=rows_here(size, sharding),
+        local_rows=rows_here(size, sharding),
     )
     anchored = None
     if initial.anchor is not None:
         anchor_size = setup.config.anchor.batch_size
         local_rows = rows_here(anchor_size, sharding)
-        anchored = batches_by_step([initial.anchor.rows], batch_size=anchor_size, seed=seed, here=local_rows)
+        anchored = batches_by_step([initial.anchor.rows], batch_size=anchor_size, seed=seed, local_rows=local_rows)
 
     def load(k: int) -> tuple[Any, ...]:
         batch = rows.batch(k)
@@ -156,12 +157,12 @@ def _reference(initial: InitialState) -> Params | None:
     return None if initial.anchor is None else initial.anchor.reference
 
 
-def _within(stop: recipes.EarlyStoppingConfig, metrics: Metrics, start: Mapping[str, Any]) -> bool:
+def _within(config: recipes.StageConfig, metrics: Metrics, start: Mapping[str, Any]) -> bool:
     """Whether every condition of `early_stopping.within` holds: no such metric is worse by more than its limit."""
-    for name, limit in stop.within:
+    for name, limit in config.early_stopping.within:
         before = start.get(name)  # absent from runs that began before there was a watch
         change = metrics[name] - (math.nan if before is None else before)
-        if not (-change if higher_is_better(name) else change) <= limit:
+        if not (-change if higher_is_better(name, config.evaluation.metrics) else change) <= limit:
             return False
     return True
 
