@@ -18,7 +18,7 @@ from jaxstages.runtime.cluster import Place
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import check_workdir, has_begun, lock, result_file
-from jaxstages.stages import finetune, instruct, pretrain
+from jaxstages.stages import extra, finetune, instruct, pretrain
 from jaxstages.train.handoff import check_lineage
 from jaxstages.types import Diverged, Interrupted
 
@@ -26,6 +26,7 @@ SHOWN_WITHIN = 60
 """Seconds that shared storage has to show what process 0 has written: attributes are cached on NFS."""
 
 DRIVERS = {"pretrain": pretrain.run, "finetune": finetune.run, "instruct": instruct.run}
+"""The three stages; `stages.extra` trains the others."""
 
 
 def train(
@@ -170,4 +171,6 @@ def _train(recipe: Recipe, workdir: Path, name: str, finish: bool = False) -> bo
         check_lineage(workdir / name, result["parent"], recipes.stages(recipe)[name])
         say(f"{name}: already {result['status']} at step {result['steps']}, best step {result['best_step']}", "cyan")
         return True
-    return DRIVERS[name](recipe, workdir, finish) is not None
+    if name in DRIVERS:
+        return DRIVERS[name](recipe, workdir, finish) is not None
+    return extra.run(recipe, name, workdir, finish) is not None

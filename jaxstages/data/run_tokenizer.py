@@ -16,7 +16,7 @@ from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, neede
 from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import local_path, make_folder, read_json, write_json, write_text
-from jaxstages.runtime.workdir import has_begun, tokenizer_file
+from jaxstages.runtime.workdir import begun_stages, tokenizer_file
 
 
 def cache_folder(recipe: Recipe, workdir: Path) -> Path:
@@ -30,7 +30,7 @@ def open_tokenizer(recipe: Recipe, workdir: Path, engine: Engine | None = None) 
     """
     path = tokenizer_file(workdir)
     inputs_file = path.with_name("made_from.json")
-    is_used = any(has_begun(workdir / name) for name in recipes.CHECKPOINTED_STAGES)
+    is_used = bool(begun_stages(workdir))
     if path.exists() and (is_used or not inputs_file.exists()):
         return load_tokenizer(path)
 

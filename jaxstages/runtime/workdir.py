@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from jaxstages.config import CHECKPOINTED_STAGES
 from jaxstages.runtime.files import acquire_lock, local_path
 
 PATTERN = "*?["
@@ -79,6 +80,14 @@ def steps_of(stage_dir: Path) -> list[int]:
     folder = checkpoints_folder(stage_dir)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+
+def begun_stages(workdir: Path) -> list[str]:
+    """Return the names of the stages that have saved anything in a workdir, extra ones last."""
+    folders = sorted(workdir.iterdir()) if workdir.is_dir() else []
+    names = [folder.name for folder in folders if folder.is_dir() and has_begun(folder)]
+    order = {name: index for index, name in enumerate(CHECKPOINTED_STAGES)}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
 def has_begun(stage_dir: Path) -> bool:
