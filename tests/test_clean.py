@@ -179,8 +179,8 @@ def test_the_answer_does_not_depend_on_the_batches(tmp_path: Path, monkeypatch: 
     texts = [text for kinds in zip(*map(drifting, range(20)), strict=True) for text in kinds]
     expected = found(texts, tmp_path)
     assert len(expected) > 80
-    monkeypatch.setattr(duplicates, "BATCH", 1000)
-    monkeypatch.setattr(duplicates, "PAIRS", 3)
+    monkeypatch.setattr(dedup, "BATCH", 1000)
+    monkeypatch.setattr(dedup, "PAIRS", 3)
     assert found(texts, tmp_path) == expected
     # By the definition: an earlier text of the same band is similar.
     signed = dedup.signatures(texts, ON)
@@ -196,7 +196,7 @@ def test_the_answer_does_not_depend_on_the_batches(tmp_path: Path, monkeypatch: 
 def test_a_band_with_everything_in_it_is_no_square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, asked, similar = words(0, 200), [], dedup.similar
     texts = [" ".join([*base[:100], f"n{number}", *base[100:]]) for number in range(300)]
-    monkeypatch.setattr(duplicates, "similar", lambda *some: (asked.append(len(some[0])), similar(*some))[1])
+    monkeypatch.setattr(dedup, "similar", lambda *some: (asked.append(len(some[0])), similar(*some))[1])
     assert len(found(texts, tmp_path, DuplicatesConfig(threshold=1.0))) < 10
     assert sum(asked) <= 20 * 300 * 32 < 20 * 300 * 299 / 2 / 4
 
@@ -289,6 +289,6 @@ def test_near_duplicates_are_looked_for_once_and_across_files(tmp_path: Path, mo
     assert gone is not None
     assert json.loads((gone / "index.json").read_text())["near_duplicates"] == 10
     assert len([item for item in items_of(source, "train", config, gone) if item.record]) == len(RECORDS)
-    monkeypatch.setattr(preparing.duplicates, "find", None)
+    monkeypatch.setattr(preparing.dedup, "find", None)
     assert find_near_duplicates(source, config, tmp_path / "c") == gone
     assert find_near_duplicates(source, DataConfig(), tmp_path / "c") is None

@@ -180,9 +180,12 @@ def test_nothing_is_watched_where_the_recipe_says_so(replayed: tuple[Recipe, Pat
     assert recipe.instruct
     recipe.instruct.evaluation.watch = ()
     try:
-        assert [each.prefix for each in setup_stage(recipe, "instruct", work).sets] == [""]
+        assert [each.prefix for each in setup_stage(recipe, "instruct", work).data.evaluation_sets] == [""]
         recipe.instruct.evaluation.watch = ("finetune",)
-        assert [each.prefix for each in setup_stage(recipe, "instruct", work).sets] == ["", "watch/finetune/"]
+        assert [each.prefix for each in setup_stage(recipe, "instruct", work).data.evaluation_sets] == [
+            "",
+            "watch/finetune/",
+        ]
     finally:
         recipe.instruct.evaluation.watch = (recipes.EARLIER,)
 
@@ -265,6 +268,6 @@ def test_a_stage_as_long_as_its_tokens(tmp_path: Path) -> None:
     rows = setup.data.train[0].index["rows"]
     assert setup.config.loop.steps == -(-3 * rows // 16) and recipe.pretrain.loop.steps == 0
     recipe.pretrain.loop.epochs, recipe.pretrain.loop.tokens = 0.0, 2000
-    steps = setup_stage(recipe, "pretrain", tmp_path / "work").stage.loop.steps
+    steps = setup_stage(recipe, "pretrain", tmp_path / "work").config.loop.steps
     index = setup.data.train[0].index
     assert (steps - 1) * 8 * index["tokens"] / rows < 2000 <= steps * 8 * index["tokens"] / rows

@@ -95,13 +95,13 @@ def main() -> None:
         sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would load what only tests/interop needs
         import jaxstages.cli.main  # noqa: F401
         from jaxstages.runtime import multihost
-        from jaxstages.train import setup
+        from jaxstages.train import program
         from tests.compiled import traced_once, write_whole_files
 
         multihost.LOST_AFTER = int(os.environ.get("JAXSTAGES_TEST_LOST_AFTER", multihost.LOST_AFTER))
         tell_phases(slots)
         write_whole_files()
-        setup.make_model = traced_once(setup.make_model)
+        program.make_model = traced_once(program.make_model)
         door.cli()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jaxstages.runtime.workdir import steps_of
 from tests import compiled
 from tests.reliability.harness import ROOT, Home, free_port, outcome
 
