@@ -147,7 +147,7 @@ def test_decoding_takes_adapters_beside_a_base_in_int8() -> None:
         joined = lora.join(base, moved(lora.init(jax.random.key(1), base, model.axes, config)), config)
         batch = mixed_batch(1)
         where = (batch.tokens_BL[:, :4], batch.positions_BL[:, :4])
-        found, _ = model.decode(model.unstack(joined), *where, model.init_cache(1, 4))
+        found, _ = model.decoder.step(model.decoder.prepare(joined), *where, model.decoder.init_cache(1, 4))
         return found.logits(), model.apply(joined, batch, None)[:, :4]
 
     np.testing.assert_allclose(*both(params), atol=1e-5)

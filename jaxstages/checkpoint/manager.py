@@ -172,6 +172,10 @@ class Checkpoints:
             kept = quarantine(self._folder / str(step), quarantine_folder(self._stage_dir), str(error))
             say(f"checkpoint {step} can't be trusted: {error}; moved to {kept}", "yellow")
 
+    def compile_for(self, items: Items) -> None:
+        """Compile the fingerprint of such items, which the first save would do in the middle of training."""
+        fingerprint(items)
+
     def save(self, step: int, items: Items, meta: dict[str, Any], best_step: int) -> None:
         """Write a checkpoint in the background; `poll` and `wait` report how it went.
 

@@ -23,7 +23,7 @@ from jaxstages.generate.metrics import from_sums, score_labels, score_text
 from jaxstages.generate.sampling import Sampling
 from jaxstages.generate.text_stream import TextStream
 from jaxstages.models.sharding import place_batch, rows_here
-from jaxstages.types import Metrics, Model, Params, Sums
+from jaxstages.types import Metrics, Model, Params, Report, Sums
 
 
 class TextModel(NamedTuple):
@@ -33,13 +33,6 @@ class TextModel(NamedTuple):
     tokenizer: Tokenizer
     context: int
     row_sharding: NamedSharding
-
-
-class Report(NamedTuple):
-    """metrics: plain numbers. signatures: sacreBLEU's, of the scores that have one."""
-
-    metrics: Metrics
-    signatures: list[str]
 
 
 Evaluate = Callable[[Params, bool], Report]
@@ -65,7 +58,7 @@ def make_evaluate(
         before_batch: called before each batch; what it raises ends the evaluation.
     """
     token_bytes_V = jnp.asarray(text_model.tokenizer.token_bytes())
-    row_sums = make_eval_step(text_model.model.hidden, token_bytes_V, loss_tile)
+    row_sums = make_eval_step(text_model.model.outputs, token_bytes_V, loss_tile)
     eval_step = jax.jit(lambda params, batch: with_spread(row_sums(params, batch)))
 
     @functools.cache  # sets with answers of the same length share what is compiled

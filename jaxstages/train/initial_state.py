@@ -9,7 +9,6 @@ Anything else raises. Of a stage that trains adapters (`lora.rank`), the parent'
 reads anew at each start.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,30 +33,12 @@ from jaxstages.train.handoff import (
     read_base,
     read_parent,
 )
+from jaxstages.train.loop import LoopProgress
 from jaxstages.train.new_tokens import check_new_tokens
 from jaxstages.train.program import freeze, fresh_state
 from jaxstages.train.saved_items import from_items, to_items
 from jaxstages.train.setup import StageSetup
 from jaxstages.types import Params, TrainState
-
-
-@dataclass(slots=True)
-class LoopProgress:
-    """Counters that make the log lines and totals of a resumed run equal those of an unbroken one.
-
-    interval: sums of the steps since the last train line. best, start: metrics of the best evaluation, and of the one
-    at step 0. handed_on: the item that the next stage starts from, "params" or "average". evaluated: the last step with
-    an evaluation. next_batch: digest of the rows that come next.
-    """
-
-    tokens: int = 0
-    seconds: float = 0.0
-    interval: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)
-    start: dict[str, Any] = field(default_factory=dict)
-    handed_on: str = "params"
-    evaluated: int = 0
-    next_batch: str = ""
 
 
 class InitialState(NamedTuple):

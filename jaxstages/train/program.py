@@ -28,7 +28,7 @@ from jaxstages.models.trainable import Trainable, make_trainable
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
-from jaxstages.train.optimizer import check_optimizer_paths, make_optimizer
+from jaxstages.train.optimizer import check_optimizer_paths, make_optimizer, make_schedule
 from jaxstages.train.step import init_state
 from jaxstages.types import Model, Params, ShardingHooks, TrainState
 
@@ -41,6 +41,7 @@ class Program:
     mesh, rules: the devices, and which logical axes they split.
     hooks: how the model annotates shardings.
     remake: `remake(remat=..., neftune=...)`, the model with other values of these.
+    schedule: optimizer step -> learning rate, before a plateau's factor.
     trainable: all parameters, or adapters beside a base.
     row_sharding: of a batch [B, L].
     abstract_params, abstract_base, abstract_state: shapes, dtypes and shardings of the model's parameters, of the base
@@ -57,6 +58,7 @@ class Program:
     remake: Callable[..., Model]
     model: Model
     tx: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
     trainable: Trainable
     row_sharding: NamedSharding
     abstract_params: Params
@@ -117,6 +119,7 @@ def make_program(
         remake=remake,
         model=model,
         tx=tx,
+        schedule=make_schedule(config.optim.schedule, config.loop.steps),
         trainable=trainable,
         row_sharding=batch_sharding(mesh, rules),
         abstract_params=_with_shardings(params, param_shardings(params, model.axes, mesh, rules)),
