@@ -175,14 +175,18 @@ def test_earlier_stages_are_watched_at_each_evaluation(replayed: tuple[Recipe, P
     assert "pairs/loss" in first and "pairs/exact_match" in first and not any("watch" in name for name in first)
 
 
+def prefixes(recipe: Recipe, work: Path) -> list[str]:
+    return [each.prefix for each in setup_stage(recipe, "instruct", work).data.evaluation_sets]
+
+
 def test_nothing_is_watched_where_the_recipe_says_so(replayed: tuple[Recipe, Path]) -> None:
     recipe, work = replayed
     assert recipe.instruct
     recipe.instruct.evaluation.watch = ()
     try:
-        assert [each.prefix for each in setup_stage(recipe, "instruct", work).data.evaluation_sets] == [""]
+        assert prefixes(recipe, work) == [""]
         recipe.instruct.evaluation.watch = ("finetune",)
-        assert [each.prefix for each in setup_stage(recipe, "instruct", work).data.evaluation_sets] == [
+        assert prefixes(recipe, work) == [
             "",
             "watch/finetune/",
         ]

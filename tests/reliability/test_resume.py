@@ -19,7 +19,7 @@ from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
 from jaxstages.generate.evaluate import Report
 from jaxstages.runtime.signals import Stop
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
-from jaxstages.train import loop, program
+from jaxstages.train import program, stage
 from jaxstages.train.setup import make_stage_evaluate
 from jaxstages.types import Batch, Interrupted, Params
 from tests.reliability.harness import make_recipe, outcome, quick_runs
@@ -171,8 +171,8 @@ class Signals:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._at: tuple[int, int] = (-1, -1)
         self._stop = Stop()
-        patch.setattr(loop, "stop_signals", self._signals)
-        patch.setattr(loop, "make_stage_evaluate", self._make_evaluate)
+        patch.setattr(stage, "stop_signals", self._signals)
+        patch.setattr(stage, "make_stage_evaluate", self._make_evaluate)
 
     def come(self, evaluation: int, batch: int) -> None:
         """In the next run: before the given batch of its given evaluation, both counted from 0; never if negative."""
