@@ -62,7 +62,7 @@ class Run:
 
     def __init__(self, config: ModelConfig, mesh_config: MeshConfig, devices: list[Any] | None = None) -> None:
         self.mesh = make_mesh(mesh_config, devices)
-        recipe, stage = Recipe(model=config, mesh=mesh_config), StageConfig(loop=LoopConfig(steps=STEPS))
+        recipe, stage = Recipe(name="mesh", model=config, mesh=mesh_config), StageConfig(loop=LoopConfig(steps=STEPS))
         program = make_program(recipe, "pretrain", stage, self.mesh, WORDS)
         self.place, self.model, self.tx = program.hooks, program.model, program.tx
         self.rows, self.shapes = program.row_sharding, program.abstract_state

@@ -161,7 +161,9 @@ def test_a_hang_is_ended_with_the_stacks_of_all_threads(lab: Lab) -> None:
     assert lab.newest("hang") in (3, 6), "what was saved before stands"
 
 
-ASKED = "if step == {step}:\n            mark('there')\n            while not self._training.signals.asked: time.sleep(0.01)"
+ASKED = """if step == {step}:
+            mark('there')
+            while not self._training.signals.asked: time.sleep(0.01)"""
 
 
 def test_each_signal_ends_a_run_as_it_should_and_it_goes_on_to_the_same(lab: Lab, slow: dict[str, Any]) -> None:

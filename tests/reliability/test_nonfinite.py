@@ -234,10 +234,6 @@ Spoil = Callable[[jax.Array, Batch, jax.Array | None], jax.Array]
 # The loop, with a small model that gives NaN for chosen batches.
 
 
-def no_decoding(*_: Any) -> Any:
-    raise NotImplementedError
-
-
 def small_model(vocab: int, spoil: Spoil) -> Model:
     """A bigram model of low rank; `spoil(x_BLD, batch, key)` is applied to its hidden layer."""
 
@@ -250,7 +246,7 @@ def small_model(vocab: int, spoil: Spoil) -> Model:
         return jnp.einsum("BLD,DV->BLV", x_BLD, params["head"])
 
     axes = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab")}
-    return Model(init, apply, apply, axes, no_decoding, no_decoding, no_decoding)
+    return Model(init, apply, axes)
 
 
 def nan_for(bad: np.ndarray) -> Spoil:
