@@ -20,22 +20,22 @@ from typing import Any
 
 import pytest
 import tokenizers
-from jaxstages.commands import prepare as preparing
 
 from jaxstages import config as recipes
 from jaxstages.cli import main
+from jaxstages.cli import prepare as preparing
 from jaxstages.cli.generate import _read_prompts
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.config import DataConfig, Recipe, StageConfig, TokenizerConfig
 from jaxstages.config.checks import validate
 from jaxstages.data import tokenizer as tokenizing
 from jaxstages.data.prepare import Prepared, prepare
+from jaxstages.data.run_tokenizer import open_tokenizer
 from jaxstages.data.sentencepiece import BPE, UNIGRAM
 from jaxstages.data.sources import open_source
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.runtime import files
-from jaxstages.train.setup import open_tokenizer
 from tests.reliability.harness import print_table
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import sentencepiece_model, write_data
@@ -104,7 +104,7 @@ STRANGE = (
 @pytest.fixture(autouse=True)
 def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of small files need not outlast a power cut."""
-    monkeypatch.setattr(disk, "sync", lambda _: None)
+    monkeypatch.setattr(files, "sync", lambda _: None)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from jaxstages.data.tokenizer import Specials
 from jaxstages.runtime import manifest
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder, quarantine_folder, result_file, tokenizer_file
-from jaxstages.train.handoff import OVERRIDABLE_MODEL_FIELDS, check_lineage, contract_of, read_parent
+from jaxstages.train.handoff import OVERRIDABLE_MODEL_FIELDS, check_lineage, read_parent
 from jaxstages.train.setup import StageSetup, setup_stage
 from tests.reliability.harness import Home
 
@@ -57,7 +57,7 @@ class Pair:
         rewrite(self.best, change)
 
     def read(self) -> None:
-        read_parent(self.parent, self.setup, self.contract)
+        read_parent(self.parent, self.setup.program, self.contract)
 
     def train(self) -> None:
         train(self.recipe, self.work, "finetune")
@@ -535,4 +535,4 @@ def test_the_parent_as_it_was_left_is_taken(pair: Pair) -> None:
     pair.read()
     pair.change_meta(lambda meta: None)
     pair.read()
-    assert len(CASES) >= 30 and json.dumps(pair.contract) == json.dumps(contract_of(pair.setup))
+    assert len(CASES) >= 30 and json.dumps(pair.contract) == json.dumps(pair.setup.contract)
