@@ -182,7 +182,10 @@ def test_nothing_is_watched_where_the_recipe_says_so(replayed: tuple[Recipe, Pat
     try:
         assert [each.prefix for each in setup_stage(recipe, "instruct", work).data.evaluation_sets] == [""]
         recipe.instruct.evaluation.watch = ("finetune",)
-        assert [each.prefix for each in setup_stage(recipe, "instruct", work).sets] == ["", "watch/finetune/"]
+        assert [each.prefix for each in setup_stage(recipe, "instruct", work).data.evaluation_sets] == [
+            "",
+            "watch/finetune/",
+        ]
     finally:
         recipe.instruct.evaluation.watch = (recipes.EARLIER,)
 

@@ -78,7 +78,9 @@ def make_evaluate(
     def loss_sums(params: Params, each: EvaluationSet) -> list[tuple[str, Sums]]:
         """Name and sums of each source that has rows among those measured."""
         sources = [range(source.index["rows"]) for source in each.held_out]
-        rows = subsample_evenly([(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows)
+        rows = subsample_evenly(
+            [(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows
+        )
         totals: list[tuple[str, Sums]] = []
         for number, source in enumerate(each.held_out):
             chosen = [row for owner, row in rows if owner == number]

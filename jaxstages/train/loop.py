@@ -223,7 +223,7 @@ class _Run:
         if self._evaluates(step):
             with contextlib.suppress(_Abandoned):
                 improved = self._evaluate_at(step, state)
-        asked = self._signals.asked
+        asked = self._signals.requested
         stops = self._stopping.should_stop(self.stopping_state)
         if (improved or stops or asked or self._due(step, last)) and step != self._saved_step:
             self._save(step, state)

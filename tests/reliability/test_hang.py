@@ -154,7 +154,7 @@ def test_a_hang_is_ended_with_the_stacks_of_all_threads(lab: Lab) -> None:
     assert lab.newest("hang") in (3, 6), "what was saved before stands"
 
 
-ASKED = "if step == {step}:\n            mark('there')\n            while not self._signals.asked: time.sleep(0.01)"
+ASKED = "if step == {step}:\n            mark('there')\n            while not self._signals.requested: time.sleep(0.01)"
 
 
 def test_each_signal_ends_a_run_as_it_should_and_it_goes_on_to_the_same(lab: Lab, slow: dict[str, Any]) -> None:
@@ -191,11 +191,11 @@ LEAVES = """
 import os, signal, sys, time
 import jax
 from jaxstages.runtime import multihost
-from jaxstages.runtime.cluster import Place
+from jaxstages.runtime.cluster import ProcessInfo
 
 process, port = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_enable_preemption_service", process == 0)  # 1 will never hear that 0 was asked to stop
-multihost.join(Place(f"127.0.0.1:{port}", 2, process))
+multihost.join(ProcessInfo(f"127.0.0.1:{port}", 2, process))
 multihost.barrier("both are here")
 if process == 0:
     os.kill(os.getpid(), signal.SIGTERM)
