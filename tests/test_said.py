@@ -238,15 +238,15 @@ def test_a_terminal_that_is_closed_saves_like_sigterm() -> None:
         stop.unsaved = True
         os.kill(os.getpid(), signal.SIGHUP)
         end = time.monotonic() + 10
-        while not stop.asked and time.monotonic() < end:
+        while not stop.requested and time.monotonic() < end:
             time.sleep(0.01)
-        assert stop.asked
+        assert stop.requested
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_signals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)  # under nohup: nothing ends, nothing is noted
             time.sleep(0.2)
-            assert not stop.asked
+            assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
 

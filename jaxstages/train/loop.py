@@ -80,7 +80,7 @@ class Training(NamedTuple):
     allowed: `allowed(metrics, start)`, whether a step with these metrics may be the best one.
     schedule: optimizer step -> learning rate.
     meta: what every checkpoint of the stage records about itself.
-    alive: `alive(factor)` tells the watchdog that the run goes on.
+    heartbeat: `heartbeat(factor)` tells the watchdog that the run goes on.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Training(NamedTuple):
     writer: MetricsWriter
     stopping: EarlyStopping
     signals: Stop
-    alive: Callable[[float], None]
+    heartbeat: Callable[[float], None]
 
 
 class EvaluationInterrupted(Exception):
@@ -150,7 +150,7 @@ class Loop:
         """
         training = self._training
         pure_step, train_step = training.compile_step()
-        training.alive(COMPILING)
+        training.heartbeat(COMPILING)
 
         if not first:
             self._evaluate_start(state)
@@ -161,7 +161,7 @@ class Loop:
         bar = Progress(training.name, self._config.steps, first)
         pending: collections.deque[tuple[int, Sums]] = collections.deque()
         self._restart_clock()
-        training.alive(COMPILING)
+        training.heartbeat(COMPILING)
 
         batches = prefetch(training.batches.load, range(first, last), group=training.group, init=lower_thread_priority)
         for k, batch in enumerate(batches, start=first):
@@ -183,7 +183,7 @@ class Loop:
                 while len(pending) > 1:
                     self._read_sums(*pending.popleft())
 
-            training.alive(1.0)
+            training.heartbeat(1.0)
             training.checkpoints.poll()
             step = k + 1
             bar.update(step, self._note)
@@ -205,7 +205,7 @@ class Loop:
 
     def before_eval_batch(self) -> None:
         """Keep the watchdog quiet, and listen to signals; evaluation calls it before each batch."""
-        self._training.alive(self._eval_patience)
+        self._training.heartbeat(self._eval_patience)
         if self._training.signals.poll():
             raise EvaluationInterrupted
 
@@ -230,7 +230,7 @@ class Loop:
             with contextlib.suppress(EvaluationInterrupted):
                 improved = self._evaluate(step, state)
 
-        interrupted = training.signals.asked
+        interrupted = training.signals.requested
         stops = self.should_stop()
         if (improved or stops or interrupted or self._is_due(step, last)) and step != self._saved_step:
             self._save(step, state)

@@ -65,7 +65,7 @@ def train_stage(setup: StageSetup, finish: bool = False) -> dict[str, Any] | Non
         _check_length(setup, step, finish)
         with (
             MetricsWriter(setup.folder, step if initial.progress else -1, multihost.is_process_zero()) as writer,
-            watchdog(config.hang_seconds) as alive,
+            watchdog(config.hang_seconds) as heartbeat,
         ):
             for line in describe(setup.data.datasets, config.steps, config.batch_size, setup.config.late_from):
                 say(f"  {line}")
@@ -91,7 +91,7 @@ def train_stage(setup: StageSetup, finish: bool = False) -> dict[str, Any] | Non
                 writer=writer,
                 stopping=stopping,
                 signals=signals,
-                alive=alive,
+                heartbeat=heartbeat,
             )
             last = step if finish else min(config.steps, config.stop_after or config.steps)
             loop = Loop(training, step, last if finish else config.steps, initial.stopping, initial.progress)

@@ -95,11 +95,12 @@ def main() -> None:
         slots[0] = PHASES.index("import")
         sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would load what only tests/interop needs
         import jaxstages.cli.main  # noqa: F401
-        from jaxstages.runtime import multihost
+        from jaxstages.runtime import lost_host
         from jaxstages.train import program
         from tests.compiled import traced_once, write_whole_files
 
-        multihost.LOST_AFTER = int(os.environ.get("JAXSTAGES_TEST_LOST_AFTER", multihost.LOST_AFTER))
+        default = lost_host.LOST_AFTER_SECONDS
+        lost_host.LOST_AFTER_SECONDS = int(os.environ.get("JAXSTAGES_TEST_LOST_AFTER", default))
         tell_phases(slots)
         write_whole_files()
         program.make_model = traced_once(program.make_model)

@@ -163,7 +163,7 @@ def test_a_hang_is_ended_with_the_stacks_of_all_threads(lab: Lab) -> None:
 
 ASKED = """if step == {step}:
             mark('there')
-            while not self._training.signals.asked: time.sleep(0.01)"""
+            while not self._training.signals.requested: time.sleep(0.01)"""
 
 
 def test_each_signal_ends_a_run_as_it_should_and_it_goes_on_to_the_same(lab: Lab, slow: dict[str, Any]) -> None:
@@ -200,11 +200,11 @@ LEAVES = """
 import os, signal, sys, time
 import jax
 from jaxstages.runtime import multihost
-from jaxstages.runtime.cluster import Place
+from jaxstages.runtime.cluster import ProcessInfo
 
 process, port = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_enable_preemption_service", process == 0)  # 1 will never hear that 0 was asked to stop
-multihost.join(Place(f"127.0.0.1:{port}", 2, process))
+multihost.join(ProcessInfo(f"127.0.0.1:{port}", 2, process))
 multihost.barrier("both are here")
 if process == 0:
     os.kill(os.getpid(), signal.SIGTERM)

@@ -188,7 +188,7 @@ class Signals:
 
         def counted() -> None:
             nonlocal batch
-            self._stop.asked |= (evaluation, batch) == self._at
+            self._stop.requested |= (evaluation, batch) == self._at
             batch += 1
             before_batch()
 
