@@ -21,6 +21,13 @@ Metrics = dict[str, float]
 """Values for people and logs, already divided."""
 
 
+class Report(NamedTuple):
+    """An evaluation: its metrics, and sacreBLEU's signatures of the scores that have one."""
+
+    metrics: Metrics
+    signatures: list[str]
+
+
 class Batch(NamedTuple):
     """Packed rows, the only form in which data reaches a step.
 
@@ -108,28 +115,49 @@ SINGLE_DEVICE = (
 )  # one device; to be compared by ==, for Flax makes another of a tuple among a module's fields
 
 
+class Decoder(NamedTuple):
+    """Decoding with a key/value cache.
+
+    init_cache: `init_cache(batch_size, slots) -> cache`, empty.
+    prepare: `prepare(params)`, parameters in the layout that `step` reads fastest; made once for many steps.
+    step: `step(prepare(params), tokens_BL, positions_BL, cache) -> (logits or hidden states, cache)`. Keys and values
+        are written to the slot of their position; positions of a row are consecutive, and a query attends to the slots
+        up to its own position.
+    """
+
+    init_cache: Callable[[int, int], Any]
+    prepare: Callable[[Params], Params]
+    step: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[Array | HiddenAndHead, Any]]
+
+
 class Model(NamedTuple):
-    """A language model as pure functions, made the way optax makes a GradientTransformation.
+    """A language model as pure functions, like optax's GradientTransformation.
 
     init: `init(key) -> params`.
     apply: `apply(params, batch, dropout_key) -> logits_BLV`; `dropout_key=None` turns dropout off.
-    hidden: `hidden(params, batch, dropout_key)`, the same without the last matmul.
-    axes: tree like params whose leaves are tuples of logical axis names, one a dim ("embed", "heads", ...).
-    init_cache: `init_cache(batch_size, slots) -> cache`, the empty key/value cache for decoding.
-    unstack: `unstack(params)`, with each layer's parameters by themselves: what `decode` works with, made ahead of many
-        calls so that a layer is not copied out of the stack at each of them.
-    decode: `decode(unstack(params), tokens_BL, positions_BL, cache) -> (HiddenAndHead, cache)`; keys and values are written
-        to the slot of their position, a row's positions follow each other, and a query attends to the slots up to its
-        own position.
+    axes: tree like params whose leaves are tuples of logical axis names, one a dim ("embed", "heads", ...; "" is never
+        split). None keeps every parameter whole on every device.
+    hidden: `hidden(params, batch, dropout_key)`, the output without its last matmul, where the model can give it.
+    decoder: how it generates; None if it can only be trained.
     """
 
     init: Callable[[PRNGKeyArray], Params]
     apply: Callable[[Params, Batch, PRNGKeyArray | None], Float[Array, "B L V"]]
-    hidden: Callable[[Params, Batch, PRNGKeyArray | None], HiddenAndHead]
-    axes: Params
-    init_cache: Callable[[int, int], Any]
-    unstack: Callable[[Params], Params]
-    decode: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[HiddenAndHead, Any]]
+    axes: Any = None
+    hidden: Callable[[Params, Batch, PRNGKeyArray | None], HiddenAndHead] | None = None
+    decoder: Decoder | None = None
+
+    @property
+    def outputs(self) -> "Apply":
+        """`hidden` if there is one, else `apply`: what a loss is computed from."""
+        return self.hidden or self.apply
+
+    @property
+    def required_decoder(self) -> Decoder:
+        """The decoder. Raises ValueError for a model that has none."""
+        if self.decoder is None:
+            raise ValueError("this model can't generate: give its Model a decoder, or leave out metrics of answers")
+        return self.decoder
 
 
 Apply = Callable[[Params, Batch, PRNGKeyArray | None], Array | HiddenAndHead]

@@ -26,7 +26,7 @@ from jaxstages.runtime.workdir import checkpoint_folder, steps_of
 from jaxstages.train.compile import abstract_step_arguments, compile_step
 from jaxstages.train.handoff import read_base, read_parent, read_trained
 from jaxstages.train.metric_writer import read_metrics
-from jaxstages.train.setup import StageSetup, setup_stage
+from jaxstages.train.setup import StageSetup, make_stage_evaluate, setup_stage
 from jaxstages.types import Model, Params
 from tests.tiny import VOCAB, mixed_batch, model_config, write_data
 from tests.tiny import recipe as tiny_recipe
@@ -147,7 +147,7 @@ def test_decoding_takes_adapters_beside_a_base_in_int8() -> None:
         joined = lora.join(base, moved(lora.init(jax.random.key(1), base, model.axes, config)), config)
         batch = mixed_batch(1)
         where = (batch.tokens_BL[:, :4], batch.positions_BL[:, :4])
-        found, _ = model.decode(model.unstack(joined), *where, model.init_cache(1, 4))
+        found, _ = model.decoder.step(model.decoder.prepare(joined), *where, model.decoder.init_cache(1, 4))
         return found.logits(), model.apply(joined, batch, None)[:, :4]
 
     np.testing.assert_allclose(*both(params), atol=1e-5)
@@ -198,10 +198,10 @@ def losses(work: Path, stage: str, kind: str = "train") -> list[float]:
 
 
 def parts_of(recipe: Recipe, work: Path, stage: str) -> tuple[StageSetup, Params, Params]:
-    """The workbench, the base, and what was trained."""
+    """The stage, the base, and what was trained."""
     setup = setup_stage(recipe, stage, work)
     adapters, meta, _ = read_trained(work / stage, setup.program, setup.contract)
-    return setup, read_base(work / stage, meta, setup, setup.contract), adapters
+    return setup, read_base(work / stage, meta, setup.program, setup.contract), adapters
 
 
 def test_only_adapters_are_trained_and_kept(finished: tuple[Recipe, Path]) -> None:
@@ -224,9 +224,7 @@ def test_only_adapters_are_trained_and_kept(finished: tuple[Recipe, Path]) -> No
 
 
 def make_evaluation(setup: StageSetup, params: Params) -> float:
-    from jaxstages.generate.evaluate import make_evaluate
-
-    return make_evaluate(setup)(params, False).metrics["loss"]
+    return make_stage_evaluate(setup)(params, False).metrics["loss"]
 
 
 def test_what_is_trained_is_counted_and_said(run: tuple[Recipe, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,8 +314,8 @@ def test_nothing_is_differentiated_by_the_base(finished: tuple[Recipe, Path]) ->
         recipe.finetune.lora, recipe.model.unroll = LoraConfig(rank=rank), True
         recipe.model.width, recipe.model.ff_width, recipe.mesh = 64, 256, MeshConfig(data=8)
         setup = setup_stage(recipe, "finetune", work)
-        step = compile_step(setup, setup.program.abstract_base)[1]
-        compiled = step.func.lower(*abstract_step_arguments(setup), base=setup.program.abstract_base).compile()
+        step = compile_step(setup.program, setup.program.abstract_base)[1]
+        compiled = step.func.lower(*abstract_step_arguments(setup.program), base=setup.program.abstract_base).compile()
         flops[rank] = compiled.cost_analysis()["flops"]
     assert flops[2] < 0.75 * flops[0], flops
 

@@ -116,9 +116,9 @@ def test_decoding_with_a_cache_equals_the_full_pass(name: str) -> None:
     ones = jnp.ones((2, 10), jnp.int32)
     full = model.apply(params, Batch(tokens, tokens, ones.astype(jnp.float32), ones, positions), None)
     lengths = np.array([3, 5])
-    cache = model.init_cache(2, 12)
+    cache = model.decoder.init_cache(2, 12)
     prompt = jnp.where(positions[:, :6] < jnp.asarray(lengths)[:, None], tokens[:, :6], 0)
-    apart, decode = model.unstack(params), jax.jit(model.decode)
+    apart, decode = model.decoder.prepare(params), jax.jit(model.decoder.step)
     found, cache = decode(apart, prompt, positions[:, :6], cache)
     logits = found.logits()
     for b in range(2):

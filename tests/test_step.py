@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from jaxstages.config import OptimConfig
+from jaxstages.generate.eval_step import make_eval_step
 from jaxstages.models.losses import kl_sum
 from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.step import init_state, make_eval_step, make_train_step
+from jaxstages.train.step import init_state, make_train_step
 from jaxstages.types import Batch, Params, TrainState
 from tests.tiny import VOCAB, mixed_batch
 

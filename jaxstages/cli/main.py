@@ -19,7 +19,7 @@ from jaxstages.cli.parse import parse
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.config import Recipe
-from jaxstages.runtime.cluster import ENVIRONMENT, Place, find_place
+from jaxstages.runtime.cluster import ENVIRONMENT, ProcessInfo, detect_process
 from jaxstages.runtime.files import local_path
 from jaxstages.runtime.workdir import check_workdir
 
@@ -91,8 +91,8 @@ def _end(code: int, text: str) -> int:
 
 def _announce_to_other_processes(code: int, text: str) -> None:
     """Announce the exit to the other processes of a run. There are none if the module was never imported."""
-    if (multihost := sys.modules.get("jaxstages.runtime.multihost")) is not None:
-        multihost.announce_exit(code, text)
+    if (lost_host := sys.modules.get("jaxstages.runtime.lost_host")) is not None:
+        lost_host.announce_exit(code, text)
 
 
 def _dispatch(argv: list[str], before_jax: Callable[[], None]) -> None:
@@ -141,7 +141,7 @@ def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, wor
         case "run":
             from jaxstages.cli.train import run_stages
 
-            run_stages(recipe, workdir, _place(values))
+            run_stages(recipe, workdir, _process_info(values))
         case "prepare":
             from jaxstages.cli.prepare import prepare_all
 
@@ -170,12 +170,12 @@ def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, wor
         case stage:
             from jaxstages.cli.train import train
 
-            train(recipe, workdir, stage, _place(values), values.lengthen, values.finish)
+            train(recipe, workdir, stage, _process_info(values), values.lengthen, values.finish)
 
 
 def _sampling_flags(values: flags.FlagValues) -> SamplingFlags:
     return SamplingFlags(*(getattr(values, name) for name in SamplingFlags._fields))
 
 
-def _place(values: flags.FlagValues) -> Place | None:
-    return find_place({name: values[name].value for name in ENVIRONMENT})
+def _process_info(values: flags.FlagValues) -> ProcessInfo | None:
+    return detect_process({name: values[name].value for name in ENVIRONMENT})

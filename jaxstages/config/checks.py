@@ -28,7 +28,9 @@ from jaxstages.config import (
     differences,
     stages,
 )
+from jaxstages.config.data import TASKS
 from jaxstages.config.metrics import FITS, LOSSES, higher_is_better
+from jaxstages.config.parts import Makes, ModelSpec, is_part, metric_name
 from jaxstages.config.setting import Rules, rules_of
 
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3e38
@@ -45,7 +47,9 @@ def _check_tree(config: Any, path: str) -> None:
         value, where = getattr(config, field.name), f"{path}.{field.name}"
         check_type(value, hints[field.name], where)
 
-        if dataclasses.is_dataclass(value):
+        if is_part(value):
+            _check_applies(config, field, rules_of(field), where)
+        elif dataclasses.is_dataclass(value):
             _check_tree(value, where)
         elif isinstance(value, dict):
             for key, item in value.items():
@@ -124,7 +128,11 @@ def _check_number(value: int | float, rules: Rules, limit: float, where: str) ->
 # Rules of several fields ------------------------------------------------------------------------------------------
 
 
-TASKS_OF_STAGE = {"pretrain": ("lm",), "finetune": ("seq2seq", "classify"), "instruct": ("chat",)}
+TASKS_OF_STAGE = {"pretrain": ("lm", "own"), "finetune": ("seq2seq", "classify", "own"), "instruct": ("chat", "own")}
+"""Tasks of the three stages; an extra stage can have any."""
+
+FOLDERS = ("cache", "tokenizer")
+"""Folders of a workdir that are no stage."""
 
 RESERVED_NAMES = (*CHECKPOINTED_STAGES, "watch", "average", "loss")
 """Words with a meaning in metric names, which the data sets of a mixture cannot use."""
@@ -133,8 +141,10 @@ RESERVED_NAMES = (*CHECKPOINTED_STAGES, "watch", "average", "loss")
 def _check_stage(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> None:
     where = f"config.{name}"
     _check_data(stage.data, f"{where}.data")
+    _check_own(stage.optim.name, stage.optim.own, f"{where}.optim", "name")
+    _check_own(stage.optim.schedule.name, stage.optim.schedule.own, f"{where}.optim.schedule", "name")
 
-    tasks = TASKS_OF_STAGE[name]
+    tasks = TASKS_OF_STAGE.get(name, TASKS)
     if stage.data.task not in tasks:
         raise ValueError(
             f"{where}.data.task={stage.data.task!r}; this stage's tasks: {', '.join(tasks)} (add data of other tasks "
@@ -157,7 +167,14 @@ def _check_stage(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> Non
         )
 
 
+def _check_own(choice: str, own: Any, where: str, field: str) -> None:
+    """Raise ValueError where an own part is chosen but not there."""
+    if choice == "own" and own is None:
+        raise ValueError(f"{where}.{field}='own' needs {where}.own, which only the recipe's file can set")
+
+
 def _check_data(data: DataConfig, where: str) -> None:
+    _check_own(data.task, data.own, where, "task")
     if not data.train:
         raise ValueError(f"{where}.train is empty; name a source, such as --{where}.train='data/*.jsonl'")
     if data.weights and len(data.weights) != len(data.train):
@@ -167,7 +184,7 @@ def _check_data(data: DataConfig, where: str) -> None:
     if bool(data.validation) == bool(data.holdout):
         raise ValueError(f"{where}: set either validation (held-out sources) or holdout (a share of train)")
 
-    overlap = sorted(set(data.train) & set(data.validation))
+    overlap = [source for source in data.train if source in data.validation]
     if overlap:
         raise ValueError(f"{where}: {overlap[0]!r} is in train and in validation; use holdout, or another source")
 
@@ -192,9 +209,12 @@ def _check_unchanged(default: Any, config: Any, where: str, switch: str) -> None
         raise ValueError(f"{change} does not apply to {where}.{switch}")
 
 
-def _check_metrics(metrics: tuple[str, ...], task: str, where: str) -> None:
+def _check_metrics(metrics: tuple[Any, ...], task: str, where: str) -> None:
+    names = [metric_name(metric) for metric in metrics]
+    if repeated := [name for name in names if names.count(name) > 1 or (name in LOSSES)]:
+        raise ValueError(f"{where}: {repeated[0]!r} is there already; name each metric once")
     for metric in metrics:
-        if metric not in FITS[task]:
+        if isinstance(metric, str) and metric not in FITS[task]:
             raise ValueError(f"{where}: {metric!r} does not apply to task {task!r}; known there: {FITS[task]}")
 
 
@@ -252,7 +272,7 @@ def _check_watch(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> Non
 
 def _check_early_stopping(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> None:
     metric, where = stage.early_stopping.metric, f"config.{name}.early_stopping"
-    evaluated = (*LOSSES, *stage.evaluation.metrics)
+    evaluated = (*LOSSES, *map(metric_name, stage.evaluation.metrics))
     prefixes = tuple(f"{key}/" for key in stage.mixture) + tuple(f"watch/{key}/" for key in earlier)
     if metric not in evaluated and not metric.startswith(prefixes):
         raise ValueError(
@@ -260,12 +280,22 @@ def _check_early_stopping(name: str, stage: StageConfig, earlier: tuple[str, ...
             "evaluation.metrics)"
         )
 
-    better, mode = ("higher", "max") if higher_is_better(metric) else ("lower", "min")
+    better, mode = ("higher", "max") if higher_is_better(metric, stage.evaluation.metrics) else ("lower", "min")
     if stage.early_stopping.mode != mode:
         raise ValueError(f'{where}: {metric} is better when {better}; set mode="{mode}"')
 
 
-def _check_model(model: ModelConfig) -> None:
+def _check_extra_stages(recipe: Recipe) -> None:
+    for name in recipe.extra_stages:
+        if not name.isidentifier() or name in (*CHECKPOINTED_STAGES, *FOLDERS):
+            raise ValueError(f"config.extra_stages: {name!r} can't be the name of a stage; use another word")
+
+
+def _check_model(model: ModelSpec) -> None:
+    if not isinstance(model, ModelConfig):
+        if not isinstance(model, Makes):
+            raise ValueError(f"config.model={model!r} has no make(vocab_size); see docs/extending.md")
+        return
     _check_attention(model)
     where = "config.model.experts"
     if model.experts.count and model.experts.count < model.experts.per_token:
@@ -363,6 +393,7 @@ def validate(recipe: Recipe, imported: bool = False) -> None:
         raise ValueError("the recipe has no stage; set pretrain, finetune or instruct")
 
     _check_model(recipe.model)
+    _check_extra_stages(recipe)
     if recipe.tokenizer.kind == "file" and not recipe.tokenizer.path:
         raise ValueError('config.tokenizer.path is empty; kind "file" needs the path of a tokenizer.json or .model')
 

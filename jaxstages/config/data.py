@@ -1,10 +1,12 @@
 """Config of the data: sources, tasks, cleaning, near-duplicates, and the tokenizer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from jaxstages.config.parts import TaskSpec
 from jaxstages.config.setting import setting
 
-TASKS = ("lm", "seq2seq", "classify", "chat")
+TASKS = ("lm", "seq2seq", "classify", "chat", "own")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,11 +47,15 @@ class DataConfig:
     world)."""
 
     task: str = setting("lm", choices=TASKS)
-    """ "lm" (raw text), "seq2seq" (pairs of texts), "classify" (a text and its label) or "chat"."""
-    train: tuple[str, ...] = ()
+    """ "lm" (raw text), "seq2seq" (pairs of texts), "classify" (a text and its label), "chat" or "own"."""
+    own: TaskSpec | None = setting(None, only_for={"task": ("own",)})
+    """own: an object with `texts(record)`, the texts of a record, and `make(tokenizer, context)`, which returns
+    `encode(record) -> data.tasks.Encoded`."""
+    train: tuple[str | Callable, ...] = ()
+    """Training sources. A function is one too: `source()` yields records, which are dicts."""
     weights: tuple[float, ...] = setting((), at_least=0)
     """Share of rows from each training source; by default proportional to their number of rows."""
-    validation: tuple[str, ...] = ()
+    validation: tuple[str | Callable, ...] = ()
     """Held-out sources."""
     holdout: float = setting(0.0, at_least=0, at_most=1)
     """Without validation sources: the share of `train` to hold out. Text files lose their tail; records are chosen by a

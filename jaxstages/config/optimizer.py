@@ -1,7 +1,9 @@
 """Config of the optimizer and of the learning-rate schedule."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from jaxstages.config.parts import Makes
 from jaxstages.config.setting import setting
 
 
@@ -9,8 +11,10 @@ from jaxstages.config.setting import setting
 class ScheduleConfig:
     """Learning-rate schedule; each one begins with a linear warm-up to `peak_lr`."""
 
-    name: str = setting("cosine", choices=("constant", "linear", "cosine", "wsd", "rsqrt", "plateau"))
-    """ "constant", "linear", "cosine", "wsd" (warm-up, stable, decay), "rsqrt" or "plateau"."""
+    name: str = setting("cosine", choices=("constant", "linear", "cosine", "wsd", "rsqrt", "plateau", "own"))
+    """ "constant", "linear", "cosine", "wsd" (warm-up, stable, decay), "rsqrt", "plateau" or "own"."""
+    own: Callable | None = setting(None, only_for={"name": ("own",)})
+    """own: `own(steps)` returns an `optax.Schedule`; the other fields do not apply."""
     peak_lr: float = setting(1e-3, above=0)
     warmup_steps: int = setting(100, at_least=0)
     end_factor: float = setting(0.1, at_least=0, at_most=1, only_for={"name": ("linear", "cosine", "wsd")})
@@ -27,8 +31,11 @@ class ScheduleConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    name: str = setting("adamw", choices=("adamw", "adafactor", "lion", "muon", "sgd"))
-    """ "adamw", "adafactor", "lion", "muon" or "sgd"."""
+    name: str = setting("adamw", choices=("adamw", "adafactor", "lion", "muon", "sgd", "own"))
+    """ "adamw", "adafactor", "lion", "muon", "sgd" or "own"."""
+    own: Makes | Callable | None = setting(None, only_for={"name": ("own",)})
+    """own: `own(schedule)`, or the method `make(schedule)` of an object with fields, returns an optax transformation.
+    `clip_norm`, `freeze` and `rates` apply around it; decay is its own affair."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     beta1: float = setting(0.9, at_least=0, below=1, only_for={"name": ("adamw", "lion", "muon", "sgd")})
     beta2: float = setting(0.95, at_least=0, below=1, only_for={"name": ("adamw", "lion", "muon")})

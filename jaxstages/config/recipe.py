@@ -4,12 +4,14 @@ The dataclasses are not frozen, so that a flag such as `--config.pretrain.optim.
 After `checks.validate` nothing writes to them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jaxstages.config.data import DataConfig, TokenizerConfig
 from jaxstages.config.mesh import MeshConfig
 from jaxstages.config.model import ModelConfig
 from jaxstages.config.optimizer import OptimConfig
+from jaxstages.config.parts import Metric, ModelSpec
 from jaxstages.config.setting import setting
 
 STAGES = ("pretrain", "finetune", "instruct")
@@ -59,7 +61,7 @@ class LoopConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[str | Callable | Metric, ...] = ()
     """Metrics beside the loss, perplexity and bits per byte: "bleu", "chrf", "exact_match" (of generated text),
     "accuracy", "macro_f1" (task classify)."""
     max_examples: int = setting(500, at_least=0)
@@ -139,6 +141,9 @@ class AnchorConfig:
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
     data: DataConfig = field(default_factory=DataConfig)
+    loss: Callable | None = None
+    """An own loss: `loss(model, params, batch, dropout_key)` returns sums over the batch, at least "objective", which is
+    minimized, and "weight", which divides it (`types.LossFn`). None is cross-entropy over the scored tokens."""
     replay: tuple[tuple[str, float], ...] = setting((), at_least=0)
     """Earlier stages to replay, and the share of this stage's rows drawn from the training data of each:
     (("pretrain", 0.15), ("finetune", 0.1)). `data` provides all other rows."""
@@ -156,8 +161,8 @@ class StageConfig:
     """NEFTune: add uniform noise of magnitude `neftune_alpha / sqrt(tokens of the example * width)` to the embeddings
     during training (Jain et al. 2023); 5 is usual, 0 is off."""
     init_from: str = "parent"
-    """ "parent" (the previous stage in this workdir, or its imported weights), "scratch", `WORKDIR/STAGE` of another
-    run, or `hf:FOLDER`, a Hugging Face checkpoint folder, which is imported into this workdir and determines the model
+    """ "parent" (the previous stage in this workdir, or its imported weights), the name of an earlier stage of this
+    recipe, "scratch", `WORKDIR/STAGE` of another run, or `hf:FOLDER`, a Hugging Face checkpoint folder, which is imported into this workdir and determines the model
     and the tokenizer."""
 
 
@@ -166,11 +171,15 @@ class Recipe:
     name: str
     seed: int = setting(0, at_least=0)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelSpec = field(default_factory=ModelConfig)
+    """The built-in decoder, or an own model: an object with `context` and `make(vocab_size)`, which returns a
+    `types.Model`."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     pretrain: StageConfig | None = None
     finetune: StageConfig | None = None
     instruct: StageConfig | None = None
+    extra_stages: dict[str, StageConfig] = field(default_factory=dict)
+    """Further stages by name, which follow the three in this order; `jaxstages train --stage=NAME` trains one."""
     prompts: tuple[str, ...] = ()
     """Prompts that every stage answers after a run, to show what each stage taught."""
     cache: str = ""
@@ -179,4 +188,21 @@ class Recipe:
 
 def stages(recipe: Recipe) -> dict[str, StageConfig]:
     """Return the stages of the recipe by name, in order."""
-    return {name: getattr(recipe, name) for name in STAGES if getattr(recipe, name) is not None}
+    named = {name: getattr(recipe, name) for name in STAGES if getattr(recipe, name) is not None}
+    return named | recipe.extra_stages
+
+
+def stage_number(recipe: Recipe, name: str) -> int:
+    """Return the position of a stage, 0 for "pretrain", which does not depend on the other stages that a recipe has."""
+    return (*STAGES, *recipe.extra_stages).index(name)
+
+
+def builtin_model(recipe: Recipe, purpose: str) -> ModelConfig:
+    """Return the config of the built-in decoder.
+
+    Raises:
+        ValueError: the recipe has an own model, for which `purpose` is not available.
+    """
+    if not isinstance(recipe.model, ModelConfig):
+        raise ValueError(f"config.model is {type(recipe.model).__name__}, an own model; {purpose} needs a ModelConfig")
+    return recipe.model

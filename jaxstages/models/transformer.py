@@ -19,7 +19,7 @@ from jaxstages.models.layers import Backend, Cache, Kind, Layer, Norm, drawn, ki
 from jaxstages.models.primitives import gather
 from jaxstages.models.spmd import lookup_over
 from jaxstages.models.unstacked import unstack
-from jaxstages.types import SINGLE_DEVICE, Batch, HiddenAndHead, Model, Params, ShardingHooks
+from jaxstages.types import SINGLE_DEVICE, Batch, Decoder, HiddenAndHead, Model, Params, ShardingHooks
 
 _POLICIES = jax.checkpoint_policies
 
@@ -172,9 +172,5 @@ def make_model(
         jax.eval_shape(boxed, jax.random.key(0)),
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
-    return Model(
-        *(init, apply, hidden, axes),
-        init_cache=init_cache,
-        unstack=lambda params: unstack(params, config.layers, jnp.dtype(config.dtype), platform),
-        decode=decode,
-    )
+    prepare = functools.partial(unstack, layers=config.layers, dtype=jnp.dtype(config.dtype), platform=platform)
+    return Model(init, apply, axes, hidden, Decoder(init_cache, prepare, decode))

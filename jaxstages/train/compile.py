@@ -112,11 +112,11 @@ def jit_step(program: Program, remat: str) -> tuple[Any, Any]:
         reference: Params | None = None,
     ) -> tuple[TrainState, Sums]:
         def hidden(trained: Params, part: Batch, key: Any) -> jax.Array | HiddenAndHead:
-            return model.hidden(program.trainable.join(base, trained), part, key)
+            return model.outputs(program.trainable.join(base, trained), part, key)
 
         def penalty(trained: Params, part: Batch, key: Any) -> jax.Array:
             assert reference is not None
-            kept = model.hidden(reference, part, None)
+            kept = model.outputs(reference, part, None)
             return kl_sum(kept, hidden(trained, part, key), part.weights_BL, tile=config.loss_tile)
 
         return make(hidden, anchor=None if reference is None else penalty)(state, batch, anchor_batch)

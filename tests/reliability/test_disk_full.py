@@ -103,7 +103,7 @@ def test_an_error_of_the_background_save_ends_the_run_within_a_step(
     recipe = make_recipe(tmp_path)
     failed: list[int] = []
     read_since: list[int] = []
-    seal, read = manifest.seal, loop._Run._read
+    seal, read = manifest.write_manifest, loop.Loop._read_sums
 
     def full(folder: Path) -> None:
         if folder.name.startswith(f"{step}."):
@@ -115,8 +115,8 @@ def test_an_error_of_the_background_save_ends_the_run_within_a_step(
         read_since.extend([number] * bool(failed))
         read(self, number, sums)
 
-    monkeypatch.setattr(manifest, "seal", full)
-    monkeypatch.setattr(loop._Run, "_read", noted)
+    monkeypatch.setattr(manifest, "write_manifest", full)
+    monkeypatch.setattr(loop.Loop, "_read_sums", noted)
     with pytest.raises(OSError, match=rf"saving step {step} failed"):
         train(recipe, tmp_path / "work", "pretrain")
     assert failed and len(read_since) <= 2, "the step under way, and the one that was begun already"
