@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from jaxstages.config import CHECKPOINTED_STAGES, STAGES
+from jaxstages.config import STAGES
 
 
 class Command(NamedTuple):
@@ -32,7 +32,6 @@ class Flag(NamedTuple):
     value: placeholder for the value in the help, "" for a switch.
     commands: the commands that accept it.
     kind: type of the value; a flag of kind `list` can be given several times.
-    choices: the values it can have; empty means any.
     at_least: smallest number.
     """
 
@@ -42,7 +41,6 @@ class Flag(NamedTuple):
     commands: tuple[str, ...]
     kind: type = str
     default: Any = None
-    choices: tuple[str, ...] = ()
     at_least: int | None = None
 
 
@@ -76,6 +74,13 @@ COMMANDS = {
         WORKDIR,
         "It starts from the best checkpoint of the stage before, or from what config.instruct.init_from names.",
         "jaxstages instruct --workdir=runs/demo --lengthen --config.instruct.loop.steps=4000",
+        "docs/stages.md",
+    ),
+    "train": Command(
+        "Train one stage, such as an extra stage of the recipe.",
+        f"{WORKDIR} --stage=NAME",
+        "Started again, it resumes from the latest checkpoint.",
+        "jaxstages train --stage=finetune --workdir=runs/demo",
         "docs/stages.md",
     ),
     "prepare": Command(
@@ -145,7 +150,8 @@ COMMANDS = {
     ),
 }
 
-TRAINING = ("run", *STAGES)
+TRAIN_ONE = (*STAGES, "train")
+TRAINING = ("run", *TRAIN_ONE)
 SAMPLING = ("generate", "chat")
 CHECKPOINT = ("evaluate", *SAMPLING, "export")
 
@@ -154,9 +160,8 @@ FLAGS = (
     Flag(
         "stage",
         "NAME",
-        "Stage to use: pretrain, finetune, instruct, or import for imported weights.",
-        ("inspect", "checkpoints", "plan", *CHECKPOINT),
-        choices=CHECKPOINTED_STAGES,
+        "Stage to use: pretrain, finetune, instruct, an extra stage of the recipe, or import for imported weights.",
+        ("train", "inspect", "checkpoints", "plan", *CHECKPOINT),
     ),
     Flag(
         "step",
@@ -248,7 +253,7 @@ FLAGS = (
         "",
         "Train a finished stage further, up to its new config.STAGE.loop.steps (or epochs, tokens), under the schedule "
         "of the new length.",
-        STAGES,
+        TRAIN_ONE,
         kind=bool,
         default=False,
     ),
@@ -256,7 +261,7 @@ FLAGS = (
         "finish",
         "",
         "End an unfinished stage at its latest checkpoint, and hand on its best one.",
-        STAGES,
+        TRAIN_ONE,
         kind=bool,
         default=False,
     ),
@@ -301,9 +306,7 @@ def flags_of(command: str) -> list[Flag]:
 def define_flags(values: flags.FlagValues) -> None:
     """Define all flags but --config with absl."""
     for flag in FLAGS:
-        if flag.choices:
-            flags.DEFINE_enum(flag.name, flag.default, flag.choices, flag.help, flag_values=values)
-        elif flag.kind is int:
+        if flag.kind is int:
             flags.DEFINE_integer(flag.name, flag.default, flag.help, flag_values=values, lower_bound=flag.at_least)
         elif flag.kind is float:
             flags.DEFINE_float(flag.name, flag.default, flag.help, flag_values=values)

@@ -4,6 +4,7 @@ Commands import jax, and whatever else they need, only when they run. Help and m
 """
 
 import contextlib
+import difflib
 import os
 import sys
 import traceback
@@ -18,7 +19,7 @@ from jaxstages.cli.help import check_command, help_text
 from jaxstages.cli.parse import parse
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.cli.sampling_flags import SamplingFlags
-from jaxstages.config import Recipe
+from jaxstages.config import IMPORT, STAGES, Recipe, stages
 from jaxstages.runtime.cluster import ENVIRONMENT, ProcessInfo, detect_process
 from jaxstages.runtime.files import local_path
 from jaxstages.runtime.workdir import check_workdir
@@ -128,9 +129,21 @@ def _dispatch(argv: list[str], before_jax: Callable[[], None]) -> None:
         import_model(given, workdir, values["from"].value)
         return
 
-    recipe = resolve_recipe(given, workdir, lengthen=command if values.lengthen else "")
+    stage = command if command in STAGES else values.stage
+    if command == "train" and stage is None:
+        raise ValueError("train needs --stage=NAME, the stage to train")
+    recipe = resolve_recipe(given, workdir, lengthen=stage if values.lengthen else "")
+    _check_stage(stage, recipe)
     before_jax()
     _run_with_recipe(command, values, recipe, workdir)
+
+
+def _check_stage(stage: str | None, recipe: Recipe) -> None:
+    names = (IMPORT, *stages(recipe))
+    if stage is not None and stage not in names:
+        near = difflib.get_close_matches(stage, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"recipe {recipe.name!r} has no stage {stage}; {hint}it has {', '.join(names)}")
 
 
 def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, workdir: Path) -> None:
@@ -167,9 +180,10 @@ def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, wor
             from jaxstages.cli.transfer import export_model
 
             export_model(recipe, workdir, values.stage, values.to, values.dtype, values.adapter, values.step)
-        case stage:
+        case _:
             from jaxstages.cli.train import train
 
+            stage = values.stage if command == "train" else command
             train(recipe, workdir, stage, _process_info(values), values.lengthen, values.finish)
 
 

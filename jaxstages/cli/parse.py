@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import traceback
 import typing
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ from ml_collections import config_flags
 from jaxstages.cli.flags import FLAGS, define_flags
 from jaxstages.cli.recipe_files import recipe_path
 from jaxstages.cli.resolve import kept_recipe
-from jaxstages.config import Recipe, differences
+from jaxstages.config import ModelConfig, Recipe, differences
+from jaxstages.config.parts import ModelSpec
 from jaxstages.runtime.console import warn
 from jaxstages.runtime.files import local_path
 
@@ -101,10 +103,17 @@ def _recipe_of_workdir(argv: list[str], change: str) -> Recipe:
     return recipe
 
 
-def _check_field(path: str) -> None:
-    """Raise ValueError for a field that recipes do not have, with the nearest one."""
+def _check_field(path: str, model: Any = ModelSpec) -> None:
+    """Raise ValueError for a field that recipes do not have, with the nearest one.
+
+    Args:
+        model: class of `recipe.model`. ModelSpec means that it is not known yet: an own model can have any field.
+    """
     kind, parent = Recipe, "config"
     for name in path.split("."):
+        kind = model if kind is ModelSpec else kind
+        if kind is ModelSpec:
+            return
         if typing.get_origin(kind) is dict:  # any key is valid here; a missing one is reported when it is set
             kind, parent = typing.get_args(kind)[1], f"{parent}.{name}"
             continue
@@ -150,10 +159,34 @@ def _explained(error: BaseException, config_word: str, argv: list[str]) -> BaseE
         return ValueError(f"{config_word}: the recipe's file can't be loaded: {kind}: {error}{location}")
 
     message = _message(error)
-    for word in argv:
-        if isinstance(error, KeyError) and f".mixture.{message}." in word:
-            return ValueError(f"{word}: the recipe's mixture has no data set {message!r}; add it in the recipe's file")
+    if isinstance(error, KeyError):
+        for word in argv:
+            if word.startswith("--config.model.") and (unknown := _unknown_model_field(word, message)) is not None:
+                return unknown
+            if f".mixture.{message}." in word:
+                return ValueError(f"{word}: the mixture has no data set {message!r}; add it in the recipe's file")
+            if f".extra_stages.{message}." in word:
+                return ValueError(f"{word}: the recipe has no extra stage {message!r}; add it in the recipe's file")
     return ValueError(f"--config can't be set so: {message}")
+
+
+def _unknown_model_field(word: str, message: str) -> ValueError | None:
+    """Return the error for a field that the model's config does not have, if that is what the message says."""
+    flag = word.partition("=")[0]
+    missing = re.match(
+        r"Field \w+ not found on dataclass <class '(.+)'>|Attribute <class '(.+)'>\.\w+ does not", message
+    )
+    if missing is None:
+        return None
+
+    owner = missing.group(1) or missing.group(2)
+    if not owner.startswith("jaxstages."):
+        return ValueError(f"unknown field {flag}; the recipe's model is {owner.rpartition('.')[2]}, which lacks it")
+    try:
+        _check_field(flag.removeprefix("--config."), ModelConfig)
+    except ValueError as error:
+        return error
+    return None
 
 
 def _word_of_absent_stage(error: BaseException, argv: list[str]) -> str | None:
