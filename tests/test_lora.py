@@ -391,7 +391,7 @@ def test_a_stage_that_goes_on_keeps_its_adapters(run: tuple[Recipe, Path], chang
         ("finetune", {"rank": 4, "alpha": 0.0}, r"lora.alpha=0.0 must be larger than 0"),
         ("finetune", {"rank": -1}, r"lora.rank=-1 must not be negative"),
         ("finetune", {"rank": 4, "base": "int4"}, r"lora.base='int4': did you mean 'int8'"),
-        ("finetune", {"rank": 4, "targets": ("(",)}, r"lora.targets='\(': .*mend it"),
+        ("finetune", {"rank": 4, "targets": ("(",)}, r"lora.targets='\(': .*regular expression"),
         ("finetune", {"rank": 4, "targets": ()}, r"lora.targets is empty; name matrices"),
     ],
 )
@@ -406,7 +406,7 @@ def test_refused_at_the_door(tmp_path: Path, stage: str, changes: dict[str, Any]
 def test_muon_is_refused(tmp_path: Path) -> None:
     recipe = adapted(tiny_recipe(tmp_path))
     recipe.finetune.optim.name = "muon"
-    with pytest.raises(ValueError, match="'muon' is for whole matrices, not for adapters; take 'adamw'"):
+    with pytest.raises(ValueError, match="'muon' is for whole matrices, not for adapters; use 'adamw'"):
         validate(recipe)
 
 
