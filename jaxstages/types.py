@@ -164,6 +164,10 @@ Apply = Callable[[Params, Batch, PRNGKeyArray | None], Array | HiddenAndHead]
 """`apply(params, batch, dropout_key)`: logits_BLV, or the hidden states and the head that they are made from."""
 
 
+LossFn = Callable[[Params, Batch, PRNGKeyArray | None], Sums]
+"""`loss(params, batch, dropout_key)`: sums over the batch, "objective" to minimize and "weight" to divide it by."""
+
+
 class Diverged(Exception):
     """The numbers of the run are no longer finite; the last good checkpoint stands."""
 

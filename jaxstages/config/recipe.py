@@ -142,8 +142,8 @@ class AnchorConfig:
 class StageConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: Callable | None = None
-    """An own loss: `loss(model, params, batch, dropout_key)` returns sums over the batch, at least "objective", which is
-    minimized, and "weight", which divides it (`types.LossFn`). None is cross-entropy over the scored tokens."""
+    """An own loss: `loss(model, params, batch, dropout_key)` returns sums over the batch, at least "objective", which
+    is minimized, and "weight", which divides it. None is cross-entropy over the scored tokens."""
     replay: tuple[tuple[str, float], ...] = setting((), at_least=0)
     """Earlier stages to replay, and the share of this stage's rows drawn from the training data of each:
     (("pretrain", 0.15), ("finetune", 0.1)). `data` provides all other rows."""
@@ -162,8 +162,8 @@ class StageConfig:
     during training (Jain et al. 2023); 5 is usual, 0 is off."""
     init_from: str = "parent"
     """ "parent" (the previous stage in this workdir, or its imported weights), the name of an earlier stage of this
-    recipe, "scratch", `WORKDIR/STAGE` of another run, or `hf:FOLDER`, a Hugging Face checkpoint folder, which is imported into this workdir and determines the model
-    and the tokenizer."""
+    recipe, "scratch", `WORKDIR/STAGE` of another run, or `hf:FOLDER`, a Hugging Face checkpoint folder, which is
+    imported into this workdir and determines the model and the tokenizer."""
 
 
 @dataclass(kw_only=True, slots=True)
