@@ -11,13 +11,13 @@ from jaxstages.config import ModelConfig, Recipe, StageConfig
 from jaxstages.config.checks import validate
 from jaxstages.models.attention import Attend
 from jaxstages.models.kernels import KERNELS, Machine, Shape
-from jaxstages.models.layers import reaches_of
+from jaxstages.models.layers import attention_specs
 from jaxstages.models.sharding import make_mesh
 from jaxstages.plan.chips import Topology, topology_of
 from jaxstages.plan.collectives import SMALL, collectives_of, expected, total
 from jaxstages.plan.estimate import Flops, Roofline, flops_per_token, held_bytes, roofline, wire_bytes
 from jaxstages.runtime.console import duration, say
-from jaxstages.train.compile import REMAT_ORDER, SHARE, bytes_of, first_that_fits
+from jaxstages.train.compile import MEMORY_FRACTION, REMAT_ORDER, first_that_fits, memory_bytes
 from jaxstages.train.program import Program, check_fit, make_program
 
 
@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, name: str, topology: Topology) -> Plan:
         param_bytes=held_bytes((program.abstract_state.params, frozen)),
         optimizer_bytes=held_bytes((program.abstract_state.opt_state, program.abstract_state.average)),
         logit_bytes=max(rows, 1) * tile // mesh.shape["context"] * vocab // mesh.shape["tensor"] * 4,
-        step_bytes=bytes_of(compiled),
+        step_bytes=memory_bytes(compiled),
         remat=remat,
         sent=sent,
         theory=expected(
@@ -91,23 +91,23 @@ def make_plan(recipe: Recipe, name: str, topology: Topology) -> Plan:
 def _compile(program: Program, topology: Topology) -> tuple[str, Any]:
     """With the recipe's remat, or the first of the ladder that fits."""
     asked = program.config.loop.remat
-    limit = topology.chip.memory * SHARE if topology.chip else float("inf")
+    limit = topology.chip.memory * MEMORY_FRACTION if topology.chip else float("inf")
     rung, _, compiled = first_that_fits(program, REMAT_ORDER if asked == "auto" else (asked,), limit)
     return rung, compiled
 
 
 def _choose_attention(model: ModelConfig, platform: str) -> Attend | None:
     """The kernel that a run would choose on such a machine, unchecked: nothing can be computed there from here."""
-    part, reaches = model.attention, reaches_of(model)
+    part, specs = model.attention, attention_specs(model)
     machine = Machine(platform, 9.0 if platform == "gpu" else 0.0)
     chosen = {}
-    for reach in reaches:
-        shape = Shape(model.context, part.heads, part.kv_heads, part.head_dim, model.dtype, 16, reach)
+    for spec in specs:
+        shape = Shape(model.context, part.heads, part.kv_heads, part.head_dim, model.dtype, 16, spec)
         fit = [kernel for kernel in KERNELS if kernel.platform == platform and not kernel.lacks(machine, shape)]
         if not fit:
             return None
-        chosen[reach] = fit[0].make(shape)
-    return lambda query, key, value, segments, reach: chosen[reach](query, key, value, segments, reach)
+        chosen[spec] = fit[0].make(shape)
+    return lambda query, key, value, segments, spec: chosen[spec](query, key, value, segments, spec)
 
 
 def _show(recipe: Recipe, stage: StageConfig, topology: Topology, found: Plan) -> None:
@@ -183,7 +183,7 @@ def _verdict(found: Plan, topology: Topology) -> str:
     if not topology.chip:
         return ""
     limit = topology.chip.memory
-    if found.step_bytes <= SHARE * limit:
+    if found.step_bytes <= MEMORY_FRACTION * limit:
         return f" of {size_text(limit)}: fits"
     remedies = []
     if found.remat != "full":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from jaxstages.config import ModelConfig
-from jaxstages.models.activations import KNOWN
+from jaxstages.models.ops import ACTIVATIONS
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -150,7 +150,7 @@ def expected(
     part, wide, layers = config.attention, 2 if config.dtype == "bfloat16" else 4, config.layers
     others, rows = data * expert * context, batch // (data * fsdp * expert)
     hidden = rows * (config.context // context) * config.width * wide
-    gates = KNOWN[config.activation].gates
+    gates = ACTIVATIONS[config.activation].gated
     heads = part.heads + 2 * part.kv_heads
     mix = config.experts.count
     dense = (heads + part.heads) * part.head_dim * config.width
