@@ -17,8 +17,12 @@ from jaxstages.types import Apply, Batch, HiddenAndHead, Params, Sums
 def make_eval_step(
     apply: Apply, token_bytes_V: Float[Array, " V"] | None = None, loss_tile: int = 0
 ) -> Callable[[Params, Batch], Sums]:
-    """Sums over each row of a batch [B] without dropout, `eval_step(params, batch) -> sums`; with `token_bytes_V`
-    (UTF-8 bytes of each token) also "bytes", the text that was scored, for bits per byte."""
+    """Make `eval_step(params, batch) -> sums`: the loss sums of each row [B], without dropout.
+
+    Args:
+        token_bytes_V: UTF-8 bytes of each token; adds "bytes", the bytes of scored text, for bits per byte.
+        loss_tile: see `LoopConfig`.
+    """
 
     def row_sums(outputs: Any, targets_L: Array, weights_L: Array) -> Sums:
         outputs = HiddenAndHead(outputs[0][None], *outputs[1:]) if isinstance(outputs, HiddenAndHead) else outputs[None]

@@ -56,7 +56,7 @@ def tell_phases(slots: mmap.mmap) -> None:
     within(loop._Run, "_evaluate_at", "evaluate", slots)
     within(loop._Run, "finish", "finish", slots)
     within(checkpoint.Checkpoints, "save", "save", slots)
-    within(checkpoint.Checkpoints, "_seal", "commit", slots)
+    within(checkpoint.Checkpoints, "_finalize", "commit", slots)
     within(checkpoint.shutil, "rmtree", "cleanup", slots)
     within(deleter.StandardCheckpointDeleter, "delete_steps", "cleanup", slots)
     within(train, "stage_matrix", "end", slots)
