@@ -76,6 +76,8 @@ def first_that_fits(program: Program, policies: Sequence[str], limit: float) -> 
 
 def make_loss(program: Program, model: Model) -> LossFn:
     """Return the loss of a stage on the model's parameters, `loss(params, batch, dropout_key) -> sums`."""
+    if program.config.loss is not None:
+        return _own_loss(program, model)
     optim = program.config.optim
     return cross_entropy_loss(
         model.outputs,
@@ -85,6 +87,20 @@ def make_loss(program: Program, model: Model) -> LossFn:
         hooks=program.hooks,
         platform=program.mesh.devices.flat[0].platform,
     )
+
+
+def _own_loss(program: Program, model: Model) -> LossFn:
+    """Return the recipe's own loss. Its "nll" is what is reported as the loss; by default the objective is."""
+    own = program.config.loss
+    assert own is not None
+
+    def loss(params: Params, batch: Batch, dropout_key: Any) -> Sums:
+        sums = dict(own(model, params, batch, dropout_key))
+        if missing := {"objective", "weight"} - sums.keys():
+            raise ValueError(f"config.{program.name}.loss returns no {', '.join(sorted(missing))}; it has {[*sums]}")
+        return {"nll": jax.lax.stop_gradient(sums["objective"])} | sums
+
+    return loss
 
 
 def jit_step(program: Program, remat: str) -> tuple[Any, Any]:

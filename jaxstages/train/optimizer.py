@@ -38,6 +38,8 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
     (Loshchilov & Hutter 2017) fall to `peak_lr * end_factor`; "wsd" stays, and falls linearly over the last
     `decay_share` (Hu et al. 2024); "rsqrt" falls as `sqrt(warmup / step)` (Vaswani et al. 2017).
     """
+    if config.own is not None:
+        return config.own(steps)
     peak, end, warmup = config.peak_lr, config.peak_lr * config.end_factor, min(config.warmup_steps, steps)
     rest = max(steps - warmup, 1)
     after: optax.Schedule
@@ -226,6 +228,9 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
         return jax.tree.map(lambda excepted: not excepted, path_matches((*config.no_decay, "magnitude$"), params))
 
     match config.name:
+        case "own":
+            assert config.own is not None, "`validate` refuses this"
+            direction = config.own.make(schedule) if isinstance(config.own, Makes) else config.own(schedule)
         case "adamw":
             direction = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=dtype)
         case "adafactor":
@@ -238,11 +243,13 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
             direction = optax.trace(config.beta1, accumulator_dtype=dtype)
         case _:
             raise ValueError(f"optim.name={config.name!r}; known: adamw, adafactor, lion, muon, sgd")
-    core = optax.chain(
-        direction,
-        optax.add_decayed_weights(config.weight_decay, decayed),
-        optax.scale_by_learning_rate(schedule),
-    )
+    core = optax.with_extra_args_support(direction)
+    if config.name != "own":
+        core = optax.chain(
+            direction,
+            optax.add_decayed_weights(config.weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
     # Clipping is in `update`, below; in the state its place stays, for checkpoints have it.
     parts = [optax.identity()] if config.clip_norm else []
     parts.append(core)
