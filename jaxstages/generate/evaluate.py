@@ -113,7 +113,9 @@ def sum_rows(rows: Sums) -> Sums:
     """
     sums = {name: jnp.sum(values) for name, values in rows.items()}
     sums["rows"] = jnp.sum(rows["weight"] > 0).astype(jnp.float32)
-    pairs = [(name, other) for name in ("nll", "correct") for other in (name, "weight")] + [("weight", "weight")]
+    pairs = [(name, other) for name in ("nll", "correct") if name in rows for other in (name, "weight")] + [
+        ("weight", "weight")
+    ]
     return sums | {f"{name}*{other}": jnp.sum(rows[name] * rows[other]) for name, other in pairs}
 
 

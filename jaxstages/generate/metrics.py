@@ -87,7 +87,7 @@ def score_text(names: Sequence[Any], answers: Sequence[str], references: Sequenc
                 scores[own.name] = float(own.score(list(answers), list(references)))
                 draws = [
                     own.score([answers[i] for i in chosen], [references[i] for i in chosen])
-                    for chosen in _resampled(len(references))
+                    for chosen in _bootstrap_indices(len(references))
                 ]
                 scores[f"{own.name}_se"] = float(np.std(draws))
     return scores, signatures

@@ -27,6 +27,7 @@ from jaxtyping import Array
 from optax import contrib
 
 from jaxstages.config.optimizer import OptimConfig, ScheduleConfig
+from jaxstages.config.parts import Makes
 from jaxstages.models.select import global_norm
 from jaxstages.types import Params
 
