@@ -185,7 +185,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     from jaxstages.config import TokenizerConfig
-    from jaxstages.data.tokenizer import make_tokenizer
+    from jaxstages.data.train_tokenizer import make_tokenizer
 
     machine, folder = facts(), Path(tempfile.mkdtemp(dir=flags.folder))
     documents, tokenizer = folder / "documents.jsonl", folder / "tokenizer.json"

@@ -37,7 +37,7 @@ def write_random(folder: Path, config: dict[str, object]) -> int:
 
     from jaxstages.checkpoint.fingerprint import named_leaves
     from jaxstages.config import TokenizerConfig
-    from jaxstages.data.tokenizer import make_tokenizer
+    from jaxstages.data.train_tokenizer import make_tokenizer
     from jaxstages.interop.config_json import read_config
     from jaxstages.interop.layout import places_of, shape_of
     from jaxstages.interop.tensors import Entry, write_shards

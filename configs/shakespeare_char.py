@@ -35,19 +35,20 @@ def get_config(variant: str = "") -> Recipe:
         loop=LoopConfig(steps=2000, batch_size=12, eval_every=250, save_every=500, log_every=20),
         evaluation=EvaluationConfig(batch_size=128, max_new_tokens=48),
     )
+    model = ModelConfig(
+        context=64,
+        layers=4,
+        width=128,
+        ff_width=512,
+        norm="layernorm",
+        activation="gelu",
+        unroll=True,
+        attention=AttentionConfig(heads=4, kv_heads=4, head_dim=32, position="learned"),
+    )
     recipe = Recipe(
         name="shakespeare_char",
         tokenizer=TokenizerConfig(kind="characters"),
-        model=ModelConfig(
-            context=64,
-            layers=4,
-            width=128,
-            ff_width=512,
-            norm="layernorm",
-            activation="gelu",
-            unroll=True,
-            attention=AttentionConfig(heads=4, kv_heads=4, head_dim=32, position="learned"),
-        ),
+        model=model,
         pretrain=pretrain,
         prompts=("ROMEO:", "First Citizen:"),
     )
@@ -55,8 +56,8 @@ def get_config(variant: str = "") -> Recipe:
         case "":
             return recipe
         case "better":
-            recipe.model.norm, recipe.model.activation = "rmsnorm", "relu2"
-            recipe.model.attention = AttentionConfig(heads=4, kv_heads=4, head_dim=32, qk_norm=True)
+            model.norm, model.activation = "rmsnorm", "relu2"
+            model.attention = AttentionConfig(heads=4, kv_heads=4, head_dim=32, qk_norm=True)
             pretrain.optim = OptimConfig(
                 name="muon",
                 schedule=ScheduleConfig(name="linear", peak_lr=4e-3, warmup_steps=50, end_factor=0.0),

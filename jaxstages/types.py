@@ -21,6 +21,13 @@ Metrics = dict[str, float]
 """Divided values, for logs and people."""
 
 
+class Report(NamedTuple):
+    """An evaluation: its metrics, and sacreBLEU's signatures of the scores that have one."""
+
+    metrics: Metrics
+    signatures: list[str]
+
+
 class Batch(NamedTuple):
     """Packed rows, the only form in which data reaches a step.
 
@@ -125,28 +132,49 @@ SINGLE_DEVICE = ShardingHooks()
 """The hooks of one device. Compare with `==`: Flax rebuilds tuples among a module's fields."""
 
 
+class Decoder(NamedTuple):
+    """Decoding with a key/value cache.
+
+    init_cache: `init_cache(batch_size, slots) -> cache`, empty.
+    prepare: `prepare(params)`, parameters in the layout that `step` reads fastest; made once for many steps.
+    step: `step(prepare(params), tokens_BL, positions_BL, cache) -> (logits or hidden states, cache)`. Keys and values
+        are written to the slot of their position; positions of a row are consecutive, and a query attends to the slots
+        up to its own position.
+    """
+
+    init_cache: Callable[[int, int], Any]
+    prepare: Callable[[Params], Params]
+    step: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[Array | HiddenAndHead, Any]]
+
+
 class Model(NamedTuple):
-    """A language model as pure functions, in the style of optax's `GradientTransformation`.
+    """A language model as pure functions, like optax's GradientTransformation.
 
     init: `init(key) -> params`.
     apply: `apply(params, batch, dropout_key) -> logits_BLV`; `dropout_key=None` turns dropout off.
-    hidden: `hidden(params, batch, dropout_key) -> HiddenAndHead`, `apply` without the last matmul.
-    axes: tree like params; each leaf is a tuple with one logical axis name per dim ("embed", "heads", ...).
-    init_cache: `init_cache(batch_size, slots) -> cache`, an empty key/value cache for decoding.
-    unstack: `unstack(params)` splits the stacked layers into the form that `decode` takes. Call it once before many
-        calls of `decode`, so that layers are not sliced out of the stack on every call.
-    decode: `decode(unstack(params), tokens_BL, positions_BL, cache) -> (HiddenAndHead, cache)`. Keys and values are
-        written to the slot of their position, the positions of a row are consecutive, and a query attends to the slots
-        up to its own position.
+    axes: tree like params whose leaves are tuples of logical axis names, one a dim ("embed", "heads", ...; "" is never
+        split). None keeps every parameter whole on every device.
+    hidden: `hidden(params, batch, dropout_key)`, the output without its last matmul, where the model can give it.
+    decoder: how it generates; None if it can only be trained.
     """
 
     init: Callable[[PRNGKeyArray], Params]
     apply: Callable[[Params, Batch, PRNGKeyArray | None], Float[Array, "B L V"]]
-    hidden: Callable[[Params, Batch, PRNGKeyArray | None], HiddenAndHead]
-    axes: Params
-    init_cache: Callable[[int, int], Any]
-    unstack: Callable[[Params], Params]
-    decode: Callable[[Params, Int[Array, "B L"], Int[Array, "B L"], Any], tuple[HiddenAndHead, Any]]
+    axes: Any = None
+    hidden: Callable[[Params, Batch, PRNGKeyArray | None], HiddenAndHead] | None = None
+    decoder: Decoder | None = None
+
+    @property
+    def outputs(self) -> "Apply":
+        """`hidden` if there is one, else `apply`: what a loss is computed from."""
+        return self.hidden or self.apply
+
+    @property
+    def required_decoder(self) -> Decoder:
+        """The decoder. Raises ValueError for a model that has none."""
+        if self.decoder is None:
+            raise ValueError("this model can't generate: give its Model a decoder, or leave out metrics of answers")
+        return self.decoder
 
 
 Apply = Callable[[Params, Batch, PRNGKeyArray | None], Array | HiddenAndHead]

@@ -18,7 +18,7 @@ from tests.tiny import recipe as tiny_recipe
 
 pytest.importorskip("apache_beam", reason="Apache Beam is not installed; pip install jaxstages[beam]")
 
-from jaxstages.beam import pipelines
+from jaxstages.data import beam
 
 pytestmark = pytest.mark.filterwarnings("default")  # Beam warns of its own matters
 
@@ -95,7 +95,7 @@ def test_shards_that_are_there_are_not_made_again(tmp_path: Path, small_shards: 
 def test_what_fails_in_a_worker_is_said_in_one_line(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    engine, config = pipelines.make_engine(ONE), DataConfig(duplicates=DuplicatesConfig(threshold=0.7))
+    engine, config = beam.make_engine(ONE), DataConfig(duplicates=DuplicatesConfig(threshold=0.7))
     for name, kind in (("cut.jsonl.gz", ValueError), ("missing.jsonl", OSError)):
         source = Source("a source", (functools.partial(sources._read_file, tmp_path / name),), "0", 1)
         with pytest.raises(kind, match=f"near-duplicates of a source: the Beam pipeline failed: .*{name}") as caught:
@@ -109,4 +109,4 @@ def test_what_fails_in_a_worker_is_said_in_one_line(tmp_path: Path) -> None:
 )
 def test_options_that_cannot_be_read_are_refused(options: str) -> None:
     with pytest.raises(ValueError, match="can't be read"):
-        pipelines.make_engine(options)
+        beam.make_engine(options)

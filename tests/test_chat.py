@@ -24,7 +24,8 @@ from jaxstages.data.prepare import prepare
 from jaxstages.data.sentencepiece import BPE, UNIGRAM
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import make_task
-from jaxstages.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import Tokenizer, load_tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from tests.tiny import sentencepiece_model
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -393,7 +394,7 @@ def test_a_long_chat_is_cut_after_a_whole_answer(field: tuple[str, Tokenizer, Ch
         task = make_task(DataConfig(task="chat"), tokenizer, context)
         [found] = task.finish([task.draft({"messages": turns})])
         assert len(found.examples) == sum(one.answers[0][1] <= most for one in whole)
-        assert (found.lost > 0) == (most < ends[-1])
+        assert (found.lost_tokens > 0) == (most < ends[-1])
         for example in found.examples:
             assert len(example.ids) <= context + 1 and example.weights[-1] == 1
             assert example.ids[-1] == tokenizer.specials.end_of_turn
@@ -556,15 +557,15 @@ def test_rows_of_a_foreign_chat(folder: Path, tmp_path: Path) -> None:
         ("{% for i in range(10000000) %}{% endfor %}", "[Rr]ange"),
         (
             "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
-            "letters together",
+            "characters together",
         ),
         (
             "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-            "letters together",
+            "characters together",
         ),
-        ("{% for i in range(99999) %}{{ 'long text' * 999 }}{% endfor %}", "letters together"),
-        ("{{ 'x' * 99999999999 }}", "letters together"),
-        ("{{ [1] * 99999999999 }}", "letters together"),
+        ("{% for i in range(99999) %}{{ 'long text' * 999 }}{% endfor %}", "characters together"),
+        ("{{ 'x' * 99999999999 }}", "characters together"),
+        ("{{ [1] * 99999999999 }}", "characters together"),
         ("{% set n = namespace(s=7) %}{% for i in range(99) %}{% set n.s = n.s * n.s %}{% endfor %}", "large numbers"),
         ("{{ 9 ** 9 ** 9 }}", "large numbers"),
         ("{{ '%99999999999d' % 3 }}", "formats text by %"),

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from jaxstages.commands import generate as generating
 
+from jaxstages.cli import generate as generating
 from jaxstages.cli.loaded_model import load_model
 from jaxstages.cli.main import main
 from jaxstages.cli.resolve import resolve_recipe
@@ -147,7 +147,7 @@ def test_a_file_goes_on_where_it_was_killed(home: Path, tmp_path: Path, monkeypa
 def test_what_the_template_refuses_costs_nothing(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from jaxstages.commands import chat as command
+    from jaxstages.cli import chat as command
 
     def choosy(tokenizer: Tokenizer) -> Chat:
         chat = make_chat(tokenizer)

@@ -11,11 +11,12 @@ from jaxstages.config import DataConfig, TokenizerConfig
 from jaxstages.config.data import CleanConfig, DuplicatesConfig
 from jaxstages.data import dedup
 from jaxstages.data import prepare as preparing
-from jaxstages.data.clean import clean_item, clean_text, compared
+from jaxstages.data.clean import clean_item, clean_text, dedup_text
 from jaxstages.data.prepare import Prepared, find_near_duplicates, prepare
 from jaxstages.data.shards import items_of
 from jaxstages.data.sources import Item, open_source
-from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 
 ON = DuplicatesConfig(threshold=0.8)
 
@@ -40,7 +41,8 @@ def found(texts: list[str], tmp_path: Path, config: DuplicatesConfig = ON) -> li
     scratch = tmp_path / "scratch"
     scratch.mkdir(exist_ok=True)
     batches = dedup.batches(enumerate(texts))
-    return dedup.find(((orders, dedup.signatures(some, config)) for orders, some in batches), config, scratch)
+    signed = ((orders, dedup.signatures(some, config)) for orders, some in batches)
+    return dedup.find_near_duplicates(signed, config, scratch)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +88,8 @@ def test_lengths_count_what_is_left_of_all_texts() -> None:
         "too_long",
     ]
     malformed = clean_item(Item("here", {"prompt": "a"}), config)
-    assert (malformed.removed, compared(malformed, config)) == ("", None)
-    assert compared(Item("here", {"prompt": "a", "target": "b"}, removed="too_short"), config) is None
+    assert (malformed.removed, dedup_text(malformed, config)) == ("", None)
+    assert dedup_text(Item("here", {"prompt": "a", "target": "b"}, removed="too_short"), config) is None
 
 
 @pytest.mark.parametrize("shingle", ["words", "characters"])
@@ -179,8 +181,8 @@ def test_the_answer_does_not_depend_on_the_batches(tmp_path: Path, monkeypatch: 
     texts = [text for kinds in zip(*map(drifting, range(20)), strict=True) for text in kinds]
     expected = found(texts, tmp_path)
     assert len(expected) > 80
-    monkeypatch.setattr(duplicates, "BATCH", 1000)
-    monkeypatch.setattr(duplicates, "PAIRS", 3)
+    monkeypatch.setattr(dedup, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(dedup, "PAIR_BLOCK", 3)
     assert found(texts, tmp_path) == expected
     # By the definition: an earlier text of the same band is similar.
     signed = dedup.signatures(texts, ON)
@@ -196,7 +198,7 @@ def test_the_answer_does_not_depend_on_the_batches(tmp_path: Path, monkeypatch: 
 def test_a_band_with_everything_in_it_is_no_square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, asked, similar = words(0, 200), [], dedup.similar
     texts = [" ".join([*base[:100], f"n{number}", *base[100:]]) for number in range(300)]
-    monkeypatch.setattr(duplicates, "similar", lambda *some: (asked.append(len(some[0])), similar(*some))[1])
+    monkeypatch.setattr(dedup, "similar", lambda *some: (asked.append(len(some[0])), similar(*some))[1])
     assert len(found(texts, tmp_path, DuplicatesConfig(threshold=1.0))) < 10
     assert sum(asked) <= 20 * 300 * 32 < 20 * 300 * 299 / 2 / 4
 
@@ -289,6 +291,6 @@ def test_near_duplicates_are_looked_for_once_and_across_files(tmp_path: Path, mo
     assert gone is not None
     assert json.loads((gone / "index.json").read_text())["near_duplicates"] == 10
     assert len([item for item in items_of(source, "train", config, gone) if item.record]) == len(RECORDS)
-    monkeypatch.setattr(preparing.duplicates, "find", None)
+    monkeypatch.setattr(preparing.dedup, "find_near_duplicates", None)
     assert find_near_duplicates(source, config, tmp_path / "c") == gone
     assert find_near_duplicates(source, DataConfig(), tmp_path / "c") is None

@@ -7,7 +7,7 @@ import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
 from jaxstages.runtime import cluster
-from jaxstages.runtime.cluster import Place, find_place
+from jaxstages.runtime.cluster import ProcessInfo, detect_process
 from jaxstages.runtime.multihost import first_difference
 
 NO_FLAGS = dict.fromkeys(cluster.ENVIRONMENT)
@@ -29,27 +29,27 @@ OMPI = {
 }
 VARIABLES = {"JAX_COORDINATOR_ADDRESS": "host-0.jobs:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
-Told = Callable[[dict[str, str]], Place | None]
+Told = Callable[[dict[str, str]], ProcessInfo | None]
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     """`told(variables)`: the place of a process that has no others of this kind."""
 
-    def place(variables: dict[str, str]) -> Place | None:
+    def place(variables: dict[str, str]) -> ProcessInfo | None:
         for name in os.environ:
             if name.startswith(("SLURM_", "OMPI_", "JAX_NUM", "JAX_PROC", "JAX_COORD", "KUBERNETES", "JOB_", "CUDA_")):
                 monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        return find_place(NO_FLAGS)
+        return detect_process(NO_FLAGS)
 
     return place
 
 
 def test_alone_where_nothing_says_otherwise(told: Told) -> None:
     assert told({}) is None
-    assert find_place(NO_FLAGS | {"process_count": 1}) is None
+    assert detect_process(NO_FLAGS | {"process_count": 1}) is None
     assert told(VARIABLES | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
     assert told(SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
     assert told({name: value for name, value in SLURM.items() if "STEP" not in name}) is None, "no step of srun"
@@ -57,24 +57,24 @@ def test_alone_where_nothing_says_otherwise(told: Told) -> None:
 
 
 def test_flags_come_before_the_environment_and_that_before_a_cluster(told: Told) -> None:
-    assert told(SLURM | VARIABLES) == Place("host-0.jobs:8476", 4, 3, told_by="the environment")
+    assert told(SLURM | VARIABLES) == ProcessInfo("host-0.jobs:8476", 4, 3, source="the environment")
     flags = {"coordinator": "10.0.0.2:99", "process_count": 2, "process_id": 0}
-    assert find_place(flags) == Place("10.0.0.2:99", 2, 0, told_by="the command line")
-    assert find_place(NO_FLAGS | {"process_count": 1}) is None, "alone, whatever the cluster says"
+    assert detect_process(flags) == ProcessInfo("10.0.0.2:99", 2, 0, source="the command line")
+    assert detect_process(NO_FLAGS | {"process_count": 1}) is None, "alone, whatever the cluster says"
     assert str(told(VARIABLES)) == "process 3 of 4, as the environment says; process 0 is at host-0.jobs:8476"
 
 
 def test_slurm(told: Told) -> None:
-    assert told(SLURM) == Place("node003:61517", 4, 2, told_by="slurm")
-    assert told(SLURM | {"JAX_COORDINATOR_ADDRESS": "10.0.0.9:1"}) == Place("10.0.0.9:1", 4, 2, told_by="slurm")
+    assert told(SLURM) == ProcessInfo("node003:61517", 4, 2, source="slurm")
+    assert told(SLURM | {"JAX_COORDINATOR_ADDRESS": "10.0.0.9:1"}) == ProcessInfo("10.0.0.9:1", 4, 2, source="slurm")
     # A task for each GPU of a node has that of its number, unless it sees no other.
     several = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1"}
-    assert told(several) == Place("node003:61517", 4, 2, (1,), "slurm")
-    assert told(several | {"CUDA_VISIBLE_DEVICES": "5"}) == Place("node003:61517", 4, 2, None, "slurm")
+    assert told(several) == ProcessInfo("node003:61517", 4, 2, (1,), "slurm")
+    assert told(several | {"CUDA_VISIBLE_DEVICES": "5"}) == ProcessInfo("node003:61517", 4, 2, None, "slurm")
 
 
 def test_open_mpi(told: Told) -> None:
-    assert told(OMPI) == Place("10.96.0.1:62624", 3, 1, (1,), "ompi")
+    assert told(OMPI) == ProcessInfo("10.96.0.1:62624", 3, 1, (1,), "ompi")
 
 
 def test_tpu_pods(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,11 +87,11 @@ def test_tpu_pods(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (metadata[key], 200))
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
-    assert told({}) == Place("10.0.0.2:8482", 2, 1, told_by="gcetpu")
+    assert told({}) == ProcessInfo("10.0.0.2:8482", 2, 1, source="gcetpu")
     metadata["worker-network-endpoints"] = "10.0.0.2"
     assert told({}) is None, "one host"
     gke = {"TPU_WORKER_HOSTNAMES": "job-0.sub,job-1.sub", "TPU_WORKER_ID": "0", "TPU_SKIP_MDS_QUERY": "1"}
-    assert told(gke) == Place("job-0.sub:8482", 2, 0, told_by="gketpu")
+    assert told(gke) == ProcessInfo("job-0.sub:8482", 2, 0, source="gketpu")
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_fields_within_fields_and_booleans(tmp_path: Path) -> None:
 def test_one_wrong_byte_costs_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
     lines = [f"line {number} é\r\n".encode() for number in range(99)]
     content = b"".join([*lines[:50], b"wr\xffong\n", *lines[50:]])
-    monkeypatch.setattr("jaxstages.data.sources.PIECE", len(content) // pieces + 1)
+    monkeypatch.setattr("jaxstages.data.sources.TEXT_RECORD_BYTES", len(content) // pieces + 1)
     (tmp_path / "a.txt").write_bytes(content)
     items = list(open_source(str(tmp_path / "a.txt"), tmp_path).read())
     assert "".join(item.record["text"] for item in items if item.record) == b"".join(lines).decode().replace("\r", "")

@@ -13,7 +13,8 @@ from jaxstages.data.chat import make_chat
 from jaxstages.data.conversation import read_conversation
 from jaxstages.data.packing import best_fit, lay_out, pack
 from jaxstages.data.tasks import Example, is_held_out, make_task, render
-from jaxstages.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from tests.tiny import example
 
 CORPUS = ["the cat sat on the mat. ", "où est-il ? l'été, ça va.\n", "hello world " * 20]
@@ -111,7 +112,7 @@ def test_pairs_train_on_the_target_and_the_end_only(tokenizer: Tokenizer) -> Non
 
 def test_a_pair_that_does_not_fit_is_counted_not_cropped(tokenizer: Tokenizer) -> None:
     found = encoded(tokenizer, {"prompt": "x" * 50, "target": "y"}, DataConfig(task="seq2seq"), 16)
-    assert found.examples == [] and found.lost > 16
+    assert found.examples == [] and found.lost_tokens > 16
 
 
 CHAT = [
@@ -138,7 +139,7 @@ def test_chat_trains_on_the_assistant_and_its_end_tokens(tokenizer: Tokenizer) -
 def test_a_long_chat_is_cut_after_a_whole_answer(tokenizer: Tokenizer) -> None:
     whole = encoded(tokenizer, {"messages": CHAT}, DataConfig(task="chat"), 200).examples[0]
     found = encoded(tokenizer, {"messages": CHAT}, DataConfig(task="chat"), len(whole.ids) - 2)
-    assert len(found.examples) == 1 and found.lost > 0
+    assert len(found.examples) == 1 and found.lost_tokens > 0
     kept = found.examples[0]
     assert kept.ids[-1] == tokenizer.specials.end_of_turn and kept.weights[-1] == 1
     assert kept.ids.tolist() == whole.ids[: len(kept.ids)].tolist()

@@ -117,7 +117,7 @@ def test_nothing_is_compiled_again_for_prompts_of_a_bucket(model: tuple[Model, P
 
     def counted(*args: object) -> object:
         traced.append(1)
-        return model[0].decode(*args)
+        return model[0].decoder.step(*args)
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     counting = model[0]._replace(decode=counted)

@@ -28,7 +28,8 @@ from jaxstages.cli.main import main
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, TokenizerConfig
 from jaxstages.data.sentencepiece import BPE
-from jaxstages.data.tokenizer import load_tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import load_tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.interop import peft
 from jaxstages.interop.config_json import choose_family, plain_model, read_config, write_config
 from jaxstages.interop.families import FAMILIES, LLAMA

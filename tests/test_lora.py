@@ -20,13 +20,14 @@ from jaxstages.cli.train import train
 from jaxstages.config import LoraConfig, MeshConfig, Recipe
 from jaxstages.config.checks import validate
 from jaxstages.models import lora
+from jaxstages.models.lora_layer import ADAPTER
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
 from jaxstages.train.compile import abstract_step_arguments, compile_step
 from jaxstages.train.handoff import read_base, read_parent, read_trained
 from jaxstages.train.metric_writer import read_metrics
-from jaxstages.train.setup import StageSetup, setup_stage
+from jaxstages.train.setup import StageSetup, make_stage_evaluate, setup_stage
 from jaxstages.types import Model, Params
 from tests.tiny import VOCAB, mixed_batch, model_config, write_data
 from tests.tiny import recipe as tiny_recipe
@@ -75,7 +76,7 @@ def test_at_step_0_the_logits_are_those_of_the_base_to_the_last_bit(name: str) -
     for dora, tolerance in ((False, 0.0), (True, 2e-2 if name == "half" else 1e-6)):
         config = LoraConfig(rank=4, dora=dora)
         adapters = jax.jit(lambda b, config=config: lora.init(jax.random.key(1), b, model.axes, config))(base)
-        found = logits(model.apply, lora.join(base, adapters, config))
+        found = logits(model.apply, lora.apply_adapters(base, adapters, config))
         np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
 
 
@@ -83,16 +84,16 @@ def test_at_step_0_the_logits_are_those_of_the_base_to_the_last_bit(name: str) -
 def test_merged_they_are_the_same_model(form: str) -> None:
     model, params = made("experts" if form == "everywhere" else "plain")
     config = LoraConfig(rank=4, **FORMS[form])
-    base = jax.jit(lambda p: lora.hold(p, model.axes, config.base))(params)
+    base = jax.jit(lambda p: lora.quantize_base(p, model.axes, config.base))(params)
     adapters = jax.jit(lambda b: moved(lora.init(jax.random.key(1), b, model.axes, config)))(base)
     merged = jax.jit(lambda b, a: lora.merge(b, a, config))(base, adapters)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(merged))
-    applied = logits(model.apply, lora.join(base, adapters, config))
+    applied = logits(model.apply, lora.apply_adapters(base, adapters, config))
     np.testing.assert_allclose(logits(model.apply, merged), applied, atol=1e-5)
     assert np.abs(applied - logits(model.apply, params)).max() > 1e-2, "they change something"
     if form == "everywhere":
-        assert len(jax.tree.leaves(adapters)) == 3 * len(lora._matrices(model.axes)) == 3 * 9
+        assert len(jax.tree.leaves(adapters)) == 3 * len(lora.matrices(model.axes)) == 3 * 9
 
 
 def test_product_and_scale_are_the_formula_s() -> None:
@@ -105,7 +106,7 @@ def test_product_and_scale_are_the_formula_s() -> None:
     for stabilized, scale in ((False, 8 / 4), (True, 8 / 2)):
         config = LoraConfig(rank=4, alpha=8.0, rank_stabilized=stabilized, dora=True)
         adapters = moved(lora.init(jax.random.key(1), base, axes, config))
-        a, b, m = (np.asarray(adapters["query"][name], np.float64) for name in lora.ADAPTER)
+        a, b, m = (np.asarray(adapters["query"][name], np.float64) for name in ADAPTER)
         whole = kernel.reshape(2, 6, 6) + scale * a @ b
         whole = m[:, None] * whole / np.linalg.norm(whole, axis=1, keepdims=True)
         merged = lora.merge(base, adapters, config)["query"]["kernel"]
@@ -119,8 +120,8 @@ def test_a_base_is_held_in_fewer_bytes() -> None:
     model, params = made("plain")
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     kinds = ("float32", "bfloat16", "int8")
-    held = jax.jit(lambda p: {kind: lora.hold(p, model.axes, kind) for kind in kinds})(params)
-    released = jax.jit(lambda h: {kind: lora.release(h[kind]) for kind in kinds})(held)
+    held = jax.jit(lambda p: {kind: lora.quantize_base(p, model.axes, kind) for kind in kinds})(params)
+    released = jax.jit(lambda h: {kind: lora.dequantize(h[kind]) for kind in kinds})(held)
     assert size(held["bfloat16"]) < 0.52 * size(params) and size(held["int8"]) < 0.45 * size(params)
     query = held["int8"]["layers"]["attention"]["query"]
     assert query["kernel"].dtype == jnp.int8 and query["kernel_scale"].shape == (2, 1, 4, 8)
@@ -129,7 +130,7 @@ def test_a_base_is_held_in_fewer_bytes() -> None:
             assert one.dtype == jnp.float32 and float(jnp.max(jnp.abs(one - other))) <= 1.01 * most * float(
                 jnp.max(jnp.abs(other))
             )
-        axes = lora.held_axes(model.axes, kind)
+        axes = lora.base_axes(model.axes, kind)
         is_names = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
         assert jax.tree.structure(axes, is_leaf=is_names) == jax.tree.structure(held[kind])
         assert [len(n) for n in jax.tree.leaves(axes, is_leaf=is_names)] == [
@@ -143,11 +144,11 @@ def test_decoding_takes_adapters_beside_a_base_in_int8() -> None:
 
     @jax.jit
     def both(params: Params) -> tuple[jax.Array, jax.Array]:
-        base = lora.hold(params, model.axes, "int8")
-        joined = lora.join(base, moved(lora.init(jax.random.key(1), base, model.axes, config)), config)
+        base = lora.quantize_base(params, model.axes, "int8")
+        joined = lora.apply_adapters(base, moved(lora.init(jax.random.key(1), base, model.axes, config)), config)
         batch = mixed_batch(1)
         where = (batch.tokens_BL[:, :4], batch.positions_BL[:, :4])
-        found, _ = model.decode(model.unstack(joined), *where, model.init_cache(1, 4))
+        found, _ = model.decoder.step(model.decoder.prepare(joined), *where, model.decoder.init_cache(1, 4))
         return found.logits(), model.apply(joined, batch, None)[:, :4]
 
     np.testing.assert_allclose(*both(params), atol=1e-5)
@@ -198,10 +199,10 @@ def losses(work: Path, stage: str, kind: str = "train") -> list[float]:
 
 
 def parts_of(recipe: Recipe, work: Path, stage: str) -> tuple[StageSetup, Params, Params]:
-    """The workbench, the base, and what was trained."""
+    """The stage, the base, and what was trained."""
     setup = setup_stage(recipe, stage, work)
     adapters, meta, _ = read_trained(work / stage, setup.program, setup.contract)
-    return setup, read_base(work / stage, meta, setup, setup.contract), adapters
+    return setup, read_base(work / stage, meta, setup.program, setup.contract), adapters
 
 
 def test_only_adapters_are_trained_and_kept(finished: tuple[Recipe, Path]) -> None:
@@ -224,9 +225,7 @@ def test_only_adapters_are_trained_and_kept(finished: tuple[Recipe, Path]) -> No
 
 
 def make_evaluation(setup: StageSetup, params: Params) -> float:
-    from jaxstages.generate.evaluate import make_evaluate
-
-    return make_evaluate(setup)(params, False).metrics["loss"]
+    return make_stage_evaluate(setup)(params, False).metrics["loss"]
 
 
 def test_what_is_trained_is_counted_and_said(run: tuple[Recipe, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,8 +315,8 @@ def test_nothing_is_differentiated_by_the_base(finished: tuple[Recipe, Path]) ->
         recipe.finetune.lora, recipe.model.unroll = LoraConfig(rank=rank), True
         recipe.model.width, recipe.model.ff_width, recipe.mesh = 64, 256, MeshConfig(data=8)
         setup = setup_stage(recipe, "finetune", work)
-        step = compile_step(setup, setup.program.abstract_base)[1]
-        compiled = step.func.lower(*abstract_step_arguments(setup), base=setup.program.abstract_base).compile()
+        step = compile_step(setup.program, setup.program.abstract_base)[1]
+        compiled = step.func.lower(*abstract_step_arguments(setup.program), base=setup.program.abstract_base).compile()
         flops[rank] = compiled.cost_analysis()["flops"]
     assert flops[2] < 0.75 * flops[0], flops
 

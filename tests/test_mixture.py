@@ -175,14 +175,21 @@ def test_earlier_stages_are_watched_at_each_evaluation(replayed: tuple[Recipe, P
     assert "pairs/loss" in first and "pairs/exact_match" in first and not any("watch" in name for name in first)
 
 
+def prefixes(recipe: Recipe, work: Path) -> list[str]:
+    return [each.prefix for each in setup_stage(recipe, "instruct", work).data.evaluation_sets]
+
+
 def test_nothing_is_watched_where_the_recipe_says_so(replayed: tuple[Recipe, Path]) -> None:
     recipe, work = replayed
     assert recipe.instruct
     recipe.instruct.evaluation.watch = ()
     try:
-        assert [each.prefix for each in setup_stage(recipe, "instruct", work).sets] == [""]
+        assert prefixes(recipe, work) == [""]
         recipe.instruct.evaluation.watch = ("finetune",)
-        assert [each.prefix for each in setup_stage(recipe, "instruct", work).sets] == ["", "watch/finetune/"]
+        assert prefixes(recipe, work) == [
+            "",
+            "watch/finetune/",
+        ]
     finally:
         recipe.instruct.evaluation.watch = (recipes.EARLIER,)
 
@@ -208,7 +215,7 @@ def pairs(folder: Path) -> DatasetConfig:
         ({"instruct.replay": (("pretrain", 0.1), ("pretrain", 0.1))}, r"names pretrain twice"),
         ({"instruct.replay": (("pretrain", 1.0),)}, r"is 1.0; it must be at least 0, and below 1"),
         ({"instruct.replay": ("pretrain", 0.1)}, r"must be a tuple of pairs, such as \(\('name', 0.5\),\)"),
-        ({"instruct.late_from": 0.5}, r"late_from=0.5: .* set both or neither"),
+        ({"instruct.late_from": 0.5}, r"late_from=0.5 .* set both or neither"),
         ({"instruct.evaluation.watch": ("later",)}, r"'later' is no stage .* known: earlier, pretrain, finetune"),
         ({"instruct.loop.epochs": 1.0}, r"steps=6, epochs=1.0, tokens=0; set one of them, and the others to 0"),
         ({"instruct.loop.steps": 0}, r"steps=0, epochs=0.0, tokens=0; set one of them"),
@@ -236,7 +243,7 @@ def test_what_can_not_be_mixed_is_refused(tmp_path: Path, change: dict[str, Any]
         ("a/b", {}, r"'a/b' can't be the name of a data set"),
         ("watch", {}, r"'watch' can't be the name"),
         ("pairs", {"share": (0.1, 0.2, 0.3)}, r"must be one share, or two"),
-        ("pairs", {"share": (0.1, 0.2)}, r"late_from=1.0: .* set both or neither"),
+        ("pairs", {"share": (0.1, 0.2)}, r"late_from=1.0 .* set both or neither"),
         ("pairs", {"evaluation": EvaluationConfig(metrics=("accuracy",))}, r"does not apply to task 'seq2seq'"),
     ],
     ids=str,
@@ -265,6 +272,6 @@ def test_a_stage_as_long_as_its_tokens(tmp_path: Path) -> None:
     rows = setup.data.train[0].index["rows"]
     assert setup.config.loop.steps == -(-3 * rows // 16) and recipe.pretrain.loop.steps == 0
     recipe.pretrain.loop.epochs, recipe.pretrain.loop.tokens = 0.0, 2000
-    steps = setup_stage(recipe, "pretrain", tmp_path / "work").stage.loop.steps
+    steps = setup_stage(recipe, "pretrain", tmp_path / "work").config.loop.steps
     index = setup.data.train[0].index
     assert (steps - 1) * 8 * index["tokens"] / rows < 2000 <= steps * 8 * index["tokens"] / rows

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxstages.config import DataConfig, LoraConfig, OptimConfig, StageConfig, TokenizerConfig
-from jaxstages.data.tokenizer import make_tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.interop.peft import _base_of
 from jaxstages.runtime.files import make_folder, write_json
 from jaxstages.train.new_tokens import check_new_tokens, untrained_rows

@@ -22,7 +22,8 @@ from jaxstages.data.prefetch import prefetch
 from jaxstages.data.prepare import Prepared, prepare
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import Encoded, Task
-from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.types import Batch
 
 RECORDS = [{"text": f"number {i} and {i * i}"} for i in range(60)]
@@ -119,7 +120,7 @@ def test_several_threads_read_each_their_own_row(tmp_path: Path, tokenizer: Toke
 
 def test_rows_are_found_among_shards_of_which_some_are_empty(tmp_path: Path) -> None:
     source = Prepared(tmp_path, {"rows_of_shards": [0, 2, 0, 0, 1, 0]})
-    assert [source.find(row) for row in range(3)] == [(1, 0), (1, 1), (4, 0)]
+    assert [source.locate(row) for row in range(3)] == [(1, 0), (1, 1), (4, 0)]
 
 
 def test_patterns_take_files_in_order_and_text_files_are_whole(tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_a_cache_that_was_cut_short_is_never_taken_for_whole(tmp_path: Path, tok
     whole = prepared(tmp_path, tokenizer)
     assert whole.index["shards"] == 3
     expected = [batch.tokens_BL.tolist() for batch in all_rows(whole)]
-    assert whole.most_segments() == max(int(batch.segments_BL.max()) for batch in all_rows(whole)) > 1
+    assert whole.max_segments() == max(int(batch.segments_BL.max()) for batch in all_rows(whole)) > 1
     kept = whole.folder / "shard-00000.json"
     stamp = kept.stat().st_mtime_ns
     for name in ("MANIFEST.json", "index.json", "shard-00001.json", "rows-00002.array_record", "shard-00002.json"):
@@ -301,11 +302,11 @@ def test_shards_that_are_made_side_by_side_are_those_made_one_by_one(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch
 ) -> None:
     monkeypatch.setattr(preparing, "BLOCK_RECORDS", 7)
-    monkeypatch.setattr(preparing, "MOST_WORKERS", 1)
+    monkeypatch.setattr(preparing, "MAX_WORKERS", 1)
     expected = prepared(tmp_path, tokenizer)
     kept = {path.name: path.read_bytes() for path in expected.folder.iterdir()}
     shutil.rmtree(expected.folder)
-    monkeypatch.setattr(preparing, "MOST_WORKERS", 4)
+    monkeypatch.setattr(preparing, "MAX_WORKERS", 4)
     monkeypatch.setattr(preparing.os, "cpu_count", lambda: 4)
     together, write = threading.Barrier(4, timeout=60), preparing.write_shard
 
@@ -348,7 +349,7 @@ def test_batch_k_is_a_function_of_k_and_hosts_share_it(tmp_path: Path, tokenizer
     again = batches_by_step([source], **options).batch
     for k in (7, 0, 3):
         np.testing.assert_array_equal(again(k).tokens_BL, forward[k].tokens_BL)
-    halves = [batches_by_step([source], here=here, **options).batch for here in (range(2), range(2, 4))]
+    halves = [batches_by_step([source], local_rows=here, **options).batch for here in (range(2), range(2, 4))]
     np.testing.assert_array_equal(np.concatenate([half(5).tokens_BL for half in halves]), forward[5].tokens_BL)
     other = batches_by_step([source], batch_size=4, seed=4).batch
     assert any(not np.array_equal(other(k).tokens_BL, forward[k].tokens_BL) for k in range(3))
@@ -389,7 +390,7 @@ def test_held_out_rows_count_once_on_any_number_of_hosts(
     source = prepared(tmp_path, tokenizer)
     alone = [batch.tokens_BL for batch in batches_once(source, batch_size=size)]
     each = [
-        list(batches_once(source, batch_size=size, here=range(p * size // hosts, (p + 1) * size // hosts)))
+        list(batches_once(source, batch_size=size, local_rows=range(p * size // hosts, (p + 1) * size // hosts)))
         for p in range(hosts)
     ]
     assert {len(batches) for batches in each} == {len(alone)}
@@ -430,6 +431,6 @@ def test_questions_are_kept_in_order(tmp_path: Path, tokenizer: Tokenizer) -> No
         open_source(str(pairs), tmp_path), "train", DataConfig(task="seq2seq"), tokenizer, 32, tmp_path / "c"
     )
     assert [q.reference for q in source.questions()] == [f"a{i}" for i in range(10)]
-    assert preparing.evenly(range(10), 5) == [0, 2, 4, 6, 8]
-    assert preparing.evenly("abc", 0) == preparing.evenly("abc", 3) == "abc"
+    assert preparing.subsample_evenly(range(10), 5) == [0, 2, 4, 6, 8]
+    assert preparing.subsample_evenly("abc", 0) == preparing.subsample_evenly("abc", 3) == "abc"
     shutil.rmtree(source.folder)

@@ -25,7 +25,7 @@ from jaxstages.runtime.console import Progress
 from jaxstages.runtime.files import local_path, write_json
 from jaxstages.runtime.signals import stop_signals
 from jaxstages.runtime.workdir import tokenizer_file
-from jaxstages.train.loop import _with_error
+from jaxstages.train.loop import with_error
 from jaxstages.train.metric_writer import MetricsWriter
 from tests.reliability.harness import quick_runs
 from tests.tiny import recipe as tiny_recipe
@@ -238,15 +238,15 @@ def test_a_terminal_that_is_closed_saves_like_sigterm() -> None:
         stop.unsaved = True
         os.kill(os.getpid(), signal.SIGHUP)
         end = time.monotonic() + 10
-        while not stop.asked and time.monotonic() < end:
+        while not stop.requested and time.monotonic() < end:
             time.sleep(0.01)
-        assert stop.asked
+        assert stop.requested
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_signals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)  # under nohup: nothing ends, nothing is noted
             time.sleep(0.2)
-            assert not stop.asked
+            assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -294,4 +294,4 @@ def test_a_kill_loses_no_event_of_tensorboard(tmp_path: Path) -> None:
     ],
 )
 def test_a_score_with_its_error(metrics: dict[str, float], said: str) -> None:
-    assert _with_error(metrics, "loss") == said
+    assert with_error(metrics, "loss") == said

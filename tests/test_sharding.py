@@ -19,21 +19,23 @@ from jaxstages.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    Recipe,
     StageConfig,
 )
+from jaxstages.models.losses import cross_entropy_loss
+from jaxstages.models.select import global_norm
 from jaxstages.models.sharding import (
     _arranged,
-    batch_sharding,
     check_batch,
     make_mesh,
-    make_sharding_hooks,
     param_shardings,
+    shardings_of,
 )
 from jaxstages.models.transformer import make_model
 from jaxstages.plan.collectives import SMALL, collectives_of, expected, total
 from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.setup import abstract_state
+from jaxstages.train.program import make_program
+from jaxstages.train.saved_items import from_items, to_items
 from jaxstages.train.step import init_state, make_train_step
 from jaxstages.types import Batch
 from tests.tiny import VOCAB, model_config
@@ -62,16 +64,15 @@ class Run:
 
     def __init__(self, config: ModelConfig, mesh_config: MeshConfig, devices: list[Any] | None = None) -> None:
         self.mesh = make_mesh(mesh_config, devices)
-        self.place = make_sharding_hooks(self.mesh, mesh_config.rules)
-        self.model = make_model(config, WORDS, place=self.place)
-        self.tx = make_optimizer(OptimConfig(), STEPS, self.model.axes)
-        stage = StageConfig(loop=LoopConfig(steps=STEPS))
-        self.shapes = abstract_state(self.model, self.tx, stage, self.mesh, mesh_config.rules)
-        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        self.rows = batch_sharding(self.mesh, mesh_config.rules)
+        recipe, stage = Recipe(name="mesh", model=config, mesh=mesh_config), StageConfig(loop=LoopConfig(steps=STEPS))
+        program = make_program(recipe, "pretrain", stage, self.mesh, WORDS)
+        self.hooks, self.model, self.tx = program.hooks, program.model, program.tx
+        self.rows, self.shapes = program.row_sharding, program.abstract_state
+        self.shardings = shardings_of(self.shapes)
 
     def jitted(self, accumulate: int = 1, tile: int = 0) -> Any:
-        step = make_train_step(self.model.hidden, self.tx, accumulate=accumulate, loss_tile=tile, place=self.place)
+        loss = cross_entropy_loss(self.model.outputs, tile=tile, hooks=self.hooks)
+        step = make_train_step(loss, self.tx, accumulate=accumulate, norm=global_norm)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def losses(self, accumulate: int = 1, tile: int = 0) -> list[float]:
@@ -195,12 +196,13 @@ def test_a_checkpoint_of_any_mesh_restores_on_any_other(tmp_path: Path) -> None:
     for step, (config, devices) in enumerate(chain):
         with Checkpoints(tmp_path, keep=2) as checkpoints:
             if step:
-                found = checkpoints.restore_newest(Run(MODEL, config, jax.devices()[:devices]).shapes, stopping)
-                assert found is not None
-                state = found.state
+                shapes = Run(MODEL, config, jax.devices()[:devices]).shapes
+                restored = checkpoints.restore_newest(to_items(shapes, stopping))
+                assert restored is not None
+                state, _ = from_items(restored.items)
                 assert len(state.params["embedding"].sharding.device_set) == devices
             assert fingerprint(state).digests == digests
-            checkpoints.save(step + 1, state, stopping, meta, step + 1)
+            checkpoints.save(step + 1, to_items(state, stopping), meta, step + 1)
             checkpoints.check_last(step + 1)
 
 

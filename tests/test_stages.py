@@ -17,12 +17,13 @@ from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.cli.train import run_stages, train
 from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
 from jaxstages.config.checks import validate
+from jaxstages.generate.evaluate import Evaluate
 from jaxstages.runtime.files import read_json, write_json
-from jaxstages.train import loop
+from jaxstages.train import loop, stage
 from jaxstages.train.handoff import read_parent
 from jaxstages.train.metric_writer import MetricsWriter, read_metrics
 from jaxstages.train.setup import setup_stage
-from jaxstages.types import Diverged
+from jaxstages.types import Diverged, Params, Report
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -129,7 +130,7 @@ def test_resume_drops_lines_that_it_will_write_again(finished: tuple[Recipe, Pat
 
 @pytest.mark.parametrize(
     ("tiny", "read_at"),
-    [(loop.TINY, [9] * 8 + [11] * 2 + [19] * 8 + [20] * 2), (0.0, [*range(2, 21), 20])],
+    [(stage.SMALL_STEP_FLOPS, [9] * 8 + [11] * 2 + [19] * 8 + [20] * 2), (0.0, [*range(2, 21), 20])],
     ids=["tiny", "not_tiny"],
 )
 def test_sums_of_tiny_steps_are_read_by_eights_and_lines_in_time(
@@ -140,7 +141,7 @@ def test_sums_of_tiny_steps_are_read_by_eights_and_lines_in_time(
     config = recipe.pretrain.loop
     config.steps = config.eval_every = config.save_every = 20
     config.log_every = 10
-    compile_step, read = loop.compile_step, loop._Run._read
+    compile_step, read = stage.compile_step, loop.Loop._read_sums
     dispatched, found = [0], []
 
     def compile_counted(*arguments: Any) -> tuple[Any, Any]:
@@ -156,9 +157,9 @@ def test_sums_of_tiny_steps_are_read_by_eights_and_lines_in_time(
         found.append((step, dispatched[0]))
         read(run, step, sums)
 
-    monkeypatch.setattr(loop, "TINY", tiny)
-    monkeypatch.setattr(loop, "compile_step", compile_counted)
-    monkeypatch.setattr(loop._Run, "_read", noted)
+    monkeypatch.setattr(stage, "SMALL_STEP_FLOPS", tiny)
+    monkeypatch.setattr(stage, "compile_step", compile_counted)
+    monkeypatch.setattr(loop.Loop, "_read_sums", noted)
     train(recipe, work, "pretrain")
     assert found == list(zip(range(1, 21), read_at, strict=True))
     assert list(losses(work, "pretrain")) == [10, 20]
@@ -394,9 +395,22 @@ def test_the_average_is_handed_on_where_it_is_better(
 ) -> None:
     recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
     assert recipe.pretrain and recipe.finetune
-    recipe.pretrain.optim.average = 0.5
-    monkeypatch.setattr(loop._Run, "_judged", lambda self, report: next(values))
-    values = iter([3.0, 2.0, 2.5, 4.0])  # parameters and average at step 3, then at step 6
+    recipe.pretrain.optim.average, recipe.pretrain.early_stopping.metric = 0.5, "perplexity"
+    make_evaluate = stage.make_stage_evaluate
+    perplexities = iter([3.0, 2.0, 2.5, 4.0])  # parameters and average at step 3, then at step 6
+
+    def make_judged(*args: Any, **named: Any) -> Evaluate:
+        evaluate = make_evaluate(*args, **named)
+
+        def judged(params: Params, scores: bool) -> Report:
+            report = evaluate(params, scores)
+            if scores:
+                report.metrics["perplexity"] = next(perplexities)
+            return report
+
+        return judged
+
+    monkeypatch.setattr(stage, "make_stage_evaluate", make_judged)
     assert train(recipe, work, "pretrain")
     result = read_json(work / "pretrain" / "result.json")
     assert (result["handed_on"], result["best_step"]) == ("average", 3)

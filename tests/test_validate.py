@@ -1,11 +1,15 @@
 """What `validate` refuses beyond the command line's tests: wrong types from a recipe's file, and leaks."""
 
+import dataclasses
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from jaxstages.config import Recipe
+from jaxstages.config import DatasetConfig, Recipe, StageConfig
 from jaxstages.config.checks import validate
+from jaxstages.config.setting import rules_of
 from tests.tiny import recipe as tiny_recipe
 
 
@@ -28,15 +32,19 @@ def changed(tmp_path: Path, path: str, value: object) -> Recipe:
         ("pretrain.loop.steps", 1e3, r"is of type float; it must be int"),
         ("pretrain.loop.steps", True, r"is of type bool; it must be int"),
         ("model.attention", None, r"it must be AttentionConfig"),
-        ("pretrain.data.validation", ("a.jsonl",), r"set validation \(held-out sources\) or holdout"),
+        ("pretrain.data.validation", ("a.jsonl",), r"set either validation \(held-out sources\) or holdout"),
         ("pretrain.data.weights", (0.5, 0.5), r"has 2 shares for 1 training sources"),
         ("pretrain.data.task", "chat", r"this stage's tasks: lm"),
         ("finetune.evaluation.metrics", ("accuracy",), r"does not apply to task 'seq2seq'"),
         ("finetune.evaluation.max_new_tokens", 64, r"max_new_tokens=64 must be less than config.model.context=64"),
         ("model.attention.kv_heads", 3, r"heads=4 must be divisible by kv_heads=3"),
         ("model.attention.head_dim", 7, r"must be even for rope"),
-        ("model.attention.pattern", ("global", "locale"), r"'locale' is no kind of layer; known: global, local, nope"),
-        ("model.attention.pattern", ("global", "local"), r"say with config.model.attention.window how many keys"),
+        (
+            "model.attention.pattern",
+            ("global", "locale"),
+            r"pattern='locale': did you mean 'local'\? known: global, local, nope",
+        ),
+        ("model.attention.pattern", ("global", "local"), r"set config.model.attention.window to the number of keys"),
         ("model.attention.local_rope_theta", 1e4, r"does not apply without local layers"),
         ("model.attention.qk_norm_over", "heads", r"does not apply to qk_norm=False"),
         ("model.attention.rope_scaling.factor", 2.0, r"does not apply to kind='none'"),
@@ -80,5 +88,25 @@ def test_cleaning_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         validate(recipe)
 
 
-def test_whole_numbers_do_where_fractions_are_meant(tmp_path: Path) -> None:
+def test_integers_are_accepted_as_floats(tmp_path: Path) -> None:
     validate(changed(tmp_path, "pretrain.optim.weight_decay", 0))
+
+
+def config_classes(*roots: type) -> Iterator[type]:
+    for root in roots:
+        yield root
+        hints = typing.get_type_hints(root).values()
+        yield from config_classes(*(hint for hint in hints if dataclasses.is_dataclass(hint)))
+
+
+CLASSES = list(dict.fromkeys(config_classes(Recipe, StageConfig, DatasetConfig)))
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_number_has_a_lower_bound_and_every_condition_names_a_neighbour(cls: type) -> None:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        rules = rules_of(field)
+        if field.name != "within" and any(name in str(hints[field.name]) for name in ("int", "float")):
+            assert (rules.at_least is None) != (rules.above is None), f"{cls.__name__}.{field.name}"
+        assert rules.only_for.keys() <= hints.keys(), f"{cls.__name__}.{field.name}"

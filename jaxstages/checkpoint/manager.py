@@ -172,6 +172,10 @@ class Checkpoints:
             kept = quarantine(self._folder / str(step), quarantine_folder(self._stage_dir), str(error))
             say(f"checkpoint {step} can't be trusted: {error}; moved to {kept}", "yellow")
 
+    def compile_for(self, items: Items) -> None:
+        """Compile the fingerprint of such items, which the first save would do in the middle of training."""
+        fingerprint(items)
+
     def save(self, step: int, items: Items, meta: dict[str, Any], best_step: int) -> None:
         """Write a checkpoint in the background; `poll` and `wait` report how it went.
 
@@ -277,7 +281,7 @@ class Checkpoints:
             )
         self._digests = prints.digests
         write_json(fresh / "meta" / "metadata", self._meta | {"fingerprint": prints.digests})
-        manifest.seal(fresh)
+        manifest.write_manifest(fresh)
 
     def _sweep(self) -> None:
         """Remove what a kill, or a failed save, left: unfinished checkpoints and deleted ones, no more than that."""

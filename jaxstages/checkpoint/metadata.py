@@ -9,14 +9,14 @@ from typing import Any
 
 from jaxstages import config as recipes
 from jaxstages.config import lora_from
-from jaxstages.runtime.files import Form, read_json
+from jaxstages.runtime.files import Fields, read_json
 from jaxstages.runtime.manifest import Damaged
 from jaxstages.runtime.workdir import checkpoints_folder, result_file
 
 FORMAT = 1
 """Of what is written here; counts up when older versions can't read it."""
 
-META: Form = {
+META: Fields = {
     "format": (int,),
     "stage": (str,),
     "step": (int,),
@@ -33,7 +33,7 @@ META: Form = {
 }
 """What a checkpoint says of itself."""
 
-RESULT: Form = {
+RESULT: Fields = {
     "status": (str,),
     "steps": (int,),
     "best_step": (int,),

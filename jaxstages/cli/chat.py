@@ -38,7 +38,7 @@ def chat(recipe: Recipe, workdir: Path, stage: str | None, manner: SamplingFlags
         setup.program.model, answering.params, answering.sampling, context=recipe.model.context, seed=manner.seed
     )
     talk = _Talk(answering, session)
-    with stop_signals(instead=talk.interrupt):
+    with stop_signals(on_interrupt=talk.interrupt):
         say(f"{setup.name} of {workdir}; /help says what can be done, Ctrl-D ends", "cyan")
         while (line := talk.read()) is not None:
             if not talk.take(line.strip()):

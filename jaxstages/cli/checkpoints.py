@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxstages.checkpoint.metadata import finished, read_meta, saved_kind
-from jaxstages.config import CHECKPOINTED_STAGES
 from jaxstages.runtime import manifest
 from jaxstages.runtime.console import say
-from jaxstages.runtime.workdir import checkpoint_folder, quarantine_folder, result_file, steps_of
+from jaxstages.runtime.workdir import begun_stages, checkpoint_folder, quarantine_folder, result_file, steps_of
 
 
 def checkpoints(workdir: Path, stage: str | None, words: Sequence[str]) -> None:
@@ -21,7 +20,7 @@ def checkpoints(workdir: Path, stage: str | None, words: Sequence[str]) -> None:
     Raises:
         ValueError: an unknown action or checkpoint; after "verify", damage.
     """
-    folders = [workdir / name for name in ([stage] if stage else CHECKPOINTED_STAGES) if steps_of(workdir / name)]
+    folders = [workdir / name for name in ([stage] if stage else begun_stages(workdir)) if steps_of(workdir / name)]
     match list(words):
         case ["diff", one, other]:
             _diff(workdir, one, other)
@@ -117,8 +116,8 @@ def _diff(workdir: Path, one: str, other: str) -> None:
 
 def _meta_of(workdir: Path, name: str) -> dict[str, Any]:
     stage, _, step = name.partition("/")
-    if stage not in CHECKPOINTED_STAGES or not step.isdecimal() or int(step) not in steps_of(workdir / stage):
-        known = [f"{stage}/{step}" for stage in CHECKPOINTED_STAGES for step in steps_of(workdir / stage)]
+    if stage not in begun_stages(workdir) or not step.isdecimal() or int(step) not in steps_of(workdir / stage):
+        known = [f"{stage}/{step}" for stage in begun_stages(workdir) for step in steps_of(workdir / stage)]
         raise ValueError(f"no checkpoint {name!r} in {workdir}; there are {', '.join(known) or 'none'}")
     return read_meta(checkpoint_folder(workdir / stage, int(step)))
 

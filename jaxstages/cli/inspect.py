@@ -13,7 +13,7 @@ from jaxstages.cli.resolve import keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.data.batches import batches_by_step
 from jaxstages.data.mixture import describe
-from jaxstages.runtime.workdir import has_begun, lock, writable
+from jaxstages.runtime.workdir import begun_stages, lock, writable
 from jaxstages.train.setup import StageSetup, setup_stage
 from jaxstages.types import Batch
 
@@ -29,7 +29,7 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
     """
     with contextlib.ExitStack() as held:
         # What a run has begun with stays as it is: it can be looked at while it runs, and where nobody may write.
-        if not any(has_begun(workdir / name) for name in recipes.CHECKPOINTED_STAGES) and writable(workdir):
+        if not begun_stages(workdir) and writable(workdir):
             held.enter_context(lock(workdir))
             keep_recipe(recipe, workdir)
         setup = setup_stage(recipe, stage or next(iter(recipes.stages(recipe)), recipes.IMPORT), workdir)

@@ -20,7 +20,7 @@ from jaxstages.cli.flags import FLAGS_OF, USAGE, parse
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.config import Recipe
-from jaxstages.runtime.cluster import ENVIRONMENT, Place, find_place
+from jaxstages.runtime.cluster import ENVIRONMENT, ProcessInfo, detect_process
 from jaxstages.runtime.files import local_path
 from jaxstages.runtime.workdir import check_workdir
 
@@ -74,8 +74,8 @@ def _end(code: int, text: str) -> int:
 
 def _tell_others(code: int, text: str) -> None:
     """The other processes of the run; there are none where nothing of it was imported yet."""
-    if (hosts := sys.modules.get("jaxstages.runtime.multihost")) is not None:
-        hosts.announce_exit(code, text)
+    if (lost_host := sys.modules.get("jaxstages.runtime.lost_host")) is not None:
+        lost_host.announce_exit(code, text)
 
 
 def _dispatch(argv: list[str], before_jax: Callable[[], None]) -> None:
@@ -158,5 +158,5 @@ def _manner(values: flags.FlagValues) -> SamplingFlags:
     return SamplingFlags(*(getattr(values, name) for name in SamplingFlags._fields))
 
 
-def _place(values: flags.FlagValues) -> Place | None:
-    return find_place({name: values[name].value for name in ENVIRONMENT})
+def _place(values: flags.FlagValues) -> ProcessInfo | None:
+    return detect_process({name: values[name].value for name in ENVIRONMENT})

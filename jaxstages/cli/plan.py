@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxstages import config as recipes
-from jaxstages.config import Recipe, StageConfig
+from jaxstages.config import ModelConfig, Recipe, StageConfig
 from jaxstages.config.checks import validate
 from jaxstages.models.attention import Attend
 from jaxstages.models.kernels import KERNELS, Machine, Shape
@@ -52,14 +52,15 @@ def plan(recipe: Recipe, stage: str | None, asked: str) -> None:
 def make_plan(recipe: Recipe, name: str, topology: Topology) -> Plan:
     """Compile the stage's step for the topology, and do the arithmetic."""
     start, stage = time.monotonic(), recipes.stages(recipe)[name]
+    model = recipes.builtin_model(recipe, "plan")
     mesh = make_mesh(recipe.mesh, topology.devices)
     check_fit(recipe, name, stage, mesh)
-    vocab = max(recipe.tokenizer.vocab_size, recipe.model.vocab_size)
-    attend = _choose_attention(recipe, topology.platform) if mesh.shape["context"] == 1 else None
+    vocab = max(recipe.tokenizer.vocab_size, model.vocab_size)
+    attend = _choose_attention(model, topology.platform) if mesh.shape["context"] == 1 else None
     program = make_program(recipe, name, stage, mesh, vocab, attend, topology.platform)
     remat, compiled = _compile(program, topology)
     sent = total(collectives_of(compiled.as_text()))
-    flops, chip = flops_per_token(recipe.model, vocab, stage.lora), topology.chip
+    flops, chip = flops_per_token(model, vocab, stage.lora), topology.chip
     tokens = stage.loop.batch_size * recipe.model.context
     frozen = program.abstract_base or program.abstract_reference
     held = held_bytes((program.abstract_state, frozen))
@@ -78,7 +79,7 @@ def make_plan(recipe: Recipe, name: str, topology: Topology) -> Plan:
         remat=remat,
         sent=sent,
         theory=expected(
-            *(recipe.model, vocab, mesh, stage.loop.batch_size),
+            *(model, vocab, mesh, stage.loop.batch_size),
             merges=topology.platform != "cpu",
             recomputes=remat != "none",
         ),
@@ -95,13 +96,13 @@ def _compile(program: Program, topology: Topology) -> tuple[str, Any]:
     return rung, compiled
 
 
-def _choose_attention(recipe: Recipe, platform: str) -> Attend | None:
+def _choose_attention(model: ModelConfig, platform: str) -> Attend | None:
     """The kernel that a run would choose on such a machine, unchecked: nothing can be computed there from here."""
-    part, specs = recipe.model.attention, attention_specs(recipe.model)
+    part, specs = model.attention, attention_specs(model)
     machine = Machine(platform, 9.0 if platform == "gpu" else 0.0)
     chosen = {}
     for spec in specs:
-        shape = Shape(recipe.model.context, part.heads, part.kv_heads, part.head_dim, recipe.model.dtype, 16, spec)
+        shape = Shape(model.context, part.heads, part.kv_heads, part.head_dim, model.dtype, 16, spec)
         fit = [kernel for kernel in KERNELS if kernel.platform == platform and not kernel.lacks(machine, shape)]
         if not fit:
             return None

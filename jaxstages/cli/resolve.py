@@ -71,6 +71,12 @@ def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False,
     if given is None:
         if kept is None:
             raise ValueError(f"{workdir} has no recipe.json; name a recipe with --config=configs/demo.py")
+        if parts := recipes.own_parts(kept):
+            field, part = next(iter(parts.items()))
+            raise ValueError(
+                f"{workdir / 'recipe.json'}: {field} is {part.part}, a part of the recipe's own; name its file with "
+                f"--config={part.part.partition(':')[0]}.py"
+            )
         try:
             validate(kept, importing)
         except ValueError as error:
@@ -93,18 +99,19 @@ def _adopted(recipe: Recipe, workdir: Path) -> Recipe:
 
 def _check_change(kept: Recipe, given: Recipe, workdir: Path, lengthen: str) -> None:
     """Raises ValueError for a recipe that changes what was learned. What was never saved binds to nothing."""
-    begun = [name for name in recipes.STAGES if has_begun(workdir / name)]
+    names = [*recipes.STAGES, *(kept.extra_stages | given.extra_stages)]
+    begun = [name for name in names if has_begun(workdir / name)]
     finished = [name for name in begun if result_file(workdir / name).exists()]
     imported = result_file(workdir / recipes.IMPORT).exists()
-    fixed = (*(("config.seed", "config.model") if begun else ()), *(f"config.{name}" for name in begun))
+    fixed = (*(("config.seed", "config.model") if begun else ()), *(field_of(name) for name in begun))
     fixed += ("config.tokenizer",) if begun or imported else ()
-    free = FREE + tuple(f"config.{lengthen}{field}" for field in LENGTH if lengthen)
+    free = FREE + tuple(f"{field_of(lengthen)}{field}" for field in LENGTH if lengthen)
     free += BETWEEN_STAGES if begun == finished else ()
-    judged = tuple(f"config.{name}.evaluation." for name in finished)
+    judged = tuple(f"{field_of(name)}.evaluation." for name in finished)
     moved = set()
     for line in recipes.differences(kept, given):
         path = line.split(":")[0]
-        name = path.split(".")[1]
+        name = path.removeprefix("config.extra_stages.").removeprefix("config.").split(".")[0]
         if not path.startswith(fixed) or path.endswith(free) or path.startswith(judged):
             continue
         if path.endswith(SOURCES):
@@ -120,6 +127,11 @@ def _check_change(kept: Recipe, given: Recipe, workdir: Path, lengthen: str) -> 
         raise ValueError(f"{workdir} was begun with another recipe: {line}; {way}, or take another --workdir")
     for name in sorted(moved & {*begun}):
         _check_moved(given, name, workdir)
+
+
+def field_of(name: str) -> str:
+    """Return the path of a stage's field in the recipe."""
+    return f"config.{name}" if name in recipes.STAGES else f"config.extra_stages.{name}"
 
 
 def _may_be_longer(kept: Recipe, given: Recipe, name: str, workdir: Path) -> bool:

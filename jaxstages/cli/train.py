@@ -13,12 +13,12 @@ from jaxstages.config.checks import validate
 from jaxstages.data.stage_data import prepare_stages
 from jaxstages.experiments.stage_matrix import stage_matrix
 from jaxstages.interop.hf_import import bring, source_of
-from jaxstages.runtime import multihost
-from jaxstages.runtime.cluster import Place
+from jaxstages.runtime import lost_host, multihost
+from jaxstages.runtime.cluster import ProcessInfo
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import check_workdir, has_begun, lock, result_file
-from jaxstages.stages import finetune, instruct, pretrain
+from jaxstages.stages import extra, finetune, instruct, pretrain
 from jaxstages.train.handoff import check_lineage
 from jaxstages.types import Diverged, Interrupted
 
@@ -26,13 +26,14 @@ SHOWN_WITHIN = 60
 """Seconds that shared storage has to show what process 0 has written: attributes are cached on NFS."""
 
 DRIVERS = {"pretrain": pretrain.run, "finetune": finetune.run, "instruct": instruct.run}
+"""The three stages; `stages.extra` trains the others."""
 
 
 def train(
     recipe: Recipe,
     workdir: Path,
     name: str,
-    place: Place | None = None,
+    place: ProcessInfo | None = None,
     lengthen: bool = False,
     finish: bool = False,
 ) -> bool:
@@ -77,7 +78,7 @@ def _reopen(recipe: Recipe, workdir: Path, name: str) -> None:
     say(f"{name}: was finished at step {result['steps']}, and goes on", "cyan")
 
 
-def run_stages(recipe: Recipe, workdir: Path, place: Place | None = None) -> None:
+def run_stages(recipe: Recipe, workdir: Path, place: ProcessInfo | None = None) -> None:
     """All stages of the recipe, one after the other, and then the stage matrix."""
     names = list(recipes.stages(recipe))
     if not names:
@@ -88,7 +89,7 @@ def run_stages(recipe: Recipe, workdir: Path, place: Place | None = None) -> Non
 
 
 @contextlib.contextmanager
-def _ready(recipe: Recipe, workdir: Path, names: list[str], place: Place | None) -> Iterator[None]:
+def _ready(recipe: Recipe, workdir: Path, names: list[str], place: ProcessInfo | None) -> Iterator[None]:
     """The run's lock, and the data of all stages prepared: what is bad in a late one is found now, not after hours.
 
     Of several processes the first does that alone, and the others join it when it is done. Then all see that they have
@@ -118,7 +119,7 @@ def _ready(recipe: Recipe, workdir: Path, names: list[str], place: Place | None)
         except (Diverged, FloatingPointError):  # a number of the run, not of a host
             raise
         except Exception as error:
-            multihost.wait_for_lost_peer(error)
+            lost_host.wait_for_lost_peer(error)
             raise
         multihost.leave()
 
@@ -143,7 +144,7 @@ def _appears(file: Path) -> bool:
     return True
 
 
-def _import(recipe: Recipe, workdir: Path, place: Place | None) -> None:
+def _import(recipe: Recipe, workdir: Path, place: ProcessInfo | None) -> None:
     """What the recipe starts from, where that is a folder of Hugging Face's form."""
     if (source := source_of(recipe)) is None:
         return
@@ -170,4 +171,6 @@ def _train(recipe: Recipe, workdir: Path, name: str, finish: bool = False) -> bo
         check_lineage(workdir / name, result["parent"], recipes.stages(recipe)[name])
         say(f"{name}: already {result['status']} at step {result['steps']}, best step {result['best_step']}", "cyan")
         return True
-    return DRIVERS[name](recipe, workdir, finish) is not None
+    if name in DRIVERS:
+        return DRIVERS[name](recipe, workdir, finish) is not None
+    return extra.run(recipe, name, workdir, finish) is not None

@@ -10,7 +10,7 @@ from jaxstages.interop.hf_export import DTYPES, export
 from jaxstages.interop.hf_import import adopt, bring, describe, find_folder, source_of, tokenizer_of
 from jaxstages.interop.peft import export_adapter
 from jaxstages.runtime.files import local_path
-from jaxstages.runtime.workdir import has_begun, lock, result_file
+from jaxstages.runtime.workdir import begun_stages, lock, result_file
 
 
 def import_model(given: Recipe | None, workdir: Path, source: str | None) -> None:
@@ -22,7 +22,7 @@ def import_model(given: Recipe | None, workdir: Path, source: str | None) -> Non
     found = describe(folder)
     if given is not None and source_of(given) not in (None, source):
         raise ValueError(f'the recipe has init_from="hf:{source_of(given)}", and --from={source}; name one of them')
-    trained = [name for name in recipes.STAGES if has_begun(workdir / name)]
+    trained = [name for name in begun_stages(workdir) if name != recipes.IMPORT]
     if trained and not result_file(workdir / recipes.IMPORT).exists():
         raise ValueError(f"{workdir} has trained {trained[0]} already; import into another --workdir")
     if given is None and not (workdir / "recipe.json").is_file():

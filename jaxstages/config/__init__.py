@@ -4,6 +4,7 @@ from jaxstages.config.data import TASKS, CleanConfig, DataConfig, DuplicatesConf
 from jaxstages.config.mesh import MeshConfig, RulesConfig
 from jaxstages.config.model import AttentionConfig, ExpertsConfig, ModelConfig, RopeScalingConfig
 from jaxstages.config.optimizer import OptimConfig, ScheduleConfig
+from jaxstages.config.parts import Metric, Part
 from jaxstages.config.recipe import (
     CHECKPOINTED_STAGES,
     EARLIER,
@@ -17,9 +18,11 @@ from jaxstages.config.recipe import (
     LoraConfig,
     Recipe,
     StageConfig,
+    builtin_model,
+    stage_number,
     stages,
 )
-from jaxstages.config.serialize import check_type, differences, from_dict, lora_from, to_dict
+from jaxstages.config.serialize import check_type, differences, from_dict, lora_from, own_parts, to_dict
 
 __all__ = [
     "AnchorConfig",
@@ -51,6 +54,11 @@ __all__ = [
     "differences",
     "from_dict",
     "lora_from",
+    "Metric",
+    "Part",
+    "builtin_model",
+    "own_parts",
+    "stage_number",
     "stages",
     "to_dict",
 ]

@@ -1,5 +1,10 @@
 """Names of the built-in metrics: the task that each fits, and whether higher is better."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from jaxstages.config.parts import as_metric
+
 LOSSES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
 """Metrics of held-out rows, which every stage has."""
 
@@ -8,6 +13,7 @@ FITS = {
     "seq2seq": ("bleu", "chrf", "exact_match"),
     "classify": ("accuracy", "macro_f1"),
     "chat": ("exact_match", "bleu", "chrf"),
+    "own": ("exact_match", "bleu", "chrf"),
 }
 """Task -> the metrics of its answers."""
 
@@ -15,6 +21,16 @@ HIGHER = ("token_accuracy", "bleu", "chrf", "exact_match", "accuracy", "macro_f1
 """Metrics that are better when they are higher."""
 
 
-def higher_is_better(name: str) -> bool:
-    """Args: name: of a metric, such as "loss" or "watch/finetune/bleu"; or of a part of one, "exact_match/fact"."""
-    return any(part in HIGHER for part in name.split("/"))
+def higher_is_better(name: str, metrics: Sequence[Any] = ()) -> bool:
+    """Return whether a metric is better when it is higher.
+
+    Args:
+        name: of a metric, such as "loss" or "watch/finetune/bleu", or of a part of one, "exact_match/fact".
+        metrics: `evaluation.metrics`, which may have own ones.
+    """
+    own = {
+        as_metric(metric).name
+        for metric in metrics
+        if not isinstance(metric, str) and as_metric(metric).better == "max"
+    }
+    return any(part in HIGHER or part in own for part in name.split("/"))

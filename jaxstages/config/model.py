@@ -1,118 +1,126 @@
-"""The recipe's description of the model."""
+"""Config of the built-in decoder."""
 
 from dataclasses import dataclass, field
+
+from jaxstages.config.setting import setting
+
+LAYER_KINDS = ("global", "local", "nope")
 
 
 @dataclass(kw_only=True, slots=True)
 class RopeScalingConfig:
-    """Scaling of rope beyond the trained context: "none", "linear" (Chen et al. 2023), "llama3" (Llama 3.1),
-    "yarn" (Peng et al. 2023), "longrope" (Ding et al. 2024) or "dynamic". The frequencies of the last two depend on the
-    length of a text beyond `trained_context`, which `model.context` must not exceed."""
+    """RoPE scaling beyond the trained context: "linear" (Chen et al. 2023), "llama3" (Llama 3.1), "yarn" (Peng et al.
+    2023), "longrope" (Ding et al. 2024) or "dynamic". The frequencies of the last two depend on the length of a text
+    beyond `trained_context`, so `model.context` must not exceed it."""
 
-    kind: str = "none"
-    factor: float = 1.0
-    """Positions are so many times as close to each other."""
-    low_frequency_factor: float = 1.0
-    """llama3: what turns less often than this within `trained_context` is scaled."""
-    high_frequency_factor: float = 4.0
-    """llama3: what turns more often than this within `trained_context` stays; between the two it is blended."""
-    trained_context: int = 8192
-    """llama3, yarn, longrope, dynamic: positions that the model was trained on before it was scaled."""
-    beta_fast: float = 32.0
-    """yarn: what turns more often than this within `trained_context` stays."""
-    beta_slow: float = 1.0
-    """yarn: what turns less often than this is scaled; between the two it is blended."""
-    truncate: bool = True
-    """yarn: the two bounds of the blend are rounded to whole pairs."""
-    attention_factor: float = 0.0
-    """yarn, longrope: queries and keys are multiplied by this; 0 is the paper's value, from `factor`."""
-    short_factors: tuple[float, ...] = ()
-    """longrope: what the frequency of each pair is divided by, up to `trained_context`."""
-    long_factors: tuple[float, ...] = ()
-    """longrope: the same beyond it, which is only carried along."""
+    kind: str = setting("none", choices=("none", "linear", "llama3", "yarn", "longrope", "dynamic"))
+    factor: float = setting(1.0, above=0, only_for={"kind": ("linear", "llama3", "yarn", "longrope", "dynamic")})
+    """Context extension; linear scaling rotates position p as p / factor."""
+    low_frequency_factor: float = setting(1.0, above=0, only_for={"kind": ("llama3",)})
+    """Llama 3.1 `low_freq_factor`: frequencies that turn less often than this in `trained_context` are divided by
+    `factor`."""
+    high_frequency_factor: float = setting(4.0, above=0, only_for={"kind": ("llama3",)})
+    """Llama 3.1 `high_freq_factor`: frequencies that turn more often than this in `trained_context` stay as they are;
+    between the two factors, scaled and unscaled frequencies are interpolated."""
+    trained_context: int = setting(8192, at_least=1, only_for={"kind": ("llama3", "yarn", "longrope", "dynamic")})
+    """Context length that the model was trained with before scaling."""
+    beta_fast: float = setting(32.0, above=0, only_for={"kind": ("yarn",)})
+    """Frequencies with more turns than this in `trained_context` stay as they are."""
+    beta_slow: float = setting(1.0, above=0, only_for={"kind": ("yarn",)})
+    """Frequencies with fewer turns than this are divided by `factor`; between the two betas they are interpolated."""
+    truncate: bool = setting(True, only_for={"kind": ("yarn",)})
+    """Round the two bounds of the interpolation to whole pairs of dims."""
+    attention_factor: float = setting(0.0, at_least=0, only_for={"kind": ("yarn", "longrope")})
+    """Multiplier of queries and keys; 0 computes the paper's value from `factor`."""
+    short_factors: tuple[float, ...] = setting((), above=0, only_for={"kind": ("longrope",)})
+    """Divisor of each pair's frequency for texts up to `trained_context`."""
+    long_factors: tuple[float, ...] = setting((), above=0, only_for={"kind": ("longrope",)})
+    """Divisors for longer texts; unused here, only kept for export."""
 
 
 @dataclass(kw_only=True, slots=True)
 class AttentionConfig:
-    heads: int = 4
-    kv_heads: int = 4
-    head_dim: int = 32
-    position: str = "rope"
+    heads: int = setting(4, at_least=1, at_most=2**14)
+    kv_heads: int = setting(4, at_least=1, at_most=2**14)
+    head_dim: int = setting(32, at_least=1, at_most=2**14)
+    position: str = setting("rope", choices=("rope", "learned"))
     """ "rope" or "learned"."""
-    rope_theta: float = 10_000.0
+    rope_theta: float = setting(10_000.0, above=0)
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    rope_dims: int = 0
-    """Dims of each head that rope turns, the first ones; 0 is all of them (Phi-4-mini turns three quarters)."""
-    pattern: tuple[str, ...] = ()
-    """Kind of each layer, repeated over the layers: "global", "local" (sees `window` tokens back), or "nope" (global,
-    without rope). By default all are "local" where `window` is set, else "global"."""
-    window: int = 0
-    """Keys that a local layer sees, the query's own among them; 0 is no limit."""
-    local_rope_theta: float = 0.0
-    """Of local layers, which are then not scaled (Gemma 3); 0 is as in global ones."""
+    rope_dims: int = setting(0, at_least=0, only_for={"position": ("rope",)})
+    """Leading dims of each head to rotate (partial rotary; Phi-4-mini rotates three quarters); 0 rotates all."""
+    pattern: tuple[str, ...] = setting((), choices=LAYER_KINDS)
+    """Kind of each layer, repeated over the layers: "global", "local" (sliding window of `window` keys), or "nope"
+    (global, without RoPE). By default all layers are "local" if `window` is set, else "global"."""
+    window: int = setting(0, at_least=0)
+    """Sliding window of local layers, in keys, including the query's own; 0 means no limit."""
+    local_rope_theta: float = setting(0.0, at_least=0)
+    """RoPE theta of local layers, which then use no RoPE scaling (Gemma 3); 0 treats them like global layers."""
     qk_norm: bool = False
-    qk_norm_over: str = "head"
-    """ "head" (each by itself, as in Qwen 3) or "heads" (all together, as in OLMo 2)."""
+    """Normalize queries and keys."""
+    qk_norm_over: str = setting("head", choices=("head", "heads"), only_for={"qk_norm": (True,)})
+    """ "head" (each head by itself, as in Qwen 3) or "heads" (all heads together, as in OLMo 2)."""
     qkv_bias: bool = False
-    """Biases of query, key and value where `model.bias` gives none (Qwen 2)."""
+    """Biases of query, key and value even if `model.bias` is off (Qwen 2)."""
     out_bias: bool = False
-    """A bias of the output projection where `model.bias` gives none (Llama-likes with `attention_bias`)."""
-    scale: float = 0.0
-    """Scores are multiplied by this; 0 is `head_dim ** -0.5`."""
-    softcap: float = 0.0
-    """Scores are `softcap * tanh(score / softcap)`; 0 leaves them (Gemma 2)."""
+    """Bias of the output projection even if `model.bias` is off (Llama variants with `attention_bias`)."""
+    scale: float = setting(0.0, at_least=0)
+    """Multiplier of attention scores; 0 means `head_dim ** -0.5`."""
+    softcap: float = setting(0.0, at_least=0)
+    """Cap attention scores as `softcap * tanh(score / softcap)` (Gemma 2); 0 is off."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ExpertsConfig:
-    """In place of each feed-forward, `count` of them, of which each token takes `per_token` (Shazeer et al. 2017). No
-    token is dropped, whatever the others choose."""
+    """Mixture of experts in place of the feed-forward: each token is routed to `per_token` of `count` experts (Shazeer
+    et al. 2017). No token is dropped, however unbalanced the routing."""
 
-    count: int = 0
-    """0 is the plain feed-forward."""
-    per_token: int = 2
+    count: int = setting(0, at_least=0)
+    """0 uses a plain feed-forward."""
+    per_token: int = setting(2, at_least=1)
     normalize: bool = True
-    """The shares of the chosen ones add up to one."""
+    """Normalize the weights of a token's experts to a sum of 1."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    context: int = 128
-    """Tokens in a row, and the most that attention reaches back."""
-    layers: int = 4
-    width: int = 128
-    ff_width: int = 512
-    """Of the feed-forward, or of each expert."""
+    context: int = setting(128, at_least=1, at_most=2**20)
+    """Tokens in a row; attention reaches no further back."""
+    layers: int = setting(4, at_least=1, at_most=2**14)
+    width: int = setting(128, at_least=1, at_most=2**20)
+    ff_width: int = setting(512, at_least=1, at_most=2**20)
+    """Hidden width of the feed-forward, or of each expert."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
-    norm: str = "rmsnorm"
-    """ "rmsnorm", "rmsnorm_plus_one" (its scale is one more than the parameter, as in Gemma) or "layernorm"."""
-    norm_place: str = "before"
-    """Of attention and feed-forward: "before", "after" (OLMo 2) or "both" (Gemma 2)."""
-    norm_eps: float = 1e-6
-    activation: str = "swiglu"
-    """ "swiglu", "geglu", "gelu" (by tanh), "gelu_erf" (exact) or "relu2"."""
+    norm: str = setting("rmsnorm", choices=("rmsnorm", "rmsnorm_plus_one", "layernorm"))
+    """ "rmsnorm", "rmsnorm_plus_one" (the scale is 1 + the parameter, as in Gemma) or "layernorm"."""
+    norm_place: str = setting("before", choices=("before", "after", "both"))
+    """Normalize "before" attention and feed-forward, "after" them (OLMo 2), or "both" (Gemma 2)."""
+    norm_eps: float = setting(1e-6, above=0)
+    activation: str = setting("swiglu", choices=("swiglu", "geglu", "gelu", "gelu_erf", "relu2"))
+    """ "swiglu", "geglu", "gelu" (tanh approximation), "gelu_erf" (exact) or "relu2"."""
     tied_head: bool = True
+    """Use the token embedding as the unembedding matrix."""
     bias: bool = False
-    """Biases of all linear layers and layer norms."""
+    """Biases in all linear layers and layer norms."""
     ff_bias: bool = False
-    """Biases of the feed-forward where `bias` gives none (Llama-likes with `mlp_bias`)."""
-    dropout: float = 0.0
+    """Biases of the feed-forward even if `bias` is off (Llama variants with `mlp_bias`)."""
+    dropout: float = setting(0.0, at_least=0, below=1)
     scaled_embedding: bool = False
-    """Embeddings are multiplied by `sqrt(width)` (Gemma)."""
-    embedding_scale: float = 1.0
-    """Embeddings are multiplied by this (Granite)."""
-    residual_scale: float = 1.0
+    """Multiply embeddings by `sqrt(width)` (Gemma)."""
+    embedding_scale: float = setting(1.0, above=0)
+    """Multiplier of embeddings (Granite)."""
+    residual_scale: float = setting(1.0, above=0)
     """Multiplier of the outputs of attention and feed-forward before the residual sum (Granite)."""
-    logit_scale: float = 1.0
-    """Logits are multiplied by this (Granite)."""
-    logit_softcap: float = 0.0
-    """Logits are `softcap * tanh(logit / softcap)`; 0 leaves them (Gemma 2)."""
-    vocab_size: int = 0
-    """Rows of the embedding where the tokenizer has fewer tokens."""
+    logit_scale: float = setting(1.0, above=0)
+    """Multiplier of logits (Granite)."""
+    logit_softcap: float = setting(0.0, at_least=0)
+    """Cap logits as `softcap * tanh(logit / softcap)` (Gemma 2); 0 is off."""
+    vocab_size: int = setting(0, at_least=0, at_most=2**20)
+    """Rows of the embedding if more than the tokenizer's tokens; 0 means one row per token."""
     family: str = ""
-    """The Hugging Face model type that it was imported as and is exported as; "" is the nearest one."""
-    dtype: str = "float32"
-    """Of activations and matmuls: "float32" or "bfloat16". Parameters are float32."""
+    """Hugging Face model type that the model was imported as and is exported as; "" selects the nearest one."""
+    dtype: str = setting("float32", choices=("float32", "bfloat16"))
+    """Type of activations and matrix products: "float32" or "bfloat16". Parameters are float32."""
     unroll: bool = False
     """Unroll the scan over layers: slower to compile, sometimes faster to run."""

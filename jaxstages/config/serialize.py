@@ -7,12 +7,36 @@ import reprlib
 import typing
 from typing import Any
 
+from jaxstages.config.model import ModelConfig
+from jaxstages.config.parts import Metric, ModelSpec, Part, describe, is_part
 from jaxstages.config.recipe import LoraConfig, Recipe
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain dicts and lists, as JSON holds it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Return a config as JSON holds it: dicts, lists and scalars. An own part becomes its description (`Part`)."""
+    return json.loads(json.dumps(_to_plain(config)))
+
+
+def _to_plain(value: Any) -> Any:
+    if is_part(value):
+        part = describe(value, _to_plain)
+        return {"part": part.part, "fields": part.fields, "sha256": part.sha256}
+    if isinstance(value, Metric):
+        return {"metric": _to_plain(value.score), "better": value.better}
+    if dataclasses.is_dataclass(value):
+        return {field.name: _to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _to_plain(item) for key, item in value.items()}
+    return [_to_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _from_plain(value: Any) -> Any:
+    """Return the `Part` or `Metric` that a dict describes; None for other values."""
+    if isinstance(value, dict) and value.keys() == {"part", "fields", "sha256"}:
+        return Part(**value)
+    if isinstance(value, dict) and value.keys() == {"metric", "better"}:
+        return Metric(Part(**value["metric"]), value["better"])
+    return None
 
 
 def _item_types(kind: Any, length: int) -> tuple[Any, ...] | None:
@@ -25,6 +49,8 @@ def _item_types(kind: Any, length: int) -> tuple[Any, ...] | None:
 
 
 def _has_type(value: Any, kind: Any) -> bool:
+    if isinstance(value, Part):
+        return kind not in (int, float, str, bool)
     options = typing.get_args(kind)
     if typing.get_origin(kind) is dict:
         return isinstance(value, dict) and all(
@@ -52,6 +78,10 @@ def check_type(value: Any, kind: Any, path: str) -> None:
 
 
 def _from_dict(kind: Any, value: Any, path: str) -> Any:
+    if (part := _from_plain(value)) is not None:
+        check_type(part, kind, path)
+        return part
+    kind = ModelConfig if kind is ModelSpec else kind
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{path}={reprlib.repr(value)} must be an object with the fields of {kind.__name__}")
@@ -88,13 +118,31 @@ def lora_from(value: dict[str, Any] | None) -> LoraConfig | None:
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
-    """Fields in which two recipes, or parts of them, differ, each as `path: old -> new`."""
+    """Return the fields in which two configs differ, each as `path: old -> new`."""
+    if is_part(old) and is_part(new):
+        parts = [describe(part, _to_plain) for part in (old, new)]
+        return [] if parts[0] == parts[1] else [f"{path}: {parts[0]} -> {parts[1]}"]
     if dataclasses.is_dataclass(old) and type(old) is type(new):
         return [
             line
             for item in dataclasses.fields(old)
             for line in differences(getattr(old, item.name), getattr(new, item.name), f"{path}.{item.name}")
         ]
-    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-        return [line for name in old for line in differences(old[name], new[name], f"{path}.{name}")]
-    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for name in old | new for line in differences(old.get(name), new.get(name), f"{path}.{name}")]
+    return [] if _to_plain(old) == _to_plain(new) else [f"{path}: {old!r} -> {new!r}"]
+
+
+def own_parts(config: Any, path: str = "config") -> dict[str, Part]:
+    """Return the own parts of a recipe by the path of their field."""
+    if is_part(config):
+        return {path: describe(config, _to_plain)}
+    if dataclasses.is_dataclass(config):
+        items = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    elif isinstance(config, dict):
+        items = config
+    elif isinstance(config, tuple):
+        items = {str(index): item for index, item in enumerate(config)}
+    else:
+        return {}
+    return {key: part for name, item in items.items() for key, part in own_parts(item, f"{path}.{name}").items()}

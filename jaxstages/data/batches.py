@@ -1,6 +1,6 @@
 """Batches by step: `batch(k)` is a pure function of the recipe and k, on any number of hosts.
 
-Nothing about the position is stored: a run that resumes at step k asks for batch k. Legend: B batch, L length.
+No position is stored: a run that resumes at step k reads batch k. Legend: B batch, L length.
 """
 
 import functools
@@ -18,8 +18,12 @@ from jaxstages.types import Batch
 
 
 class Batches(NamedTuple):
-    """batch: `batch(k)`, this host's rows of batch k. digest: `digest(k)`, SHA-256 of all of its rows, the same on any
-    host. where: `where(k)`, the records, `file:line`, that its rows hold."""
+    """Functions of the step k.
+
+    batch: `batch(k)`, this host's rows of batch k.
+    digest: `digest(k)`, SHA-256 of all rows of batch k, the same on any host.
+    where: `where(k)`, the records, `file:line`, in its rows.
+    """
 
     batch: Callable[[int], Batch]
     digest: Callable[[int], str]
@@ -31,44 +35,45 @@ class _Rows:
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared, self._lock = prepared, threading.Lock()
-        self._reader = functools.cache(prepared.open)
+        self._reader = functools.cache(prepared.open_shard)
 
     def __len__(self) -> int:
         return self._prepared.index["rows"]
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        shard, place = self._prepared.find(index)
+    def __getitem__(self, row: int) -> np.ndarray:
+        shard, index = self._prepared.locate(row)
         try:
             with self._lock:
-                (reader := self._reader(shard)).seek(place)
+                reader = self._reader(shard)
+                reader.seek(index)
                 return np.frombuffer(reader.read(), np.int32).reshape(FIELDS, self._prepared.index["context"])
-        except Exception as error:  # of whatever type array_record has for a broken checksum
+        except Exception as error:  # array_record has no type of its own for a wrong checksum
             folder = self._prepared.folder
-            raise ValueError(f"{folder} is damaged at row {index}: {error}; remove it, and it is made again") from error
+            raise ValueError(f"{folder} is damaged at row {row}: {error}; remove it, and it is made again") from error
 
 
 def to_batch(rows: Sequence[np.ndarray]) -> Batch:
-    """Rows int32 [5, L] -> a Batch of numpy arrays [B, L]."""
+    """Stack rows int32 [5, L] to a Batch of numpy arrays [B, L]."""
     tokens, targets, weights, segments, positions = np.stack(rows, axis=1)
     return Batch(tokens, targets, weights.view(np.float32), segments, positions)
 
 
 class Late(NamedTuple):
-    """Other weights of the sources from a row of the stream on."""
+    """Weights of the sources from a row of the stream on."""
 
     row: int
     weights: Sequence[float]
 
 
 Position = tuple[int, int]
-"""The number of a source, and how many rows of it came before."""
+"""The number of a source, and the number of its rows that came before."""
 
 
 def interleave(weights: Sequence[float], late: Late | None = None) -> Callable[[int], Position]:
-    """`position(i)`: which source gives row i of an endless stream, and its how-manieth row that is.
+    """Interleave endless sources by weight: `position(i)` is the source of row i of the stream, and the row in it.
 
     Among the first n rows, source j has `n * weights[j] / sum(weights)`, to within as many rows as there are sources.
-    The order is Grain's. A source goes on where it was when the weights change:
+    The order is Grain's. When the weights change, each source continues where it was:
 
     | row                              | 0     1     2     3     4     5     6     7     8     |
     | weights (1, 2), all from 0 later | (0,0) (1,0) (1,1) (0,1) (1,2) (1,3) (0,2) (0,3) (0,4) |
@@ -85,19 +90,21 @@ def interleave(weights: Sequence[float], late: Late | None = None) -> Callable[[
     early: Any = mix(weights)
     if late is None:
         return early.__getitem__
+
+    # The rows of each source before the change: what the next early row of that source would be.
     after: Any = mix(late.weights)
-    taken = {number: 0 for number, share in enumerate(late.weights) if share and not weights[number]}
+    rows_before = {number: 0 for number, share in enumerate(late.weights) if share and not weights[number]}
     row = late.row
-    while any(share and number not in taken for number, share in enumerate(weights)):
+    while any(share and number not in rows_before for number, share in enumerate(weights)):
         number, n = early[row]
-        taken.setdefault(number, n)
+        rows_before.setdefault(number, n)
         row += 1
 
     def position(i: int) -> Position:
         if i < late.row:
             return early[i]
         number, n = after[i - late.row]
-        return number, taken[number] + n
+        return number, rows_before[number] + n
 
     return position
 
@@ -109,53 +116,55 @@ def batches_by_step(
     seed: int,
     weights: Sequence[float] = (),
     late: Late | None = None,
-    here: range | None = None,
+    local_rows: range | None = None,
 ) -> Batches:
-    """Batches k = 0, 1, ... of the training rows; of each, the rows `here`, by default all.
+    """Batches k = 0, 1, ... of the training rows.
 
-    Each source is shuffled by seed, anew in each pass; sources are mixed by weight (default: by their rows). Row i of
-    batch k is row k * batch_size + i of that endless stream.
+    Each source is shuffled by seed, anew in each pass, and sources are mixed by weight. Row i of batch k is row
+    k * batch_size + i of that endless stream.
 
     Args:
+        weights: weights of the sources; by default their numbers of rows.
         late: other weights from a row of the stream on.
+        local_rows: rows of each batch that this host reads; by default all.
     """
     rows = [_Rows(source) for source in sources]
-    # Any: to Grain an element may also be None, what a filter left out; nothing filters here.
+    # Any, because an element of a Grain data set may also be None, where a filter dropped it. Nothing is filtered.
     order: list[Any] = [
         grain.MapDataset.range(len(source)).shuffle(seed=seed + number).repeat() for number, source in enumerate(rows)
     ]
     position = interleave(weights or [source.index["rows"] for source in sources], late)
-    mine = here or range(batch_size)
+    local = local_rows or range(batch_size)
 
-    def places_of(k: int) -> list[Position]:
+    def rows_of_batch(k: int) -> list[Position]:
         positions = [position(k * batch_size + i) for i in range(batch_size)]
         return [(number, int(order[number][n])) for number, n in positions]
 
     def batch(k: int) -> Batch:
-        return to_batch([rows[number][i] for number, i in places_of(k)[mine.start : mine.stop]])
+        return to_batch([rows[number][i] for number, i in rows_of_batch(k)[local.start : local.stop]])
 
     def digest(k: int) -> str:
-        return hashlib.sha256(b"".join(rows[number][i].tobytes() for number, i in places_of(k))).hexdigest()
+        return hashlib.sha256(b"".join(rows[number][i].tobytes() for number, i in rows_of_batch(k))).hexdigest()
 
     def where(k: int) -> list[str]:
-        return [record for number, i in places_of(k) for record in sources[number].where(i)]
+        return [record for number, i in rows_of_batch(k) for record in sources[number].where(i)]
 
     return Batches(batch, digest, where)
 
 
 def batches_once(
-    source: Prepared, rows: Sequence[int] | None = None, *, batch_size: int, here: range | None = None
+    source: Prepared, rows: Sequence[int] | None = None, *, batch_size: int, local_rows: range | None = None
 ) -> Iterator[Batch]:
-    """Held-out rows once, in order; the last batch is filled with empty rows, whose weights are 0, so that every shape
-    is the same and no row counts twice.
+    """Read held-out rows once, in order. The last batch is filled with empty rows, whose weights are 0, so that all
+    batches have one shape and no row counts twice.
 
     Args:
-        rows: which of them; by default all.
-        here: the rows of each batch that this host makes, by default all.
+        rows: which rows to read; by default all.
+        local_rows: rows of each batch that this host reads; by default all.
     """
-    reader, mine = _Rows(source), here or range(batch_size)
-    chosen = range(len(reader)) if rows is None else rows
+    reader, local = _Rows(source), local_rows or range(batch_size)
+    selected = range(len(reader)) if rows is None else rows
     empty = np.zeros((FIELDS, source.index["context"]), np.int32)
-    for start in range(0, len(chosen), batch_size):
-        batch = chosen[start : start + batch_size]
-        yield to_batch([reader[batch[i]] if i < len(batch) else empty for i in mine])
+    for start in range(0, len(selected), batch_size):
+        batch = selected[start : start + batch_size]
+        yield to_batch([reader[batch[i]] if i < len(batch) else empty for i in local])

@@ -1,8 +1,8 @@
-"""Chats -> token ids, and which of them are trained on: by our template, or by the one of a tokenizer from elsewhere.
+"""Chats -> token ids, and which of them are trained on: the assistant's words and the token that ends its turn.
 
-Ours is `<|role|> content <|end|>`: control tokens are ids between encoded texts, so nothing that a user writes can
-become one. A template of the field writes text: see `data/answers.py`, where the same is seen to. Trained on are the
-assistant's words and the token that ends its turn, so that it learns to stop.
+A chat is written by the built-in template or by a tokenizer's own Jinja template. The built-in one is
+`<|role|> content <|end|>`: control tokens are ids between encoded texts, so nothing that a user writes can become one.
+A Jinja template writes text; `control_tokens.py` gives the same guarantee there.
 """
 
 import hashlib
@@ -12,20 +12,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxstages.data.chat_spans import Span, make_writer
+from jaxstages.data.chat_spans import Span, make_template_writer
+from jaxstages.data.control_tokens import alias_control_tokens
 from jaxstages.data.conversation import INSTRUCTING, Messages, Tools
-from jaxstages.data.tokenizer import Specials, Tokenizer, seal
+from jaxstages.data.tokenizer import Specials, Tokenizer
 
 TEMPLATE = "<|endoftext|>(<|role|>content<|end|>)*"
-"""Name of our template in a checkpoint's metadata; a stage refuses a parent with another."""
+"""Name of the built-in template in a checkpoint's metadata; a stage refuses a parent with another."""
 
 
 class Draft(NamedTuple):
     """A conversation before it is tokenized.
 
-    texts: of each message, or of each example.
-    answers: their letters in each example.
-    prompt: what asks for the last answer, with the answers in it, where that is not what stands before it.
+    texts: one for each message (built-in template), or for each example (Jinja template).
+    answers: spans of the answers in each example, in characters.
+    prompt: the prompt of the last answer with the answers in it; None if it is a prefix of the last example.
     """
 
     messages: Messages
@@ -34,47 +35,55 @@ class Draft(NamedTuple):
     prompt: tuple[str, list[Span]] | None = None
 
 
-class Written(NamedTuple):
-    """ids int32 [n]. answers: the places, first and last + 1, that are trained on; it may be cut after each of them."""
+class ChatExample(NamedTuple):
+    """ids int32 [n], and the spans of the answers in them, which are trained on. It may be cut after each answer."""
 
     ids: np.ndarray
     answers: list[Span]
 
     @property
     def weights(self) -> np.ndarray:
-        """float32 [n]."""
+        """float32 [n]: 1 in answers, else 0."""
         weights = np.zeros(len(self.ids), np.float32)
-        for start, end in self.answers:
-            weights[start:end] = 1
+        for start, stop in self.answers:
+            weights[start:stop] = 1
         return weights
 
 
-class Chatted(NamedTuple):
-    """A conversation as token ids. prompt: what is asked for its last answer, to the id as `Chat.prompt` gives it.
-    reference: that answer, as decoding its ids gives it."""
+class EncodedChat(NamedTuple):
+    """A conversation as token ids.
 
-    examples: list[Written]
+    prompt: ids of the prompt of the last answer, exactly as `Chat.prompt` returns them.
+    reference: the last answer, decoded from its ids.
+    """
+
+    examples: list[ChatExample]
     prompt: list[int]
     reference: str
 
 
 class Chat(NamedTuple):
-    """name: of the template, in a checkpoint's metadata. draft: raises ValueError for a conversation that the template
-    can't write. finish: each draft as ids, tokenized together over all cores. prompt: ids up to where the assistant
-    has to answer. render: the text of a conversation, or of a prompt, for people."""
+    """A chat template with its tokenizer.
+
+    name: name of the template in a checkpoint's metadata.
+    draft: renders a conversation; raises ValueError for one that the template can't write.
+    finish: tokenizes drafts together, on all cores.
+    prompt: ids up to where the assistant has to answer.
+    render: text of a conversation, or of a prompt, for people.
+    """
 
     name: str
     draft: Callable[[Messages, Tools], Draft]
-    finish: Callable[[Sequence[Draft]], list[Chatted]]
+    finish: Callable[[Sequence[Draft]], list[EncodedChat]]
     prompt: Callable[[Messages, Tools], list[int]]
     render: Callable[[Messages, Tools, bool], str]
 
-    def encode(self, messages: Messages, tools: Tools = None) -> list[Written]:
+    def encode(self, messages: Messages, tools: Tools = None) -> list[ChatExample]:
         return self.finish([self.draft(messages, tools)])[0].examples
 
 
 def make_chat(tokenizer: Tokenizer) -> Chat:
-    return _foreign(tokenizer) if tokenizer.template else _ours(tokenizer)
+    return _jinja_template(tokenizer) if tokenizer.template else _builtin_template(tokenizer)
 
 
 def chat_name(tokenizer: Tokenizer) -> str:
@@ -82,18 +91,18 @@ def chat_name(tokenizer: Tokenizer) -> str:
     return f"jinja:{digest}" if tokenizer.template else TEMPLATE
 
 
-def only_trained(written: Sequence[Written], trained: Sequence[bool]) -> list[Written]:
-    """The examples of a conversation with the answers that are trained on; without those that have none.
+def keep_trained_answers(examples: Sequence[ChatExample], trained: Sequence[bool]) -> list[ChatExample]:
+    """Drop the answers that are not trained on, and the examples that are left without any.
 
     Args:
-        trained: for each answer of all examples, in order.
+        trained: whether to train on each answer of all examples, in order.
     """
     flags = iter(trained)
-    chosen = [one._replace(answers=[span for span in one.answers if next(flags)]) for one in written]
-    return [one for one in chosen if one.answers]
+    filtered = [example._replace(answers=[span for span in example.answers if next(flags)]) for example in examples]
+    return [example for example in filtered if example.answers]
 
 
-def _ours(tokenizer: Tokenizer) -> Chat:
+def _builtin_template(tokenizer: Tokenizer) -> Chat:
     special = tokenizer.specials
 
     def draft(messages: Messages, tools: Tools) -> Draft:
@@ -104,13 +113,10 @@ def _ours(tokenizer: Tokenizer) -> Chat:
             )
         return Draft(messages, [message["content"] for message in messages], [])
 
-    def finish(drafts: Sequence[Draft]) -> list[Chatted]:
+    def finish(drafts: Sequence[Draft]) -> list[EncodedChat]:
         ids = iter(tokenizer.encode_batch([text for draft in drafts for text in draft.texts]))
-        return [chatted(draft.messages, [next(ids) for _ in draft.texts]) for draft in drafts]
-
-    def chatted(messages: Messages, contents: list[np.ndarray]) -> Chatted:
-        written = write_turns(messages, contents, special)
-        return _chatted([written], None, tokenizer)
+        examples = [write_turns(draft.messages, [next(ids) for _ in draft.texts], special) for draft in drafts]
+        return [_encoded_chat([example], None, tokenizer) for example in examples]
 
     def prompt(messages: Messages, tools: Tools) -> list[int]:
         contents = tokenizer.encode_batch([message["content"] for message in messages])
@@ -123,8 +129,8 @@ def _ours(tokenizer: Tokenizer) -> Chat:
     return Chat(TEMPLATE, draft, finish, prompt, render)
 
 
-def write_turns(messages: Messages, contents: list[np.ndarray], special: Specials) -> Written:
-    """A conversation by our template.
+def write_turns(messages: Messages, contents: list[np.ndarray], special: Specials) -> ChatExample:
+    """Write a conversation by the built-in template.
 
     Args:
         contents: token ids of each message's content.
@@ -140,63 +146,71 @@ def write_turns(messages: Messages, contents: list[np.ndarray], special: Special
         start, length = length + 1, length + len(content) + 2
         if message["role"] == "assistant":
             answers.append((start, length))
-    return Written(np.concatenate(parts).astype(np.int32), answers)
+    return ChatExample(np.concatenate(parts).astype(np.int32), answers)
 
 
-def _chatted(examples: list[Written], prompt: list[int] | None, tokenizer: Tokenizer) -> Chatted:
+def _encoded_chat(examples: list[ChatExample], prompt: list[int] | None, tokenizer: Tokenizer) -> EncodedChat:
     """
     Args:
-        prompt: of the last answer, where it is not what stands before it.
+        prompt: ids of the prompt of the last answer; None if it is a prefix of the last example.
     """
     ids, (start, stop) = examples[-1].ids.tolist(), examples[-1].answers[-1]
-    said = itertools.takewhile(lambda token: token not in tokenizer.stops, ids[start:stop])
-    return Chatted(examples, ids[:start] if prompt is None else prompt, tokenizer.decode([*said]))
+    answer = itertools.takewhile(lambda token: token not in tokenizer.stops, ids[start:stop])
+    return EncodedChat(examples, ids[:start] if prompt is None else prompt, tokenizer.decode([*answer]))
 
 
-def _foreign(tokenizer: Tokenizer) -> Chat:
-    sealed = seal(tokenizer)
-    writer = make_writer(tokenizer, sealed)
+def _jinja_template(tokenizer: Tokenizer) -> Chat:
+    aliased = alias_control_tokens(tokenizer)
+    writer = make_template_writer(tokenizer, aliased)
 
     def draft(messages: Messages, tools: Tools) -> Draft:
         return Draft(messages, *writer.examples(messages, tools))
 
-    def finish(drafts: Sequence[Draft]) -> list[Chatted]:
+    def finish(drafts: Sequence[Draft]) -> list[EncodedChat]:
         texts = [text for draft in drafts for text in draft.texts]
         spans = [answers for draft in drafts for answers in draft.answers]
         prompts = [draft.prompt for draft in drafts if draft.prompt is not None]
-        written = tokenized(texts + [text for text, _ in prompts], spans + [answers for _, answers in prompts])
-        examples = [[next(written) for _ in draft.texts] for draft in drafts]
-        asked = [None if draft.prompt is None else next(written).ids.tolist() for draft in drafts]
-        return [_chatted(*pair, tokenizer) for pair in zip(examples, asked, strict=True)]
+        tokenized = tokenize(texts + [text for text, _ in prompts], spans + [answers for _, answers in prompts])
 
-    def tokenized(texts: list[str], answers: list[list[Span]]) -> Iterator[Written]:
-        """The ids of a prompt are what it has alone: no token may have letters of it and of its answer, nor may the
-        answer change how it is split ("\n\n" is one token of GPT-2's, but not before a word)."""
-        cuts = [[start for start, _ in spans if sealed.seamless] for spans in answers]
-        tables = sealed.encode_batch([_cut(*pair, sealed.cut) for pair in zip(texts, cuts, strict=True)])
-        for text, spans, found, table in zip(texts, answers, cuts, tables, strict=True):
-            if not found and (found := [start for start, _ in spans if _straddled(table, start)]):
-                [table] = sealed.encode_batch([_cut(text, found, sealed.cut)])
-            yield written_of(table, spans, found)
+        examples = [[next(tokenized) for _ in draft.texts] for draft in drafts]
+        prompt_ids = [None if draft.prompt is None else next(tokenized).ids.tolist() for draft in drafts]
+        return [_encoded_chat(*pair, tokenizer) for pair in zip(examples, prompt_ids, strict=True)]
 
-    def written_of(table: np.ndarray, answers: list[Span], cuts: list[int]) -> Written:
-        def place(letter: int) -> int:
-            moved = letter + len(sealed.cut) * sum(cut <= letter for cut in cuts)
+    def tokenize(texts: list[str], answers: list[list[Span]]) -> Iterator[ChatExample]:
+        """Tokenize texts so that the ids of each prompt are those that it has alone.
+
+        No token may cross from a prompt into its answer, nor may the answer change how the prompt is split ("\\n\\n" is
+        one token of GPT-2's, but not before a word). So texts are cut where answers begin, unless the cut itself would
+        change what follows (SentencePiece): there only where a token does cross.
+        """
+        cuts = [[start for start, _ in spans if aliased.seamless] for spans in answers]
+        tables = aliased.encode_batch([_cut(*pair, aliased.cut) for pair in zip(texts, cuts, strict=True)])
+        for text, spans, starts, table in zip(texts, answers, cuts, tables, strict=True):
+            if not starts:
+                starts = [start for start, _ in spans if _is_crossed(table, start)]
+                if starts:
+                    [table] = aliased.encode_batch([_cut(text, starts, aliased.cut)])
+            yield example_of(table, spans, starts)
+
+    def example_of(table: np.ndarray, answers: list[Span], cuts: list[int]) -> ChatExample:
+        def token_index(character: int) -> int:
+            moved = character + len(aliased.cut) * sum(cut <= character for cut in cuts)
             return int(np.searchsorted(table[1], moved))
 
-        return Written(table[0], [(place(start), place(stop)) for start, stop in answers])
+        return ChatExample(table[0], [(token_index(start), token_index(stop)) for start, stop in answers])
 
     def prompt(messages: Messages, tools: Tools) -> list[int]:
         text, answers = writer.prompt(messages, tools)
-        return next(tokenized([text], [answers])).ids.tolist()
+        return next(tokenize([text], [answers])).ids.tolist()
 
     return Chat(chat_name(tokenizer), draft, finish, prompt, writer.render)
 
 
-def _straddled(table: np.ndarray, letter: int) -> bool:
-    before = np.searchsorted(table[1], letter)
-    return bool(before and table[2, before - 1] > letter)
+def _is_crossed(table: np.ndarray, character: int) -> bool:
+    """Return whether a token stands for characters on both sides of the beginning of `character`."""
+    before = np.searchsorted(table[1], character)
+    return bool(before and table[2, before - 1] > character)
 
 
 def _cut(text: str, cuts: list[int], cut: str) -> str:
-    return cut.join(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True))
+    return cut.join(text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True))

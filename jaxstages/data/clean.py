@@ -1,4 +1,4 @@
-"""Records -> cleaned records, or the reason why one is removed; and the text that near-duplicates are found by.
+"""Records -> cleaned records, or the reason for removing one; and the text by which near-duplicates are found.
 
 | config.data.clean                | text in       | text out    |
 | -------------------------------- | ------------- | ----------- |
@@ -16,38 +16,38 @@ from jaxstages.config.data import CleanConfig, DuplicatesConfig
 from jaxstages.data.sources import Item, Record
 from jaxstages.data.tasks import texts
 
-MOST_BYTES = 2**25
-"""A record that takes more is malformed."""
+MAX_RECORD_BYTES = 2**25
+"""Memory of the largest record (`memory_bytes`); a larger one is malformed."""
 
-REMOVED = {"too_short": "too short", "too_long": "too long", "near_duplicate": "near-duplicates"}
-"""Reasons, as an index counts them, and as they are said."""
+REMOVAL_REASONS = {"too_short": "too short", "too_long": "too long", "near_duplicate": "near-duplicates"}
+"""Name of a reason in the index -> its wording in messages."""
 
 _FORMS: dict[str, Literal["NFC", "NFKC"]] = {"nfc": "NFC", "nfkc": "NFKC"}
 _CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 
 
-def cleans(config: DataConfig) -> bool:
-    """Whether any of it is on."""
+def is_cleaned(config: DataConfig) -> bool:
+    """Return whether records are cleaned, or near-duplicates removed, at all."""
     return (config.clean, config.duplicates) != (CleanConfig(), DuplicatesConfig())
 
 
-def key_of(config: DataConfig) -> list[str]:
-    """What the rows depend on here, for the fingerprint. Unicode's tables, which come with Python, are of it."""
-    return [repr(config.clean), repr(config.duplicates), unicodedata.unidata_version] if cleans(config) else []
+def fingerprint_parts(config: DataConfig) -> list[str]:
+    """List what the rows depend on, for their fingerprint. Unicode's tables, which come with Python, belong to it."""
+    return [repr(config.clean), repr(config.duplicates), unicodedata.unidata_version] if is_cleaned(config) else []
 
 
-def size_of(record: Record | None) -> int:
-    """About how much memory a record takes: UTF-8 bytes of all its text, and 64 for each value, however deep."""
-    total, waiting = 0, [record] if record else []
-    while waiting:
-        value: Any = waiting.pop()
+def memory_bytes(record: Record | None) -> int:
+    """Estimate a record's memory: UTF-8 bytes of all its text, and 64 bytes for each value at any depth."""
+    total, queue = 0, [record] if record else []
+    while queue:
+        value: Any = queue.pop()
         total += 64
         if isinstance(value, str):
             total += len(value.encode("utf-8", "surrogatepass"))
         elif isinstance(value, dict):
-            waiting += [*value, *value.values()]
+            queue += [*value, *value.values()]
         elif isinstance(value, list):
-            waiting += value
+            queue += value
     return total
 
 
@@ -66,21 +66,23 @@ def _clean_value(value: Any, config: CleanConfig) -> Any:
 
 
 def clean_item(item: Item, config: DataConfig) -> Item:
-    """The item with all text in its record cleaned, and with `removed` set where it is too short or too long."""
+    """Clean all text of a record, and set `removed` where it is too short or too long."""
     clean, record = config.clean, item.record
     if record is None or clean == CleanConfig():
         return item
+
     if clean.control_characters != "keep" or clean.unicode != "none":
         try:
             record = _clean_value(record, clean)
             item = item._replace(record=record)
         except RecursionError:
             return Item(item.where, None, "nested too deeply to be cleaned")
+
     if clean.min_characters or clean.max_characters:
         try:
             length = sum(map(len, texts(record, config)))
         except ValueError:
-            return item  # counted and named when it is tokenized
+            return item  # tokenization counts and reports it
         if length < clean.min_characters:
             return item._replace(removed="too_short")
         if clean.max_characters and length > clean.max_characters:
@@ -88,9 +90,9 @@ def clean_item(item: Item, config: DataConfig) -> Item:
     return item
 
 
-def compared(item: Item, config: DataConfig) -> str | None:
-    """The text by which a cleaned item is compared with others; None if it is not: removed already, or malformed."""
-    if item.record is None or item.removed or size_of(item.record) > MOST_BYTES:
+def dedup_text(item: Item, config: DataConfig) -> str | None:
+    """Return the text by which a cleaned item is compared with others; None if it is removed already, or malformed."""
+    if item.record is None or item.removed or memory_bytes(item.record) > MAX_RECORD_BYTES:
         return None
     try:
         return "\n".join(texts(item.record, config))

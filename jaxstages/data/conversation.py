@@ -1,14 +1,14 @@
-"""Records of chats -> conversations: every common shape becomes messages as OpenAI's API has them.
+"""Chat records -> conversations: every common format becomes a list of messages as in OpenAI's API.
 
 | record                                                      | read as                                                |
 | ----------------------------------------------------------- | ------------------------------------------------------ |
-| {"messages": [{"role", "content"}, ...]}                    | as it stands                                           |
+| {"messages": [{"role", "content"}, ...]}                    | unchanged                                              |
 | {"conversations": [{"from", "value"}, ...], "system": text} | ShareGPT; `role`/`content` under this name too         |
 | {"prompt": [messages], "completion": [messages]}            | TRL; only the completion is trained on                 |
-| content: [{"type": "text", "text"}, ...]                    | the texts, joined                                      |
+| content: [{"type": "text", "text"}, ...]                    | the concatenated texts                                 |
 | content: null, tool_calls: null or []                       | no such key, as transformers reads it                  |
 | function_call, or "from": "function_call"                   | tool_calls; `arguments` in JSON are decoded            |
-| reasoning_content, thinking, reasoning                      | one thing: templates find it under each of these names |
+| reasoning_content, thinking, reasoning                      | synonyms: templates get it under each of these names   |
 """
 
 import json
@@ -32,16 +32,27 @@ INSTRUCTING = ("system", "developer")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of an assistant's reasoning; transformers prefers them in this order."""
 
-READ = ("role", "content", "from", "value", "weight", "train", "name", "tool_calls", "tool_call_id", "function_call")
-"""Keys of a message that mean something here."""
+READ_KEYS = (
+    "role",
+    "content",
+    "from",
+    "value",
+    "weight",
+    "train",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+)
+"""Keys of a message that this module reads."""
 
 
 class Conversation(NamedTuple):
     """A chat record.
 
-    messages: up to the last answer that is trained on.
-    trained: for each assistant message, whether it is trained on.
-    keys: of the record's messages, other than `READ`.
+    messages: all messages up to the last answer that is trained on.
+    trained: whether each assistant message is trained on.
+    keys: keys of the record's messages other than `READ_KEYS`.
     """
 
     messages: Messages
@@ -51,48 +62,51 @@ class Conversation(NamedTuple):
 
 
 def read_conversation(record: Record, answers: str = "all") -> Conversation:
-    """The conversation that a record holds.
+    """Read the conversation of a record.
 
     Args:
-        answers: "all" trains on each assistant message that does not say otherwise, "last" on the last one of them.
+        answers: "all" trains on each assistant message that does not opt out, "last" on the last one of them.
 
     Raises:
-        ValueError: what is wrong: no messages, an unknown role, a message without text, no answer to train on.
+        ValueError: the record has no messages, an unknown role, a message without text, or no answer to train on.
     """
-    turns, prompts = _turns(record)
-    keys = frozenset(key for turn in turns for key in turn if key not in READ)
+    turns, prompt_turns = _turns(record)
+    keys = frozenset(key for turn in turns for key in turn if key not in READ_KEYS)
     messages, flags = [], []
     for number, (turn, message) in enumerate(zip(turns, _messages(turns), strict=True), start=1):
         if message.get("role") in INSTRUCTING and message.get("content") is None:
-            continue  # a null in its place
+            continue  # a system prompt that is null
         _check(message, number)
         messages.append(message)
-        flags.append(message["role"] == "assistant" and number > prompts and is_trained_on(turn))
+        flags.append(message["role"] == "assistant" and number > prompt_turns and is_trained_on(turn))
+
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise ValueError(f'"system" is no text: {reprlib.repr(system)}')
     if system and system.strip():
-        others = [message["content"] for message in messages if message["role"] in INSTRUCTING]
-        if any(other != system for other in others):
+        instructions = [message["content"] for message in messages if message["role"] in INSTRUCTING]
+        if any(instruction != system for instruction in instructions):
             raise ValueError('it has "system" and a system message; keep one of them')
-        if not others:
+        if not instructions:
             messages, flags = [{"role": "system", "content": system}, *messages], [False, *flags]
+
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("there is no assistant message to learn from")
     if not any(flags):
         raise ValueError('no assistant message is trained on: each has "weight": 0; leave the record out')
-    last = max(place for place, flag in enumerate(flags) if flag)
+
+    last = max(index for index, flag in enumerate(flags) if flag)
     if answers == "last":
-        flags = [place == last for place in range(len(flags))]
-    trained = [flags[place] for place in range(last + 1) if messages[place]["role"] == "assistant"]
+        flags = [index == last for index in range(len(flags))]
+    trained = [flags[index] for index in range(last + 1) if messages[index]["role"] == "assistant"]
     return Conversation(messages[: last + 1], _tools(record), trained, keys)
 
 
 def is_trained_on(message: dict[str, Any]) -> bool:
-    """Is an assistant's message trained on? Not where it says `"weight": 0` (OpenAI's format) or `"train": false`.
+    """Return whether to train on an assistant's message; not with `"weight": 0` (OpenAI's format) or `"train": false`.
 
     Raises:
-        ValueError: another weight than 0 and 1, or both keys.
+        ValueError: the weight is neither 0 nor 1, or the message has both keys.
     """
     flags = [message[key] for key in ("weight", "train") if message.get(key) is not None]
     if len(flags) > 1:
@@ -103,55 +117,56 @@ def is_trained_on(message: dict[str, Any]) -> bool:
 
 
 def unread_keys(conversation: Conversation, template: str) -> list[str]:
-    """Keys of messages that neither this project nor the tokenizer's chat template reads."""
+    """List keys of messages that neither jaxstages nor the tokenizer's chat template reads."""
     readable = frozenset(REASONING) if any(name in template for name in REASONING[:2]) else frozenset()
     return sorted(key for key in conversation.keys - readable if key not in template)
 
 
 def _turns(record: Record) -> tuple[list[dict[str, Any]], int]:
-    """The turns of a record, and how many of the first ones are its prompt."""
+    """Return the turns of a record, and how many of the first ones are its prompt."""
     names = [name for name in ("messages", "conversations", "conversation") if record.get(name) is not None]
     if names:
-        turns, prompts = record[names[0]], 0
+        turns, prompt_turns = record[names[0]], 0
     else:
         prompt, completion = record.get("prompt"), record.get("completion")
-        turns, prompts = [], 0
+        turns, prompt_turns = [], 0
         if isinstance(prompt, list) and isinstance(completion, list):
-            turns, prompts = [*prompt, *completion], len(prompt)
+            turns, prompt_turns = [*prompt, *completion], len(prompt)
     if not isinstance(turns, list) or not turns:
         raise ValueError('no "messages", a list of {"role", "content"}')
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise ValueError(f'message {number} is no {{"role", "content"}}: {reprlib.repr(turn)}')
-    return turns, prompts
+    return turns, prompt_turns
 
 
 def _messages(turns: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each turn as a message. Calls that come without ids, as ShareGPT's do, get them, and results those of their
-    calls in order."""
-    waiting: list[str] = []
+    """Yield each turn as a message. Calls without ids, such as ShareGPT's, get ids, and tool results get the ids of
+    their calls in order."""
+    open_calls: list[str] = []
     for number, turn in enumerate(turns, start=1):
         message = {key: value for key, value in turn.items() if value is not None and key not in ("weight", "train")}
-        named = message.pop("role", None), message.pop("from", None)
-        role = named[0] if named[0] is not None else named[1]
+        openai_role, sharegpt_role = message.pop("role", None), message.pop("from", None)
+        role = openai_role if openai_role is not None else sharegpt_role
         value = message.pop("value", None)
         content = message.pop("content", value)
         message = {"role": ALIASES.get(role, role) if isinstance(role, str) else role} | message
         if role == "function_call":
             message["tool_calls"], content = _decoded(content, f"the call in message {number}"), None
+
         legacy = message.pop("function_call", None)
         if legacy is not None:
             message.setdefault("tool_calls", [legacy])
         if "tool_calls" in message:
             calls = _calls(message.pop("tool_calls"), number)
             if calls:
-                bare = role == "function_call" or legacy is not None
-                if bare:
-                    calls = [{"id": f"call{number:03}{place:02}"} | call for place, call in enumerate(calls)]
-                    waiting = [call["id"] for call in calls]
+                if role == "function_call" or legacy is not None:
+                    calls = [{"id": f"call{number:03}{index:02}"} | call for index, call in enumerate(calls)]
+                    open_calls = [call["id"] for call in calls]
                 message["tool_calls"] = calls
-        if message["role"] == "tool" and "tool_call_id" not in message and waiting:
-            message["tool_call_id"] = waiting.pop(0)
+        if message["role"] == "tool" and "tool_call_id" not in message and open_calls:
+            message["tool_call_id"] = open_calls.pop(0)
+
         text = _text(content, number)
         if text is not None or message["role"] == "tool":
             message["content"] = text or ""
@@ -168,10 +183,10 @@ def _check(message: dict[str, Any], number: int) -> None:
         known = ", ".join([*ROLES, *ALIASES])
         raise ValueError(f"message {number} has role {reprlib.repr(role)}; known: {known}")
     content = message.get("content")
-    says = bool(message.get("tool_calls")) and role == "assistant"
-    if content is None and not says:
+    has_calls = bool(message.get("tool_calls")) and role == "assistant"
+    if content is None and not has_calls:
         raise ValueError(f'message {number} ({role}) has no "content"')
-    if role in ("user", "assistant") and not says and content is not None and not content.strip():
+    if role in ("user", "assistant") and not has_calls and content is not None and not content.strip():
         raise ValueError(f"message {number} ({role}) is empty")
 
 
@@ -191,7 +206,7 @@ def _text(content: Any, number: int) -> str | None:
 
 
 def _decoded(value: Any, what: str) -> Any:
-    """Decode JSON text; None for blank text, and anything else as it is."""
+    """Decode JSON text. Returns None for blank text, and other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -201,7 +216,7 @@ def _decoded(value: Any, what: str) -> Any:
 
 
 def _calls(value: Any, number: int) -> list[dict[str, Any]]:
-    """Calls with their arguments as objects, whether they were written as such or as JSON."""
+    """Return tool calls with their arguments as objects, whether they were written as such or as JSON."""
     calls, what = [], f"the call in message {number}"
     for call in [value] if isinstance(value, dict) else _decoded(value, what) or []:
         wrapped = isinstance(call, dict) and "function" in call
@@ -215,10 +230,10 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
 
 
 def _tools(record: Record) -> Tools:
-    """The tools that a record offers: a list of functions, or its JSON.
+    """Read the tools of a record: a list of functions, or its JSON.
 
     Raises:
-        ValueError: something else.
+        ValueError: "tools" is something else.
     """
     tools = _decoded(record.get("tools"), '"tools"')
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

@@ -1,7 +1,7 @@
-"""The data sets that a stage trains on: its own, further ones, and those of earlier stages that it replays.
+"""The mixture of data sets that a stage trains on: its own, further ones, and those of replayed earlier stages.
 
 Shares are shares of *rows*. Rows of different tasks score different shares of their tokens (text all of them, chats
-about half), so the share of the loss is another: both are reported.
+about half), so shares of the loss differ: both are reported.
 """
 
 import math
@@ -17,8 +17,8 @@ class Dataset(NamedTuple):
 
     name: the stage's own name, an earlier stage's, or the key in `StageConfig.mixture`.
     train: the prepared rows of its sources.
-    weights: of the sources, in any unit: the data set's rows are in proportion to them.
-    share, late_share: of the stage's rows, before and after the change of shares.
+    weights: relative weights of the sources among the data set's rows.
+    share, late_share: share of the stage's rows before and after the change of shares.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Dataset(NamedTuple):
         return [weight / sum(self.weights) for weight in self.weights]
 
     def mean(self, count: str) -> float:
-        """Mean of a count of the index ("tokens", "scored") over the rows as they are drawn."""
+        """Return the mean of a count of the index ("tokens", "scored") over rows as they are drawn."""
         means = [source.index[count] / source.index["rows"] for source in self.train]
         return sum(fraction * mean for fraction, mean in zip(self.fractions, means, strict=True))
 
@@ -51,8 +51,12 @@ class Mixed(NamedTuple):
 
 
 class Use(NamedTuple):
-    """What a stage takes of a data set. rows, scored: shares of all rows, and of all tokens that are trained on.
-    passes: over the data set."""
+    """How much a stage uses a data set.
+
+    rows: share of the stage's rows.
+    scored: share of the tokens that are trained on.
+    passes: passes over the data set.
+    """
 
     name: str
     rows: float
@@ -60,35 +64,44 @@ class Use(NamedTuple):
     passes: float
 
 
-def mix(datasets: Sequence[Dataset], change: int) -> Mixed:
-    """Args: change: the row of the stage from which the late shares hold."""
+def mix(datasets: Sequence[Dataset], late_row: int) -> Mixed:
+    """Combine data sets.
+
+    Args:
+        late_row: row of the stage from which the late shares apply.
+    """
     sources = [source for dataset in datasets for source in dataset.train]
-    if len(datasets) == 1:  # unscaled: the order of the rows stays that of runs from before there were several
+    if len(datasets) == 1:  # unscaled weights keep the row order of runs from before there were mixtures
         return Mixed(sources, list(datasets[0].weights), None)
+
     early = [dataset.share * fraction for dataset in datasets for fraction in dataset.fractions]
     late = [dataset.late_share * fraction for dataset in datasets for fraction in dataset.fractions]
-    return Mixed(sources, early, Late(change, late) if late != early else None)
+    return Mixed(sources, early, Late(late_row, late) if late != early else None)
 
 
 def row_shares(datasets: Sequence[Dataset], late_from: float) -> list[float]:
-    """Share of each data set in the rows of the whole stage."""
+    """Return the share of each data set in the rows of the whole stage.
+
+    Args:
+        late_from: share of the stage's steps before the late shares apply.
+    """
     return [dataset.share * late_from + dataset.late_share * (1 - late_from) for dataset in datasets]
 
 
 def uses(datasets: Sequence[Dataset], rows: int, late_from: float) -> list[Use]:
-    """What a stage of so many rows takes of each data set."""
+    """Return how much a stage of `rows` rows uses each data set."""
     shares = row_shares(datasets, late_from)
     scored = [share * dataset.mean("scored") for share, dataset in zip(shares, datasets, strict=True)]
     return [
-        Use(dataset.name, share, part / sum(scored), share * rows / dataset.rows)
-        for dataset, share, part in zip(datasets, shares, scored, strict=True)
+        Use(dataset.name, share, scored_tokens / sum(scored), share * rows / dataset.rows)
+        for dataset, share, scored_tokens in zip(datasets, shares, scored, strict=True)
     ]
 
 
 def steps_for(
     datasets: Sequence[Dataset], batch_size: int, late_from: float, *, epochs: float = 0.0, tokens: int = 0
 ) -> int:
-    """Steps that make so many passes over the first data set, or else read so many tokens of all of them."""
+    """Return the number of steps for `epochs` passes over the first data set, or for `tokens` tokens of all of them."""
     shares = row_shares(datasets, late_from)
     if epochs:
         rows = epochs * datasets[0].rows / shares[0]
@@ -98,7 +111,7 @@ def steps_for(
 
 
 def describe(datasets: Sequence[Dataset], steps: int, batch_size: int, late_from: float) -> list[str]:
-    """A line for each data set: how often the stage passes over it and, of several, what share of the loss it has."""
+    """Describe each data set in a line: passes over it and, if there are several, its shares of rows and loss."""
     lines = []
     for use in uses(datasets, steps * batch_size, late_from):
         passes = f"{use.passes:.2f} passes over its training rows in {steps:,} steps"

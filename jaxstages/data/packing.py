@@ -1,4 +1,4 @@
-"""Examples -> rows of fixed length: best-fit, nothing cropped. Legend: L length of a row."""
+"""Examples -> rows of fixed length: best-fit packing without cropping. Legend: L length of a row."""
 
 from collections.abc import Sequence
 
@@ -11,16 +11,16 @@ FIELDS = 5
 
 
 def best_fit(lengths: Sequence[int], space: int) -> list[list[int]]:
-    """Which examples share a row: each goes, longest first, where it leaves the least space (best-fit decreasing).
+    """Assign examples to rows: longest first, each to the row where it leaves the least space (best-fit decreasing).
 
     | lengths 5 3 2 2, space 7 | rows [0, 2], [1, 3] |
     |                          | 5+2=7 and 3+2=5     |
 
-    Takes O(n log n) for the sort, then a step an example: the rows with s slots left are in `by_space[s]`, and the
-    bits of `free` say which s have any.
+    Takes O(n log n) for the sort, then constant time per example: `by_space[s]` lists the rows with s slots left, and
+    bit s of `free` is set if there are any.
 
     Raises:
-        ValueError: an example that is longer than a row, or empty.
+        ValueError: an example is longer than a row, or empty.
     """
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(space + 1)]
@@ -45,7 +45,7 @@ def best_fit(lengths: Sequence[int], space: int) -> list[list[int]]:
 
 
 def lay_out(examples: Sequence[Example], length: int) -> np.ndarray:
-    """One row, int32 [5, L], of examples that fit it: n ids take n - 1 slots, for each token predicts the next.
+    """Lay out examples in one row, int32 [5, L]. n ids take n - 1 slots, since each token predicts the next.
 
     | ids a b c, weights 0 0 1; ids x y, weights 0 1; L 4 |
     | tokens    |  a  b  x  0 |
@@ -68,6 +68,6 @@ def lay_out(examples: Sequence[Example], length: int) -> np.ndarray:
 
 
 def pack(examples: Sequence[Example], length: int) -> tuple[list[np.ndarray], list[list[int]]]:
-    """Rows of `length` slots that hold all examples, and which examples each of them holds."""
+    """Pack examples into rows of `length` slots. Returns the rows, and the indices of the examples in each."""
     groups = best_fit([len(example.ids) - 1 for example in examples], length)
     return [lay_out([examples[i] for i in group], length) for group in groups], groups

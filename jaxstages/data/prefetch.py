@@ -1,4 +1,4 @@
-"""Results in their order, made by threads before they are asked for."""
+"""Compute results ahead in threads, and yield them in order."""
 
 import collections
 import concurrent.futures
@@ -13,14 +13,19 @@ U = TypeVar("U")
 def prefetch(
     make: Callable[[T], U], items: Iterable[T], workers: int = 1, group: int = 1, init: Callable[[], None] | None = None
 ) -> Iterator[U]:
-    """make(item) of each item, in order; while one is used, `workers` threads make the next ones. Whenever these are
-    two, or one a thread, `group` more are begun. Each thread calls `init` first."""
-    begun: collections.deque[concurrent.futures.Future[U]] = collections.deque()
-    rest, ahead = iter(items), max(workers, 2)
+    """Yield make(item) of each item in order, while threads compute the next ones.
+
+    Args:
+        workers: number of threads.
+        group: calls that are submitted together, whenever no more than `workers` (or two) are pending.
+        init: called first by each thread.
+    """
+    pending: collections.deque[concurrent.futures.Future[U]] = collections.deque()
+    iterator, max_pending = iter(items), max(workers, 2)
     with concurrent.futures.ThreadPoolExecutor(workers, initializer=init) as pool:
-        while fresh := [pool.submit(make, item) for item in itertools.islice(rest, group)]:
-            begun.extend(fresh)
-            while len(begun) > ahead:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+        while submitted := [pool.submit(make, item) for item in itertools.islice(iterator, group)]:
+            pending.extend(submitted)
+            while len(pending) > max_pending:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,9 +1,10 @@
-"""Records -> packed rows on disk, once: tokenized in batches over all cores, cached by fingerprint, restartable.
+"""Records -> packed rows on disk: tokenized on all cores, cached by fingerprint, resumable.
 
-A cache is a folder named by the SHA-256 of all that its rows depend on. It holds a shard a block of records (see
-`data/shards.py`), `index.json`, and `MANIFEST.json`, which is written last: without it the cache is not whole, and the
-next run goes on after the shards that are there. Beside it is a folder for the near-duplicates of a source, if they are
-removed. Who makes the shards is an `Engine`: threads of this process, or Beam's workers; the bytes are the same.
+A cache is a folder named by the SHA-256 of everything that its rows depend on. It has a shard for each block of records
+(see `data/shards.py`), `index.json`, and `MANIFEST.json`, which is written last: a cache without it is incomplete, and
+the next run continues after the existing shards. If near-duplicates are removed, a folder beside it lists them.
+
+An `Engine` writes the shards: threads of this process, or Beam's workers. The bytes are the same.
 """
 
 import bisect
@@ -20,14 +21,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxstages import config as recipes
 from jaxstages.config import DataConfig
 from jaxstages.data import dedup
-from jaxstages.data.clean import REMOVED, cleans, key_of, size_of
+from jaxstages.data.clean import REMOVAL_REASONS, fingerprint_parts, is_cleaned, memory_bytes
 from jaxstages.data.prefetch import prefetch
 from jaxstages.data.shards import (
-    MOST_NAMED,
-    Block,
-    Form,
+    MAX_REPORTED,
+    RowSpec,
+    ShardLimits,
+    assign_shards,
     counts_file,
     cuts_texts,
     documents_of,
@@ -36,7 +39,6 @@ from jaxstages.data.shards import (
     open_rows,
     save_array,
     shard_file,
-    shards_of,
     where_file,
     write_dropped,
     write_examples,
@@ -47,45 +49,46 @@ from jaxstages.data.tasks import Example, Question, make_task
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.runtime import manifest
 from jaxstages.runtime.console import Progress, say
-from jaxstages.runtime.files import hold, make_folder, read_json, write_json, write_text
+from jaxstages.runtime.files import acquire_lock, make_folder, read_json, write_json, write_text
 
 VERSION = 5
-"""Counts up when the same inputs give other rows."""
+"""Incremented when the same inputs give other rows."""
 
 BLOCK_BYTES, BLOCK_RECORDS = 16_000_000, 50_000
-"""A shard is closed when its records take this much memory (or one that takes more), or when it has this many."""
+"""Limits of a shard, see `ShardLimits`."""
 
-MOST_WORKERS = 8
-"""Shards that are made at once: more would only wait for Python, and each holds a block in memory."""
+MAX_WORKERS = 8
+"""Shards written in parallel: more threads would wait for Python's lock, and each has a block in memory."""
 
-SUMMED = ("records", "bad", "examples", "rows", "tokens", "scored", "cut_examples", "cut_tokens")
+SUMMED_COUNTS = ("records", "bad", "examples", "rows", "tokens", "scored", "cut_examples", "cut_tokens")
+"""Entries of the index that are sums over shards."""
 
-HASH_UP_TO = 2**20
-"""Bytes up to which the files of a cache are hashed whenever it is opened. Larger are the rows, which have checksums of
-their own, and whose sizes are compared."""
+HASH_MAX_BYTES = 2**20
+"""Files of a cache up to this size are hashed whenever it is opened. Larger ones are rows: they have checksums of their
+own, and their sizes are compared."""
 
 T = TypeVar("T")
 
 
-def evenly(items: Sequence[T], most: int) -> Sequence[T]:
-    """`most` of the items, evenly spread; all of them if it is 0, or there are no more."""
-    return items if not most or len(items) <= most else [items[i * len(items) // most] for i in range(most)]
+def subsample_evenly(items: Sequence[T], limit: int) -> Sequence[T]:
+    """Return `limit` evenly spaced items; all of them if `limit` is 0 or there are no more."""
+    return items if not limit or len(items) <= limit else [items[i * len(items) // limit] for i in range(limit)]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A whole cache. index: what `index.json` says of it, counts and shares."""
+    """A complete cache. index: the counts of `index.json`."""
 
     folder: Path
     index: dict[str, Any]
 
     def questions(self) -> list[Question]:
-        """Held-out questions in the order of their records."""
+        """Read the held-out questions, in the order of their records."""
         lines = (self.folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
         return [Question(*json.loads(line)) for line in lines]
 
-    def find(self, row: int) -> tuple[int, int]:
-        """The shard that holds row `row`, and which of its rows it is."""
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return the shard of a row, and the row's index in it."""
         shard = bisect.bisect(self._starts, row) - 1
         return shard, row - self._starts[shard]
 
@@ -93,17 +96,17 @@ class Prepared:
     def _starts(self) -> list[int]:
         return [0, *itertools.accumulate(self.index["rows_of_shards"])]
 
-    def open(self, shard: int) -> Any:
-        """A reader of a shard's rows."""
+    def open_shard(self, shard: int) -> Any:
+        """Open a reader of a shard's rows."""
         return open_rows(self.folder, shard)
 
     def where(self, row: int) -> list[str]:
-        """The records, `file:line`, whose examples row `row` holds."""
-        shard, place = self.find(row)
-        return where_file(self.folder, shard).read_text(encoding="utf-8").split("\n")[place].split("\t")
+        """List the records, `file:line`, whose examples are in a row."""
+        shard, index = self.locate(row)
+        return where_file(self.folder, shard).read_text(encoding="utf-8").split("\n")[index].split("\t")
 
-    def most_segments(self) -> int:
-        """Examples in the row that has the most."""
+    def max_segments(self) -> int:
+        """Return the largest number of examples in a row."""
         files = (where_file(self.folder, shard) for shard in range(self.index["shards"]))
         return max(line.count("\t") + 1 for file in files for line in file.read_text(encoding="utf-8").split("\n"))
 
@@ -113,15 +116,16 @@ class Prepared:
 
 
 class Engine(NamedTuple):
-    """Who does the work. Both leave the same bytes, whoever it is.
+    """How near-duplicates and shards are computed. All engines write the same bytes.
 
-    find_near_duplicates: `(source, config, folder)`: writes there which documents have an earlier near-duplicate.
-    write_shards: `(source, gone, form, folder)`: writes all shards that are not there yet, without what is named in the
-    folder `gone`, if there is one; how many there are.
+    find_near_duplicates: `(source, config, folder)`: writes to the folder which documents have an earlier
+        near-duplicate.
+    write_shards: `(source, dropped, spec, folder)`: writes the shards that do not exist yet, without the documents
+        listed in the folder `dropped`, and returns the number of all shards.
     """
 
     find_near_duplicates: Callable[[Source, DataConfig, Path], None]
-    write_shards: Callable[[Source, Path | None, Form, Path], int]
+    write_shards: Callable[[Source, Path | None, RowSpec, Path], int]
 
 
 def prepare(
@@ -133,7 +137,7 @@ def prepare(
     cache: Path,
     engine: Engine | None = None,
 ) -> Prepared:
-    """The packed rows of one source, from the cache if they are there.
+    """Return the packed rows of one source, from the cache if they are there.
 
     Args:
         part: "train" or "validation"; with `config.holdout` each gets its side of the source, else all of it.
@@ -143,94 +147,107 @@ def prepare(
     Raises:
         ValueError: more malformed records than `config.max_bad_share`, or nothing left to train on.
     """
-    engine = engine or HERE
+    engine = engine or LOCAL
     folder = rows_folder(source, part, config, tokenizer, context, cache)
-    if not (folder / manifest.MANIFEST).exists():  # else nothing is written, not even a lock: a cache may be read-only
-        with hold(folder.with_suffix(".lock"), wait=True):  # another run may be making the same rows
+    # Complete caches may be read-only: write nothing there, not even a lock.
+    if not (folder / manifest.MANIFEST).exists():
+        with acquire_lock(folder.with_suffix(".lock"), wait=True):  # another run may be writing the same rows
             if not (folder / manifest.MANIFEST).exists():
                 make_folder(folder)
-                gone = find_near_duplicates(source, config, cache, engine)
-                form = Form(part, config, tokenizer, context)
-                shards = engine.write_shards(source, gone, form, folder)
-                write_json(folder / "index.json", _summarise(folder, shards, source.name, form))
-                manifest.seal(folder)
-    _check(folder, source)
-    return _usable(Prepared(folder, read_json(folder / "index.json")), config)
+                dropped = find_near_duplicates(source, config, cache, engine)
+                spec = RowSpec(part, config, tokenizer, context)
+                shards = engine.write_shards(source, dropped, spec, folder)
+                write_json(folder / "index.json", _summarize(folder, shards, source.name, spec))
+                manifest.write_manifest(folder)
+    _check_cache(folder, source)
+    prepared = Prepared(folder, read_json(folder / "index.json"))
+    _check_usable(prepared.index, config)
+    return prepared
 
 
 def rows_folder(source: Source, part: str, config: DataConfig, tokenizer: Tokenizer, context: int, cache: Path) -> Path:
-    """Where the rows of `prepare` lie, or will lie; its name depends on all that they depend on, and on no path."""
-    parts = [VERSION, source.fingerprint, tokenizer.sha256, context, config.task]
+    """Return the folder of `prepare`'s rows, whether it exists or not. Its name depends on everything that the rows
+    depend on, and on no path."""
+    parts = [VERSION, source.fingerprint, tokenizer.sha256, context, _task_key(config)]
     parts += [config.holdout, part] if config.holdout else [""]
     parts += ["whole files"] if config.holdout and source.texts and not cuts_texts(source, config) else []
-    return _folder(cache, [*parts, *_texts_key(config)])
+    return _cache_folder(cache, [*parts, *_text_fingerprint_parts(config)])
 
 
 def generated_folder(cache: Path, key: list[Any]) -> Path:
-    """Where rows lie that no source gives, but a model."""
-    return _folder(cache, [VERSION, "generated", *key])
+    """Return the folder of rows that a model generates."""
+    return _cache_folder(cache, [VERSION, "generated", *key])
 
 
 def write_generated(folder: Path, name: str, examples: list[Example], tokenizer: Tokenizer, context: int) -> None:
-    """Pack what a model has generated into a cache, in one shard."""
-    form = Form("train", DataConfig(task="lm"), tokenizer, context)
-    empty = {"bad": 0, "bad_named": [], "cut_examples": 0, "cut_tokens": 0, "questions": [], "unread": {}}
-    places = [f"{name}:{number}" for number in range(1, len(examples) + 1)]
-    with hold(folder.with_suffix(".lock"), wait=True):
+    """Pack generated examples into a cache of one shard."""
+    spec = RowSpec("train", DataConfig(task="lm"), tokenizer, context)
+    statistics = {"bad": 0, "bad_named": [], "cut_examples": 0, "cut_tokens": 0, "questions": [], "unread": {}}
+    statistics |= {"records": len(examples)}
+    origins = [f"{name}:{number}" for number in range(1, len(examples) + 1)]
+    with acquire_lock(folder.with_suffix(".lock"), wait=True):
         make_folder(folder)
-        write_examples(folder, 0, examples, places, form, empty | {"records": len(examples)})
-        write_json(folder / "index.json", _summarise(folder, 1, name, form))
-        manifest.seal(folder)
+        write_examples(folder, 0, examples, origins, spec, statistics)
+        write_json(folder / "index.json", _summarize(folder, 1, name, spec))
+        manifest.write_manifest(folder)
 
 
 def open_prepared(folder: Path) -> Prepared | None:
-    """The cache in a folder, or None if it is not whole. Raises ValueError where it is damaged."""
+    """Open the cache in a folder; None if it is incomplete. Raises ValueError if it is damaged."""
     if not (folder / manifest.MANIFEST).exists():
         return None
-    _check(folder)
+    _check_cache(folder)
     return Prepared(folder, read_json(folder / "index.json"))
 
 
 def find_near_duplicates(source: Source, config: DataConfig, cache: Path, engine: Engine | None = None) -> Path | None:
-    """The folder that says which records of a source have an earlier near-duplicate; None where they all stay.
+    """Return the folder that lists the records with an earlier near-duplicate; None if near-duplicates stay.
 
-    They are looked for in the whole source, before any of it is held out: what is held out has no near-duplicate among
-    what is trained on.
+    The whole source is searched before any of it is held out, so held-out records have no near-duplicate among the
+    training records.
     """
     if not config.duplicates.threshold:
         return None
-    folder = _folder(cache, [VERSION, "gone", source.fingerprint, config.task, *_texts_key(config)])
+    # "gone" is part of the fingerprint of existing caches.
+    folder = _cache_folder(
+        cache, [VERSION, "gone", source.fingerprint, _task_key(config), *_text_fingerprint_parts(config)]
+    )
     if not (folder / manifest.MANIFEST).exists():
-        with hold(folder.with_suffix(".lock"), wait=True):
+        with acquire_lock(folder.with_suffix(".lock"), wait=True):
             if not (folder / manifest.MANIFEST).exists():
                 make_folder(folder)
-                (engine or HERE).find_near_duplicates(source, config, folder)
-                found = sum(len(load_array(file)) for file in folder.glob("gone-*.npy"))
-                write_json(folder / "index.json", {"source": source.name, "near_duplicates": found})
-                manifest.seal(folder)
-    _check(folder, source)
+                (engine or LOCAL).find_near_duplicates(source, config, folder)
+                count = sum(len(load_array(file)) for file in folder.glob("gone-*.npy"))
+                write_json(folder / "index.json", {"source": source.name, "near_duplicates": count})
+                manifest.write_manifest(folder)
+    _check_cache(folder, source)
     return folder
 
 
-def _folder(cache: Path, key: list[Any]) -> Path:
+def _cache_folder(cache: Path, key: list[Any]) -> Path:
     return cache / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
 
-def _texts_key(config: DataConfig) -> list[str]:
-    fields = {"lm": [config.text], "chat": [config.answers]}.get(config.task, [config.prompt, config.target])
-    return [*fields, *key_of(config)]
+def _task_key(config: DataConfig) -> Any:
+    """Return the name of the task; of an own one its fields and the SHA-256 of its source."""
+    return config.task if config.own is None else recipes.to_dict(config.own)
 
 
-def _check(folder: Path, source: Source | None = None) -> None:
+def _text_fingerprint_parts(config: DataConfig) -> list[str]:
+    fields = {"lm": [config.text], "chat": [config.answers], "own": []}.get(config.task, [config.prompt, config.target])
+    return [*fields, *fingerprint_parts(config)]
+
+
+def _check_cache(folder: Path, source: Source | None = None) -> None:
     try:
-        manifest.check(folder, HASH_UP_TO)
+        manifest.check(folder, HASH_MAX_BYTES)
     except manifest.Damaged as error:
         origin = f" from {source.name}" if source else ""
         raise ValueError(f"{error}; remove {folder}, and it is made again{origin}") from error
 
 
-def _find_gone(source: Source, config: DataConfig, folder: Path) -> None:
-    """With signatures made by threads, which wait for Python half of the time, and kept in files."""
+def _find_near_duplicates_locally(source: Source, config: DataConfig, folder: Path) -> None:
+    """Compute signatures in threads, which wait for Python half of the time, and store them in files."""
     progress = Progress(f"near-duplicates of {source.name}: records", source.records)
     done = 0
 
@@ -245,95 +262,100 @@ def _find_gone(source: Source, config: DataConfig, folder: Path) -> None:
         return batch[0], dedup.signatures(batch[1], config.duplicates)
 
     def signed() -> Iterator[tuple[list[int], np.ndarray]]:
-        workers = min(os.cpu_count() or 1, MOST_WORKERS)
+        workers = min(os.cpu_count() or 1, MAX_WORKERS)
         for batch in prefetch(sign, dedup.batches(documents()), workers=workers):
             progress.update(done)
             yield batch
         progress.end(done)
 
     scratch = folder.with_suffix(".scratch")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(scratch, ignore_errors=True)  # a killed run leaves one
     scratch.mkdir()
-    write_dropped(folder, dedup.find(signed(), config.duplicates, scratch))
+    write_dropped(folder, dedup.find_near_duplicates(signed(), config.duplicates, scratch))
     shutil.rmtree(scratch)
 
 
-def _blocks(source: Source, gone: Path | None, form: Form) -> Iterator[tuple[int, list[Item]]]:
-    """The items of one part, some thousands at a time, each with the number of its shard."""
-    one, other = itertools.tee(items_of(source, form.part, form.config, gone))
-    shards = shards_of((size_of(item.record) for item in one), Block(BLOCK_BYTES, BLOCK_RECORDS))
-    for shard, group in itertools.groupby(zip(shards, other, strict=True), key=lambda pair: pair[0]):
+def _blocks(source: Source, dropped: Path | None, spec: RowSpec) -> Iterator[tuple[int, list[Item]]]:
+    """Yield number and items of each shard."""
+    items, measured = itertools.tee(items_of(source, spec.part, spec.config, dropped))
+    sizes = (memory_bytes(item.record) for item in measured)
+    shards = assign_shards(sizes, ShardLimits(BLOCK_BYTES, BLOCK_RECORDS))
+    for shard, group in itertools.groupby(zip(shards, items, strict=True), key=lambda pair: pair[0]):
         yield shard, [item for _, item in group]
 
 
-def _write_shards(source: Source, gone: Path | None, form: Form, folder: Path) -> int:
-    """A shard for each block, where it is not there yet, a few at a time.
+def _write_shards_locally(source: Source, dropped: Path | None, spec: RowSpec, folder: Path) -> int:
+    """Write a shard for each block, unless it exists, a few in parallel.
 
-    Threads are enough: the tokenizer, which takes most of the time, holds no lock of Python's.
+    Threads are enough: the tokenizer, which takes most of the time, releases Python's lock.
     """
-    task = make_task(form.config, form.tokenizer, form.context)
+    task = make_task(spec.config, spec.tokenizer, spec.context)
 
-    def make(numbered: tuple[int, list[Item]]) -> int:
-        shard, items = numbered
+    def write(block: tuple[int, list[Item]]) -> int:
+        shard, items = block
         if not shard_file(folder, shard).exists():
-            write_shard(folder, shard, items, task, form)
+            write_shard(folder, shard, items, task, spec)
         return len(items)
 
-    progress = Progress(f"prepare {source.name} ({form.part}): records", source.records)
-    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    progress = Progress(f"prepare {source.name} ({spec.part}): records", source.records)
+    workers = min(os.cpu_count() or 1, MAX_WORKERS)
     shards, records = 0, 0
-    for size in prefetch(make, _blocks(source, gone, form), workers=workers):
+    for size in prefetch(write, _blocks(source, dropped, spec), workers=workers):
         shards, records = shards + 1, records + size
         progress.update(records)
     progress.end(records)
     return shards
 
 
-HERE = Engine(_find_gone, _write_shards)
+LOCAL = Engine(_find_near_duplicates_locally, _write_shards_locally)
 """Threads of this process."""
 
 
-def _summarise(folder: Path, shards: int, source: str, form: Form) -> dict[str, Any]:
-    """Add up the shards: the index, and beside it the questions and the counts of targets."""
-    index: dict[str, Any] = {"source": source, "part": form.part, "context": form.context, "shards": shards}
-    index |= dict.fromkeys((*SUMMED, "bad_named"), 0) | {"bad_named": [], "rows_of_shards": [], "unread": {}}
-    if cleans(form.config):
-        index["removed"] = dict.fromkeys(REMOVED, 0)
+def _summarize(folder: Path, shards: int, source: str, spec: RowSpec) -> dict[str, Any]:
+    """Add up the shards: return the index, and write the questions and the counts of targets beside it."""
+    index: dict[str, Any] = {"source": source, "part": spec.part, "context": spec.context, "shards": shards}
+    index |= dict.fromkeys((*SUMMED_COUNTS, "bad_named"), 0) | {"bad_named": [], "rows_of_shards": [], "unread": {}}
+    if is_cleaned(spec.config):
+        index["removed"] = dict.fromkeys(REMOVAL_REASONS, 0)
+
     counts, questions = np.zeros(0), []
     for shard in range(shards):
-        found = read_json(shard_file(folder, shard))
-        index |= {name: index[name] + found[name] for name in SUMMED}
-        index["bad_named"] = (index["bad_named"] + found["bad_named"])[:MOST_NAMED]
-        index["rows_of_shards"].append(found["rows"])
-        for key, count in found["unread"].items():
+        statistics = read_json(shard_file(folder, shard))
+        index |= {name: index[name] + statistics[name] for name in SUMMED_COUNTS}
+        index["bad_named"] = (index["bad_named"] + statistics["bad_named"])[:MAX_REPORTED]
+        index["rows_of_shards"].append(statistics["rows"])
+        for key, count in statistics["unread"].items():
             index["unread"][key] = index["unread"].get(key, 0) + count
-        if cleans(form.config):
-            index["removed"] = {reason: index["removed"][reason] + found["removed"][reason] for reason in REMOVED}
-        questions += [json.dumps(question) + "\n" for question in found["questions"]]
+        if is_cleaned(spec.config):
+            removed = statistics["removed"]
+            index["removed"] = {reason: index["removed"][reason] + removed[reason] for reason in REMOVAL_REASONS}
+        questions += [json.dumps(question) + "\n" for question in statistics["questions"]]
         shard_counts = load_array(counts_file(folder, shard))
         counts = shard_counts if not shard else counts + shard_counts
+
     write_text(folder / "questions.jsonl", "".join(questions))
     save_array(folder / "target_counts.npy", counts)
     return index
 
 
-def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
-    """Raises ValueError for data that must not be trained on, whether it was made now or lay in the cache."""
-    index = prepared.index
-    name, named = f"{index['source']} ({index['part']})", "; ".join(index["bad_named"])
+def _check_usable(index: dict[str, Any], config: DataConfig) -> None:
+    """Raises ValueError for data that must not be trained on, whether the rows are new or come from the cache."""
+    name, faults = f"{index['source']} ({index['part']})", "; ".join(index["bad_named"])
     if index["bad"] > config.max_bad_share * index["records"]:
         raise ValueError(
             f"{index['source']}: {index['bad']} of {index['records']} records are malformed, more than "
-            f"max_bad_share={config.max_bad_share}; mend them or raise it. The first: {named}"
+            f"max_bad_share={config.max_bad_share}; mend them or raise it. The first: {faults}"
         )
+
     if index["bad"]:
-        say(f"{index['source']}: skipped {index['bad']} malformed of {index['records']} records: {named}", "yellow")
+        say(f"{index['source']}: skipped {index['bad']} malformed of {index['records']} records: {faults}", "yellow")
     if index["unread"]:
         keys = ", ".join(f"{key!r} in {count}" for key, count in sorted(index["unread"].items()))
         say(f"{name}: messages of its records have keys that nothing reads, of {index['records']}: {keys}", "yellow")
-    if cleans(config) and (removed := {reason: count for reason, count in index["removed"].items() if count}):
-        reasons = ", ".join(f"{count} {REMOVED[reason]}" for reason, count in removed.items())
+    if is_cleaned(config) and (removed := {reason: count for reason, count in index["removed"].items() if count}):
+        reasons = ", ".join(f"{count} {REMOVAL_REASONS[reason]}" for reason, count in removed.items())
         say(f"{name}: removed {sum(removed.values())} of {index['records']} records: {reasons}", "yellow")
+
     if not index["rows"]:
         tip = f"; change data.holdout={config.holdout}, or name data.validation instead" if config.holdout else ""
         if index["cut_examples"]:
@@ -351,4 +373,3 @@ def _usable(prepared: Prepared, config: DataConfig) -> Prepared:
         raise ValueError(
             f"{name}: no token is masked, the prompts would be trained on; look at its records with `jaxstages inspect`"
         )
-    return prepared

@@ -1,4 +1,4 @@
-"""Where records come from: files, TFDS, Hugging Face datasets and the embedded small world, behind one function.
+"""Sources of records: files, TFDS, Hugging Face datasets and the embedded small world, behind one function.
 
 | source                 | records                                                                        |
 | ---------------------- | ------------------------------------------------------------------------------ |
@@ -32,32 +32,38 @@ from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from jaxstages.runtime.files import hold
+from jaxstages.config.parts import describe
+from jaxstages.runtime.files import acquire_lock
 
 Record = dict[str, Any]
 
-MOST_BYTES = 2**24
-"""Of a record in a file; a longer one is malformed, and never held in memory whole."""
+MAX_RECORD_BYTES = 2**24
+"""Length of the longest record in a file. A longer one is malformed, and never read into memory as a whole."""
 
-PIECE = 2**22
-"""Bytes of a text file that make one record; a larger file is several."""
+TEXT_RECORD_BYTES = 2**22
+"""Length of a record of a text file; a larger file is several records."""
 
-RANGE = 100_000
-"""Records that one worker reads, of a source whose records are read at random places."""
+RECORDS_PER_PART = 100_000
+"""Records of a part of a source with random access."""
 
-KINDS = {".txt": "text", ".jsonl": "JSONL", ".gz": "gzip", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV"}
-KINDS |= {".parquet": "Parquet", ".array_record": "ArrayRecord"}
+FILE_KINDS = {".txt": "text", ".jsonl": "JSONL", ".gz": "gzip", ".json": "JSON", ".csv": "CSV", ".tsv": "TSV"}
+FILE_KINDS |= {".parquet": "Parquet", ".array_record": "ArrayRecord"}
 
 SPLIT = re.compile(r"[\w.-]+(\[[^\]]*\])?(\+[\w.-]+(\[[^\]]*\])?)*")
 """`train`, `train[:50%]`, `train+test`."""
 
-FAULTS = (OSError, EOFError, zlib.error, RuntimeError, ValueError, LookupError, ArithmeticError, MemoryError)
-"""What the decoders raise for damaged files; an OSError with a number is the disk's all the same."""
+DECODER_ERRORS = (OSError, EOFError, zlib.error, RuntimeError, ValueError, LookupError, ArithmeticError, MemoryError)
+"""Errors that decoders raise for damaged files. An OSError with an errno is a fault of the disk all the same."""
 
 
 class Item(NamedTuple):
-    """One record and where it stands (`file:line`), or, with `record=None`, what is wrong with it, or why it was
-    removed (see `data/clean.py`)."""
+    """A record and its location.
+
+    where: `file:line`.
+    record: None if it is malformed or removed.
+    fault: why the record is malformed.
+    removed: why the record is removed, see `data/clean.py`.
+    """
 
     where: str
     record: Record | None
@@ -70,9 +76,14 @@ Part = Callable[[], Iterator[Item]]
 
 
 class Source(NamedTuple):
-    """name: as in the recipe. parts: in order, each a file or a range of records. fingerprint: SHA-256 of the bytes
-    that are read. records: how many there are, for the progress line. texts: of how many text files it is made, 0 if of
-    anything else too."""
+    """A source of records.
+
+    name: name in the recipe.
+    parts: files or ranges of records, in order.
+    fingerprint: SHA-256 of the bytes that are read.
+    records: number of records, for the progress line.
+    texts: number of text files; 0 if there are other files.
+    """
 
     name: str
     parts: tuple[Part, ...]
@@ -81,25 +92,27 @@ class Source(NamedTuple):
     texts: int = 0
 
     def read(self) -> Iterator[Item]:
-        """All items, from the beginning each time."""
+        """Read all items, from the beginning each time."""
         for part in self.parts:
             yield from part()
 
 
-def open_source(name: str, data_dir: Path) -> Source:
-    """Find a source; nothing is read yet but for its fingerprint.
+def open_source(name: str | Callable, data_dir: Path) -> Source:
+    """Open a source. Nothing is read yet, except for its fingerprint.
 
     Args:
-        name: see the table above; a path may be a pattern.
-        data_dir: where TFDS builders keep what they prepare.
+        name: see the table above; a path may be a pattern. Or a function that yields records.
+        data_dir: folder in which TFDS builders prepare data sets.
 
     Raises:
-        ValueError: no such file, builder or split, or a kind of file that is not known.
+        ValueError: there is no such file, builder or split, or the kind of file is unknown.
     """
-    kind, _, rest = name.partition(":")
+    if not isinstance(name, str):
+        return _open_function(name)
+    kind, _, address = name.partition(":")
     match kind:
         case "world" | "tfds" | "hf":
-            dataset, split = _dataset_and_split(kind, rest)
+            dataset, split = _dataset_and_split(kind, address)
             if kind == "world":
                 return _open_world(name, dataset, split, data_dir)
             return _open_tfds(name, dataset, split, data_dir) if kind == "tfds" else _open_hf(name, dataset, split)
@@ -107,12 +120,27 @@ def open_source(name: str, data_dir: Path) -> Source:
             return _open_files(name)
 
 
-def _dataset_and_split(kind: str, rest: str) -> tuple[str, str]:
-    """`NAME:SPLIT`; the split, which may have a colon in its slice, begins after the last colon that lets it be one."""
-    for colon in reversed([match.start() for match in re.finditer(":", rest)]):
-        if colon and SPLIT.fullmatch(rest, colon + 1):
-            return rest[:colon], rest[colon + 1 :]
-    raise ValueError(f"source {f'{kind}:{rest}'!r} has no split; write it as {kind}:NAME:SPLIT, such as train[:50%]")
+def _open_function(function: Callable[[], Iterable[Record]]) -> Source:
+    """Open a recipe's own source. Its records are read once for the fingerprint: what they say may not change."""
+    name, digest, count = describe(function).part, hashlib.sha256(), 0
+    for record in function():
+        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        count += 1
+    return Source(name, (functools.partial(_read_function, function, name),), digest.hexdigest(), count)
+
+
+def _read_function(function: Callable[[], Iterable[Record]], name: str) -> Iterator[Item]:
+    for number, record in enumerate(function(), start=1):
+        yield Item(f"{name}:{number}", record)
+
+
+def _dataset_and_split(kind: str, address: str) -> tuple[str, str]:
+    """Divide `NAME:SPLIT` at the last colon after which there is a whole split: a split may have a colon in its
+    slice."""
+    for colon in reversed([match.start() for match in re.finditer(":", address)]):
+        if colon and SPLIT.fullmatch(address, colon + 1):
+            return address[:colon], address[colon + 1 :]
+    raise ValueError(f"source {f'{kind}:{address}'!r} has no split; write it as {kind}:NAME:SPLIT, such as train[:50%]")
 
 
 def _open_files(name: str) -> Source:
@@ -120,67 +148,70 @@ def _open_files(name: str) -> Source:
     for file in files:
         if re.search(r"[\t\n\r\ud800-\udfff]", str(file)):
             raise ValueError(f"{str(file)!r}: a tab, a new line or what is not UTF-8 in a file's name; rename it")
-        if file.suffix not in KINDS or (file.suffix == ".gz" and not file.name.endswith(".jsonl.gz")):
-            known = " ".join([".jsonl.gz", *(kind for kind in KINDS if kind != ".gz")])
-            raise ValueError(f"{file}: unknown kind of file; known: {known}")
+        if file.suffix not in FILE_KINDS or (file.suffix == ".gz" and not file.name.endswith(".jsonl.gz")):
+            kinds = " ".join([".jsonl.gz", *(kind for kind in FILE_KINDS if kind != ".gz")])
+            raise ValueError(f"{file}: unknown kind of file; known: {kinds}")
         if not file.stat().st_size:
             raise ValueError(f"{file} is empty; remove it from {name!r} or fill it")
+
     parts = tuple(functools.partial(_read_file, file) for file in files)
     texts = len(files) if all(file.suffix == ".txt" for file in files) else 0
-    return Source(name, parts, _fingerprint(files), sum(map(_count, files)), texts)
+    return Source(name, parts, _fingerprint(files), sum(map(_count_records, files)), texts)
 
 
 def _read_file(file: Path) -> Iterator[Item]:
     readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".gz": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
     readers |= {".tsv": _read_csv, ".parquet": _read_parquet, ".array_record": _read_array_record}
-    with _named(file):
+    with _decoder_errors_as_value_error(file):
         yield from readers[file.suffix](file)
 
 
 def _matching(name: str) -> list[Path]:
-    """The files of a path or pattern, in order."""
-    found: dict[Path, Path] = {}
+    """Return the files of a path or pattern, in order."""
     name = str(Path(name).expanduser()) if name.startswith("~") else name
-    # A file that has this very name is meant itself, whatever pattern the name makes.
-    for path in map(Path, [name] if Path(name).is_file() else glob.iglob(name, recursive=True)):
+    # An existing file with this name is meant itself, even if the name is also a pattern.
+    paths = map(Path, [name] if Path(name).is_file() else glob.iglob(name, recursive=True))
+
+    files: dict[Path, Path] = {}
+    for path in paths:
         if path.is_file():
-            # Links to a folder above make `**` walk in circles, and read a file many times: stop at the first.
-            known = found.setdefault(path.resolve(), path)
-            if known != path:
-                raise ValueError(f"{name!r} matches one file twice, as {known} and {path}; remove the link to it")
-    if not found:
+            # A link to a folder above makes `**` walk in circles, and read a file many times: stop at the first.
+            first = files.setdefault(path.resolve(), path)
+            if first != path:
+                raise ValueError(f"{name!r} matches one file twice, as {first} and {path}; remove the link to it")
+    if not files:
         raise ValueError(
             f"no file matches {name!r} (looked from {Path.cwd()}); name a file or a pattern that does, or leave its "
             "stage out: --config.STAGE=None"
         )
-    return sorted(found.values(), key=str)
+    return sorted(files.values(), key=str)
 
 
 @contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """What the decoders make of a damaged file, as ValueError: it is the user's data, and no disk that fails."""
+def _decoder_errors_as_value_error(file: Path) -> Iterator[None]:
+    """Raise errors of the decoders as ValueError: the user's data is damaged, not the disk."""
     try:
         yield
     except PermissionError as error:
         raise ValueError(f"{file} can't be read: {error.strerror}; change its permissions") from error
-    except FAULTS as error:
+    except DECODER_ERRORS as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{file} is no whole {KINDS[file.suffix]} file: {said}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file} is no whole {FILE_KINDS[file.suffix]} file: {reason}") from error
 
 
-def _count(file: Path) -> int:
-    """Records of a file; lines for JSONL, blank ones included; about how many for a large text."""
-    return _counted(file, *_stamp(file))
+def _count_records(file: Path) -> int:
+    """Count the records of a file: for JSONL the lines with blank ones, for a large text an estimate."""
+    return _count_records_of(file, *_stamp(file))
 
 
 @functools.cache
-def _counted(file: Path, *_: int) -> int:
-    with _named(file):
+def _count_records_of(file: Path, *_: int) -> int:
+    with _decoder_errors_as_value_error(file):
         match file.suffix:
             case ".txt":
-                return 1 + file.stat().st_size // PIECE
+                return 1 + file.stat().st_size // TEXT_RECORD_BYTES
             case ".parquet":
                 return _open_parquet(file).metadata.num_rows
             case ".array_record":
@@ -199,19 +230,19 @@ def _fingerprint(files: Iterable[Path]) -> str:
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
-    """What changes when a file is written: one that was read in this process need not be read again."""
+    """Return numbers that change when a file is written: an unchanged file need not be read again by this process."""
     stat = file.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @functools.cache
 def _digest(file: Path, *_: int) -> bytes:
-    with _named(file), file.open("rb") as content:
+    with _decoder_errors_as_value_error(file), file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").digest()
 
 
 def _check_utf8(start: bytes) -> None:
-    """Raises ValueError for the first bytes of a file in UTF-16 or UTF-32, which may be valid UTF-8 full of NULs."""
+    """Raises ValueError if a file begins like UTF-16 or UTF-32, which may be valid UTF-8 full of NULs."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:4]:
         raise ValueError("it begins like UTF-16; save it as UTF-8")
 
@@ -222,55 +253,55 @@ def _read_text(file: Path) -> Iterator[Item]:
     line = 1
     with file.open("rb") as content:
         content.seek(len(codecs.BOM_UTF8) if content.read(3) == codecs.BOM_UTF8 else 0)
-        for piece in iter(lambda: _whole_letters(content), b""):
-            for good, part in _split_at_faults(piece):
-                where = f"{file}:{line}" if line > 1 or not good else str(file)
-                text = part.decode("utf-8", "strict" if good else "replace")
+        for chunk in iter(lambda: _read_whole_characters(content), b""):
+            for is_utf8, part in _split_at_bad_lines(chunk):
+                where = f"{file}:{line}" if line > 1 or not is_utf8 else str(file)
+                text = part.decode("utf-8", "strict" if is_utf8 else "replace")
                 fault = f"not UTF-8, and left out; save the file as UTF-8: {text[:60]!r}"
-                record = {"text": text.replace("\r\n", "\n").replace("\r", "\n")} if good else None
-                yield Item(where, record, "" if good else fault)
+                record = {"text": text.replace("\r\n", "\n").replace("\r", "\n")} if is_utf8 else None
+                yield Item(where, record, "" if is_utf8 else fault)
                 line += part.count(b"\n")
 
 
-def _whole_letters(content: Any) -> bytes:
-    """The next piece of a text file, up to the end of a letter and of a line's end."""
-    piece = content.read(PIECE)
-    while piece and (following := content.peek(1)[:1]) and (following[0] & 0xC0 == 0x80 or piece[-1:] == b"\r"):
-        piece += content.read(1)
-    return piece
+def _read_whole_characters(content: Any) -> bytes:
+    """Read the next chunk of a text file, without dividing a character or a CRLF at its end."""
+    chunk = content.read(TEXT_RECORD_BYTES)
+    while chunk and (following := content.peek(1)[:1]) and (following[0] & 0xC0 == 0x80 or chunk[-1:] == b"\r"):
+        chunk += content.read(1)
+    return chunk
 
 
-def _split_at_faults(piece: bytes) -> Iterator[tuple[bool, bytes]]:
-    """Parts of a piece in order, and whether each is UTF-8: a line that is not is a part of its own."""
-    while piece:
+def _split_at_bad_lines(chunk: bytes) -> Iterator[tuple[bool, bytes]]:
+    """Yield the parts of a chunk in order, and whether each is UTF-8: a line that is not is a part of its own."""
+    while chunk:
         try:
-            piece.decode()
+            chunk.decode()
         except UnicodeDecodeError as error:
-            start, stop = piece.rfind(b"\n", 0, error.start) + 1, piece.find(b"\n", error.start) + 1 or len(piece)
-            yield from [(True, piece[:start])] if start else []
-            yield False, piece[start:stop]
-            piece = piece[stop:]
+            start, stop = chunk.rfind(b"\n", 0, error.start) + 1, chunk.find(b"\n", error.start) + 1 or len(chunk)
+            yield from [(True, chunk[:start])] if start else []
+            yield False, chunk[start:stop]
+            chunk = chunk[stop:]
         else:
-            yield True, piece
+            yield True, chunk
             return
 
 
-def _once(pairs: list[tuple[str, Any]]) -> Record:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Record:
+    record = dict(pairs)
+    if len(record) < len(pairs):
         raise ValueError("a key stands twice in an object")
-    return found
+    return record
 
 
-def _no_number(word: str) -> None:
+def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no number")
 
 
 def _parse(where: str, line: bytes) -> Item:
-    if len(line) > MOST_BYTES:
-        return Item(where, None, f"longer than {MOST_BYTES:,} bytes")
+    if len(line) > MAX_RECORD_BYTES:
+        return Item(where, None, f"longer than {MAX_RECORD_BYTES:,} bytes")
     try:
-        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_number)
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         return Item(where, None, f"not JSON: {error}")
     if not isinstance(record, dict):
@@ -282,12 +313,12 @@ def _read_jsonl(file: Path) -> Iterator[Item]:
     for number, line in enumerate(_lines(file), start=1):
         if number == 1:
             _check_utf8(line)
-        if len(line) > MOST_BYTES or line.strip():
+        if len(line) > MAX_RECORD_BYTES or line.strip():
             yield _parse(f"{file}:{number}", line)
 
 
 def _read_json(file: Path) -> Iterator[Item]:
-    """The objects of an array; a file that does not begin as one is read as lines."""
+    """Read the objects of an array. A file that does not begin like one is read as JSON Lines."""
     with file.open(encoding="utf-8-sig") as content:
         start = content.read(1)
         while start.isspace():
@@ -302,8 +333,8 @@ def _read_json(file: Path) -> Iterator[Item]:
 
 
 def _read_csv(file: Path) -> Iterator[Item]:
-    """Rows by the names in the first one; an empty field is an empty text."""
-    csv.field_size_limit(MOST_BYTES)
+    """Read rows with the column names of the first one. An empty field is an empty text."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
     with file.open(encoding="utf-8-sig", newline="") as content:
         rows = csv.reader(content, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
         names = next(rows)
@@ -311,24 +342,25 @@ def _read_csv(file: Path) -> Iterator[Item]:
             raise ValueError(f"two columns have one name: {', '.join(names)}")
         for row in filter(None, rows):
             where = f"{file}:{rows.line_num}"
-            fault = f"{len(row)} fields, where the first row names {len(names)}"
-            matched = len(row) == len(names)
-            yield Item(where, dict(zip(names, row, strict=True))) if matched else Item(where, None, fault)
+            if len(row) == len(names):
+                yield Item(where, dict(zip(names, row, strict=True)))
+            else:
+                yield Item(where, None, f"{len(row)} fields, where the first row names {len(names)}")
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """Lines; of one that is too long only the beginning, which is more than `MOST_BYTES`."""
+    """Yield lines. Only the beginning of a line that is too long is yielded, which is more than `MAX_RECORD_BYTES`."""
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-        while line := lines.readline(MOST_BYTES + 1):
+        while line := lines.readline(MAX_RECORD_BYTES + 1):
             yield line
-            while len(line) > MOST_BYTES and not line.endswith(b"\n"):
-                line = lines.readline(MOST_BYTES + 1)
+            while len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+                line = lines.readline(MAX_RECORD_BYTES + 1)
 
 
 def _open_parquet(file: Path) -> Any:
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(file, buffer_size=2**20)  # else it holds whole columns of a row group
+    return pyarrow.parquet.ParquetFile(file, buffer_size=2**20)  # without it whole columns of a row group are in memory
 
 
 def _read_parquet(file: Path) -> Iterator[Item]:
@@ -338,7 +370,7 @@ def _read_parquet(file: Path) -> Iterator[Item]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A row of a table without the fields that are null: tables have each field of each row, records do not."""
+    """Drop the fields of a table's row that are null: a table has every field in every row, records do not."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -347,13 +379,14 @@ def _without_nulls(value: Any) -> Any:
 def _read_array_record(file: Path) -> Iterator[Item]:
     reader = ArrayRecordReader(str(file))
     for number in range(1, reader.num_records() + 1):
-        yield _parse(f"{file}:{number}", reader.read())  # the next: by number it takes time by the size of the file
+        # Sequentially: reading by index takes time that grows with the file.
+        yield _parse(f"{file}:{number}", reader.read())
     reader.close()
 
 
-def _ranges(read: Callable[[range], Iterator[Item]], records: int) -> tuple[Part, ...]:
-    numbers = range(records)
-    return tuple(functools.partial(read, numbers[start : start + RANGE]) for start in range(0, records, RANGE))
+def _range_parts(read: Callable[[range], Iterator[Item]], records: int) -> tuple[Part, ...]:
+    starts = range(0, records, RECORDS_PER_PART)
+    return tuple(functools.partial(read, range(records)[start : start + RECORDS_PER_PART]) for start in starts)
 
 
 def _open_world(name: str, dataset: str, split: str, data_dir: Path) -> Source:
@@ -361,7 +394,7 @@ def _open_world(name: str, dataset: str, split: str, data_dir: Path) -> Source:
 
     records = len(open_world(dataset, split, str(data_dir)))
     folders = sorted((data_dir / f"world_{dataset}").rglob(f"*-{split}.array_record*"))
-    parts = _ranges(functools.partial(_read_world, name, dataset, split, str(data_dir)), records)
+    parts = _range_parts(functools.partial(_read_world, name, dataset, split, str(data_dir)), records)
     return Source(name, parts, _fingerprint(folders), records)
 
 
@@ -373,30 +406,29 @@ def _read_world(name: str, dataset: str, split: str, data_dir: str, numbers: ran
         yield Item(f"{name}:{number + 1}", records[number])
 
 
-def _plain(value: Any) -> Any:
-    """What TFDS hands out (bytes, numpy, ragged sequences) as what JSON would have given."""
+def _to_json_types(value: Any) -> Any:
+    """Convert values of TFDS (bytes, numpy, ragged sequences) to the types of JSON."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _to_json_types(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return _to_json_types(value.tolist())
+    return [_to_json_types(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _builder(dataset: str, data_dir: str, prepare: bool) -> Any:  # TFDS's decorators hide its methods' parameters
+def _tfds_builder(dataset: str, data_dir: str, prepare: bool) -> Any:
+    """Returns Any, since TFDS's decorators hide its methods' parameters."""
     import tensorflow_datasets as tfds
 
     if (Path(dataset) / "dataset_info.json").exists():
         return tfds.builder_from_directory(dataset)
 
-    def make() -> Any:
-        return tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
-
+    make = functools.partial(tfds.builder, dataset, data_dir=data_dir, file_format="array_record")
     if not prepare:
         return make()
-    with hold(Path(data_dir) / f"{re.sub(r'[^a-zA-Z0-9]', '_', dataset)}.lock", wait=True):
-        builder = make()  # here, for it looks at once for what another run may have prepared
+    with acquire_lock(Path(data_dir) / f"{re.sub(r'[^a-zA-Z0-9]', '_', dataset)}.lock", wait=True):
+        builder = make()  # under the lock: it checks at once whether another run has prepared the data
         builder.download_and_prepare()
         return builder
 
@@ -405,30 +437,30 @@ def _open_tfds(name: str, dataset: str, split: str, data_dir: Path) -> Source:
     import tensorflow_datasets as tfds
 
     try:
-        builder = _builder(dataset, str(data_dir), prepare=True)
+        builder = _tfds_builder(dataset, str(data_dir), prepare=True)
         records = len(builder.as_data_source(split=split))
     except (tfds.core.DatasetNotFoundError, ValueError, LookupError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"{name}: TFDS can't open it: {str(error).splitlines()[0]}") from error
     files = sorted(Path(str(builder.data_path)).glob("*.array_record*"))
-    # A builder's files hold all its splits: which one is read has to be in the fingerprint.
+    # A builder's files have all its splits, so the fingerprint needs the name of the split.
     digest = hashlib.sha256(f"{_fingerprint(files)} {split}".encode()).hexdigest()
-    parts = _ranges(functools.partial(_read_tfds, name, dataset, split, str(data_dir)), records)
+    parts = _range_parts(functools.partial(_read_tfds, name, dataset, split, str(data_dir)), records)
     return Source(name, parts, digest, records)
 
 
 def _read_tfds(name: str, dataset: str, split: str, data_dir: str, numbers: range) -> Iterator[Item]:
-    records = _builder(dataset, data_dir, prepare=False).as_data_source(split=split)
+    records = _tfds_builder(dataset, data_dir, prepare=False).as_data_source(split=split)
     for number in numbers:
         where = f"{name}:{number + 1}"
         try:
-            yield Item(where, _plain(records[number]))
+            yield Item(where, _to_json_types(records[number]))
         except UnicodeDecodeError as error:
             yield Item(where, None, f"not UTF-8: {error}")
 
 
 def _load_hf(name: str, dataset: str, split: str) -> Any:
     try:
-        datasets = importlib.import_module("datasets")  # an extra: type checkers need not find it
+        datasets = importlib.import_module("datasets")  # an extra, which type checkers may not have
     except ImportError as error:
         raise ValueError(f"{name}: Hugging Face datasets is not installed; pip install jaxstages[hf]") from error
     owner_name, config = dataset, None
@@ -439,7 +471,7 @@ def _load_hf(name: str, dataset: str, split: str) -> Any:
 
 def _open_hf(name: str, dataset: str, split: str) -> Source:
     records = _load_hf(name, dataset, split)
-    parts = _ranges(functools.partial(_read_hf, name, dataset, split), len(records))
+    parts = _range_parts(functools.partial(_read_hf, name, dataset, split), len(records))
     return Source(name, parts, records._fingerprint, len(records))
 
 

@@ -1,6 +1,6 @@
 """The data of a stage: the rows that it trains on, and the held-out sets that it is measured on."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +21,10 @@ WATCH = "watch/"
 class EvaluationSet(NamedTuple):
     """Held-out data that a stage is measured on.
 
-    prefix: of its metrics: "" for the stage's own set, "pairs/" for `mixture["pairs"]`, "watch/pretrain/" for a watched
-        stage.
-    task, config: what is scored, and on how much.
-    train: training rows, whose labels count as classes too.
+    prefix: prefix of its metrics: "" for the stage's own set, "pairs/" for `mixture["pairs"]`, "watch/pretrain/" for a
+        watched stage.
+    task, config: task, and which metrics are computed on how many rows and examples.
+    train: training rows, whose labels are classes too.
     """
 
     prefix: str
@@ -35,14 +35,14 @@ class EvaluationSet(NamedTuple):
 
     @property
     def is_watched(self) -> bool:
-        """Whether it belongs to an earlier stage, and so judges no step."""
+        """Whether the set belongs to an earlier stage. Such sets do not decide which step is the best."""
         return self.prefix.startswith(WATCH)
 
 
 class StageData(NamedTuple):
     """Everything that a stage reads.
 
-    datasets: the training rows, the stage's own first. Empty where the stage is opened to generate only.
+    datasets: the training rows, the stage's own first. Empty if the stage is opened for generation only.
     evaluation_sets: the held-out sets, the stage's own first.
     """
 
@@ -67,26 +67,26 @@ class StageData(NamedTuple):
         return rows + [source for each in self.evaluation_sets for source in each.held_out]
 
     def mix(self, loop: LoopConfig, late_from: float) -> Mixed:
-        """All training rows, with the weights by which they are mixed."""
+        """Return all training rows with their mixing weights."""
         return mix(self.datasets, round(late_from * loop.steps) * loop.batch_size)
 
     @property
     def fingerprints(self) -> dict[str, list[str]]:
-        """Fingerprints of the rows that a checkpoint was trained on, and judged by.
+        """Fingerprints of the rows that a checkpoint was trained on, and selected by.
 
-        Watched sets judge no step, and may come and go.
+        Watched sets select no step, and may change.
         """
-        judged = [each for each in self.evaluation_sets if not each.is_watched]
+        selecting = [each for each in self.evaluation_sets if not each.is_watched]
         return {
             "train": [source.folder.name for dataset in self.datasets for source in dataset.train],
-            "held_out": [source.folder.name for each in judged for source in each.held_out],
+            "held_out": [source.folder.name for each in selecting for source in each.held_out],
         }
 
 
 def _rows(
     data: DataConfig, part: str, tokenizer: Tokenizer, context: int, cache: Path, engine: Engine | None = None
 ) -> list[Prepared]:
-    """The rows of a data set, a cache for each source, made where they are not there yet."""
+    """Return the rows of a data set, a cache for each source, and prepare those that are missing."""
     names = data.train if part == "train" else data.validation or data.train
     return [prepare(open_source(name, cache), part, data, tokenizer, context, cache, engine) for name in names]
 
@@ -94,48 +94,50 @@ def _rows(
 def data_names(
     recipe: Recipe, name: str, stage: StageConfig, tokenizer: Tokenizer, workdir: Path
 ) -> dict[str, list[str]]:
-    """Fingerprints of the rows that a stage is trained on, and judged by, in the form of a checkpoint's metadata; no
-    rows are made."""
+    """Return `StageData.fingerprints` without preparing any rows."""
     context, cache = recipe.model.context, cache_folder(recipe, workdir)
 
-    def names(data: DataConfig, part: str, sources: tuple[str, ...]) -> list[str]:
+    def names(data: DataConfig, part: str, sources: Sequence[str | Callable]) -> list[str]:
         return [
             rows_folder(open_source(source, cache), part, data, tokenizer, context, cache).name for source in sources
         ]
 
-    judged = (stage.data, *(part.data for part in stage.mixture.values()))
     trained = [data for data, _, _ in shares_of(recipe, name, stage).values()]
+    selecting = (stage.data, *(part.data for part in stage.mixture.values()))
     return {
         "train": [each for data in trained for each in names(data, "train", data.train)],
-        "held_out": [each for data in judged for each in names(data, "validation", data.validation or data.train)],
+        "held_out": [each for data in selecting for each in names(data, "validation", data.validation or data.train)],
     }
 
 
 def shares_of(recipe: Recipe, name: str, stage: StageConfig) -> dict[str, tuple[DataConfig, float, float]]:
-    """Name -> data, share and late share of each data set that a stage trains on: its own, which fills the rest of the
-    rows, then `mixture` and `replay`."""
-    others = {key: (part.data, part.share[0], part.share[-1]) for key, part in stage.mixture.items()}
-    others |= {earlier: (recipes.stages(recipe)[earlier].data, share, share) for earlier, share in stage.replay}
-    early = 1 - sum(share for _, share, _ in others.values())
-    late = 1 - sum(share for _, _, share in others.values())
-    return {name: (stage.data, early, late)} | others
+    """Map the name of each data set that a stage trains on to data, share and late share.
+
+    The stage's own data comes first and gets the share that `mixture` and `replay` leave.
+    """
+    added = {key: (part.data, part.share[0], part.share[-1]) for key, part in stage.mixture.items()}
+    added |= {earlier: (recipes.stages(recipe)[earlier].data, share, share) for earlier, share in stage.replay}
+    own_share = 1 - sum(share for _, share, _ in added.values())
+    own_late_share = 1 - sum(late_share for _, _, late_share in added.values())
+    return {name: (stage.data, own_share, own_late_share)} | added
 
 
 def watched(recipe: Recipe, name: str, stage: StageConfig, workdir: Path) -> list[str]:
-    """The earlier stages that this one is measured on too, in the recipe's order."""
+    """List the earlier stages that this one is also measured on, in the recipe's order."""
     names = list(recipes.stages(recipe))
     earlier = names[: names.index(name)] if name in names else []
-    descends = stage.init_from != "scratch"
-    there = [each for each in earlier if descends and result_file(workdir / each).exists()]
-    asked = stage.evaluation.watch
-    return [each for each in earlier if each in asked or (recipes.EARLIER in asked and each in there)]
+    is_descendant = stage.init_from != "scratch"
+    finished = [each for each in earlier if is_descendant and result_file(workdir / each).exists()]
+    watch = stage.evaluation.watch
+    return [each for each in earlier if each in watch or (recipes.EARLIER in watch and each in finished)]
 
 
 def prepare_stage(
     recipe: Recipe, name: str, stage: StageConfig, tokenizer: Tokenizer, workdir: Path, engine: Engine | None = None
 ) -> tuple[list[Dataset], list[EvaluationSet]]:
-    """What a stage is trained on and measured on, from the cache where it is there."""
+    """Return the data sets and evaluation sets of a stage, and prepare the rows that are missing in the cache."""
     context, cache = recipe.model.context, cache_folder(recipe, workdir)
+
     datasets = []
     for key, (data, share, late) in shares_of(recipe, name, stage).items():
         train = _rows(data, "train", tokenizer, context, cache, engine)
@@ -152,21 +154,22 @@ def prepare_stage(
         held_out(f"{key}/", stage.mixture[key].data, stage.mixture[key].evaluation, dataset.train)
         for key, dataset in zip(stage.mixture, datasets[1:], strict=False)
     ]
+
     limits = {"max_rows": stage.evaluation.watch_max_rows, "max_examples": stage.evaluation.watch_max_examples}
     for earlier in watched(recipe, name, stage, workdir):
-        other = recipes.stages(recipe)[earlier]
-        train = _rows(other.data, "train", tokenizer, context, cache, engine) if other.data.task == "classify" else []
-        sets.append(held_out(f"{WATCH}{earlier}/", other.data, replace(other.evaluation, **limits), train))
+        data, evaluation = recipes.stages(recipe)[earlier].data, recipes.stages(recipe)[earlier].evaluation
+        train = _rows(data, "train", tokenizer, context, cache, engine) if data.task == "classify" else []
+        sets.append(held_out(f"{WATCH}{earlier}/", data, replace(evaluation, **limits), train))
     return datasets, sets
 
 
 def prepare_stages(
     recipe: Recipe, workdir: Path, names: Iterable[str], engine: Engine | None = None
 ) -> dict[str, list[Prepared]]:
-    """The tokenizer, and all rows of each stage, made where they are not there yet.
+    """Prepare the tokenizer and all rows of the stages, and return the rows of each.
 
     Args:
-        engine: who makes the rows; by default this process.
+        engine: by default this process.
     """
     tokenizer, stages = open_tokenizer(recipe, workdir, engine), recipes.stages(recipe)
     rows = {}
@@ -178,7 +181,8 @@ def prepare_stages(
 
 
 def with_steps(stage: StageConfig, datasets: list[Dataset]) -> StageConfig:
-    """The stage with its length in steps, where the recipe has it in epochs or tokens. Without data it has none."""
+    """Return the stage with its length in steps, if the recipe gives it in epochs or tokens. Without data it has
+    none."""
     loop = stage.loop
     if loop.steps or not datasets:
         return stage

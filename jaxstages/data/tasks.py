@@ -1,4 +1,4 @@
-"""Records -> examples: what each task shows the model, and which of its tokens are trained on.
+"""Records -> examples: the token ids of each task, and which of them are trained on.
 
 | task              | ids                                                  | trained on          |
 | ----------------- | ---------------------------------------------------- | ------------------- |
@@ -6,7 +6,8 @@
 | seq2seq, classify | <|endoftext|> prompt <|sep|> target <|endoftext|>    | target and the end  |
 | chat              | see `data/chat.py`                                   | assistant, its end  |
 
-A tokenizer with a chat template of its own begins with its `begin` (it may be nothing), and ends with its eos.
+With a tokenizer that has its own chat template, examples begin with its `begin` (possibly nothing) and end with its
+eos.
 """
 
 import hashlib
@@ -18,21 +19,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxstages.config import DataConfig
-from jaxstages.data.chat import Chat, Chatted, Draft, make_chat, only_trained
+from jaxstages.data.chat import Chat, Draft, EncodedChat, keep_trained_answers, make_chat
 from jaxstages.data.conversation import Conversation, read_conversation, unread_keys
 from jaxstages.data.sources import Record
 from jaxstages.data.tokenizer import Tokenizer, needed_tokens
 
 
 class Example(NamedTuple):
-    """ids int32 [n], weights float32 [n]: how much predicting ids[i] counts; weights[0] is 0, nothing predicts it."""
+    """ids int32 [n], and loss weights float32 [n]: weights[i] weighs the prediction of ids[i]. weights[0] is 0, since
+    nothing predicts the first token."""
 
     ids: np.ndarray
     weights: np.ndarray
 
 
 class Question(NamedTuple):
-    """What is generated from, or scored by label: prompt ids, the right answer, the record's "kind" or ""."""
+    """A held-out question, answered by generation or by scoring labels.
+
+    prompt: token ids.
+    reference: the right answer.
+    kind: the record's field "kind", or "". The stage matrix groups questions by it.
+    """
 
     prompt: list[int]
     reference: str
@@ -40,13 +47,18 @@ class Question(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """examples: pieces that fit the context. question: held-out tasks only. lost: tokens that did not fit. unread: keys
-    of messages that nothing reads."""
+    """The examples of one record.
+
+    examples: token ids with weights, each of which fits the context.
+    question: the held-out question, except for the task lm.
+    lost_tokens: number of tokens that did not fit the context.
+    unread_keys: keys of messages that nothing reads.
+    """
 
     examples: list[Example]
     question: Question | None
-    lost: int
-    unread: Sequence[str] = ()
+    lost_tokens: int
+    unread_keys: Sequence[str] = ()
 
 
 def render(template: str, record: Record) -> str:
@@ -64,7 +76,7 @@ def render(template: str, record: Record) -> str:
     if "{" not in template:
         template = f"{{{template}}}"
     parts = []
-    # Not str.format: a field such as {text.__class__} has no business here.
+    # Not str.format, which would evaluate {text.__class__}.
     for literal, name, _, _ in string.Formatter().parse(template):
         parts.append(literal)
         if name is None:
@@ -80,51 +92,56 @@ def render(template: str, record: Record) -> str:
 
 
 def _field(record: Record, name: str) -> Any:
-    """A field of a record; dots lead into records within it."""
+    """Look up a field of a record; dots lead into nested records."""
     value: Any = record
     for part in [name] if name in record else name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-def asks(record: Record, config: DataConfig) -> str:
-    """What a record asks, by which it is held out: two records that ask the same never fall on two sides.
+def holdout_key(record: Record, config: DataConfig) -> str:
+    """Return the text by which a record is held out. Records with the same question are never split.
 
     Raises:
         ValueError: the record does not fit the task.
     """
+    if config.own is not None:
+        return config.own.texts(record)[0]
     if config.task == "chat":
         messages = read_conversation(record).messages
         return next((message["content"] for message in messages if message["role"] == "user"), json.dumps(messages))
     return render(config.text if config.task == "lm" else config.prompt, record)
 
 
-def is_held_out(question: str, share: float) -> bool:
-    """A fixed choice of about `share` of all questions, by hash."""
-    digest = hashlib.sha256(question.strip().encode()).digest()
+def is_held_out(key: str, share: float) -> bool:
+    """Choose about `share` of all keys by their hash, always the same ones."""
+    digest = hashlib.sha256(key.strip().encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def texts(record: Record, config: DataConfig) -> list[str]:
-    """The text of a record, as it stands there: what a tokenizer learns from.
+    """Return the texts of a record as they stand there, for tokenizer training and length limits.
 
     Raises:
         ValueError: the record does not fit the task.
     """
-    if config.task == "chat":
-        found = [message.get("content", "") for message in read_conversation(record, config.answers).messages]
+    if config.own is not None:
+        fields = list(config.own.texts(record))
+    elif config.task == "chat":
+        fields = [message.get("content", "") for message in read_conversation(record, config.answers).messages]
     else:
-        found = [render(t, record) for t in ((config.text,) if config.task == "lm" else (config.prompt, config.target))]
-    _check_text(*found, _kind(record))
-    return found
+        templates = (config.text,) if config.task == "lm" else (config.prompt, config.target)
+        fields = [render(template, record) for template in templates]
+    _check_encodable(*fields, _kind(record))
+    return fields
 
 
-def _check_text(*found: str) -> None:
-    "".join(found).encode()  # JSON can hold half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
+def _check_encodable(*parts: str) -> None:
+    """Raises UnicodeEncodeError, a ValueError, for half a surrogate pair, which JSON can hold."""
+    "".join(parts).encode()
 
 
 def _kind(record: Record) -> str:
-    """By which the stage matrix groups questions."""
     kind = record.get("kind", "")
     if isinstance(kind, dict | list):
         raise ValueError(f'field "kind" is a {type(kind).__name__}; it must be text')
@@ -132,20 +149,26 @@ def _kind(record: Record) -> str:
 
 
 class Task(NamedTuple):
-    """What becomes of records. draft: all of it but the tokens; raises ValueError for a record that does not fit.
-    finish: tokenizes many drafts at once, over all cores."""
+    """How records become examples.
+
+    draft: everything but tokenization; raises ValueError for a record that does not fit the task.
+    finish: tokenizes many drafts at once, on all cores.
+    """
 
     draft: Callable[[Record], Any]
     finish: Callable[[Sequence[Any]], list[Encoded]]
 
 
 def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
-    """Records as examples of at most `context` + 1 ids (that many fill `context` slots).
+    """Make the task of a data set; its examples have at most `context` + 1 ids, which fill `context` slots.
 
     Text is cut into pieces that overlap by one token, so that each token is predicted once. A pair that does not fit
-    is left out; a chat is cut after the last whole answer that fits.
+    is left out. A chat is cut after the last whole answer that fits.
     """
     check_tokens(tokenizer, config.task)
+    if config.own is not None:
+        encode_record = config.own.make(tokenizer, context)
+        return Task(lambda record: record, lambda records: [_checked(encode_record(record)) for record in records])
     if config.task == "chat":
         return _chat_task(make_chat(tokenizer), tokenizer, context + 1, config.answers)
     end = tokenizer.specials.end_of_text
@@ -154,26 +177,39 @@ def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
         return texts(record, config), _kind(record)
 
     def finish(drafts: Sequence[tuple[list[str], str]]) -> list[Encoded]:
-        ids = iter(tokenizer.encode_batch([text for found, _ in drafts for text in found]))
-        return [encode(found, [next(ids) for _ in found], kind) for found, kind in drafts]
+        ids = iter(tokenizer.encode_batch([text for fields, _ in drafts for text in fields]))
+        return [encode([next(ids) for _ in fields], kind) for fields, kind in drafts]
 
-    def encode(found: list[str], ids: list[np.ndarray], kind: str) -> Encoded:
+    def encode(ids: list[np.ndarray], kind: str) -> Encoded:
         if config.task == "lm":
             document = np.concatenate([tokenizer.begin, ids[0], [end]]).astype(np.int32)
             pieces = [document[start : start + context + 1] for start in range(0, len(document) - 1, context)]
-            return Encoded([Example(piece, _scored_after(1, len(piece))) for piece in pieces], None, 0)
-        start = pair_prompt(ids[0], tokenizer)
-        pair = np.concatenate([start, ids[1], [end]]).astype(np.int32)
-        question = Question(start, tokenizer.decode(ids[1]), kind)
+            return Encoded([Example(piece, _weights_from(1, len(piece))) for piece in pieces], None, 0)
+
+        prompt = pair_prompt(ids[0], tokenizer)
+        pair = np.concatenate([prompt, ids[1], [end]]).astype(np.int32)
+        question = Question(prompt, tokenizer.decode(ids[1]), kind)
         if len(pair) > context + 1:
             return Encoded([], question, len(pair))
-        return Encoded([Example(pair, _scored_after(len(start), len(pair)))], question, 0)
+        return Encoded([Example(pair, _weights_from(len(prompt), len(pair)))], question, 0)
 
     return Task(draft, finish)
 
 
+def _checked(encoded: Encoded) -> Encoded:
+    """Raises ValueError where an own task returns an example of a wrong form."""
+    for example in encoded.examples:
+        ids, weights = np.asarray(example.ids), np.asarray(example.weights)
+        if ids.ndim != 1 or ids.shape != weights.shape or not len(ids) or weights[0]:
+            raise ValueError(
+                f"an own task returned ids of shape {ids.shape} and weights of shape {weights.shape}; both must be "
+                "[n], and weights[0] must be 0, because nothing predicts the first token"
+            )
+    return encoded
+
+
 def pair_prompt(prompt: np.ndarray, tokenizer: Tokenizer) -> list[int]:
-    """Ids of what is given, up to where the target has to come."""
+    """Return the ids of a pair up to where its target begins."""
     check_tokens(tokenizer, "seq2seq")
     return [*tokenizer.begin, *prompt.tolist(), tokenizer.specials.separator]
 
@@ -189,11 +225,12 @@ def check_tokens(tokenizer: Tokenizer, task: str) -> None:
         )
 
 
-def _scored_after(start: int, length: int) -> np.ndarray:
+def _weights_from(start: int, length: int) -> np.ndarray:
+    """float32 [length]: 0 before `start`, then 1."""
     return (np.arange(length) >= start).astype(np.float32)
 
 
-class _Drafted(NamedTuple):
+class _ChatDraft(NamedTuple):
     """A chat before it is tokenized."""
 
     conversation: Conversation
@@ -201,26 +238,27 @@ class _Drafted(NamedTuple):
     kind: str
 
 
-def _chat_task(chat: Chat, tokenizer: Tokenizer, most: int, answers: str) -> Task:
+def _chat_task(chat: Chat, tokenizer: Tokenizer, max_ids: int, answers: str) -> Task:
     template = tokenizer.template + tokenizer.tool_template
 
-    def draft(record: Record) -> _Drafted:
+    def draft(record: Record) -> _ChatDraft:
         conversation, kind = read_conversation(record, answers), _kind(record)
-        drafted = chat.draft(conversation.messages, conversation.tools)
-        _check_text(*drafted.texts, kind)
-        return _Drafted(conversation, drafted, kind)
+        chat_draft = chat.draft(conversation.messages, conversation.tools)
+        _check_encodable(*chat_draft.texts, kind)
+        return _ChatDraft(conversation, chat_draft, kind)
 
-    def finish(drafts: Sequence[_Drafted]) -> list[Encoded]:
-        chats = chat.finish([drafted.draft for drafted in drafts])
+    def finish(drafts: Sequence[_ChatDraft]) -> list[Encoded]:
+        chats = chat.finish([each.draft for each in drafts])
         return [encode(*pair) for pair in zip(drafts, chats, strict=True)]
 
-    def encode(drafted: _Drafted, chatted: Chatted) -> Encoded:
-        examples, lost = [], 0
-        for written in only_trained(chatted.examples, drafted.conversation.trained):
-            kept = max((stop for _, stop in written.answers if stop <= most), default=0)
-            lost += written.answers[-1][1] - kept
-            examples += [Example(written.ids[:kept], written.weights[:kept])] if kept else []
-        question = Question(chatted.prompt, chatted.reference, drafted.kind)
-        return Encoded(examples, question, lost, unread_keys(drafted.conversation, template))
+    def encode(draft: _ChatDraft, encoded: EncodedChat) -> Encoded:
+        examples, lost_tokens = [], 0
+        for example in keep_trained_answers(encoded.examples, draft.conversation.trained):
+            length = max((stop for _, stop in example.answers if stop <= max_ids), default=0)
+            lost_tokens += example.answers[-1][1] - length
+            if length:
+                examples.append(Example(example.ids[:length], example.weights[:length]))
+        question = Question(encoded.prompt, encoded.reference, draft.kind)
+        return Encoded(examples, question, lost_tokens, unread_keys(draft.conversation, template))
 
     return Task(draft, finish)

@@ -12,6 +12,7 @@ from rich.table import Table
 from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import finished
 from jaxstages.config import Recipe
+from jaxstages.config.parts import metric_name
 from jaxstages.data.chat import make_chat
 from jaxstages.data.tasks import pair_prompt
 from jaxstages.generate.evaluate import make_answer
@@ -38,7 +39,7 @@ def prompt_ids(setup: StageSetup, texts: list[str]) -> list[list[int]]:
 
 def columns_of(setup: StageSetup) -> list[str]:
     """Metrics of a stage that the matrix shows: perplexity, and those that its recipe names."""
-    return ["perplexity", *setup.config.evaluation.metrics]
+    return ["perplexity", *map(metric_name, setup.config.evaluation.metrics)]
 
 
 def _answers(setup: StageSetup, params: Params, prompts: list[str]) -> list[str]:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxstages.generate.sampling import Sampling, make_choose
-from jaxstages.types import Model, Params
+from jaxstages.types import HiddenAndHead, Model, Params
 
 BUCKET = 32
 """Prompts are padded, on the right, to a multiple of this."""
@@ -38,7 +38,7 @@ class Decoding(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """Both on unstacked params.
+    """Both on params from `Decoder.prepare`.
 
     prefill: `prefill(params, texts_BT, start, lengths_B, keys_B, cache, slots) -> Decoding`, with the first new token
         of each row. The first `start` tokens are in the cache already; of the rest, `slots` (static) are read, which
@@ -55,6 +55,7 @@ def make_decode(model: Model, sampling: Sampling) -> Decode:
     query sees the slots up to its own position, and each new token overwrites the slot of its position first. After a
     stop token the row is filled with that token. Row b draws from `keys_B[b]`: an answer does not depend on its batch.
     """
+    step = model.required_decoder.step
     stop, choose = jnp.asarray(sampling.stop, jnp.int32), make_choose(sampling)
 
     def ended(tokens_B: Array) -> Array:
@@ -66,10 +67,8 @@ def make_decode(model: Model, sampling: Sampling) -> Decode:
         start = jnp.minimum(start, texts_BT.shape[1] - slots)  # as the slice does; what is read twice is as it was
         prompts_BP = jax.lax.dynamic_slice_in_dim(texts_BT, start, slots, axis=1)
         positions_BP = jnp.broadcast_to(start + jnp.arange(slots, dtype=jnp.int32)[None, :], prompts_BP.shape)
-        found, cache = model.decode(params, prompts_BP, positions_BP, cache)
-        last_B11 = (lengths_B - start - 1)[:, None, None]
-        last_B1D = jnp.take_along_axis(found.hidden_BLD, last_B11, axis=1)
-        last_BV = found._replace(hidden_BLD=last_B1D).logits()[:, 0]
+        output, cache = step(params, prompts_BP, positions_BP, cache)
+        last_BV = _logits_at(output, lengths_B - start - 1)
         seen_BV = _seen(texts_BT, lengths_B, last_BV.shape[1]) if sampling.repetition_penalty != 1 else None
         first_B = choose(last_BV, keys_B, jnp.int32(0), seen_BV)
         out_BM = jnp.broadcast_to(first_B[:, None], (len(first_B), sampling.max_new_tokens))
@@ -81,8 +80,8 @@ def make_decode(model: Model, sampling: Sampling) -> Decode:
 
         def advance(now: Decoding) -> Decoding:
             positions_B1 = (now.lengths_B + now.made - 1)[:, None]
-            found, cache = model.decode(params, now.tokens_B[:, None], positions_B1, now.cache)
-            chosen_B = choose(found.logits()[:, 0], now.keys_B, now.made, now.seen_BV)
+            output, cache = step(params, now.tokens_B[:, None], positions_B1, now.cache)
+            chosen_B = choose(_logits_at(output, jnp.zeros_like(now.tokens_B)), now.keys_B, now.made, now.seen_BV)
             next_B = jnp.where(ended(now.tokens_B), now.tokens_B, chosen_B)
             out_BM, seen_BV = now.out_BM.at[:, now.made].set(next_B), _see(now.seen_BV, next_B)
             return now._replace(made=now.made + 1, out_BM=out_BM, tokens_B=next_B, seen_BV=seen_BV, cache=cache)
@@ -92,6 +91,16 @@ def make_decode(model: Model, sampling: Sampling) -> Decode:
         return now._replace(out_BM=jnp.where(rest, now.tokens_B[:, None], now.out_BM))
 
     return Decode(prefill, extend)
+
+
+def _logits_at(output: Array | HiddenAndHead, index_B: Array) -> Float[Array, "B V"]:
+    """Return the float32 logits of one position of each row."""
+    states_BLD = output.hidden_BLD if isinstance(output, HiddenAndHead) else output
+    single = states_BLD.shape[1] == 1
+    state_B1D = states_BLD if single else jnp.take_along_axis(states_BLD, index_B[:, None, None], axis=1)
+    if isinstance(output, HiddenAndHead):
+        return output._replace(hidden_BLD=state_B1D).logits()[:, 0]
+    return state_B1D[:, 0].astype(jnp.float32)
 
 
 def _seen(texts_BT: Array, lengths_B: Array, vocab: int) -> Bool[Array, "B V"]:
@@ -110,17 +119,17 @@ class Compiled(NamedTuple):
     """The functions of a `Decode` and those of the model that go before, jitted: once for each shape of batch and
     prompt. Caches and `Decoding`s that go in can't be used again."""
 
-    unstack: Callable[[Params], Params]
+    prepare: Callable[[Params], Params]
     init_cache: Callable[[int, int], Any]
     prefill: Callable[..., Decoding]
     extend: Callable[[Params, Decoding, Any], Decoding]
 
 
 def compile_decode(model: Model, sampling: Sampling) -> Compiled:
-    decode = make_decode(model, sampling)
+    decode, decoder = make_decode(model, sampling), model.required_decoder
     return Compiled(
-        unstack=jax.jit(model.unstack),
-        init_cache=jax.jit(model.init_cache, static_argnums=(0, 1)),
+        prepare=jax.jit(decoder.prepare),
+        init_cache=jax.jit(decoder.init_cache, static_argnums=(0, 1)),
         prefill=jax.jit(decode.prefill, static_argnums=6, donate_argnums=5),
         extend=jax.jit(decode.extend, donate_argnums=1),
     )
@@ -194,7 +203,7 @@ def make_answers(
         if not all(cut):
             raise ValueError("a prompt is empty; give it at least one token")
         slots = min(-(-max(map(len, cut), default=1) // BUCKET) * BUCKET, room)
-        params = compiled.unstack(params)
+        params = compiled.prepare(params)
         for start in range(0, len(cut), batch_size):
             between()
             yield batch(params, cut[start : start + batch_size], slots, first + start)

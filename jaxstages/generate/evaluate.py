@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from jaxstages.config import EvaluationConfig
 from jaxstages.data.batches import batches_once
-from jaxstages.data.prepare import Prepared, evenly
+from jaxstages.data.prepare import Prepared, subsample_evenly
 from jaxstages.data.stage_data import EvaluationSet
 from jaxstages.data.tasks import Question
 from jaxstages.data.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from jaxstages.generate.metrics import from_sums, score_labels, score_text
 from jaxstages.generate.sampling import Sampling
 from jaxstages.generate.text_stream import TextStream
 from jaxstages.models.sharding import place_batch, rows_here
-from jaxstages.types import Metrics, Model, Params, Sums
+from jaxstages.types import Metrics, Model, Params, Report, Sums
 
 
 class TextModel(NamedTuple):
@@ -33,13 +33,6 @@ class TextModel(NamedTuple):
     tokenizer: Tokenizer
     context: int
     row_sharding: NamedSharding
-
-
-class Report(NamedTuple):
-    """metrics: plain numbers. signatures: sacreBLEU's, of the scores that have one."""
-
-    metrics: Metrics
-    signatures: list[str]
 
 
 Evaluate = Callable[[Params, bool], Report]
@@ -65,7 +58,7 @@ def make_evaluate(
         before_batch: called before each batch; what it raises ends the evaluation.
     """
     token_bytes_V = jnp.asarray(text_model.tokenizer.token_bytes())
-    row_sums = make_eval_step(text_model.model.hidden, token_bytes_V, loss_tile)
+    row_sums = make_eval_step(text_model.model.outputs, token_bytes_V, loss_tile)
     eval_step = jax.jit(lambda params, batch: with_spread(row_sums(params, batch)))
 
     @functools.cache  # sets with answers of the same length share what is compiled
@@ -78,12 +71,14 @@ def make_evaluate(
     def loss_sums(params: Params, each: EvaluationSet) -> list[tuple[str, Sums]]:
         """Name and sums of each source that has rows among those measured."""
         sources = [range(source.index["rows"]) for source in each.held_out]
-        rows = evenly([(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows)
+        rows = subsample_evenly(
+            [(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows
+        )
         totals: list[tuple[str, Sums]] = []
         for number, source in enumerate(each.held_out):
             chosen = [row for owner, row in rows if owner == number]
             total: Sums = {}
-            for batch in batches_once(source, chosen, batch_size=size, here=rows_here(size, sharding)):
+            for batch in batches_once(source, chosen, batch_size=size, local_rows=rows_here(size, sharding)):
                 before_batch()
                 sums = eval_step(params, place_batch(batch, size, sharding))
                 # Sums stay on the device, so that no batch waits for the one before.
@@ -132,7 +127,7 @@ def make_scorer(
     Args:
         answer_with: `answer_with(max_new_tokens)`, what answers prompts with at most so many tokens.
     """
-    questions = evenly([q for source in each.held_out for q in source.questions()], each.config.max_examples)
+    questions = subsample_evenly([q for source in each.held_out for q in source.questions()], each.config.max_examples)
     if not each.config.metrics or not questions:
         return None
     references = [question.reference for question in questions]
@@ -140,7 +135,13 @@ def make_scorer(
     if each.task == "classify":
         labels = sorted({q.reference for source in (*each.train, *each.held_out) for q in source.questions()})
         classify = make_classify(text_model, labels, batch_size, before_batch)
-        return lambda params: (score_labels(classify(params, prompts), references), [])
+        own = [metric for metric in each.config.metrics if not isinstance(metric, str)]
+
+        def score_classes(params: Params) -> tuple[Metrics, list[str]]:
+            predictions = classify(params, prompts)
+            return score_labels(predictions, references) | score_text(own, predictions, references)[0], []
+
+        return score_classes
     answer = answer_with(each.config.max_new_tokens)
 
     def scorer(params: Params) -> tuple[Metrics, list[str]]:

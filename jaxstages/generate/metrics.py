@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
+
+from jaxstages.config.parts import Part, as_metric
 
 if TYPE_CHECKING:
     from jaxstages.types import Metrics
@@ -45,11 +47,12 @@ def from_sums(sums: Mapping[str, SupportsFloat]) -> "Metrics":
     return metrics | errors
 
 
-def score_text(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> tuple["Metrics", list[str]]:
+def score_text(names: Sequence[Any], answers: Sequence[str], references: Sequence[str]) -> tuple["Metrics", list[str]]:
     """Corpus scores of generated answers, in percent, and sacreBLEU's signatures.
 
     Args:
-        names: of "bleu", "chrf" (sacreBLEU's defaults, Post 2018) and "exact_match" (after stripping white space).
+        names: of "bleu", "chrf" (sacreBLEU's defaults, Post 2018) and "exact_match" (after stripping white space); or
+            own metrics, whose standard errors come from resampling.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
@@ -69,8 +72,17 @@ def score_text(names: Sequence[str], answers: Sequence[str], references: Sequenc
                 hits = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
                 scores[name] = 100.0 * hits / len(references)
                 scores[f"{name}_se"] = _share_error(hits, len(references))
-            case _:
+            case str():
                 raise ValueError(f"metric {name!r} is not scored from text; known: bleu, chrf, exact_match")
+            case metric:
+                own = as_metric(metric)
+                assert not isinstance(own.score, Part), "the metric's own recipe is loaded"
+                scores[own.name] = float(own.score(list(answers), list(references)))
+                draws = [
+                    own.score([answers[i] for i in chosen], [references[i] for i in chosen])
+                    for chosen in _resampled(len(references))
+                ]
+                scores[f"{own.name}_se"] = float(np.std(draws))
     return scores, signatures
 
 

@@ -22,7 +22,7 @@ class Session:
 
     def __init__(self, model: Model, params: Params, sampling: Sampling, *, context: int, seed: int = 0) -> None:
         self._compiled = compile_decode(model, sampling)
-        self._params = self._compiled.unstack(params)
+        self._params = self._compiled.prepare(params)
         self._sampling, self._context = sampling, context
         self._key = jax.random.key(seed)
         self._held: list[int] = []  # tokens whose keys and values are in the cache

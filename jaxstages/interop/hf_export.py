@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxstages import config as recipes
 from jaxstages.checkpoint.fingerprint import named_leaves, params_sha256
-from jaxstages.config import Recipe
+from jaxstages.config import Recipe, builtin_model
 from jaxstages.data.tokenizer import SPECIAL_TOKENS
 from jaxstages.interop.config_json import choose_family, key_of, plain_model, read_config
 from jaxstages.interop.families import Family
@@ -70,7 +70,7 @@ def export(
         raise ValueError(f"--to={to} is there already, and not empty; name another folder")
     setup = setup_stage(recipe, stage, workdir, with_data=False)
     rows = setup.program.abstract_params["embedding"].shape[0]
-    family, config = choose_family(dataclasses.replace(recipe.model, vocab_size=rows))
+    family, config = choose_family(dataclasses.replace(builtin_model(recipe, "export"), vocab_size=rows))
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(setup.program.abstract_params).items()}
     places = places_of(family, shapes)
     params, lineage = read_parent(setup.folder, setup.program, setup.contract, chosen)
@@ -102,7 +102,7 @@ def export(
         "parameters": f"{sum(math.prod(shape) for shape in shapes.values()):,}",
         "dtype": dtype,
         "params_sha256": f"`{digest}`",
-        "recipe": f"`{json.dumps(recipes.to_dict(recipe.model))}`",
+        "recipe": f"`{json.dumps(recipes.to_dict(builtin_model(recipe, 'export')))}`",
     }
     write_text(fresh / "README.md", write_card(recipe, setup.folder, facts, licence_of(kept_source(workdir)), chosen))
     leaves.clear()
@@ -133,7 +133,9 @@ def _rounded(params: Params) -> Params:
 
 def _make_logits(setup: StageSetup) -> Callable[[Params], np.ndarray]:
     """`logits_of(params)`: those of a fixed row of tokens, in float32."""
-    model = make_model(dataclasses.replace(setup.recipe.model, dtype="float32"), setup.data.tokenizer.vocab_size)
+    model = make_model(
+        dataclasses.replace(builtin_model(setup.recipe, "export"), dtype="float32"), setup.data.tokenizer.vocab_size
+    )
     length = min(CHECKED, setup.recipe.model.context)
     tokens = np.random.default_rng(0).integers(0, setup.data.tokenizer.vocab_size, (1, length)).astype(np.int32)
     ones = jnp.ones((1, length), jnp.int32)
@@ -168,7 +170,7 @@ def _check(
 def _kept_config(config: dict[str, Any], family: Family, rows: int, setup: StageSetup) -> dict[str, Any]:
     """The config.json that was imported, where it is that of the model still, but for its rows; else ours, in which
     rope reaches as far as it was made to, even where rows were shorter here."""
-    file, model = kept_source(setup.workdir) / "config.json", setup.recipe.model
+    file, model = kept_source(setup.workdir) / "config.json", builtin_model(setup.recipe, "export")
     if not file.is_file():
         return config | {"use_cache": True}
     kept = read_json(file)

@@ -13,14 +13,14 @@ import numpy as np
 
 from jaxstages import config as recipes
 from jaxstages.checkpoint.fingerprint import named_leaves
-from jaxstages.config import LoraConfig, Recipe
+from jaxstages.config import LoraConfig, Recipe, builtin_model
 from jaxstages.interop.config_json import choose_family
 from jaxstages.interop.families import Family, Row
 from jaxstages.interop.hf_import import kept_source
 from jaxstages.interop.model_card import licence_of, write_card
 from jaxstages.interop.peft_import import NAMES
 from jaxstages.interop.tensors import Entry, header_of, read_rows, write_file
-from jaxstages.models.adapter import DOWN, MAGNITUDE, UP
+from jaxstages.models.lora_layer import DOWN, MAGNITUDE, UP
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import make_folder, read_json, sync, write_json, write_text
@@ -46,7 +46,7 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: 
         raise ValueError(f"{stage} has no adapters, it trained all parameters; export it without --adapter")
     base = _base_of(workdir, meta)
     rows = setup.program.abstract_params["embedding"].shape[0]
-    family, _ = choose_family(dataclasses.replace(recipe.model, vocab_size=rows))
+    family, _ = choose_family(dataclasses.replace(builtin_model(recipe, "export"), vocab_size=rows))
     leaves = {path: multihost.gather_to_host(leaf) for path, leaf in named_leaves(params).items()}
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(setup.program.abstract_params).items()}
     tensors, adapted = _tensors(family, leaves, shapes)

@@ -18,7 +18,7 @@ from jaxstages.models.attention import Attend
 from jaxstages.models.layers import Backend, Cache, Layer, LayerSpec, Norm, layer_specs, normal_init
 from jaxstages.models.ops import Ops
 from jaxstages.models.select import select_ops
-from jaxstages.types import SINGLE_DEVICE, Batch, HiddenAndHead, Model, Params, ShardingHooks
+from jaxstages.types import SINGLE_DEVICE, Batch, Decoder, HiddenAndHead, Model, Params, ShardingHooks
 
 _POLICIES = jax.checkpoint_policies
 
@@ -181,10 +181,12 @@ def make_model(
         zeros = functools.partial(jnp.zeros, shape, jnp.dtype(config.dtype))
         return tuple((zeros(), zeros()) for _ in range(config.layers))
 
-    def unstack_for_decode(params: Params) -> Params:
-        prepare, dtype = single_device.ops.prepare_decode, jnp.dtype(config.dtype)
+    def prepare(params: Params) -> Params:
+        prepare_layer, dtype = single_device.ops.prepare_decode, jnp.dtype(config.dtype)
         parts = unstack(params, config.layers)
-        return {name: prepare(part, dtype) if name.startswith("layers_") else part for name, part in parts.items()}
+        return {
+            name: prepare_layer(part, dtype) if name.startswith("layers_") else part for name, part in parts.items()
+        }
 
     def decode(params: Params, tokens_BL: Array, positions_BL: Array, caches: Any) -> tuple[HiddenAndHead, Any]:
         # Flax's type also includes the variables that `mutable` would return.
@@ -196,4 +198,4 @@ def make_model(
         jax.eval_shape(boxed, jax.random.key(0)),
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
-    return Model(init, apply, hidden, axes, init_cache=init_cache, unstack=unstack_for_decode, decode=decode)
+    return Model(init, apply, axes, hidden, Decoder(init_cache, prepare, decode))

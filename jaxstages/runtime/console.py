@@ -1,4 +1,4 @@
-"""What a person sees while it works: a progress line with ETA, and one-line notes."""
+"""Terminal output: a progress line with ETA, and one-line notes."""
 
 import sys
 import time
@@ -11,17 +11,17 @@ _console = Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str, style: str = "") -> None:
-    """One line on the standard output; `style` is rich's ("bold", "yellow", ...)."""
+    """Print a line to standard output; `style` is rich's ("bold", "yellow", ...)."""
     _console.print(escape(text), style=style or None)
 
 
 def warn(text: str) -> None:
-    """One line on the standard error, where a command's output is for programs."""
+    """Print a line to standard error, for commands whose output is read by programs."""
     print(f"jaxstages: {text}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `7s`, `3:05`, `1:02:03`."""
+    """Format seconds: `7s`, `3:05`, `1:02:03`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"
@@ -30,7 +30,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A line that is rewritten in place on a terminal, and printed every 10 seconds elsewhere (a log file)."""
+    """A progress line: rewritten in place on a terminal, printed every `log_seconds` to a log.
+
+    Not rich.progress: that redraws from a thread of its own, and prints nothing to a log before the end.
+    """
 
     def __init__(
         self, name: str, total: int, done: int = 0, log_seconds: float = 10.0, to: TextIO | None = None
@@ -46,17 +49,17 @@ class Progress:
         if now - self._last < (0.1 if self._live else self._log_seconds) and done < self._total:
             return
         self._last = now
-        fresh = done - self._first
-        left = duration((now - self._start) / fresh * (self._total - done)) if fresh else "?"
-        self._write(f"{self._name} {done}/{self._total}  {note}{'  ' if note else ''}ETA {left}", done >= self._total)
+        advanced = done - self._first
+        eta = duration((now - self._start) / advanced * (self._total - done)) if advanced else "?"
+        self._write(f"{self._name} {done}/{self._total}  {note}{'  ' if note else ''}ETA {eta}", done >= self._total)
 
     def end(self, done: int) -> None:
-        """All is done, and it was so much: of what the total counts, a part may be held out."""
-        if done < self._total:  # else the last update has said so
+        """Finish at `done`, which may be less than the total, for example where records are held out."""
+        if done < self._total:  # else the last update has finished the line
             self._write(f"{self._name} {done}/{done}  in {duration(time.monotonic() - self._start)}", last=True)
 
     def clear(self) -> None:
-        """Make room for a note: an unfinished line is wiped, and comes back with the next update."""
+        """Erase an unfinished line before a note is printed. The next update writes it again."""
         if self._live:
             print(f"\r{'':<{_console.width - 1}}\r", end="", flush=True, file=self._to)
 

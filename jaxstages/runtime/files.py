@@ -1,4 +1,4 @@
-"""Files that are never half written: a kill, or a power cut, leaves the old one or the new one."""
+"""Atomic files and locks: after a kill or a power cut, a file has its old content or its new one."""
 
 import fcntl
 import json
@@ -10,13 +10,14 @@ from typing import IO, Any
 
 
 def local_path(text: str, name: str) -> Path:
-    """The path that a flag or a field names, with `~` as the home folder.
+    """Parse the path of a flag or a config field, with `~` for the home folder.
 
     Args:
-        name: of the flag or field, such as "--workdir".
+        name: name of the flag or field, such as "--workdir".
 
     Raises:
-        ValueError: it is empty, or an address such as gs://BUCKET/PATH, which would become a local folder of that name.
+        ValueError: the path is empty, or an address such as gs://BUCKET/PATH, which would become a local folder of that
+            name.
     """
     if not text:
         raise ValueError(f"{name} is empty; name a path")
@@ -32,7 +33,7 @@ def local_path(text: str, name: str) -> Path:
 
 
 def sync(path: Path) -> None:
-    """fsync a file; or a folder, which makes the names in it last."""
+    """fsync a file, or a folder, which makes the names in it durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,55 +41,63 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def put(fresh: Path, path: Path) -> None:
-    """Give a file that is whole its final name, for good."""
-    sync(fresh)
-    fresh.replace(path)
+def put(temporary: Path, path: Path) -> None:
+    """Rename a complete file to its final name, durably."""
+    sync(temporary)
+    temporary.replace(path)
     sync(path.parent)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, for good."""
-    fresh = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Make a folder and its missing parents, durably."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for path in fresh:
+    for path in missing:
         sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     make_folder(path.parent)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    put(fresh, path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    put(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-Form = Mapping[str, tuple[type, ...]]
-"""What a JSON object must have, and of which types; a bool is no int."""
+Fields = Mapping[str, tuple[type, ...]]
+"""Required fields of a JSON object -> their types; a bool is no int."""
 
 
-def read_json(path: Path, form: Form | None = None) -> Any:
-    """Raises ValueError, with the path, for a file that is missing, no JSON, or no object of that form."""
+def read_json(path: Path, required: Fields | None = None) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is missing, is no JSON, or lacks a required field; the message has the path.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    found = value if isinstance(value, dict) else {}
-    if wrong := [name for name, types in (form or {}).items() if name not in found or type(found[name]) not in types]:
+    fields = value if isinstance(value, dict) else {}
+    wrong = [name for name, types in (required or {}).items() if name not in fields or type(fields[name]) not in types]
+    if wrong:
         raise ValueError(f"{path} is damaged, it lacks {', '.join(wrong)}, or has it in another form")
     return value
 
 
-def hold(path: Path, wait: bool) -> IO[str]:
-    """Lock a file for as long as what this returns is open; the end of the process, however it ends, frees it.
+def acquire_lock(path: Path, wait: bool) -> IO[str]:
+    """Lock a file until the returned file is closed. The end of the process, however it ends, releases the lock.
+
+    Args:
+        wait: whether to wait for another process that has the lock.
 
     Raises:
-        BlockingIOError: another process, which the file names, has it, and `wait` is off.
+        BlockingIOError: another process, which the file names, has the lock, and `wait` is off.
     """
     make_folder(path.parent)
     file = path.open("a+", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Being asked to stop (SIGTERM, SIGINT, a terminal's SIGHUP, SLURM's SIGUSR1), and a watchdog for what hangs.
+"""Stop requests by signal (SIGTERM, SIGINT, a terminal's SIGHUP, SLURM's SIGUSR1), and a watchdog for hangs.
 
-Where nothing is unsaved the process ends at once with code 75: all files are written whole or not at all, so an end is
-as safe as a kill. In training it is noted, and the loop saves after the step. A thread does both, since Python's own
-handlers wait for whatever the main thread is doing in C++, and a compilation can take longer than the grace time.
+If nothing is unsaved, the process ends at once with code 75: files are written atomically, so that is as safe as a
+kill. During training the request is recorded, and the loop saves after the step. A thread handles signals, because
+Python's own handlers wait for the main thread to return from C++, and a compilation can take longer than the grace
+period.
 """
 
 import contextlib
@@ -16,44 +17,51 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 INTERRUPTED = 75
-ASKED_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Exit code of an interrupted process."""
 
-SAME = 1.0
-"""Seconds in which a second signal is the first one again: launchers forward what the whole group got already."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+REPEAT_SECONDS = 1.0
+"""A second signal within this time is a copy of the first: launchers forward what the whole process group got."""
 
 
-def end_at_once(why: str) -> None:
-    print(f"jaxstages: {why}: nothing is unsaved; start it again to go on", file=sys.stderr, flush=True)
+def end_at_once(reason: str) -> None:
+    print(f"jaxstages: {reason}: nothing is unsaved; start it again to go on", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
 
 
 class Stop:
-    """asked: a signal came. unsaved: there is work that an end would lose; set by who does that work.
+    """A request to stop.
 
-    Args:
-        together: for several processes, a question that each of them must ask as often as the others.
+    requested: whether a signal came.
+    unsaved: whether ending now would lose work; set by the code that does the work.
     """
 
-    def __init__(self, together: Callable[[], bool] | None = None) -> None:
-        self.asked = False
+    def __init__(self, agree: Callable[[], bool] | None = None) -> None:
+        """
+        Args:
+            agree: for several processes, `multihost.preemption_poll()`.
+        """
+        self.requested = False
         self.unsaved = False
-        self._together = together
-        self._first = 0.0
+        self._agree = agree
+        self._first_time = 0.0
 
     def poll(self) -> bool:
-        """Asked for between two pieces of work: is it time to stop?"""
-        if self._together is not None and not self.asked:
-            self.asked = self._together()
-        return self.asked
+        """Return whether to stop; called between two pieces of work."""
+        if self._agree is not None and not self.requested:
+            self.requested = self._agree()
+        return self.requested
 
-    def note(self, number: int) -> None:
+    def receive(self, number: int) -> None:
+        """Handle a signal."""
         name = signal.Signals(number).name
         if not self.unsaved:
             end_at_once(name)
-        if not self.asked:
-            self.asked, self._first = True, time.monotonic()
+        if not self.requested:
+            self.requested, self._first_time = True, time.monotonic()
             print(f"jaxstages: {name}: saves after this step; once more ends at once", file=sys.stderr, flush=True)
-        elif time.monotonic() - self._first > SAME:
+        elif time.monotonic() - self._first_time > REPEAT_SECONDS:
             print(
                 f"jaxstages: {name} again: ends without saving, the last checkpoint stands", file=sys.stderr, flush=True
             )
@@ -62,59 +70,64 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(
-    together: Callable[[], bool] | None = None, instead: Callable[[int, Any], None] | None = None
+    agree: Callable[[], bool] | None = None, on_interrupt: Callable[[int, Any], None] | None = None
 ) -> Iterator[Stop]:
-    """From here to the end of the block, signals reach the `Stop` that this gives; blocks may be nested. With
-    `together`, JAX has the signals, and the processes agree. `instead` takes SIGINT, as a handler of Python's."""
-    stop = Stop(together)
-    if together is not None:
+    """Send signals to a `Stop` until the end of the block; blocks may be nested.
+
+    Args:
+        agree: for several processes, `multihost.preemption_poll()`. JAX handles the signals then.
+        on_interrupt: Python signal handler of SIGINT, which then does not reach the `Stop`.
+    """
+    stop = Stop(agree)
+    if agree is not None:
         outer = signal.set_wakeup_fd(-1)
         try:
             yield stop
         finally:
             signal.set_wakeup_fd(outer)
         return
+
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def watch() -> None:
-        while got := os.read(reader, 1):
-            if got[0] in ASKED_BY and (instead is None or got[0] != signal.SIGINT):
-                stop.note(got[0])
+        while received := os.read(reader, 1):
+            if received[0] in STOP_SIGNALS and (on_interrupt is None or received[0] != signal.SIGINT):
+                stop.receive(received[0])
 
     thread = threading.Thread(target=watch, name="stop-signals", daemon=True)
     thread.start()
-    # What is ignored from outside stays so: `nohup` means that SIGHUP ends nothing.
-    heard = [n for n in ASKED_BY if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: None) for number in heard}
-    if instead is not None:
-        signal.signal(signal.SIGINT, instead)
+    # SIGHUP stays ignored under `nohup`.
+    handled = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, lambda *_: None) for number in handled}
+    if on_interrupt is not None:
+        signal.signal(signal.SIGINT, on_interrupt)
     outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield stop
     finally:
         signal.set_wakeup_fd(outer)
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        os.close(writer)  # the thread reads an end of file
+        os.close(writer)  # ends the thread's read
         thread.join()
         os.close(reader)
 
 
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[Callable[[float], None]]:
-    """`alive(factor)`, called now and then, puts the end off: without a call for `seconds * factor` the stacks of all
-    threads are printed, and the process ends with code 1."""
-    last, slack = float("-inf"), 0.0
+    """End a hanging process: `heartbeat(factor)` restarts a timer of `seconds * factor`. When it expires, the stacks of
+    all threads are printed, and the process ends with code 1."""
+    last_time, last_factor = float("-inf"), 0.0
 
-    def alive(factor: float = 1.0) -> None:
-        nonlocal last, slack
+    def heartbeat(factor: float = 1.0) -> None:
+        nonlocal last_time, last_factor
         now = time.monotonic()
-        if factor != slack or now - last > min(1.0, seconds / 10):  # each call starts a thread
+        if factor != last_factor or now - last_time > min(1.0, seconds / 10):  # seldom: each restart starts a thread
             faulthandler.dump_traceback_later(seconds * factor, exit=True, file=2)
-            last, slack = now, factor
+            last_time, last_factor = now, factor
 
     try:
-        yield alive
+        yield heartbeat
     finally:
         faulthandler.cancel_dump_traceback_later()

@@ -1,40 +1,40 @@
-"""The folder of a run: where things lie, and one run at a time."""
+"""The workdir of a run: its layout, and the lock that admits one process at a time."""
 
 import os
 import time
 from pathlib import Path
 from typing import IO
 
-from jaxstages.runtime.files import hold, local_path
+from jaxstages.config import CHECKPOINTED_STAGES
+from jaxstages.runtime.files import acquire_lock, local_path
 
-PATTERN = "*?["
-"""Characters that the library of checkpoints takes for a pattern wherever they stand in a path: it would find nothing
-that it has written."""
+GLOB_CHARACTERS = "*?["
+"""Characters that Orbax takes for a pattern anywhere in a path: it would find none of its own checkpoints."""
 
 
 def check_workdir(workdir: Path) -> None:
-    """Raises ValueError for a path in which a run can't live; nothing is written."""
+    """Raises ValueError for a path that can't be a workdir. Nothing is written."""
     local_path(str(workdir), "--workdir")
     try:
-        there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    except OSError as error:  # a name that is too long, for one
+        existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    except OSError as error:  # such as a name that is too long
         raise ValueError(f"--workdir={str(workdir)[:100]}: {error.strerror}; name another folder") from error
-    if not there.is_dir():
-        raise ValueError(f"--workdir={workdir}: {there} is no folder; name another")
+    if not existing.is_dir():
+        raise ValueError(f"--workdir={workdir}: {existing} is no folder; name another")
     check_readable(workdir)
 
 
 def check_readable(folder: Path) -> None:
-    """Raises ValueError for a folder out of which no checkpoint could be read."""
-    if odd := [character for character in PATTERN if character in str(folder.absolute())]:
+    """Raises ValueError for a folder from which no checkpoint could be read."""
+    if bad := [character for character in GLOB_CHARACTERS if character in str(folder.absolute())]:
         raise ValueError(
-            f"{folder.absolute()} has {' '.join(odd)} in its path, and checkpoints could not be read back from there; "
+            f"{folder.absolute()} has {' '.join(bad)} in its path, and checkpoints could not be read back from there; "
             "rename the folder, or name another"
         )
 
 
 def writable(workdir: Path) -> bool:
-    """May this process write there, or make it?"""
+    """Return whether this process may write to the workdir, or create it."""
     return os.access(next(path for path in (workdir, *workdir.absolute().parents) if path.exists()), os.W_OK)
 
 
@@ -51,7 +51,7 @@ def checkpoint_folder(stage_dir: Path, step: int) -> Path:
 
 
 def quarantine_folder(stage_dir: Path) -> Path:
-    """Where damaged checkpoints are moved to, each with its reason."""
+    """Folder of damaged checkpoints, each with its reason."""
     return stage_dir / "quarantine"
 
 
@@ -60,27 +60,35 @@ def result_file(stage_dir: Path) -> Path:
 
 
 def lock(workdir: Path) -> IO[str]:
-    """Keep other runs out of `workdir` for as long as the file that this returns is open (also after a kill).
+    """Lock the workdir until the returned file is closed, or the process ends.
 
     Raises:
-        ValueError: another process, which is named, holds it; or no run can live there.
+        ValueError: another process, named in the message, has the lock; or the path can't be a workdir.
     """
     check_workdir(workdir)
     try:
-        return hold(workdir / "LOCK", wait=False)
+        return acquire_lock(workdir / "LOCK", wait=False)
     except BlockingIOError as error:
-        time.sleep(0.1)  # who has just got it is about to write its name over that of the one before
+        time.sleep(0.1)  # a process that has just got the lock is about to write its name
         holder = (workdir / "LOCK").read_text(encoding="utf-8") or "another process"
         raise ValueError(f"{workdir} is in use by {holder}; wait for it, or take another --workdir") from error
 
 
 def steps_of(stage_dir: Path) -> list[int]:
-    """Steps that a stage has a checkpoint of, or what looks like one; unfinished ones are not among them."""
+    """List the steps of a stage's checkpoints, without unfinished ones. Their content is not checked."""
     folder = checkpoints_folder(stage_dir)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
+def begun_stages(workdir: Path) -> list[str]:
+    """Return the names of the stages that have saved anything in a workdir, extra ones last."""
+    folders = sorted(workdir.iterdir()) if workdir.is_dir() else []
+    names = [folder.name for folder in folders if folder.is_dir() and has_begun(folder)]
+    order = {name: index for index, name in enumerate(CHECKPOINTED_STAGES)}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
 def has_begun(stage_dir: Path) -> bool:
-    """Return whether anything of this stage has been saved. A stage that never saved binds nobody to its recipe."""
+    """Return whether anything of this stage has been saved. Until then its recipe may change."""
     return bool(steps_of(stage_dir)) or result_file(stage_dir).exists()

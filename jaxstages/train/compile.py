@@ -23,7 +23,7 @@ from jaxstages.runtime.console import say
 from jaxstages.train.optimizer import path_matches
 from jaxstages.train.program import Program
 from jaxstages.train.step import TrainStep, make_train_step
-from jaxstages.types import Batch, HiddenAndHead, LossFn, Model, Params, Sums, TrainState
+from jaxstages.types import Batch, LossFn, Model, Params, Sums, TrainState
 
 REMAT_ORDER = ("none", "dots", "full")
 """Policies that "auto" tries: each saves more memory than the one before, and takes more time."""
@@ -78,7 +78,7 @@ def make_loss(program: Program, model: Model) -> LossFn:
     """Return the loss of a stage on the model's parameters, `loss(params, batch, dropout_key) -> sums`."""
     optim = program.config.optim
     return cross_entropy_loss(
-        model.hidden,
+        model.outputs,
         label_smoothing=optim.label_smoothing,
         z_loss=optim.z_loss,
         tile=program.config.loop.loss_tile,
@@ -121,8 +121,8 @@ def jit_step(program: Program, remat: str) -> tuple[Any, Any]:
 
         def penalty(trained: Params, rows: Batch, key: Any) -> jax.Array:
             assert reference is not None
-            reference_outputs: HiddenAndHead = model.hidden(reference, rows, None)
-            outputs = model.hidden(join(trained), rows, key)
+            reference_outputs = model.outputs(reference, rows, None)
+            outputs = model.outputs(join(trained), rows, key)
             return kl_sum(reference_outputs, outputs, rows.weights_BL, tile=config.loss_tile)
 
         return make(trained_loss, anchor=None if reference is None else penalty)(state, batch, anchor_batch)

@@ -183,7 +183,8 @@ def check_contract(
         free: fields of the model that may differ.
     """
     # A field of the model that the checkpoint's version did not have yet: it did what is the default now.
-    theirs = theirs | {"model": _flat(recipes.to_dict(recipes.ModelConfig())) | _flat(theirs["model"])}
+    defaults = {} if "part" in theirs["model"] else _flat(recipes.to_dict(recipes.ModelConfig()))
+    theirs = theirs | {"model": defaults | _flat(theirs["model"])}
     ours = ours | {"model": _flat(ours["model"])}
     free = (*free, "context") if theirs["stage"] == recipes.IMPORT else free
     theirs["model"] |= {name: ours["model"][name] for name in free if name in ours["model"]}

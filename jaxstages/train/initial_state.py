@@ -9,7 +9,6 @@ Anything else raises. Of a stage that trains adapters (`lora.rank`), the parent'
 reads anew at each start.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,30 +33,12 @@ from jaxstages.train.handoff import (
     read_base,
     read_parent,
 )
+from jaxstages.train.loop import LoopProgress
 from jaxstages.train.new_tokens import check_new_tokens
 from jaxstages.train.program import freeze, fresh_state
 from jaxstages.train.saved_items import from_items, to_items
 from jaxstages.train.setup import StageSetup
 from jaxstages.types import Params, TrainState
-
-
-@dataclass(slots=True)
-class LoopProgress:
-    """Counters that make the log lines and totals of a resumed run equal those of an unbroken one.
-
-    interval: sums of the steps since the last train line. best, start: metrics of the best evaluation, and of the one
-    at step 0. handed_on: the item that the next stage starts from, "params" or "average". evaluated: the last step with
-    an evaluation. next_batch: digest of the rows that come next.
-    """
-
-    tokens: int = 0
-    seconds: float = 0.0
-    interval: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)
-    start: dict[str, Any] = field(default_factory=dict)
-    handed_on: str = "params"
-    evaluated: int = 0
-    next_batch: str = ""
 
 
 class InitialState(NamedTuple):
@@ -137,39 +118,46 @@ def _anchor(setup: StageSetup, reference: Params, lineage: dict[str, Any]) -> An
 
 
 def parent_folder(setup: StageSetup) -> Path | None:
-    """The folder of the stage that this one starts from; None means scratch.
+    """Return the folder of the stage that this one starts from; None means scratch.
 
     Raises:
-        ValueError: the first stage of a recipe has none, or it is to start from itself, or from a later one.
+        ValueError: the recipe's first stage has no parent, or a stage is to start from itself or from a later one.
     """
-    match setup.config.init_from:
-        case "scratch":
-            return None
-        case "parent":
-            names = list(recipes.stages(setup.recipe))
-            place = names.index(setup.name)
-            if not place and result_file(setup.workdir / recipes.IMPORT).exists():
-                return setup.workdir / recipes.IMPORT
-            if not place and setup.name == "pretrain":
-                return None
-            if not place:
-                raise ValueError(
-                    f"{setup.name} is the recipe's first stage and has no parent; set config.{setup.name}.init_from to "
-                    'WORKDIR/STAGE of another run, or to "scratch"'
-                )
-            return setup.workdir / names[place - 1]
-        case path if path.startswith("hf:"):
-            return setup.workdir / recipes.IMPORT
-        case path:
-            folder = local_path(path, f"config.{setup.name}.init_from")
-            check_readable(folder)
-            later = recipes.STAGES[recipes.STAGES.index(setup.name) :]
-            if folder.resolve() in [(setup.workdir / name).resolve() for name in later]:
-                raise ValueError(
-                    f"config.{setup.name}.init_from={path!r} is {setup.name} itself, or a stage after it; name a stage "
-                    "before it, or WORKDIR/STAGE of another run"
-                )
-            return folder
+    where, init_from = f"config.{setup.name}.init_from", setup.config.init_from
+    names = list(recipes.stages(setup.recipe))
+    if init_from == "scratch":
+        return None
+    if init_from == "parent":
+        return _previous_stage(setup, names)
+    if init_from.startswith("hf:"):
+        return setup.workdir / recipes.IMPORT
+
+    if init_from in names[: names.index(setup.name)]:
+        return setup.workdir / init_from
+    folder = local_path(init_from, where)
+    check_readable(folder)
+    order = [*recipes.STAGES, *setup.recipe.extra_stages]
+    later = [(setup.workdir / name).resolve() for name in order[order.index(setup.name) :]]
+    if folder.resolve() in later or init_from in names:
+        raise ValueError(
+            f"{where}={init_from!r} is {setup.name} itself, or a stage after it; name a stage before it, or "
+            "WORKDIR/STAGE of another run"
+        )
+    return folder
+
+
+def _previous_stage(setup: StageSetup, names: list[str]) -> Path | None:
+    position = names.index(setup.name)
+    if position:
+        return setup.workdir / names[position - 1]
+    if result_file(setup.workdir / recipes.IMPORT).exists():
+        return setup.workdir / recipes.IMPORT
+    if setup.name == "pretrain":
+        return None
+    raise ValueError(
+        f"{setup.name} is the recipe's first stage and has no parent; set config.{setup.name}.init_from to "
+        'WORKDIR/STAGE of another run, or to "scratch"'
+    )
 
 
 def _check_data(setup: StageSetup, meta: dict[str, Any]) -> None:
@@ -201,7 +189,7 @@ def _trained(setup: StageSetup, params: Params, base: Any) -> Params:
     """Return the parameters that the stage trains: its parent's, or fresh adapters."""
     if not base:
         return params
-    key = jax.random.fold_in(jax.random.key(setup.recipe.seed), recipes.STAGES.index(setup.name))
+    key = jax.random.fold_in(jax.random.key(setup.recipe.seed), recipes.stage_number(setup.recipe, setup.name))
     shardings = shardings_of(setup.program.abstract_state.params)
     return jax.jit(lambda k, b: setup.program.trainable.init(k, params, b), out_shardings=shardings)(key, base)
 
@@ -211,22 +199,23 @@ def _millions(params: Params) -> str:
 
 
 def _report(setup: StageSetup, parent: Path, lineage: dict[str, Any], params: Params) -> None:
-    """Say what is inherited, and for each parameter that it was restored, or is new, or dropped."""
-    meta, ours = read_meta(checkpoint_folder(parent, lineage["step"])), named_leaves(params)
-    tokenizer = setup.data.tokenizer
-    stored = {path: kind_of(leaf) for path, leaf in ours.items()} if meta["lora"] else stored_shapes(meta)
+    """Report what is inherited, and of each parameter whether it is restored, new or dropped."""
+    meta, leaves = read_meta(checkpoint_folder(parent, lineage["step"])), named_leaves(params)
+    stored = {path: kind_of(leaf) for path, leaf in leaves.items()} if meta["lora"] else stored_shapes(meta)
+    tokenizer, model = setup.data.tokenizer, setup.recipe.model
+    builtin = isinstance(model, recipes.ModelConfig)
     say(
         f"  inherited: tokenizer {tokenizer.sha256[:12]}…, {tokenizer.vocab_size} tokens, chat template, "
-        f"model {setup.recipe.model.layers} layers x {setup.recipe.model.width}, "
+        f"model {f'{model.layers} layers x {model.width}' if builtin else type(model).__name__}, "
         f"params {lineage['params_sha256'][:12]}…{', adapters merged into their base' if meta['lora'] else ''}"
     )
-    for path in sorted(stored.keys() | ours):
-        fate = "restored" if path in stored and path in ours else "new" if path in ours else "dropped"
-        say(f"  {fate:8} {path}  {stored[path] if path in stored else kind_of(ours[path])}")
+    for path in sorted(stored.keys() | leaves):
+        fate = "restored" if path in stored and path in leaves else "new" if path in leaves else "dropped"
+        say(f"  {fate:8} {path}  {stored[path] if path in stored else kind_of(leaves[path])}")
     if setup.config.lora.rank:
         adapters, base = setup.program.abstract_state.params, setup.config.lora.base
         for path, leaf in named_leaves(adapters).items():
             say(f"  new      {path}  {kind_of(leaf)}")
-        trained, whole = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (adapters, (params, adapters)))
-        say(f"  trains {trained:,} of {whole:,} parameters ({trained / whole:.2%}); the base is held in {base}")
+        trained, total = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (adapters, (params, adapters)))
+        say(f"  trains {trained:,} of {total:,} parameters ({trained / total:.2%}); the base is stored in {base}")
     say(f"  new: the optimizer's state, step 0; {_millions(params)} parameters restored")

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from jaxstages.checkpoint.fingerprint import named_leaves
 from jaxstages.config import ModelConfig, OptimConfig, Recipe, RulesConfig, StageConfig
+from jaxstages.config.parts import ModelSpec
 from jaxstages.data.prepare import Prepared
 from jaxstages.models.attention import Attend
 from jaxstages.models.kernels import Shape, choose_attend, machine_of
@@ -29,7 +30,7 @@ from jaxstages.models.trainable import Trainable, make_trainable
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
-from jaxstages.train.optimizer import check_optimizer_paths, make_optimizer
+from jaxstages.train.optimizer import check_optimizer_paths, make_optimizer, make_schedule
 from jaxstages.train.step import init_state
 from jaxstages.types import Model, Params, ShardingHooks, TrainState
 
@@ -42,6 +43,7 @@ class Program:
     mesh, rules: the devices, and which logical axes they split.
     hooks: how the model annotates shardings.
     remake: `remake(remat=..., neftune=...)`, the model with other values of these.
+    schedule: optimizer step -> learning rate, before a plateau's factor.
     trainable: all parameters, or adapters beside a base.
     row_sharding: of a batch [B, L].
     abstract_params, abstract_base, abstract_state: shapes, dtypes and shardings of the model's parameters, of the base
@@ -58,6 +60,7 @@ class Program:
     remake: Callable[..., Model]
     model: Model
     tx: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
     trainable: Trainable
     row_sharding: NamedSharding
     abstract_params: Params
@@ -94,13 +97,17 @@ def make_program(
     hooks = make_sharding_hooks(mesh, rules)
 
     def remake(**options: Any) -> Model:
-        return make_model(recipe.model, vocab_size, platform=platform, attend=attend, hooks=hooks, **options)
+        if isinstance(recipe.model, ModelConfig):
+            return make_model(recipe.model, vocab_size, platform=platform, attend=attend, hooks=hooks, **options)
+        return _make_own_model(recipe.model, vocab_size)
 
     model = remake()
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    if model.axes is None:
+        model = model._replace(axes=jax.tree.map(lambda leaf: ("",) * leaf.ndim, params))
     trainable = make_trainable(model.axes, config.lora)
     tx = make_optimizer(config.optim, config.loop.steps, trainable.axes)
 
-    params = jax.eval_shape(model.init, jax.random.key(0))
     base = jax.eval_shape(trainable.freeze, params)
     state = jax.eval_shape(lambda key: fresh_state(_init(key, model, trainable), tx, config.optim), jax.random.key(0))
     # Patterns may also name parameters of the base, which are not trained anyway.
@@ -118,12 +125,23 @@ def make_program(
         remake=remake,
         model=model,
         tx=tx,
+        schedule=make_schedule(config.optim.schedule, config.loop.steps),
         trainable=trainable,
         row_sharding=batch_sharding(mesh, rules),
         abstract_params=_with_shardings(params, param_shardings(params, model.axes, mesh, rules)),
         abstract_base=_with_shardings(base, param_shardings(base, trainable.base_axes, mesh, rules)),
         abstract_state=_with_shardings(state, like_params(state, state.params, state_shardings, mesh)),
     )
+
+
+def _make_own_model(spec: Any, vocab_size: int) -> Model:
+    model = spec.make(vocab_size)
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"config.model: make(vocab_size) of {type(spec).__name__} returned {type(model).__name__}; return a "
+            "jaxstages.Model, as linen_model and nnx_model do"
+        )
+    return model
 
 
 def _init(key: Array, model: Model, trainable: Trainable) -> Params:
@@ -174,11 +192,11 @@ def check_numbers() -> None:
         )
 
 
-def choose_attention(config: ModelConfig, parts: int, rows: list[Prepared]) -> Attend | None:
+def choose_attention(config: ModelSpec, parts: int, rows: list[Prepared]) -> Attend | None:
     """The fastest attention for these rows, on this machine; None, the model's own, on CPU, which has no other, where a
     row is split over several `parts`, which take the formula, and without rows, for then nothing attends over them."""
     machine = machine_of(jax.local_devices()[0])
-    if not rows or machine.platform == "cpu":
+    if not isinstance(config, ModelConfig) or not rows or machine.platform == "cpu":
         return None
     if parts > 1:
         say(f"attention: the formula, {QUERY_BLOCK} queries at a time, for mesh.context={parts} splits the rows")
@@ -190,7 +208,7 @@ def choose_attention(config: ModelConfig, parts: int, rows: list[Prepared]) -> A
         kv_heads=part.kv_heads,
         head_dim=part.head_dim,
         dtype=config.dtype,
-        runs=max(prepared.most_segments() for prepared in rows) + 1,  # and padding
+        runs=max(prepared.max_segments() for prepared in rows) + 1,  # and padding
     )
     # Layers that see differently far may need different kernels.
     choices = {spec: choose_attend(shape._replace(spec=spec), machine) for spec in attention_specs(config)}

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jaxstages.checkpoint.fingerprint import named_leaves
 from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, TokenizerConfig
 from jaxstages.data.sentencepiece import BPE
-from jaxstages.data.tokenizer import make_tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.interop import hf_export, peft
 from jaxstages.interop.config_json import choose_family, read_config
 from jaxstages.interop.families import FAMILIES, LLAMA

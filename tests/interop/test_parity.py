@@ -24,7 +24,8 @@ from jaxstages.cli.main import main
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.cli.train import train
 from jaxstages.config import LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
-from jaxstages.data.tokenizer import load_tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import load_tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.generate.decode import make_answers
 from jaxstages.generate.sampling import Sampling
 from jaxstages.interop import peft

@@ -13,7 +13,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jaxstages.config import TokenizerConfig
-from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.interop import hf_export
 
 pytest.importorskip("transformers", reason="the extra `parity` is not installed: pip install 'jaxstages[parity]'")

@@ -47,20 +47,21 @@ def tell_phases(slots: mmap.mmap) -> None:
     import jaxstages.cli.train as train
     import jaxstages.train.handoff as parent
     import jaxstages.train.loop as loop
+    import jaxstages.train.stage as stage
 
     within(train, "prepare_stages", "prepare", slots)
     within(checkpoint.Checkpoints, "restore_newest", "restore", slots)
     within(parent, "read_params", "hand-off", slots)
     within(compiler, "compile_or_get_cached", "compile", slots)
-    within(loop._Run, "steps", "step", slots)
-    within(loop._Run, "_evaluate_at", "evaluate", slots)
-    within(loop._Run, "finish", "finish", slots)
+    within(loop.Loop, "run", "step", slots)
+    within(loop.Loop, "_evaluate", "evaluate", slots)
+    within(stage, "_finish", "finish", slots)
     within(checkpoint.Checkpoints, "save", "save", slots)
     within(checkpoint.Checkpoints, "_seal", "commit", slots)
     within(checkpoint.shutil, "rmtree", "cleanup", slots)
     within(deleter.StandardCheckpointDeleter, "delete_steps", "cleanup", slots)
     within(train, "stage_matrix", "end", slots)
-    read, steps = loop._Run._read, loop._Run.steps
+    read, run = loop.Loop._read_sums, loop.Loop.run
 
     def noted(self: Any, step: int, sums: Any) -> None:
         slots[2], slots[3] = step % 256, step // 256
@@ -68,7 +69,7 @@ def tell_phases(slots: mmap.mmap) -> None:
 
     def begun(self: Any, state: Any, first: int, last: int) -> Any:
         slots[2], slots[3] = first % 256, first // 256
-        return steps(self, state, first, last)
+        return run(self, state, first, last)
 
     restore, save = checkpoint.Checkpoints.restore_newest, checkpoint.Checkpoints.save
 
@@ -81,7 +82,7 @@ def tell_phases(slots: mmap.mmap) -> None:
         slots[4] = step
         return save(self, step, *args)
 
-    loop._Run._read, loop._Run.steps = noted, begun
+    loop.Loop._read_sums, loop.Loop.run = noted, begun
     checkpoint.Checkpoints.restore_newest, checkpoint.Checkpoints.save = opened, saving
 
 
@@ -94,14 +95,15 @@ def main() -> None:
         slots[0] = PHASES.index("import")
         sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would load what only tests/interop needs
         import jaxstages.cli.main  # noqa: F401
-        from jaxstages.runtime import multihost
-        from jaxstages.train import setup
+        from jaxstages.runtime import lost_host
+        from jaxstages.train import program
         from tests.compiled import traced_once, write_whole_files
 
-        multihost.LOST_AFTER = int(os.environ.get("JAXSTAGES_TEST_LOST_AFTER", multihost.LOST_AFTER))
+        default = lost_host.LOST_AFTER_SECONDS
+        lost_host.LOST_AFTER_SECONDS = int(os.environ.get("JAXSTAGES_TEST_LOST_AFTER", default))
         tell_phases(slots)
         write_whole_files()
-        setup.make_model = traced_once(setup.make_model)
+        program.make_model = traced_once(program.make_model)
         door.cli()
 
 

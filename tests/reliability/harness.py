@@ -24,6 +24,7 @@ from jaxstages.config import AnchorConfig, EarlyStoppingConfig, Recipe
 from jaxstages.models.sharding import make_mesh
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, steps_of
+from jaxstages.train import setup
 from jaxstages.train.metric_writer import read_metrics
 from tests import compiled
 from tests.reliability.child import PHASES, SLOTS, shared
@@ -188,7 +189,7 @@ def outcome(work: Path) -> dict[str, Any]:
 def quick_runs() -> Iterator[None]:
     """On one device, where a run takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbench, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         yield
 
 

@@ -19,7 +19,8 @@ from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.manifest import UNLISTED
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, steps_of
 from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.handoff import contract_of, read_parent
+from jaxstages.train.handoff import read_parent
+from jaxstages.train.saved_items import to_items
 from jaxstages.train.setup import StageSetup, setup_stage
 from tests.reliability.harness import damage, make_recipe, print_table, quick_runs
 
@@ -53,13 +54,11 @@ class Kept:
     def restored(self, stage_dir: Path) -> int:
         """The step that is restored; fails if it is not, bit for bit, what was saved at that step."""
         with Checkpoints(stage_dir, 3) as checkpoints:
-            found = checkpoints.restore_newest(self.setup.program.abstract_state, self.stopping)
-        assert found is not None, "checkpoints were there, and a fresh start would follow"
-        step = found.meta["step"]
-        assert found.meta == self.metas[step], "silently wrong metadata"
-        train_item = {name: getattr(found.state, name) for name in ("opt_state", "step", "guard")}
-        prints = fingerprint({"params": found.state.params, "train": train_item}).digests
-        assert all(self.metas[step]["fingerprint"][path] == value for path, value in prints.items()), "silently wrong"
+            restored = checkpoints.restore_newest(to_items(self.setup.program.abstract_state, self.stopping))
+        assert restored is not None, "checkpoints were there, and a fresh start would follow"
+        step = restored.meta["step"]
+        assert restored.meta == self.metas[step], "silently wrong metadata"
+        assert fingerprint(restored.items).digests == self.metas[step]["fingerprint"], "silently wrong"
         return step
 
 
@@ -107,7 +106,7 @@ def test_metadata_of_another_form_under_a_manifest_that_fits(kept: Kept, tmp_pat
     meta = dict(kept.metas[newest])
     del meta[name]
     write_json(checkpoint_folder(stage_dir, newest) / "meta" / "metadata", meta)
-    manifest.seal(checkpoint_folder(stage_dir, newest))
+    manifest.write_manifest(checkpoint_folder(stage_dir, newest))
     assert kept.restored(stage_dir) == kept.steps[-2]
     (reason,) = quarantine_folder(stage_dir).glob(f"{newest}.*.reason")
     assert f"it lacks {name}" in reason.read_text()
@@ -198,7 +197,7 @@ def test_a_damaged_parent_is_refused(kept: Kept, tmp_path: Path, request: pytest
             file = dice.choice(kept.files(result["best_step"]))
             harmed = harm(kept, stage_dir, result["best_step"], file, dice.choice(KINDS), dice)
         try:
-            params, lineage = read_parent(stage_dir, kept.setup, contract_of(kept.setup))
+            params, lineage = read_parent(stage_dir, kept.setup.program, kept.setup.contract)
         except ValueError:
             ends["refused"] += 1
         else:

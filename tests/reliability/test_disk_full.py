@@ -14,7 +14,7 @@ import pytest
 import jaxstages.train.loop as loop
 from jaxstages import config as recipes
 from jaxstages.cli.train import train
-from jaxstages.data.prepare import evenly
+from jaxstages.data.prepare import subsample_evenly
 from jaxstages.runtime import manifest
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
 from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, unlike
@@ -77,7 +77,7 @@ def test_a_disk_that_fills_up(
     """From too small for the recipe to large enough for one checkpoint but not for three."""
     ends = []
     sizes = (16, 80, 240, 420, 600, 720, 860, 1000)
-    for kilobytes in evenly(sizes, request.config.getoption("disks")):
+    for kilobytes in subsample_evenly(sizes, request.config.getoption("disks")):
         work = small_disk / str(kilobytes)
         for old in small_disk.iterdir():
             shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -103,7 +103,7 @@ def test_an_error_of_the_background_save_ends_the_run_within_a_step(
     recipe = make_recipe(tmp_path)
     failed: list[int] = []
     read_since: list[int] = []
-    seal, read = manifest.seal, loop._Run._read
+    seal, read = manifest.write_manifest, loop.Loop._read_sums
 
     def full(folder: Path) -> None:
         if folder.name.startswith(f"{step}."):
@@ -115,8 +115,8 @@ def test_an_error_of_the_background_save_ends_the_run_within_a_step(
         read_since.extend([number] * bool(failed))
         read(self, number, sums)
 
-    monkeypatch.setattr(manifest, "seal", full)
-    monkeypatch.setattr(loop._Run, "_read", noted)
+    monkeypatch.setattr(manifest, "write_manifest", full)
+    monkeypatch.setattr(loop.Loop, "_read_sums", noted)
     with pytest.raises(OSError, match=rf"saving step {step} failed"):
         train(recipe, tmp_path / "work", "pretrain")
     assert failed and len(read_since) <= 2, "the step under way, and the one that was begun already"

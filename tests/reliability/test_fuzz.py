@@ -20,21 +20,22 @@ from typing import Any
 
 import pytest
 import tokenizers
-from jaxstages.commands import prepare as preparing
 
 from jaxstages import config as recipes
 from jaxstages.cli import main
+from jaxstages.cli import prepare as preparing
 from jaxstages.cli.generate import _read_prompts
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.config import DataConfig, Recipe, StageConfig, TokenizerConfig
 from jaxstages.config.checks import validate
 from jaxstages.data import tokenizer as tokenizing
 from jaxstages.data.prepare import Prepared, prepare
+from jaxstages.data.run_tokenizer import open_tokenizer
 from jaxstages.data.sentencepiece import BPE, UNIGRAM
 from jaxstages.data.sources import open_source
-from jaxstages.data.tokenizer import Tokenizer, make_tokenizer
+from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.runtime import files
-from jaxstages.train.setup import open_tokenizer
 from tests.reliability.harness import print_table
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import sentencepiece_model, write_data
@@ -103,7 +104,7 @@ STRANGE = (
 @pytest.fixture(autouse=True)
 def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of small files need not outlast a power cut."""
-    monkeypatch.setattr(disk, "sync", lambda _: None)
+    monkeypatch.setattr(files, "sync", lambda _: None)
 
 
 @pytest.fixture
@@ -367,7 +368,7 @@ def test_tokenizers_that_crashed(tmp_path: Path, change: dict[str, Any], complai
 
 
 def test_an_interrupt_is_no_fault_of_a_tokenizer() -> None:
-    with pytest.raises(KeyboardInterrupt), tokenizing._refused("never"):
+    with pytest.raises(KeyboardInterrupt), tokenizing.errors_as_value_error("never"):
         raise KeyboardInterrupt
 
 
@@ -616,7 +617,7 @@ def test_a_file_that_may_not_be_read_is_the_users(tmp_path: Path, monkeypatch: p
 
 def test_a_large_text_file_is_several_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
-    monkeypatch.setattr("jaxstages.data.sources.PIECE", 8)
+    monkeypatch.setattr("jaxstages.data.sources.TEXT_RECORD_BYTES", 8)
     items = list(open_source(str(tmp_path / "a.txt"), tmp_path).read())
     assert [item.record for item in items] == [{"text": "one\ntwo\n"}, {"text": "three\n"}]
     assert [item.where for item in items] == [str(tmp_path / "a.txt"), f"{tmp_path / 'a.txt'}:3"]

@@ -204,7 +204,7 @@ def test_without_its_best_a_run_goes_on_from_what_is_whole(
         meta = read_json(file)
         meta["best_step"] = 2
         file.write_text(json.dumps(meta))
-        manifest.seal(checkpoint_folder(stage_dir, step))
+        manifest.write_manifest(checkpoint_folder(stage_dir, step))
     if how == "removed":
         shutil.rmtree(checkpoint_folder(stage_dir, 2))
     else:
@@ -364,7 +364,7 @@ def test_a_save_that_can_not_be_read_back_is_no_save(
     shutil.copytree(made[1] / "tokenizer", work / "tokenizer")
     reads = []
     read = manager.read_in_parts
-    monkeypatch.setattr(checkpoint, "read_in_parts", lambda *words: reads.append(words) or read(*words))
+    monkeypatch.setattr(manager, "read_in_parts", lambda *words: reads.append(words) or read(*words))
     recipe.pretrain.loop.stop_after = 3
     train(recipe, work, "pretrain")
     assert len(reads) == 1, "once in a run"
@@ -373,7 +373,7 @@ def test_a_save_that_can_not_be_read_back_is_no_save(
     def unreadable(folder: Path, *_: Any) -> None:
         raise manifest.Damaged(f"{folder} is damaged, Orbax can't read it")
 
-    monkeypatch.setattr(checkpoint, "read_in_parts", unreadable)
+    monkeypatch.setattr(manager, "read_in_parts", unreadable)
     with pytest.raises(OSError, match="saving step 1 failed: .*Orbax can't read it"):
         train(recipe, work, "pretrain")
 

@@ -36,7 +36,7 @@ from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
 from jaxstages.train.early_stopping import early_stopping
 from jaxstages.train.handoff import read_parent
-from jaxstages.train.initial_state import Start, restore_or_init
+from jaxstages.train.initial_state import InitialState, restore_or_init
 from jaxstages.train.setup import setup_stage
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return RUN
 
 
-def start_of(run: Path, name: str) -> Start:
+def start_of(run: Path, name: str) -> InitialState:
     setup = setup_stage(resolve_recipe(None, run), name, run)
     with Checkpoints(setup.folder, setup.config.loop.keep) as checkpoints:
         return restore_or_init(setup, checkpoints, early_stopping())
@@ -167,7 +167,7 @@ def test_a_later_format_is_refused_and_left_alone(run: Path, name: str, step: in
         shutil.rmtree(run / "instruct")
     checkpoint = checkpoint_folder(run / name, step)
     write_json(checkpoint / "meta" / "metadata", read_meta(checkpoint) | {"format": 2})
-    manifest.seal(checkpoint)
+    manifest.write_manifest(checkpoint)
     with pytest.raises(ValueError, match=rf"{name}/checkpoints/{step} has format 2, .* install a newer jaxstages"):
         start_of(run, "instruct")
     assert checkpoint.is_dir() and not (run / name / "quarantine").exists()

@@ -20,7 +20,7 @@ from jaxstages.data.tokenizer import Specials
 from jaxstages.runtime import manifest
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder, quarantine_folder, result_file, tokenizer_file
-from jaxstages.train.handoff import OVERRIDABLE_MODEL_FIELDS, check_lineage, contract_of, read_parent
+from jaxstages.train.handoff import OVERRIDABLE_MODEL_FIELDS, check_lineage, read_parent
 from jaxstages.train.setup import StageSetup, setup_stage
 from tests.reliability.harness import Home
 
@@ -30,7 +30,7 @@ def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     meta = read_json(checkpoint / "meta" / "metadata")
     changed = change(meta)
     write_json(checkpoint / "meta" / "metadata", meta if changed is None else changed)
-    manifest.seal(checkpoint)
+    manifest.write_manifest(checkpoint)
 
 
 class Pair:
@@ -57,7 +57,7 @@ class Pair:
         rewrite(self.best, change)
 
     def read(self) -> None:
-        read_parent(self.parent, self.setup, self.contract)
+        read_parent(self.parent, self.setup.program, self.contract)
 
     def train(self) -> None:
         train(self.recipe, self.work, "finetune")
@@ -367,14 +367,14 @@ def _(pair: Pair) -> None:
 )
 def _(pair: Pair) -> None:
     shutil.rmtree(pair.best / "meta")
-    manifest.seal(pair.best)
+    manifest.write_manifest(pair.best)
     pair.read()
 
 
 @case("checkpoint: no params in it", r"checkpoints/2/params is damaged, Orbax can't read it.*" + ANEW)
 def _(pair: Pair) -> None:
     shutil.rmtree(pair.best / "params")
-    manifest.seal(pair.best)
+    manifest.write_manifest(pair.best)
     pair.read()
 
 
@@ -535,4 +535,4 @@ def test_the_parent_as_it_was_left_is_taken(pair: Pair) -> None:
     pair.read()
     pair.change_meta(lambda meta: None)
     pair.read()
-    assert len(CASES) >= 30 and json.dumps(pair.contract) == json.dumps(contract_of(pair.setup))
+    assert len(CASES) >= 30 and json.dumps(pair.contract) == json.dumps(pair.setup.contract)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jaxstages.runtime.workdir import steps_of
 from tests import compiled
 from tests.reliability.harness import ROOT, Home, free_port, outcome
 
@@ -42,13 +43,19 @@ with stop_signals():  # as the door itself does, before the slow imports
     from jax._src import compiler
 
     import jaxstages.train.loop as loop
+    import jaxstages.train.stage as stage
     import jaxstages.cli.main
 
-    place, read, compile_any = loop._Run._place, loop._Run._read, compiler.compile_or_get_cached
+    make_batches, read, compile_any = stage._batches, loop.Loop._read_sums, compiler.compile_or_get_cached
 
-    def placed(self, k):
-        PLACE
-        return place(self, k)
+    def batches(setup, initial):
+        batches = make_batches(setup, initial)
+
+        def load(k):
+            LOAD
+            return batches.load(k)
+
+        return batches._replace(load=load)
 
     def noted(self, step, *more):
         read(self, step, *more)
@@ -59,7 +66,7 @@ with stop_signals():  # as the door itself does, before the slow imports
             COMPILE
         return compile_any(backend, computation, *more, **named)
 
-    loop._Run._place, loop._Run._read, compiler.compile_or_get_cached = placed, noted, compiled
+    stage._batches, loop.Loop._read_sums, compiler.compile_or_get_cached = batches, noted, compiled
     door.cli()
 """
 """The program; before a batch is made, after a step is read, and before the step or the evaluation is compiled it does
@@ -101,10 +108,10 @@ class Lab:
         Home(folder)
         self.folder = folder
 
-    def start(self, name: str, hang: float = 600, place: str = "pass", read: str = "pass", comp: str = "pass") -> Run:
+    def start(self, name: str, hang: float = 600, load: str = "pass", read: str = "pass", comp: str = "pass") -> Run:
         """In workdir `name`; the statements are put where SCRIPT says."""
         script, log = self.folder / f"{name}.py", self.folder / f"{name}.log"
-        script.write_text(SCRIPT.replace("PLACE", place).replace("READ", read).replace("COMPILE", comp))
+        script.write_text(SCRIPT.replace("LOAD", load).replace("READ", read).replace("COMPILE", comp))
         environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
         environment["XLA_FLAGS"] = compiled.QUICK
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
@@ -134,7 +141,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 @pytest.fixture(scope="module")
 def slow(lab: Lab) -> dict[str, Any]:
     """What a run comes to whose compilations take longer than the watchdog's seconds, and so do its steps in all."""
-    run = lab.start("slow", hang=3, place="time.sleep(0.35 if k else 0)", comp="time.sleep(3.5)")
+    run = lab.start("slow", hang=3, load="time.sleep(0.35 if k else 0)", comp="time.sleep(3.5)")
     assert run.ends() == 0, run.text()
     return outcome(lab.folder / "slow")
 
@@ -145,7 +152,7 @@ def test_a_slow_run_is_not_ended(slow: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("slow")  # for what it has compiled
 def test_a_hang_is_ended_with_the_stacks_of_all_threads(lab: Lab) -> None:
-    run = lab.start("hang", hang=3, place='if k == 7:\n            mark("hangs")\n            sleeps_for_ever()')
+    run = lab.start("hang", hang=3, load='if k == 7:\n                mark("hangs")\n                sleeps_for_ever()')
     run.wait_for("hangs")
     assert run.ends(13) == 1
     text = run.text()
@@ -154,7 +161,9 @@ def test_a_hang_is_ended_with_the_stacks_of_all_threads(lab: Lab) -> None:
     assert lab.newest("hang") in (3, 6), "what was saved before stands"
 
 
-ASKED = "if step == {step}:\n            mark('there')\n            while not self._signals.asked: time.sleep(0.01)"
+ASKED = """if step == {step}:
+            mark('there')
+            while not self._training.signals.requested: time.sleep(0.01)"""
 
 
 def test_each_signal_ends_a_run_as_it_should_and_it_goes_on_to_the_same(lab: Lab, slow: dict[str, Any]) -> None:
@@ -191,11 +200,11 @@ LEAVES = """
 import os, signal, sys, time
 import jax
 from jaxstages.runtime import multihost
-from jaxstages.runtime.cluster import Place
+from jaxstages.runtime.cluster import ProcessInfo
 
 process, port = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_enable_preemption_service", process == 0)  # 1 will never hear that 0 was asked to stop
-multihost.join(Place(f"127.0.0.1:{port}", 2, process))
+multihost.join(ProcessInfo(f"127.0.0.1:{port}", 2, process))
 multihost.barrier("both are here")
 if process == 0:
     os.kill(os.getpid(), signal.SIGTERM)

@@ -174,14 +174,14 @@ def test_hosts_with_different_recipes_do_not_begin(home: Home, tmp_path: Path) -
 
 FAULT = """
 import os, sys, time
-from jaxstages.runtime import multihost
-from jaxstages.runtime.cluster import Place
+from jaxstages.runtime import lost_host, multihost
+from jaxstages.runtime.cluster import ProcessInfo
 
 process, port, faulty = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-multihost.join(Place(f"127.0.0.1:{port}", 2, process))
+multihost.join(ProcessInfo(f"127.0.0.1:{port}", 2, process))
 multihost.barrier("both are here")
 if process == faulty:
-    multihost.announce_exit(70, "three steps in a row are not finite")
+    lost_host.announce_exit(70, "three steps in a row are not finite")
     os._exit(70)
 multihost.barrier("nobody else comes here")
 """

@@ -22,13 +22,16 @@ from jaxstages.cli.resolve import keep_recipe
 from jaxstages.cli.train import train
 from jaxstages.config import MeshConfig, OptimConfig, Recipe, ScheduleConfig
 from jaxstages.data.batches import Batches, batches_by_step
+from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.sharding import batch_sharding, make_mesh, place_batch
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoints_folder, steps_of
+from jaxstages.train import program
 from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.guard import init_guard, judge
+from jaxstages.train.guard import init_guard, should_apply
 from jaxstages.train.metric_writer import read_metrics
 from jaxstages.train.optimizer import make_optimizer
+from jaxstages.train.saved_items import from_items, to_items
 from jaxstages.train.setup import setup_stage
 from jaxstages.train.step import init_state, make_train_step
 from jaxstages.types import Batch, Diverged, Model, Params, TrainState
@@ -126,7 +129,9 @@ def test_exactly_the_bad_steps_are_skipped(layout: Layout) -> None:
     """Each fault at step 0, in the warm-up, later and in streaks. The other run never sees a bad batch: it is given the
     good ones, with their step's number for the noise (without noise it simply counts on)."""
     tx, dice = frail_optimizer(), np.random.default_rng(0)
-    train_step = jax.jit(make_train_step(layout.apply, tx, accumulate=layout.accumulate), donate_argnums=0)
+    train_step = jax.jit(
+        make_train_step(cross_entropy_loss(layout.apply), tx, accumulate=layout.accumulate), donate_argnums=0
+    )
     mesh = make_mesh(MeshConfig(), jax.devices()[: layout.devices])
     orders = [[fault, *"..", fault, *"...", fault, fault, fault, *".."] for fault in FAULTS]
     orders += [["." if good else str(dice.choice(FAULTS)) for good in dice.random(24) < 0.6] for _ in range(2)]
@@ -154,7 +159,7 @@ def test_exactly_the_bad_steps_are_skipped(layout: Layout) -> None:
 
 @functools.cache
 def faulty_step() -> Callable[[TrainState, Batch], Any]:
-    return jax.jit(make_train_step(faulty, frail_optimizer()))
+    return jax.jit(make_train_step(cross_entropy_loss(faulty), frail_optimizer()))
 
 
 @jax.jit
@@ -204,7 +209,7 @@ def judged(window: int, sigma: float, rows: np.ndarray) -> tuple[list[bool], lis
 @pytest.mark.parametrize("window", [1, 5, 32])
 def test_the_guard_is_the_plain_rule(window: int, sigma: float) -> None:
     def one(state: Any, row: jax.Array) -> Any:
-        applied, state = judge(state, row[0], row[1], row[2], sigma)
+        applied, state = should_apply(state, row[0], row[1], row[2], sigma)
         return state, (applied, state.streak)
 
     run = jax.jit(lambda rows: jax.lax.scan(one, init_guard(window), rows))
@@ -232,10 +237,6 @@ Spoil = Callable[[jax.Array, Batch, jax.Array | None], jax.Array]
 # The loop, with a small model that gives NaN for chosen batches.
 
 
-def no_decoding(*_: Any) -> Any:
-    raise NotImplementedError
-
-
 def small_model(vocab: int, spoil: Spoil) -> Model:
     """A bigram model of low rank; `spoil(x_BLD, batch, key)` is applied to its hidden layer."""
 
@@ -248,7 +249,7 @@ def small_model(vocab: int, spoil: Spoil) -> Model:
         return jnp.einsum("BLD,DV->BLV", x_BLD, params["head"])
 
     axes = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab")}
-    return Model(init, apply, apply, axes, no_decoding, no_decoding, no_decoding)
+    return Model(init, apply, axes)
 
 
 def nan_for(bad: np.ndarray) -> Spoil:
@@ -290,7 +291,7 @@ class Lab:
 
     def ready(self, name: str, bad: set[int], most: int = 10) -> tuple[Recipe, Path]:
         """A recipe and a new workdir in which the batches `bad` give NaN, and `most` of them in a row are too many."""
-        self._patch.setattr(workbench, "make_model", lambda config, vocab, **_: self.model(bad))
+        self._patch.setattr(program, "make_model", lambda config, vocab, **_: self.model(bad))
         recipe, work = copy.deepcopy(self.recipe), self.folder / name
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(self.folder / "setup" / "tokenizer", work / "tokenizer")
@@ -317,7 +318,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, pyt
 def lab(shared: tuple[Path, pytest.MonkeyPatch]) -> Lab:
     folder, patch = shared
     with pytest.MonkeyPatch.context() as for_now:
-        for_now.setattr(workbench, "make_model", lambda config, vocab, **_: small_model(vocab, lambda x, batch, key: x))
+        for_now.setattr(program, "make_model", lambda config, vocab, **_: small_model(vocab, lambda x, batch, key: x))
         return Lab(folder, patch)
 
 
@@ -360,7 +361,7 @@ def test_the_loop_skips_the_bad_batches_and_no_other(lab: Lab, scattered: Path) 
     model = lab.model(SCATTERED)
     params = jax.jit(model.init)(jax.random.key(lab.recipe.seed))
     state = init_state(params, setup.program.tx, setup.config.optim.spike_window)
-    train_step = jax.jit(make_train_step(model.apply, setup.program.tx, seed=lab.recipe.seed))
+    train_step = jax.jit(make_train_step(cross_entropy_loss(model.apply), setup.program.tx, seed=lab.recipe.seed))
     for k in sorted(set(range(STEPS)) - SCATTERED):
         state, _ = train_step(
             state._replace(step=jnp.int32(k)),
@@ -441,7 +442,7 @@ def test_parameters_that_are_not_finite_are_never_written(tmp_path: Path) -> Non
     good, stopping = fresh_state(tx), early_stopping().init()
     meta = {name: types[0]() for name, types in META.items()}  # of the right form, and empty
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(1, good, stopping, meta, 1)
+        checkpoints.save(1, to_items(good, stopping), meta, 1)
         checkpoints.check_last(1)
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         params = good.params | {"bias": good.params["bias"].at[3].set(bad)}
@@ -449,13 +450,13 @@ def test_parameters_that_are_not_finite_are_never_written(tmp_path: Path) -> Non
             Checkpoints(tmp_path, keep=2) as checkpoints,
             pytest.raises(Diverged, match=r"step 2 is not saved: .*bias is not finite; the .* before it stands"),
         ):
-            checkpoints.save(2, good._replace(params=params), stopping, meta, 2)
+            checkpoints.save(2, to_items(good._replace(params=params), stopping), meta, 2)
             checkpoints.wait()
     assert [path.name for path in checkpoints_folder(tmp_path).iterdir()] == ["1"]
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), good)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        found = checkpoints.restore_newest(target, stopping)
-    assert found is not None and same_bits(found.state, good)
+        restored = checkpoints.restore_newest(to_items(target, stopping))
+    assert restored is not None and same_bits(from_items(restored.items)[0], good)
 
 
 # --debug_nans: the operation that made the first NaN.
@@ -508,7 +509,7 @@ def test_debug_nans_names_the_operation_and_its_line(
     def spoil(x_BLD: jax.Array, batch: Batch, key: jax.Array | None) -> jax.Array:
         return maker(x_BLD) if (key is not None) == trains else x_BLD
 
-    monkeypatch.setattr(workbench, "make_model", lambda config, vocab, **_: small_model(vocab, spoil))
+    monkeypatch.setattr(program, "make_model", lambda config, vocab, **_: small_model(vocab, spoil))
     recipe, work = make_recipe(shared[0]), tmp_path / "work"
     recipe.finetune = recipe.instruct = None
     recipe.pretrain.loop.batch_size = recipe.pretrain.evaluation.batch_size = 4

@@ -16,10 +16,11 @@ from jaxstages.checkpoint.manager import Checkpoints
 from jaxstages.checkpoint.metadata import read_meta
 from jaxstages.cli.train import train
 from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
-from jaxstages.generate.evaluate import Report, make_evaluate
+from jaxstages.generate.evaluate import Report
 from jaxstages.runtime.signals import Stop
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
-from jaxstages.train import loop
+from jaxstages.train import program, stage
+from jaxstages.train.setup import make_stage_evaluate
 from jaxstages.types import Batch, Interrupted, Params
 from tests.reliability.harness import make_recipe, outcome, quick_runs
 from tests.reliability.test_nonfinite import small_model
@@ -36,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Data, prepared rows and compiled functions, for a small model with dropout."""
     folder = tmp_path_factory.mktemp("home")
     with quick_runs(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbench, "make_model", lambda config, vocab, **_: small_model(vocab, dropout))
+        patch.setattr(program, "make_model", lambda config, vocab, **_: small_model(vocab, dropout))
         yield folder
 
 
@@ -170,8 +171,8 @@ class Signals:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._at: tuple[int, int] = (-1, -1)
         self._stop = Stop()
-        patch.setattr(loop, "stop_signals", self._signals)
-        patch.setattr(loop, "make_evaluate", self._make_evaluate)
+        patch.setattr(stage, "stop_signals", self._signals)
+        patch.setattr(stage, "make_stage_evaluate", self._make_evaluate)
 
     def come(self, evaluation: int, batch: int) -> None:
         """In the next run: before the given batch of its given evaluation, both counted from 0; never if negative."""
@@ -182,16 +183,16 @@ class Signals:
         self._stop = Stop()
         yield self._stop
 
-    def _make_evaluate(self, setup: Any, *, between: Callable[[], None]) -> Any:
+    def _make_evaluate(self, setup: Any, *, before_batch: Callable[[], None]) -> Any:
         evaluation, batch = -1, 0
 
         def counted() -> None:
             nonlocal batch
-            self._stop.asked |= (evaluation, batch) == self._at
+            self._stop.requested |= (evaluation, batch) == self._at
             batch += 1
-            between()
+            before_batch()
 
-        evaluate = make_evaluate(setup, between=counted)
+        evaluate = make_stage_evaluate(setup, before_batch=counted)
 
         def one(params: Params, scores: bool) -> Report:
             nonlocal evaluation, batch

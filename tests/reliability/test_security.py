@@ -22,9 +22,10 @@ from jaxstages.cli.main import main
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.data.prepare import Prepared
 from jaxstages.runtime.files import read_json, write_json
-from jaxstages.runtime.manifest import seal
+from jaxstages.runtime.manifest import write_manifest
 from jaxstages.runtime.workdir import checkpoints_folder, steps_of
 from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.saved_items import from_items, to_items
 from jaxstages.train.setup import setup_stage
 from tests.reliability.test_golden import DATA, GOLDEN, RUN
 
@@ -181,7 +182,7 @@ def plant(file: Path, marker: Path, kind: str) -> None:
 
 
 def rows_of(run: Path) -> Prepared:
-    return setup_stage(resolve_recipe(None, run), "pretrain", run).train[0]
+    return setup_stage(resolve_recipe(None, run), "pretrain", run).data.train[0]
 
 
 @pytest.mark.parametrize("kind", ["array of objects", "pickle"])
@@ -192,7 +193,7 @@ def test_a_pickle_in_a_cache_is_not_run(
     plant(rows.folder / "target_counts.npy", marker, kind)
     assert main(["jaxstages", "prepare", f"--workdir={run}"]) == 2
     assert "target_counts.npy is damaged" in capsys.readouterr().err
-    seal(rows.folder)  # now its maker says that it is as it should be
+    write_manifest(rows.folder)  # now its maker says that it is as it should be
     with pytest.raises(ValueError, match="allow_pickle="):
         rows_of(run).target_counts()
     plant(rows.folder / "counts-00000.npy", marker, kind)
@@ -249,8 +250,9 @@ def test_strays_among_the_steps_are_never_restored(run: Path) -> None:
     (folder / "950").write_text("a file")
     assert steps_of(setup.folder) == [1, 800, 900, 950, 10**40]
     with Checkpoints(setup.folder, 1) as checkpoints:
-        found = checkpoints.restore_newest(setup.program.abstract_state, early_stopping().init())
-    assert found is not None and found.meta["step"] == int(found.state.step) == 1
+        restored = checkpoints.restore_newest(to_items(setup.program.abstract_state, early_stopping().init()))
+    assert restored is not None
+    assert restored.meta["step"] == int(from_items(restored.items)[0].step) == 1
     assert steps_of(setup.folder) == [1], "what looked like a step is in quarantine"
     assert (folder / "1").is_dir(), "where the link led to"
 

@@ -14,11 +14,13 @@ import optax
 import pytest
 from jax.experimental import multihost_utils
 
+from jaxstages.checkpoint import manager
 from jaxstages.checkpoint.fingerprint import fingerprint
 from jaxstages.checkpoint.manager import Checkpoints, _Manager
 from jaxstages.checkpoint.metadata import META
 from jaxstages.runtime.workdir import steps_of
 from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.saved_items import from_items, to_items
 from jaxstages.train.step import init_state
 from tests.reliability.harness import (
     SAVE_EVERY,
@@ -98,7 +100,7 @@ def test_a_save_does_not_ask_whether_to_stop(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
     state = init_state({"table": jnp.ones(3)}, optax.sgd(0.1))
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(1, state, early_stopping().init(), {}, 1)
+        checkpoints.save(1, to_items(state, early_stopping().init()), {}, 1)
     assert steps_of(tmp_path) == [1] and asked == []
 
 
@@ -111,7 +113,7 @@ def test_a_state_that_is_being_saved(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert gate.wait(30)
         return save(self, *args, **named)
 
-    monkeypatch.setattr(checkpoint, "COPIED", most)
+    monkeypatch.setattr(manager, "COPIED", most)
     monkeypatch.setattr(_Manager, "save", slow)
     state = init_state({"table": jnp.arange(1000.0)}, optax.adam(0.1))
     stopping, meta = early_stopping().init(), {name: types[0]() for name, types in META.items()}
@@ -120,16 +122,16 @@ def test_a_state_that_is_being_saved(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         if not most:
             gate.set()
-        checkpoints.save(1, state, stopping, meta, 1)
+        checkpoints.save(1, to_items(state, stopping), meta, 1)
         checkpoints.poll()
         jax.jit(lambda old: jax.tree.map(lambda x: x * 0 + 7, old), donate_argnums=0)(state)
         gate.set()
         checkpoints.check_last(1)
-        found = checkpoints.restore_newest(target, stopping)
-        assert found is not None and fingerprint(found.state).digests == expected
+        restored = checkpoints.restore_newest(to_items(target, stopping))
+        assert restored is not None and fingerprint(from_items(restored.items)[0]).digests == expected
         monkeypatch.setattr(_Manager, "save", lambda *args, **named: False)
         with pytest.raises(OSError, match="saving step 2 failed: checkpoint 2 was not taken"):
-            checkpoints.save(2, found.state, stopping, meta, 2)
+            checkpoints.save(2, restored.items, meta, 2)
             checkpoints.wait()
     assert steps_of(tmp_path) == [1]
 

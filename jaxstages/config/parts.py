@@ -1,0 +1,176 @@
+"""Own parts of a recipe: models, losses, metrics, tasks, sources, optimizers and schedules from the user's own file.
+
+A part is a Python value: a function, a `functools.partial` of one, or an object with a method `make`. In `recipe.json`
+it is recorded as its name, its fields, and the SHA-256 of its source. It is never imported from there: code comes only
+from the recipe that `--config` names.
+"""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class ModelSpec(Protocol):
+    """What `Recipe.model` can be: `ModelConfig`, or an object that also has `make(vocab_size) -> Model`."""
+
+    context: int
+
+
+@runtime_checkable
+class Makes(Protocol):
+    """An own part with fields: `make` returns what the recipe's field describes."""
+
+    @property
+    def make(self) -> Callable[..., Any]: ...
+
+
+@runtime_checkable
+class TaskSpec(Makes, Protocol):
+    """An own data task.
+
+    texts: `texts(record)`, the texts of a record: what tokenizers and near-duplicates are made from. The first one
+        decides whether the record is held out.
+    make: `make(tokenizer, context)` returns `encode(record) -> Encoded`, whose examples have at most context + 1 ids.
+    """
+
+    @property
+    def texts(self) -> Callable[[Any], list[str]]: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """An own part as `recipe.json` records it.
+
+    part: `file:name`, such as "mine:Mamba".
+    fields: of the object, or the keywords of the partial.
+    sha256: of its definition, and of everything in the same file that the definition uses.
+    """
+
+    part: str
+    fields: dict[str, Any]
+    sha256: str
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.fields.items())
+        return f"{self.part}({fields}), source {self.sha256[:12]}…"
+
+
+def is_part(value: Any) -> bool:
+    """Whether a value in a recipe is an own part."""
+    if isinstance(value, Part):
+        return True
+    ours = type(value).__module__.startswith("jaxstages.")
+    return isinstance(value, functools.partial) or callable(value) or (not ours and hasattr(value, "make"))
+
+
+def describe(value: Any, to_plain: Callable[[Any], Any] = lambda field: field) -> Part:
+    """Return what `recipe.json` records about a part.
+
+    Args:
+        to_plain: converts its fields to what JSON holds.
+
+    Raises:
+        ValueError: its source is not at the top level of a file.
+    """
+    if isinstance(value, Part):
+        return value
+    if isinstance(value, functools.partial):
+        if value.args:
+            raise ValueError(f"{value}: pass the arguments of a functools.partial by keyword")
+        fields, definition = dict(value.keywords), value.func
+    elif dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        definition = type(value)
+    else:
+        fields, definition = {}, value if isinstance(inspect.unwrap(value), FunctionType) else type(value)
+    name, file = _location(definition)
+    plain = {key: to_plain(field) for key, field in fields.items()}
+    return Part(f"{file.stem}:{name}", plain, source_sha256(file, name))
+
+
+def _location(definition: Any) -> tuple[str, Path]:
+    """Return the name and the file of a function or class."""
+    function = inspect.unwrap(definition) if not inspect.isclass(definition) else getattr(definition, "make", None)
+    if not isinstance(function, FunctionType):
+        raise ValueError(f"{definition!r} is no function and has no `make`; see docs/extending.md")
+    name = definition.__qualname__.split(".")[0] if inspect.isclass(definition) else function.__qualname__
+    if "<" in name:  # <lambda>, <locals>
+        raise ValueError(f"{name} can't be recorded in recipe.json; define it at the top level of the recipe's file")
+    return name.split(".")[0], Path(function.__code__.co_filename)
+
+
+def source_sha256(file: Path, name: str) -> str:
+    """Return the SHA-256 of a definition and of everything that it uses in the same file, directly or not.
+
+    Comments and formatting do not count, nor does what the definition does not use, such as `get_config`.
+
+    Raises:
+        ValueError: the file has no such definition at its top level.
+    """
+    definitions = _definitions(file)
+    if name not in definitions:
+        raise ValueError(f"{file} defines no {name} at its top level, where recipe.json could record it")
+    closure, queue = set(), [name]
+    while queue:
+        current = queue.pop()
+        if current in closure:
+            continue
+        closure.add(current)
+        for statement in definitions[current]:
+            queue += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and node.id in definitions]
+    text = "\n".join(ast.unparse(statement) for key in sorted(closure) for statement in definitions[key])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _definitions(file: Path) -> dict[str, list[ast.stmt]]:
+    """Return the statements at the top level of a file that bind each name."""
+    definitions: dict[str, list[ast.stmt]] = {}
+    for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+        match statement:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names = [name]
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                names = [alias.asname or alias.name.split(".")[0] for alias in aliases]
+            case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
+                nodes = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+                names = [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
+            case _:
+                names = []
+        for name in names:
+            definitions.setdefault(name, []).append(statement)
+    return definitions
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Metric:
+    """An own metric of generated answers; a plain function is one that is better when it is higher.
+
+    score: `score(predictions, references) -> float`.
+    better: "max" or "min".
+    """
+
+    score: Callable[..., float] | Part
+    better: str = "max"
+
+    @property
+    def name(self) -> str:
+        if isinstance(self.score, Part):
+            return self.score.part.partition(":")[2]
+        return inspect.unwrap(self.score).__name__
+
+
+def metric_name(metric: Any) -> str:
+    """Return the name of a metric in `evaluation.metrics`: a built-in one's, a function's or a `Metric`'s."""
+    return metric if isinstance(metric, str) else as_metric(metric).name
+
+
+def as_metric(metric: Any) -> Metric:
+    """Return an own metric as a `Metric`."""
+    return metric if isinstance(metric, Metric) else Metric(metric)

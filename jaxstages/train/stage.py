@@ -1,0 +1,298 @@
+"""Train one stage: its initial state, the loop, and the result that makes the stage finished."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxstages import config as recipes
+from jaxstages.checkpoint.fingerprint import params_sha256
+from jaxstages.checkpoint.manager import Checkpoints, read_params
+from jaxstages.config.metrics import higher_is_better
+from jaxstages.config.parts import metric_name
+from jaxstages.data.batches import batches_by_step
+from jaxstages.data.mixture import describe
+from jaxstages.data.stage_data import WATCH
+from jaxstages.generate.evaluate import unigram_perplexity
+from jaxstages.models.sharding import place_batch, rows_here
+from jaxstages.runtime import multihost
+from jaxstages.runtime.console import duration, say
+from jaxstages.runtime.files import write_json
+from jaxstages.runtime.signals import stop_signals, watchdog
+from jaxstages.runtime.workdir import result_file
+from jaxstages.train.compile import compile_step
+from jaxstages.train.diagnosis import Verdict, judge
+from jaxstages.train.early_stopping import early_stopping
+from jaxstages.train.initial_state import InitialState, restore_or_init
+from jaxstages.train.loop import Batches, Loop, Training, check_weight
+from jaxstages.train.metric_writer import MetricsWriter, plain, read_metrics
+from jaxstages.train.saved_items import AVERAGE
+from jaxstages.train.setup import StageSetup, make_stage_evaluate
+from jaxstages.types import Diverged, Metrics, Params, Report, TrainState
+
+SMALL_STEP_FLOPS, GROUP = 1e10, 8
+"""Steps cheaper than this (6 operations a parameter and token, Kaplan et al. 2020) are dispatched in groups of 8 between
+host reads, because host work would otherwise be a visible share of the step."""
+
+FEW_TOKENS, TOKEN_LOSS_SD = 4000, 2.0
+"""A held-out set with fewer scored tokens decides little: losses of single tokens have a standard deviation of about 2
+nats, which makes the mean of 4,000 uncertain by 0.03."""
+
+
+def train_stage(setup: StageSetup, finish: bool = False) -> dict[str, Any] | None:
+    """Train a stage from its initial state to its end, and write its result.
+
+    Args:
+        finish: end the stage at the step that it has saved.
+
+    Returns the result, or None if `stop_after` ended the run before the stage.
+
+    Raises:
+        ValueError: the start rules or the contract forbid it.
+        Diverged: too many steps in a row were not finite.
+        Interrupted: a signal asked to stop; everything is saved.
+        OSError: a save failed; those before it stand.
+    """
+    began = time.monotonic()
+    config, stop = setup.config.loop, setup.config.early_stopping
+    stopping = early_stopping(mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta)
+    with Checkpoints(setup.folder, config.keep) as checkpoints, stop_signals(multihost.preemption_poll()) as signals:
+        initial = restore_or_init(setup, checkpoints, stopping)
+        step = int(initial.state.step)
+        _check_length(setup, step, finish)
+        with (
+            MetricsWriter(setup.folder, step if initial.progress else -1, multihost.is_process_zero()) as writer,
+            watchdog(config.hang_seconds) as heartbeat,
+        ):
+            for line in describe(setup.data.datasets, config.steps, config.batch_size, setup.config.late_from):
+                say(f"  {line}")
+            for line in _warnings(setup):
+                say(f"  {line}", "yellow")
+
+            def evaluate(trained: Params, scores: bool) -> Report:
+                return evaluate_params(setup.program.trainable.join(initial.base, trained), scores)
+
+            training = Training(
+                name=setup.name,
+                folder=setup.folder,
+                config=setup.config,
+                compile_step=lambda: compile_step(setup.program, initial.base, _reference(initial)),
+                group=_group_size(setup),
+                batches=_batches(setup, initial),
+                evaluate=evaluate,
+                scores={each.prefix: [*map(metric_name, each.config.metrics)] for each in setup.data.evaluation_sets},
+                allowed=lambda metrics, start: _within(setup.config, metrics, start),
+                schedule=setup.program.schedule,
+                meta=_meta(setup, initial),
+                checkpoints=checkpoints,
+                writer=writer,
+                stopping=stopping,
+                signals=signals,
+                heartbeat=heartbeat,
+            )
+            last = step if finish else min(config.steps, config.stop_after or config.steps)
+            loop = Loop(training, step, last if finish else config.steps, initial.stopping, initial.progress)
+            evaluate_params = make_stage_evaluate(setup, before_batch=loop.before_eval_batch)
+
+            state, step = loop.run(initial.state, step, last)
+            checkpoints.check_last(step)
+            signals.unsaved = False
+            if step < config.steps and not finish and not loop.should_stop():
+                say(f"{setup.name}: stop_after={config.stop_after} reached; start again without it to go on", "yellow")
+                return None
+            return _finish(setup, loop, state, step, initial.parent, began)
+
+
+def _check_length(setup: StageSetup, step: int, finish: bool) -> None:
+    """Raises ValueError where a stage has already gone beyond its length, or is to finish without a checkpoint."""
+    if finish and not step:
+        raise ValueError(f"{setup.folder} has saved no step; there is nothing to hand on")
+    if step > setup.config.loop.steps and not finish:
+        raise ValueError(
+            f"{setup.folder} has made {step} steps, and the recipe's length comes to {setup.config.loop.steps}; raise "
+            f"config.{setup.name}.loop.steps, epochs or tokens"
+        )
+
+
+def _group_size(setup: StageSetup) -> int:
+    params = sum(leaf.size for leaf in jax.tree.leaves(setup.program.abstract_params))
+    flops = 6 * params * setup.config.loop.batch_size * setup.program.context
+    return GROUP if flops < SMALL_STEP_FLOPS else 1
+
+
+def _batches(setup: StageSetup, initial: InitialState) -> Batches:
+    """Return the rows of each step: of the mixture, and of the anchor if there is one."""
+    size, seed, sharding = setup.config.loop.batch_size, setup.recipe.seed, setup.program.row_sharding
+    mixed = setup.data.mix(setup.config.loop, setup.config.late_from)
+    rows = batches_by_step(
+        mixed.sources,
+        batch_size=size,
+        seed=seed,
+        weights=mixed.weights,
+        late=mixed.late,
+        local_rows=rows_here(size, sharding),
+    )
+    anchored = None
+    if initial.anchor is not None:
+        anchor_size = setup.config.anchor.batch_size
+        local_rows = rows_here(anchor_size, sharding)
+        anchored = batches_by_step([initial.anchor.rows], batch_size=anchor_size, seed=seed, local_rows=local_rows)
+
+    def load(k: int) -> tuple[Any, ...]:
+        batch = rows.batch(k)
+        if jax.process_count() == 1:  # of several processes, each sees its own rows only
+            check_weight(setup.name, k, np.any(batch.weights_BL))
+        arguments = [place_batch(batch, size, sharding)]
+        if anchored is not None:
+            arguments.append(place_batch(anchored.batch(k), setup.config.anchor.batch_size, sharding))
+        return tuple(arguments)
+
+    return Batches(load, rows.digest, rows.where)
+
+
+def _reference(initial: InitialState) -> Params | None:
+    return None if initial.anchor is None else initial.anchor.reference
+
+
+def _within(config: recipes.StageConfig, metrics: Metrics, start: Mapping[str, Any]) -> bool:
+    """Whether every condition of `early_stopping.within` holds: no such metric is worse by more than its limit."""
+    for name, limit in config.early_stopping.within:
+        before = start.get(name)  # absent from runs that began before there was a watch
+        change = metrics[name] - (math.nan if before is None else before)
+        if not (-change if higher_is_better(name, config.evaluation.metrics) else change) <= limit:
+            return False
+    return True
+
+
+def _meta(setup: StageSetup, initial: InitialState) -> dict[str, Any]:
+    return setup.contract | {
+        "stage": setup.name,
+        "parent": initial.parent,
+        "lora": recipes.to_dict(setup.config.lora) if setup.config.lora.rank else None,
+        "data": setup.data.fingerprints,
+        "jax": jax.__version__,
+    }
+
+
+def _warnings(setup: StageSetup) -> list[str]:
+    """Describe faults of the data that are no errors: tokens cut off by the context, and held-out sets too small to
+    decide anything."""
+    lines = []
+    for source in {source.folder: source for source in setup.data.all_rows}.values():
+        index = source.index
+        lost, kept = index["cut_tokens"], index["tokens"]
+        if lost:
+            lines.append(
+                f"{index['source']} ({index['part']}): {lost / (lost + kept):.1%} of its tokens, {lost:,} of "
+                f"{lost + kept:,}, are lost to config.model.context={index['context']}: {index['cut_examples']:,} of "
+                f"{index['examples']:,} examples are longer"
+            )
+    for each in setup.data.evaluation_sets:
+        scored = round(sum(source.index["scored"] for source in each.held_out))
+        if scored < FEW_TOKENS:
+            name = each.prefix.strip("/") or setup.name
+            lines.append(
+                f"held-out data of {name}: {scored:,} scored tokens are too few to decide anything: a difference of "
+                f"{2 * TOKEN_LOSS_SD / max(scored, 1) ** 0.5:.2f} nats may be chance; hold out more, with "
+                "data.validation or data.holdout"
+            )
+    return lines
+
+
+def _finish(
+    setup: StageSetup, loop: Loop, state: TrainState, step: int, parent: dict[str, Any] | None, began: float
+) -> dict[str, Any]:
+    """Write `result.json`, which makes the stage finished, and report it. The last save is on disk.
+
+    Raises:
+        Diverged: no evaluation was finite, or no step was applied.
+        ValueError: no evaluation met the conditions of `early_stopping.within`.
+    """
+    stop, progress = setup.config.early_stopping, loop.progress
+    best_step = int(loop.stopping_state.best_step)
+    if best_step < 0 and stop.within:
+        raise ValueError(
+            f"{setup.name}: no evaluation was within {stop.within}, so there is nothing to hand on; raise "
+            f"replay or the anchor, or config.{setup.name}.early_stopping.within, in another --workdir"
+        )
+    if best_step < 0:
+        raise Diverged(
+            f"{setup.name}: {stop.metric} was never finite; halve peak_lr, or lengthen the warm-up, after removing "
+            f"{setup.folder}, or in another --workdir"
+        )
+    if int(state.guard.skipped) >= step:
+        raise Diverged(f"{setup.name}: the updates of all {step} steps were skipped; see metrics.jsonl for why")
+
+    best = state.average if progress.handed_on == AVERAGE else state.params
+    if best_step != step:
+        best = read_params(setup.folder, best_step, setup.program.abstract_state.params, progress.handed_on)
+    watch = _watch(progress.start, progress.best)
+    verdict = _diagnose(setup, read_metrics(setup.folder / "metrics.jsonl"), watch)
+    result = {
+        "stage": setup.name,
+        "status": _status(setup, loop, step),
+        "steps": step,
+        "best_step": best_step,
+        "best": progress.best,
+        "handed_on": progress.handed_on,
+        "watch": watch,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "skipped": int(state.guard.skipped),
+        "params_sha256": params_sha256(best),
+        "last_params_sha256": params_sha256(state.params),
+        "parent": parent,
+        "verdict": verdict._asdict(),
+    }
+    if multihost.is_process_zero():
+        write_json(result_file(setup.folder), {name: plain(value) for name, value in result.items()})
+    multihost.barrier(f"{setup.name} is finished")
+
+    say(
+        f"{setup.name}: {result['status']} at step {step}; best step {best_step}, {stop.metric} "
+        f"{float(loop.stopping_state.best):.4g}; params_sha256 {result['params_sha256'][:12]}…",
+        "bold",
+    )
+    say(f"{setup.name}: {verdict}", "bold")
+    say(
+        f"{setup.name}: took {duration(time.monotonic() - began)}; scores in {result_file(setup.folder)}, "
+        f"curves in {setup.folder / 'metrics.jsonl'}, next: {_next_command(setup)}"
+    )
+    return result
+
+
+def _status(setup: StageSetup, loop: Loop, step: int) -> str:
+    if step >= setup.config.loop.steps:
+        return "completed"
+    return "early_stopped" if loop.should_stop() else "ended"
+
+
+def _next_command(setup: StageSetup) -> str:
+    names = list(recipes.stages(setup.recipe))
+    later = names[names.index(setup.name) + 1 :]
+    if later:
+        return f"`jaxstages {later[0]} --workdir={setup.workdir}`"
+    command = "chat" if setup.config.data.task == "chat" else "generate --prompt=TEXT"
+    return f"`jaxstages {command} --workdir={setup.workdir}`"
+
+
+def _watch(start: Mapping[str, Any], best: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each watched metric at the start of the stage, and at the step that is handed on."""
+    return {name: {"start": start.get(name), "best": best[name]} for name in best if name.startswith(WATCH)}
+
+
+def _diagnose(setup: StageSetup, lines: list[dict[str, Any]], watch: dict[str, dict[str, Any]]) -> Verdict:
+    def curve(kind: str) -> list[tuple[int, float]]:
+        points = [(line["step"], line["loss"]) for line in lines if line["kind"] == kind and "loss" in line]
+        return [(step, math.nan if loss is None else loss) for step, loss in points]
+
+    baseline = math.log(unigram_perplexity(setup.data.train, setup.data.held_out))
+    losses = {
+        name.removeprefix(WATCH).removesuffix("/loss"): (values["start"], values["best"])
+        for name, values in watch.items()
+        if name.endswith("/loss") and None not in values.values()
+    }
+    return judge(curve("train"), curve("eval"), baseline, losses, comparable=len(setup.data.datasets) == 1)
