@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from jaxstages.data.tasks import Encoded, Example, Question
     from jaxstages.generate.eval_step import make_eval_step
     from jaxstages.models.adapters import linen_model, nnx_model
-    from jaxstages.models.losses import cross_entropy_sums
+    from jaxstages.models.losses import cross_entropy_loss, cross_entropy_sums
     from jaxstages.models.transformer import make_model
     from jaxstages.train.early_stopping import early_stopping
     from jaxstages.train.optimizer import make_optimizer, make_schedule
@@ -67,7 +67,7 @@ _HOMES = {
     "jaxstages.data.tasks": ("Encoded", "Example", "Question"),
     "jaxstages.generate.eval_step": ("make_eval_step",),
     "jaxstages.models.adapters": ("linen_model", "nnx_model"),
-    "jaxstages.models.losses": ("cross_entropy_sums",),
+    "jaxstages.models.losses": ("cross_entropy_loss", "cross_entropy_sums"),
     "jaxstages.models.transformer": ("make_model",),
     "jaxstages.train.early_stopping": ("early_stopping",),
     "jaxstages.train.optimizer": ("make_optimizer", "make_schedule"),
@@ -104,6 +104,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainState",
     "batches_by_step",
+    "cross_entropy_loss",
     "cross_entropy_sums",
     "early_stopping",
     "evaluate",

@@ -14,8 +14,8 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from jaxstages.config.model import ModelConfig
-from jaxstages.models.adapter import ADAPTER, SCALE, UP, add_adapter, dequantized_kernel
 from jaxstages.models.attention import AttentionSpec, attend_cached, cache_mask
+from jaxstages.models.lora_layer import ADAPTER, SCALE, UP, add_adapter, dequantized_kernel
 from jaxstages.models.moe import mix_experts
 from jaxstages.models.ops import ACTIVATIONS, TRANSPOSED, Ops, as_last_dim, linear_transposed
 from jaxstages.models.rope import rope_amplitude, rope_frequencies, rotate
@@ -114,7 +114,7 @@ class Norm(nn.Module):
 class Projection(nn.Module):
     """A linear map of the last dims.
 
-    The kernel may be quantized or transposed for decoding, and may have an adapter next to it (`adapter.py`).
+    The kernel may be quantized or transposed for decoding, and may have an adapter next to it (`lora_layer.py`).
 
     features: output dims.
     names: logical axes of the kernel, input dims first.

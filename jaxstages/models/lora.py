@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxstages.config import LoraConfig
-from jaxstages.models.adapter import DOWN, KERNEL, MAGNITUDE, SCALE, UP, column_lengths, dequantized_kernel
+from jaxstages.models.lora_layer import DOWN, KERNEL, MAGNITUDE, SCALE, UP, column_lengths, dequantized_kernel
 from jaxstages.types import Params
 
 Path = tuple[str, ...]

@@ -8,7 +8,7 @@ O outputs, T positions of a tile.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +17,23 @@ from jaxtyping import Array, Float, Int
 from jaxstages.models.attention import Attend, attend_packed
 from jaxstages.types import HiddenAndHead, Names, Params, Sums
 
+Linear = Callable[[Array, Array, Names], Array]
+"""`linear(x, kernel_IO, names) -> x @ kernel`, where `names` are the logical axes of the kernel."""
 
-class Linear(Protocol):
-    def __call__(self, x: Array, kernel_IO: Array, names: Names = ("", "")) -> Array: ...
-
-
-class LossHead(Protocol):
-    def __call__(
-        self,
-        outputs: HiddenAndHead,
-        targets_BL: Array,
-        weights_BL: Array,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        tile: int = 0,
-    ) -> Sums: ...
+LossHead = Callable[[HiddenAndHead, Array, Array, float, float, int], Sums]
+"""`loss_head(outputs, targets_BL, weights_BL, label_smoothing, z_loss, tile) -> sums`: cross-entropy of hidden states.
+`tile` is the number of positions per row whose logits exist at the same time, 0 for all."""
 
 
 class Ops(NamedTuple):
     """The operations that a platform may implement differently. All implementations compute the same function.
 
-    linear: `linear(x, kernel_IO, names) -> x @ kernel`; `names` are the logical axes of the kernel.
+    linear: see `Linear`.
     norm: `norm(x, scale_D, centred, epsilon)`, layer norm if centred, else RMS norm.
     activation: `activation(name, x)`, a function of `ACTIVATIONS`.
     attention: see `Attend`.
     embed: `embed(table_VD, tokens_BL) -> [B, L, D]`.
-    loss_head: `loss_head(outputs, targets_BL, weights_BL, label_smoothing, z_loss, tile) -> sums`, cross-entropy from
-        hidden states; `tile` is the number of positions per row whose logits exist at the same time, 0 for all.
+    loss_head: see `LossHead`.
     prepare_decode: `prepare_decode(params, dtype)` converts the parameters of one layer for decoding.
     """
 

@@ -181,10 +181,12 @@ def make_model(
         zeros = functools.partial(jnp.zeros, shape, jnp.dtype(config.dtype))
         return tuple((zeros(), zeros()) for _ in range(config.layers))
 
-    def unstack_for_decode(params: Params) -> Params:
-        prepare, dtype = single_device.ops.prepare_decode, jnp.dtype(config.dtype)
+    def prepare(params: Params) -> Params:
+        prepare_layer, dtype = single_device.ops.prepare_decode, jnp.dtype(config.dtype)
         parts = unstack(params, config.layers)
-        return {name: prepare(part, dtype) if name.startswith("layers_") else part for name, part in parts.items()}
+        return {
+            name: prepare_layer(part, dtype) if name.startswith("layers_") else part for name, part in parts.items()
+        }
 
     def decode(params: Params, tokens_BL: Array, positions_BL: Array, caches: Any) -> tuple[HiddenAndHead, Any]:
         # Flax's type also includes the variables that `mutable` would return.
@@ -196,4 +198,4 @@ def make_model(
         jax.eval_shape(boxed, jax.random.key(0)),
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
-    return Model(init, apply, axes, hidden, Decoder(init_cache, unstack_for_decode, decode))
+    return Model(init, apply, axes, hidden, Decoder(init_cache, prepare, decode))
