@@ -30,7 +30,8 @@ from rows import ROWS, Row, flops_per_token
 from weights import model_config
 
 from jaxstages.config import MeshConfig, StageConfig
-from jaxstages.models.losses import cross_entropy_sums
+from jaxstages.models.losses import cross_entropy_loss, cross_entropy_sums
+from jaxstages.models.select import global_norm
 from jaxstages.models.sharding import batch_sharding, make_mesh
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.cpu_tuning import disable_malloc_trim
@@ -79,7 +80,7 @@ class Step:
         shape, rows = (row.batch, row.context), batch_sharding(mesh)
         dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
         self.abstract_batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes))
-        step = make_train_step(model.hidden, tx, accumulate=accumulate)
+        step = make_train_step(cross_entropy_loss(model.hidden), tx, accumulate=accumulate, norm=global_norm)
         self.jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         self._row, self._init = row, lambda: init_state(model.init(jax.random.key(0)), tx, stage.optim.spike_window)
 

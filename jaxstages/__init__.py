@@ -1,12 +1,132 @@
-"""jaxstages: train a language model in three stages, as pure JAX functions."""
+"""jaxstages: train a language model in three stages (pretrain, fine-tune, instruct), as pure JAX functions.
 
+>>> import jaxstages
+>>> recipe = jaxstages.Recipe(name="mine", model=jaxstages.ModelConfig(context=64, layers=2))
+>>> recipe.model.layers
+2
+
+The names below are the public API; each is imported when it is first used.
+"""
+
+import importlib
 import importlib.metadata
 import os
+from typing import TYPE_CHECKING, Any
 
-# On CPU, jaxlib 0.10 and 0.11 can return wrong values from fused reductions (jax#39103). XLA reads the cure once, when
-# the backend starts, so it is set here, before any of our code can start it. The user's own flags are kept.
-_CURE = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+# On CPU, jaxlib 0.10 and 0.11 can return wrong values from fused reductions (jax#39103). XLA reads this flag once, when
+# the backend starts, so it is set before any other module of ours is imported. The user's own flags are kept.
+_WORKAROUND = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")):
     _flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_experimental_ynn_fusion_type" not in _flags:
-        os.environ["XLA_FLAGS"] = f"{_flags} {_CURE}".strip()
+        os.environ["XLA_FLAGS"] = f"{_flags} {_WORKAROUND}".strip()
+
+if TYPE_CHECKING:
+    from jaxstages.api import evaluate, generate, load_params, train
+    from jaxstages.config import (
+        AnchorConfig,
+        AttentionConfig,
+        DataConfig,
+        DatasetConfig,
+        EarlyStoppingConfig,
+        EvaluationConfig,
+        LoopConfig,
+        LoraConfig,
+        MeshConfig,
+        Metric,
+        ModelConfig,
+        OptimConfig,
+        Recipe,
+        ScheduleConfig,
+        StageConfig,
+        TokenizerConfig,
+    )
+    from jaxstages.data.batches import batches_by_step
+    from jaxstages.data.tasks import Encoded, Example, Question
+    from jaxstages.generate.eval_step import make_eval_step
+    from jaxstages.models.adapters import linen_model, nnx_model
+    from jaxstages.models.losses import cross_entropy_loss, cross_entropy_sums
+    from jaxstages.models.transformer import make_model
+    from jaxstages.train.early_stopping import early_stopping
+    from jaxstages.train.optimizer import make_optimizer, make_schedule
+    from jaxstages.train.step import init_state, make_train_step
+    from jaxstages.types import Batch, Decoder, HiddenAndHead, Model, TrainState
+
+__version__ = importlib.metadata.version("jaxstages")
+
+_CONFIG = (
+    *("AnchorConfig", "AttentionConfig", "DataConfig", "DatasetConfig", "EarlyStoppingConfig", "EvaluationConfig"),
+    *("LoopConfig", "LoraConfig", "MeshConfig", "Metric", "ModelConfig", "OptimConfig", "Recipe", "ScheduleConfig"),
+    *("StageConfig", "TokenizerConfig"),
+)
+
+_HOMES = {
+    "jaxstages.api": ("evaluate", "generate", "load_params", "train"),
+    "jaxstages.config": _CONFIG,
+    "jaxstages.data.batches": ("batches_by_step",),
+    "jaxstages.data.tasks": ("Encoded", "Example", "Question"),
+    "jaxstages.generate.eval_step": ("make_eval_step",),
+    "jaxstages.models.adapters": ("linen_model", "nnx_model"),
+    "jaxstages.models.losses": ("cross_entropy_loss", "cross_entropy_sums"),
+    "jaxstages.models.transformer": ("make_model",),
+    "jaxstages.train.early_stopping": ("early_stopping",),
+    "jaxstages.train.optimizer": ("make_optimizer", "make_schedule"),
+    "jaxstages.train.step": ("init_state", "make_train_step"),
+    "jaxstages.types": ("Batch", "Decoder", "HiddenAndHead", "Model", "TrainState"),
+}
+"""Module -> its names in the public API."""
+
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AnchorConfig",
+    "AttentionConfig",
+    "Batch",
+    "DataConfig",
+    "DatasetConfig",
+    "Decoder",
+    "EarlyStoppingConfig",
+    "Encoded",
+    "EvaluationConfig",
+    "Example",
+    "HiddenAndHead",
+    "LoopConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "Metric",
+    "Model",
+    "ModelConfig",
+    "OptimConfig",
+    "Question",
+    "Recipe",
+    "ScheduleConfig",
+    "StageConfig",
+    "TokenizerConfig",
+    "TrainState",
+    "batches_by_step",
+    "cross_entropy_loss",
+    "cross_entropy_sums",
+    "early_stopping",
+    "evaluate",
+    "generate",
+    "init_state",
+    "linen_model",
+    "load_params",
+    "make_eval_step",
+    "make_model",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "nnx_model",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'jaxstages' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -144,7 +144,7 @@ def test_answers_go_on_from_any_prompt_and_end_when_all_rows_have_enough(model: 
         asked.append(len(tokens))
         return len(tokens) >= 3
 
-    short = make_answers(model[0], long, context=32, batch_size=2, rows=batch_sharding(mesh), done=enough)
+    short = make_answers(model[0], long, context=32, batch_size=2, rows=batch_sharding(mesh), is_done=enough)
     assert [len(answer) for answer in texts_of(short, model[1], PROMPTS[:2])] == [17, 17] and max(asked) == 17
 
 

@@ -645,8 +645,8 @@ def test_large_parameters_are_written_and_read_in_pieces(
     from jaxstages.checkpoint import arrays
 
     assert call("import", f"--from={llama}", f"--workdir={tmp_path}/whole") == 0
-    monkeypatch.setattr(arrays, "PIECE", 2048)
-    monkeypatch.setattr(arrays, "AT_ONCE", 8192)
+    monkeypatch.setattr(arrays, "WRITE_CHUNK_BYTES", 2048)
+    monkeypatch.setattr(arrays, "READ_BATCH_BYTES", 8192)
     read, parts = arrays.read, []
     monkeypatch.setattr(arrays, "read", lambda *words, **part: parts.append(1) or read(*words, **part))
     assert call("import", f"--from={llama}", f"--workdir={tmp_path}/pieces") == 0

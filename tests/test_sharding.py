@@ -22,6 +22,8 @@ from jaxstages.config import (
     Recipe,
     StageConfig,
 )
+from jaxstages.models.losses import cross_entropy_loss
+from jaxstages.models.select import global_norm
 from jaxstages.models.sharding import (
     _arranged,
     check_batch,
@@ -65,12 +67,13 @@ class Run:
         self.mesh = make_mesh(mesh_config, devices)
         recipe, stage = Recipe(name="mesh", model=config, mesh=mesh_config), StageConfig(loop=LoopConfig(steps=STEPS))
         program = make_program(recipe, "pretrain", stage, self.mesh, WORDS)
-        self.place, self.model, self.tx = program.hooks, program.model, program.tx
+        self.hooks, self.model, self.tx = program.hooks, program.model, program.tx
         self.rows, self.shapes = program.row_sharding, program.abstract_state
         self.shardings = shardings_of(self.shapes)
 
     def jitted(self, accumulate: int = 1, tile: int = 0) -> Any:
-        step = make_train_step(self.model.hidden, self.tx, accumulate=accumulate, loss_tile=tile, place=self.place)
+        loss = cross_entropy_loss(self.model.outputs, tile=tile, hooks=self.hooks)
+        step = make_train_step(loss, self.tx, accumulate=accumulate, norm=global_norm)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def losses(self, accumulate: int = 1, tile: int = 0) -> list[float]:

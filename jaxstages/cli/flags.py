@@ -141,6 +141,13 @@ COMMANDS = {
         "jaxstages export --workdir=runs/demo --to=exported --dtype=bfloat16",
         "docs/interop.md",
     ),
+    "check": Command(
+        "Check the model, task, loss and step of a recipe for the properties that training relies on.",
+        WORKDIR,
+        "Causality, no leak between packed documents, accumulation, decoding, loss masks and more; takes seconds.",
+        "jaxstages check --config=mine.py --workdir=/tmp/check",
+        "docs/extending.md",
+    ),
     "plan": Command(
         "Compile a stage for a machine you do not have: does it fit, and how fast is it?",
         "--config=RECIPE",

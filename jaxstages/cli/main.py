@@ -180,6 +180,10 @@ def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, wor
             from jaxstages.cli.transfer import export_model
 
             export_model(recipe, workdir, values.stage, values.to, values.dtype, values.adapter, values.step)
+        case "check":
+            from jaxstages.cli.check import check
+
+            check(recipe, workdir)
         case _:
             from jaxstages.cli.train import train
 

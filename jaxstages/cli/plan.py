@@ -12,14 +12,14 @@ from jaxstages.config import MeshConfig, ModelConfig, Recipe, StageConfig
 from jaxstages.config.checks import validate
 from jaxstages.models.attention import Attend
 from jaxstages.models.kernels import KERNELS, Machine, Shape
-from jaxstages.models.layers import reaches_of
+from jaxstages.models.layers import attention_specs
 from jaxstages.models.sharding import AXES, make_mesh
 from jaxstages.plan.chips import Topology, topology_of
 from jaxstages.plan.collectives import SMALL, collectives_of, total
 from jaxstages.plan.estimate import Flops, Roofline, bytes_per_device, flops_per_token, roofline, wire_bytes
 from jaxstages.plan.theory import Traffic, expected_traffic
 from jaxstages.runtime.console import duration, say
-from jaxstages.train.compile import REMAT_ORDER, SHARE, bytes_of, first_that_fits
+from jaxstages.train.compile import MEMORY_FRACTION, REMAT_ORDER, first_that_fits, memory_bytes
 from jaxstages.train.program import Program, check_fit, make_program
 
 
@@ -90,7 +90,7 @@ def make_plan(recipe: Recipe, name: str, topology: Topology) -> Plan:
         param_bytes=bytes_per_device((program.abstract_state.params, frozen)),
         optimizer_bytes=bytes_per_device((program.abstract_state.opt_state, program.abstract_state.average)),
         logit_bytes=max(rows, 1) * tile // mesh.shape["context"] * vocab // mesh.shape["tensor"] * 4,
-        step_bytes=bytes_of(compiled),
+        step_bytes=memory_bytes(compiled),
         remat=remat,
         sent=sent,
         theory=expected_traffic(
@@ -109,7 +109,7 @@ def make_plan(recipe: Recipe, name: str, topology: Topology) -> Plan:
 def _compile(program: Program, topology: Topology) -> tuple[str, Any]:
     """Compile with the recipe's rematerialization; "auto" takes the first one that fits the device."""
     remat = program.config.loop.remat
-    limit = topology.chip.memory * SHARE if topology.chip else float("inf")
+    limit = topology.chip.memory * MEMORY_FRACTION if topology.chip else float("inf")
     chosen, _, compiled = first_that_fits(program, REMAT_ORDER if remat == "auto" else (remat,), limit)
     return chosen, compiled
 
@@ -119,14 +119,14 @@ def _choose_attention(model: ModelConfig, platform: str) -> Attend | None:
     attention = model.attention
     machine = Machine(platform, 9.0 if platform == "gpu" else 0.0)
     kernels = {}
-    for reach in reaches_of(model):
+    for spec in attention_specs(model):
         heads = (attention.heads, attention.kv_heads, attention.head_dim)
-        shape = Shape(model.context, *heads, model.dtype, 16, reach)
+        shape = Shape(model.context, *heads, model.dtype, 16, spec)
         usable = [kernel for kernel in KERNELS if kernel.platform == platform and not kernel.lacks(machine, shape)]
         if not usable:
             return None
-        kernels[reach] = usable[0].make(shape)
-    return lambda query, key, value, segments, reach: kernels[reach](query, key, value, segments, reach)
+        kernels[spec] = usable[0].make(shape)
+    return lambda query, key, value, segments, spec: kernels[spec](query, key, value, segments, spec)
 
 
 # Report -----------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def _memory_verdict(report: Plan, topology: Topology) -> str:
     if not topology.chip:
         return ""
     limit = topology.chip.memory
-    if report.step_bytes <= SHARE * limit:
+    if report.step_bytes <= MEMORY_FRACTION * limit:
         return f" of {size_text(limit)}: fits"
 
     remedies = []

@@ -202,8 +202,8 @@ def _checked(encoded: Encoded) -> Encoded:
         ids, weights = np.asarray(example.ids), np.asarray(example.weights)
         if ids.ndim != 1 or ids.shape != weights.shape or not len(ids) or weights[0]:
             raise ValueError(
-                f"an own task returned ids of shape {ids.shape} and weights of shape {weights.shape}; both must be [n], "
-                "and weights[0] must be 0, because nothing predicts the first token"
+                f"an own task returned ids of shape {ids.shape} and weights of shape {weights.shape}; both must be "
+                "[n], and weights[0] must be 0, because nothing predicts the first token"
             )
     return encoded
 

@@ -43,9 +43,11 @@ def columns_of(setup: StageSetup) -> list[str]:
 
 
 def _answers(setup: StageSetup, params: Params, prompts: list[str]) -> list[str]:
+    if not prompts:
+        return []
     config = setup.config.evaluation
     answer = make_answer(setup.text_model, config.max_new_tokens, config.batch_size)
-    return answer(params, prompt_ids(setup, prompts)) if prompts else []
+    return answer(params, prompt_ids(setup, prompts))
 
 
 def stage_matrix(recipe: Recipe, workdir: Path, keep: bool = True) -> dict[str, Any]:

@@ -17,18 +17,25 @@ from jaxstages.generate.sampling import Sampling, make_choose
 from jaxstages.types import HiddenAndHead, Model, Params
 
 BUCKET = 32
-"""Prompts are padded, on the right, to a multiple of this."""
+"""Prompts are padded on the right to a multiple of this many tokens."""
 
-PACE = 16
-"""New tokens between two looks of the host at a batch, where stop strings may end it."""
+TOKENS_PER_POLL = 16
+"""New tokens between two checks by the host whether a batch is finished, if stop strings may end it."""
 
 
 class Decoding(NamedTuple):
-    """Where a batch is. made: tokens of each answer so far. out_BM: those; beyond them, the last one again and again.
-    tokens_B: the last of each row. lengths_B: of the prompts. seen_BV: tokens that a row has, None without a penalty.
+    """State of a batch during decoding.
+
+    num_new: number of new tokens of each row.
+    out_BM: the new tokens; the last one fills the remaining slots.
+    tokens_B: the last token of each row.
+    lengths_B: lengths of the prompts.
+    keys_B: random key of each row.
+    seen_BV: tokens that occur in a row; None without a repetition penalty.
+    cache: keys and values.
     """
 
-    made: Int[Array, ""]
+    num_new: Int[Array, ""]
     out_BM: Int[Array, "B M"]
     tokens_B: Int[Array, " B"]
     lengths_B: Int[Array, " B"]
@@ -38,12 +45,13 @@ class Decoding(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """Both on params from `Decoder.prepare`.
+    """Decoding as two functions of the params that `Decoder.prepare` returns.
 
     prefill: `prefill(params, texts_BT, start, lengths_B, keys_B, cache, slots) -> Decoding`, with the first new token
-        of each row. The first `start` tokens are in the cache already; of the rest, `slots` (static) are read, which
-        must reach to the end of the longest.
-    extend: `extend(params, decoding, until) -> Decoding`, with `until` tokens a row, fewer where all rows have ended.
+        of each row. The first `start` tokens are in the cache already. The next `slots` (static) are read, which must
+        reach the end of the longest prompt.
+    extend: `extend(params, decoding, until) -> Decoding`, with `until` new tokens a row, or fewer if all rows have
+        ended.
     """
 
     prefill: Callable[..., Decoding]
@@ -51,9 +59,12 @@ class Decode(NamedTuple):
 
 
 def make_decode(model: Model, sampling: Sampling) -> Decode:
-    """Prompts are padded on the right. Their cache slots beyond a prompt's length hold rubbish that is never seen: a
-    query sees the slots up to its own position, and each new token overwrites the slot of its position first. After a
-    stop token the row is filled with that token. Row b draws from `keys_B[b]`: an answer does not depend on its batch.
+    """Make the decoding functions of a model.
+
+    Prompts are padded on the right. Cache slots beyond a prompt's length have arbitrary content that is never attended
+    to: a query attends to the slots up to its own position, and each new token overwrites the slot of its position
+    first. After a stop token the row is filled with that token. Row b draws from `keys_B[b]`, so an answer does not
+    depend on its batch.
     """
     step = model.required_decoder.step
     stop, choose = jnp.asarray(sampling.stop, jnp.int32), make_choose(sampling)
@@ -64,7 +75,8 @@ def make_decode(model: Model, sampling: Sampling) -> Decode:
     def prefill(
         params: Params, texts_BT: Array, start: Array, lengths_B: Array, keys_B: Array, cache: Any, slots: int
     ) -> Decoding:
-        start = jnp.minimum(start, texts_BT.shape[1] - slots)  # as the slice does; what is read twice is as it was
+        # Clamped as the slice clamps it; reading tokens again leaves their cache slots unchanged.
+        start = jnp.minimum(start, texts_BT.shape[1] - slots)
         prompts_BP = jax.lax.dynamic_slice_in_dim(texts_BT, start, slots, axis=1)
         positions_BP = jnp.broadcast_to(start + jnp.arange(slots, dtype=jnp.int32)[None, :], prompts_BP.shape)
         output, cache = step(params, prompts_BP, positions_BP, cache)
@@ -72,23 +84,26 @@ def make_decode(model: Model, sampling: Sampling) -> Decode:
         seen_BV = _seen(texts_BT, lengths_B, last_BV.shape[1]) if sampling.repetition_penalty != 1 else None
         first_B = choose(last_BV, keys_B, jnp.int32(0), seen_BV)
         out_BM = jnp.broadcast_to(first_B[:, None], (len(first_B), sampling.max_new_tokens))
-        return Decoding(jnp.int32(1), out_BM, first_B, lengths_B, keys_B, _see(seen_BV, first_B), cache)
+        return Decoding(jnp.int32(1), out_BM, first_B, lengths_B, keys_B, _mark_seen(seen_BV, first_B), cache)
 
     def extend(params: Params, decoding: Decoding, until: Array) -> Decoding:
-        def unfinished(now: Decoding) -> Array:
-            return (now.made < until) & ~jnp.all(ended(now.tokens_B))
+        def unfinished(state: Decoding) -> Array:
+            return (state.num_new < until) & ~jnp.all(ended(state.tokens_B))
 
-        def advance(now: Decoding) -> Decoding:
-            positions_B1 = (now.lengths_B + now.made - 1)[:, None]
-            output, cache = step(params, now.tokens_B[:, None], positions_B1, now.cache)
-            chosen_B = choose(_logits_at(output, jnp.zeros_like(now.tokens_B)), now.keys_B, now.made, now.seen_BV)
-            next_B = jnp.where(ended(now.tokens_B), now.tokens_B, chosen_B)
-            out_BM, seen_BV = now.out_BM.at[:, now.made].set(next_B), _see(now.seen_BV, next_B)
-            return now._replace(made=now.made + 1, out_BM=out_BM, tokens_B=next_B, seen_BV=seen_BV, cache=cache)
+        def advance(state: Decoding) -> Decoding:
+            positions_B1 = (state.lengths_B + state.num_new - 1)[:, None]
+            output, cache = step(params, state.tokens_B[:, None], positions_B1, state.cache)
+            logits_BV = _logits_at(output, jnp.zeros_like(state.tokens_B))
+            chosen_B = choose(logits_BV, state.keys_B, state.num_new, state.seen_BV)
+            next_B = jnp.where(ended(state.tokens_B), state.tokens_B, chosen_B)
+            out_BM, seen_BV = state.out_BM.at[:, state.num_new].set(next_B), _mark_seen(state.seen_BV, next_B)
+            return state._replace(
+                num_new=state.num_new + 1, out_BM=out_BM, tokens_B=next_B, seen_BV=seen_BV, cache=cache
+            )
 
-        now = jax.lax.while_loop(unfinished, advance, decoding)
-        rest = jnp.arange(sampling.max_new_tokens)[None, :] >= now.made
-        return now._replace(out_BM=jnp.where(rest, now.tokens_B[:, None], now.out_BM))
+        state = jax.lax.while_loop(unfinished, advance, decoding)
+        is_unused = jnp.arange(sampling.max_new_tokens)[None, :] >= state.num_new
+        return state._replace(out_BM=jnp.where(is_unused, state.tokens_B[:, None], state.out_BM))
 
     return Decode(prefill, extend)
 
@@ -104,20 +119,22 @@ def _logits_at(output: Array | HiddenAndHead, index_B: Array) -> Float[Array, "B
 
 
 def _seen(texts_BT: Array, lengths_B: Array, vocab: int) -> Bool[Array, "B V"]:
-    """Which tokens a text has; padding counts as its first token, which it has anyway."""
+    """Mark the tokens that occur in each text. Padding counts as the text's first token, which occurs anyway."""
     rows, slots = texts_BT.shape
-    real_BT = jnp.arange(slots)[None, :] < lengths_B[:, None]
-    tokens_BT = jnp.where(real_BT, texts_BT, texts_BT[:, :1])
+    is_text_BT = jnp.arange(slots)[None, :] < lengths_B[:, None]
+    tokens_BT = jnp.where(is_text_BT, texts_BT, texts_BT[:, :1])
     return jnp.zeros((rows, vocab), bool).at[jnp.arange(rows)[:, None], tokens_BT].set(True)
 
 
-def _see(seen_BV: Array | None, tokens_B: Array) -> Array | None:
+def _mark_seen(seen_BV: Array | None, tokens_B: Array) -> Array | None:
     return None if seen_BV is None else seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
 
 
 class Compiled(NamedTuple):
-    """The functions of a `Decode` and those of the model that go before, jitted: once for each shape of batch and
-    prompt. Caches and `Decoding`s that go in can't be used again."""
+    """The functions of a `Decode`, and of the model before them, jitted: once for each shape of batch and prompt.
+
+    Caches and `Decoding` arguments are donated.
+    """
 
     prepare: Callable[[Params], Params]
     init_cache: Callable[[int, int], Any]
@@ -136,8 +153,8 @@ def compile_decode(model: Model, sampling: Sampling) -> Compiled:
 
 
 Answers = Callable[[Params, Sequence[Sequence[int]], int], Iterator[list[list[int]]]]
-"""`answers(params, prompts, first)`: the prompts' answers, a batch at a time, without the stop token and what follows
-it. `first`: the number of the first of these prompts, which is its seed's."""
+"""`answers(params, prompts, first)`: yields the prompts' answers, a batch at a time, up to the stop token. `first` is
+the number of the first prompt; the random key of a prompt depends on its number."""
 
 
 def make_answers(
@@ -148,70 +165,74 @@ def make_answers(
     batch_size: int,
     rows: NamedSharding,
     seed: int = 0,
-    between: Callable[[], None] = lambda: None,
-    done: Callable[[list[int]], bool] | None = None,
+    before_batch: Callable[[], None] = lambda: None,
+    is_done: Callable[[list[int]], bool] | None = None,
 ) -> Answers:
-    """It compiles once for each bucket of prompt length, however often it is called. The last batch is filled up, and
-    its filling left out.
-
-    Args:
-        rows: how a batch is split.
-        between: called before each batch.
-        done: asked now and then of a row's tokens so far: is that enough? A batch ends when all its rows have.
+    """Make a function that answers prompts. It compiles once for each bucket of prompt length.
 
     A prompt that leaves no room for `max_new_tokens` in the context loses its beginning.
 
+    Args:
+        rows: sharding of a batch.
+        before_batch: called before each batch.
+        is_done: whether the tokens of a row so far are a complete answer. A batch ends when all its rows are done.
+
     Raises:
-        ValueError: `max_new_tokens` is as long as the context; later, an empty prompt.
+        ValueError: `max_new_tokens` is as long as the context. The function raises it for an empty prompt.
     """
-    # A prompt is as long as its bucket, which no axis of the mesh need divide.
-    whole_rows = NamedSharding(rows.mesh, PartitionSpec(rows.spec[0]))
-    room, most = context - sampling.max_new_tokens, sampling.max_new_tokens
-    if room < 1:
-        raise ValueError(f"max_new_tokens={most} must be less than the context, {context}")
+    # Prompts are sharded by batch only: an axis of the mesh need not divide the bucket.
+    prompt_sharding = NamedSharding(rows.mesh, PartitionSpec(rows.spec[0]))
+    max_new_tokens = sampling.max_new_tokens
+    max_prompt = context - max_new_tokens
+    if max_prompt < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be less than the context, {context}")
+
     compiled = compile_decode(model, sampling)
     key = jax.random.key(seed)
     keys_of = jax.jit(lambda first: jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(batch_size)))
-    pace = most if done is None else PACE
+    stride = max_new_tokens if is_done is None else TOKENS_PER_POLL
 
-    def batch(params: Params, chosen: list[list[int]], slots: int, first: int) -> list[list[int]]:
+    def answer_batch(params: Params, prompts: list[list[int]], slots: int, first: int) -> list[list[int]]:
         prompts_BP = np.zeros((batch_size, slots), np.int32)
         lengths_B = np.ones(batch_size, np.int32)
-        for b, prompt in enumerate(chosen):
+        for b, prompt in enumerate(prompts):
             prompts_BP[b, : len(prompt)], lengths_B[b] = prompt, len(prompt)
-        rows = (
-            jax.device_put(prompts_BP, whole_rows),
+
+        state = compiled.prefill(
+            params,
+            jax.device_put(prompts_BP, prompt_sharding),
             np.int32(0),
-            jax.device_put(lengths_B, whole_rows),
+            jax.device_put(lengths_B, prompt_sharding),
             keys_of(first),
+            compiled.init_cache(batch_size, slots + max_new_tokens),
+            slots,
         )
-        state = compiled.prefill(params, *rows, compiled.init_cache(batch_size, slots + most), slots)
         answers: list[list[int]] = []
-        for until in (*range(1 + pace, most, pace), most):
+        for until in (*range(1 + stride, max_new_tokens, stride), max_new_tokens):
             state = compiled.extend(params, state, np.int32(until))
             tokens_BM = state.out_BM
             if jax.process_count() > 1:
                 tokens_BM = multihost_utils.process_allgather(tokens_BM, tiled=True)
-            made = np.asarray(tokens_BM)[: len(chosen), :until].tolist()
-            answers = [until_stop(row, sampling.stop) for row in made]
-            if all(len(row) < until or (done is not None and done(row)) for row in answers):
+            new_tokens = np.asarray(tokens_BM)[: len(prompts), :until].tolist()
+            answers = [until_stop(row, sampling.stop) for row in new_tokens]
+            if all(len(row) < until or (is_done is not None and is_done(row)) for row in answers):
                 break
         return answers
 
     def answers(params: Params, prompts: Sequence[Sequence[int]], first: int) -> Iterator[list[list[int]]]:
-        cut = [list(prompt)[-room:] for prompt in prompts]
+        cut = [list(prompt)[-max_prompt:] for prompt in prompts]
         if not all(cut):
             raise ValueError("a prompt is empty; give it at least one token")
-        slots = min(-(-max(map(len, cut), default=1) // BUCKET) * BUCKET, room)
+        slots = min(-(-max(map(len, cut), default=1) // BUCKET) * BUCKET, max_prompt)
         params = compiled.prepare(params)
         for start in range(0, len(cut), batch_size):
-            between()
-            yield batch(params, cut[start : start + batch_size], slots, first + start)
+            before_batch()
+            yield answer_batch(params, cut[start : start + batch_size], slots, first + start)
 
     return answers
 
 
 def until_stop(tokens: list[int], stop: tuple[int, ...]) -> list[int]:
-    """What comes before the first stop token."""
+    """Return the tokens before the first stop token."""
     ends = [i for i, token in enumerate(tokens) if token in stop]
     return tokens[: ends[0]] if ends else tokens

@@ -1,13 +1,17 @@
-"""Tokens as they come -> text that can be shown: no half characters, nothing of a stop string, ended by one."""
+"""Stream of tokens -> text that can be shown: without incomplete characters, and up to a stop string."""
 
 from collections.abc import Callable, Sequence
 
-HALF = "\ufffd"
-"""What a decoder makes of bytes that are no character, or not yet."""
+REPLACEMENT = "\ufffd"
+"""Decoders write it for bytes that are no character, or not yet a complete one."""
 
 
 class TextStream:
-    """text: what may be shown so far. ended: a stop string came; the text is cut before it. ids: tokens up to there.
+    """Text of an answer while it is generated.
+
+    text: the text that may be shown so far.
+    ended: whether a stop string came; the text ends before it.
+    ids: the tokens so far.
 
     | tokens so far        | text, stop string "\\n\\n" |
     | `Hi` `!`             | Hi!                      |
@@ -22,24 +26,30 @@ class TextStream:
         self.ended = False
 
     def feed(self, ids: Sequence[int], last: bool = False) -> str:
-        """The text that these tokens add; with `last` also what was held back for what might have come."""
+        """Add tokens, and return the new text.
+
+        Args:
+            last: no tokens follow: also return text that was withheld as a possible beginning of a stop string.
+        """
         if self.ended:
             return ""
         self.ids += ids
-        whole = self._decode(self.ids)  # all of them: a token's text may depend on those before it
-        ends = [place for stop in self._stops if (place := whole.find(stop)) >= 0]
-        if ends:
-            self.ended, whole = True, whole[: min(ends)]
+        text = self._decode(self.ids)  # all of them: the text of a token may depend on those before it
+
+        stop_positions = [position for stop in self._stops if (position := text.find(stop)) >= 0]
+        if stop_positions:
+            self.ended, text = True, text[: min(stop_positions)]
         elif not last:
-            whole = whole.rstrip(HALF)
-            whole = whole[: len(whole) - _begun(whole, self._stops)]
-        if not (whole.startswith(self.text) or last or self.ended):
-            return ""  # the decoder is still of two minds about what it said
-        fresh, self.text = whole[len(self.text) :], whole
-        return fresh
+            text = text.rstrip(REPLACEMENT)
+            text = text[: len(text) - _partial_stop(text, self._stops)]
+
+        if not (text.startswith(self.text) or last or self.ended):
+            return ""  # the decoder may still change earlier text
+        new_text, self.text = text[len(self.text) :], text
+        return new_text
 
 
-def _begun(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of the text with which a stop string begins."""
-    sizes = [size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
-    return max(sizes, default=0)
+def _partial_stop(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest suffix of the text that is a prefix of a stop string."""
+    lengths = [length for stop in stops for length in range(1, len(stop)) if text.endswith(stop[:length])]
+    return max(lengths, default=0)

@@ -346,7 +346,7 @@ class Loop:
         check_weight(self._training.name, step - 1, values["weight"])
         if values["applied"]:
             for name in SUMMED:
-                self.progress.interval[name] += values.get(name, math.nan)
+                self.progress.interval[name] += values.get(name, 0.0)
         else:
             self._report_skipped(step, values)
         self.progress.tokens += int(values["tokens"])
@@ -364,12 +364,13 @@ class Loop:
         learning_rate = float(np.asarray(self._training.schedule(step - int(values["skipped"] + values["applied"]))))
         line = {
             "loss": loss,
-            "token_accuracy": interval["correct"] / weight,
             "grad_norm": values["grad_norm"],
             "learning_rate": learning_rate * values.get("plateau_factor", 1.0),
             "tokens": self.progress.tokens,
             "tokens_per_second": rate,
         }
+        if "correct" in values:
+            line["token_accuracy"] = interval["correct"] / weight
         if "anchor" in values:
             line["anchor"] = values["anchor"]
         self._training.writer.write(step, "train", line)

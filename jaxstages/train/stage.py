@@ -274,7 +274,8 @@ def _next_command(setup: StageSetup) -> str:
     names = list(recipes.stages(setup.recipe))
     later = names[names.index(setup.name) + 1 :]
     if later:
-        return f"`jaxstages {later[0]} --workdir={setup.workdir}`"
+        command = later[0] if later[0] in recipes.STAGES else f"train --stage={later[0]}"
+        return f"`jaxstages {command} --workdir={setup.workdir}`"
     command = "chat" if setup.config.data.task == "chat" else "generate --prompt=TEXT"
     return f"`jaxstages {command} --workdir={setup.workdir}`"
 

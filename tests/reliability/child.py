@@ -57,7 +57,7 @@ def tell_phases(slots: mmap.mmap) -> None:
     within(loop.Loop, "_evaluate", "evaluate", slots)
     within(stage, "_finish", "finish", slots)
     within(checkpoint.Checkpoints, "save", "save", slots)
-    within(checkpoint.Checkpoints, "_seal", "commit", slots)
+    within(checkpoint.Checkpoints, "_finalize", "commit", slots)
     within(checkpoint.shutil, "rmtree", "cleanup", slots)
     within(deleter.StandardCheckpointDeleter, "delete_steps", "cleanup", slots)
     within(train, "stage_matrix", "end", slots)

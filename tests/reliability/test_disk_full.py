@@ -14,7 +14,7 @@ import pytest
 import jaxstages.train.loop as loop
 from jaxstages import config as recipes
 from jaxstages.cli.train import train
-from jaxstages.data.prepare import evenly
+from jaxstages.data.prepare import subsample_evenly
 from jaxstages.runtime import manifest
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
 from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, unlike
@@ -77,7 +77,7 @@ def test_a_disk_that_fills_up(
     """From too small for the recipe to large enough for one checkpoint but not for three."""
     ends = []
     sizes = (16, 80, 240, 420, 600, 720, 860, 1000)
-    for kilobytes in evenly(sizes, request.config.getoption("disks")):
+    for kilobytes in subsample_evenly(sizes, request.config.getoption("disks")):
         work = small_disk / str(kilobytes)
         for old in small_disk.iterdir():
             shutil.rmtree(old) if old.is_dir() else old.unlink()

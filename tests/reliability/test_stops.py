@@ -113,7 +113,7 @@ def test_a_state_that_is_being_saved(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert gate.wait(30)
         return save(self, *args, **named)
 
-    monkeypatch.setattr(manager, "COPIED", most)
+    monkeypatch.setattr(manager, "MAX_COPY_BYTES", most)
     monkeypatch.setattr(_Manager, "save", slow)
     state = init_state({"table": jnp.arange(1000.0)}, optax.adam(0.1))
     stopping, meta = early_stopping().init(), {name: types[0]() for name, types in META.items()}
