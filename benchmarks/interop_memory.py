@@ -39,7 +39,7 @@ def write_random(folder: Path, config: dict[str, object]) -> int:
     from jaxstages.config import TokenizerConfig
     from jaxstages.data.train_tokenizer import make_tokenizer
     from jaxstages.interop.config_json import read_config
-    from jaxstages.interop.layout import places_of, shape_of
+    from jaxstages.interop.layout import tensor_slots, shape_of
     from jaxstages.interop.tensors import Entry, write_shards
     from jaxstages.models.transformer import make_model
     from jaxstages.runtime.files import write_json
@@ -59,7 +59,7 @@ def write_random(folder: Path, config: dict[str, object]) -> int:
         return Entry(name, shape, pieces)
 
     folder.mkdir(parents=True)
-    entries = [entry(place.name, shape_of(place, shapes)) for place in places_of(found.family, shapes)]
+    entries = [entry(place.name, shape_of(place, shapes)) for place in tensor_slots(found.family, shapes)]
     write_shards(folder, entries, "BF16", 2 * 10**9, lambda done: None)
     text = iter(["Text for a small tokenizer."])
     make_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), text, folder / "tokenizer.json")

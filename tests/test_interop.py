@@ -34,7 +34,7 @@ from jaxstages.interop import peft
 from jaxstages.interop.config_json import choose_family, plain_model, read_config, write_config
 from jaxstages.interop.families import FAMILIES, LLAMA
 from jaxstages.interop.hf_export import export
-from jaxstages.interop.layout import places_of, shape_of
+from jaxstages.interop.layout import shape_of, tensor_slots
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder
@@ -87,7 +87,7 @@ def write_folder(folder: Path, config: dict[str, Any], dtype: Any = np.float32, 
     tree = jax.eval_shape(model.init, jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in named_leaves(tree).items()}
     rng = np.random.default_rng(seed)
-    places = places_of(found.family, shapes)
+    places = tensor_slots(found.family, shapes)
     tensors = {p.name: (0.1 * rng.standard_normal(shape_of(p, shapes))).astype(dtype) for p in places}
     save_file(tensors, folder / "model.safetensors")
     if not (folder / "tokenizer.json").exists():

@@ -142,7 +142,7 @@ COMMANDS = {
         "docs/interop.md",
     ),
     "check": Command(
-        "Check a recipe: does its model, task, loss and step have the properties that training needs?",
+        "Check a recipe's model, task, loss and step for the properties that training needs.",
         WORKDIR,
         "Causality, no leak between packed documents, accumulation, decoding, loss masks and more; takes seconds.",
         "jaxstages check --config=mine.py --workdir=/tmp/check",

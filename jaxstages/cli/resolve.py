@@ -93,9 +93,9 @@ def _adopted(recipe: Recipe, workdir: Path) -> Recipe:
     hub = any(stage.init_from.startswith("hf:") for stage in recipes.stages(recipe).values())
     if not hub and not result_file(workdir / recipes.IMPORT).exists():
         return recipe
-    from jaxstages.interop.hf_import import adopted  # imports jax, which most recipes need not wait for
+    from jaxstages.interop.hf_import import with_imported_model  # imports jax, which most recipes need not wait for
 
-    return adopted(recipe, workdir)
+    return with_imported_model(recipe, workdir)
 
 
 def _check_change(kept: Recipe, given: Recipe, workdir: Path, lengthen: str) -> None:

@@ -12,7 +12,7 @@ from jaxstages.config import Recipe
 from jaxstages.config.checks import validate
 from jaxstages.data.stage_data import prepare_stages
 from jaxstages.experiments.stage_matrix import stage_matrix
-from jaxstages.interop.hf_import import bring, source_of
+from jaxstages.interop.hf_import import import_folder, source_of
 from jaxstages.runtime import lost_host, multihost
 from jaxstages.runtime.cluster import ProcessInfo
 from jaxstages.runtime.console import say
@@ -173,7 +173,7 @@ def _import(recipe: Recipe, workdir: Path, process: ProcessInfo | None) -> None:
         return
     if process is not None and not result_file(workdir / recipes.IMPORT).exists():
         raise ValueError(f"of several processes none imports; run `jaxstages import --from={source}` first, in one")
-    bring(recipe, workdir, source)
+    import_folder(recipe, workdir, source)
 
 
 def _warn_of_positions(recipe: Recipe, workdir: Path) -> None:

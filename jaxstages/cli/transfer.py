@@ -7,7 +7,7 @@ from jaxstages.cli.resolve import keep_recipe, resolve_recipe
 from jaxstages.cli.select_checkpoint import choose, last_finished
 from jaxstages.config import ModelConfig, Recipe
 from jaxstages.interop.hf_export import DTYPES, export
-from jaxstages.interop.hf_import import adopt, bring, describe, find_folder, source_of, tokenizer_of
+from jaxstages.interop.hf_import import with_model_of, import_folder, describe, find_folder, source_of, tokenizer_of
 from jaxstages.interop.peft import export_adapter
 from jaxstages.runtime.files import local_path
 from jaxstages.runtime.workdir import begun_stages, lock, result_file
@@ -34,11 +34,11 @@ def import_model(given: Recipe | None, workdir: Path, source: str | None) -> Non
     if given is None and not (workdir / "recipe.json").is_file():
         given = Recipe(name=Path(source).resolve().name, model=ModelConfig(context=description.model.context))
     if given is not None:
-        given = adopt(given, description, tokenizer_of(folder))
+        given = with_model_of(given, description, tokenizer_of(folder))
     with lock(workdir):
         recipe = resolve_recipe(given, workdir, importing=True)
         keep_recipe(recipe, workdir)
-        bring(recipe, workdir, source)
+        import_folder(recipe, workdir, source)
 
 
 def export_model(

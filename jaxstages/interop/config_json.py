@@ -1,12 +1,17 @@
-"""`config.json` <-> `ModelConfig`, by the tables of `families.py`, without a line for any one family.
+"""Conversion between `config.json` and `ModelConfig`, by the tables of `families.py`; no family has code of its own.
 
-How layers differ (`Family.layers`): "global" they do not; "local" all are local where there is a window; "switched"
-those that `layer_types` says, or from `max_window_layers` on, where `use_sliding_window` is on; "alternating" those
-that `layer_types` says, or `Family.pattern`, or all but each `sliding_window_pattern`-th where the family reads that;
-"alternating, nope" the same, and where there is a window, only local layers have rope; "nope" as switched, and
-`no_rope_layers` (a 0 for each that has none), or each `no_rope_layer_interval`-th, has no rope.
+Kinds of layers (`Family.layers`):
 
-Where transformers reads a key under several names, the order is its own; so are the defaults.
+| global            | all layers are global
+| local             | all layers are local if there is a window
+| switched          | if `use_sliding_window` is on, the layers in `layer_types` are local, or those from
+|                   | `max_window_layers` on
+| alternating       | local layers are given by `layer_types`, or by `Family.pattern`, or they are all but each
+|                   | `sliding_window_pattern`-th, if the family reads that key
+| alternating, nope | the same; if there is a window, only local layers have RoPE
+| nope              | as switched; layers with a 0 in `no_rope_layers`, or each `no_rope_layer_interval`-th, lack RoPE
+
+Defaults, and the precedence of keys with several names, are those of transformers.
 """
 
 import copy
@@ -33,26 +38,28 @@ from jaxstages.interop.families import (
     Power,
 )
 
-MOST_CONTEXT = 2048
-"""Tokens in a row, unless the user says otherwise."""
+DEFAULT_CONTEXT = 2048
+"""Largest context of an imported model, in tokens, unless the recipe sets it."""
 
-OURS = ("context", "dtype", "dropout", "unroll", "family")
-"""Fields of the model that a folder has no say in, or, the last, that are no part of what it computes."""
-
+RECIPE_FIELDS = ("context", "dtype", "dropout", "unroll", "family")
+"""Fields of the model that the recipe sets, not config.json; the last one does not change what the model computes."""
 
 NULL = ("attention.kv_heads", "attention.head_dim", "attention.softcap", "logit_softcap")
-"""Fields where null is a value of its own (as many as heads, width over heads, no cap); elsewhere it is the default."""
+"""Fields for which null is a value (as many as heads, width / heads, no cap); for others it means the default."""
 
 ZERO = ("attention.softcap", "logit_softcap")
 """Fields that may be 0."""
 
+LIMIT = 2**31
+"""Exclusive bound of the numbers in a config.json; also the reach of RoPE without a limit."""
 
-LARGEST = 2**31
-"""What a number of a config.json must be below, and as many tokens as rope has no end."""
 
+class ModelDescription(NamedTuple):
+    """A model according to its config.json.
 
-class Described(NamedTuple):
-    """positions: how many it was made for. reach: the most tokens in a row that it can be run on here."""
+    positions: context length that it was trained for.
+    reach: longest context that it can have here.
+    """
 
     family: Family
     model: ModelConfig
@@ -60,36 +67,39 @@ class Described(NamedTuple):
     reach: int
 
 
-def read_config(found: Any, where: str) -> Described:
-    """The model that a config.json describes.
+def read_config(config: Any, where: str) -> ModelDescription:
+    """Convert a config.json.
+
+    Args:
+        where: location, for messages.
 
     Raises:
-        ValueError: it has what we can't do; names key, value, and what is supported.
+        ValueError: something is not supported; the message names key, value, and what is supported.
     """
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise ValueError(f"{where} is no JSON object")
-    kind = found.get("model_type")
+    kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES | TEXT_PARTS:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{where}: model_type={reprlib.repr(kind)} is not supported; supported: {known}")
     family = (FAMILIES | TEXT_PARTS)[kind]
     for key, allowed in (REFUSED_ANYWHERE | family.only).items():
-        value = found.get(key)
+        value = config.get(key)
         each = value[0] if isinstance(value, list) and value and value.count(value[0]) == len(value) else value
         if value is not None and value not in allowed and each not in allowed:
             raise _refuse(where, key, value, allowed)
-    found = found | {key: found[other] for other, key in family.also.items() if found.get(other) is not None}
+    config = config | {key: config[other] for other, key in family.also.items() if config.get(other) is not None}
     model = ModelConfig(family=family.model_type)
     for path, value in family.model.items():
         _put(model, path, value)
     for path, key in (KEYS | family.keys).items():
         if key:
             name = key.name if isinstance(key, Power) else key
-            value = found.get(name)
-            if value is None and not (name in found and path in NULL):
+            value = config.get(name)
+            if value is None and not (name in config and path in NULL):
                 value = family.defaults.get(name)
             value = family.values.get(name, {}).get(value, value) if isinstance(value, str) else value
-            value = _from_theirs(model, path, value, f"{where}: {name}", "gate" in _parts(family))
+            value = _to_field(model, path, value, f"{where}: {name}", "gate" in _parts(family))
             _put(model, path, _power(value, key) if isinstance(key, Power) else value)
     part, heads = model.attention, model.attention.heads
     if not key_of(family, "attention.kv_heads"):
@@ -100,56 +110,55 @@ def read_config(found: Any, where: str) -> Described:
         raise ValueError(f"{where}: num_attention_heads={heads} must be at most hidden_size={model.width}")
     if part.scale == part.head_dim**-0.5:
         part.scale = 0.0
-    reach = _read_rope(model, found, family, where)
-    _read_kinds(model, found, family, where)
+    reach = _read_rope(model, config, family, where)
+    _read_kinds(model, config, family, where)
     positions = model.context
-    model.context = min(positions, reach, MOST_CONTEXT)
-    return Described(family, model, positions, reach)
+    model.context = min(positions, reach, DEFAULT_CONTEXT)
+    return ModelDescription(family, model, positions, reach)
 
 
 def _power(value: float, key: Power) -> float:
-    """Ours of theirs."""
+    """Convert a value of config.json into our field's."""
     return float(value) ** key.exponent
 
 
 def key_of(family: Family, path: str) -> str:
-    """The key of config.json for a field of ours; "" is none."""
+    """Return the key of config.json for one of our fields; "" if there is none."""
     key = (KEYS | family.keys).get(path, "")
     return key.name if isinstance(key, Power) else key
 
 
-def text_config(found: Any, where: str, has_head: Callable[[], bool]) -> tuple[Any, str]:
-    """The config of the text part, where a config.json is that of a model with more parts, and where it stands; else
-    both as they are.
+def text_config(config: Any, where: str, has_head: Callable[[], bool]) -> tuple[Any, str]:
+    """Return the config of the text part of a multimodal model, and its location; for other models, both arguments.
 
     Args:
-        has_head: whether the folder has weights for a head.
+        has_head: returns whether the folder has weights of a head.
     """
-    kind = found.get("model_type") if isinstance(found, dict) else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in WRAPPERS:
-        return found, where
-    text = found.get("text_config")
+        return config, where
+    text = config.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise ValueError(f"{where}: text_config={reprlib.repr(text)} must be an object")
     where = where if text is None else f"{where}: text_config"
-    text = {key: value for key, value in found.items() if key != "model_type"} if text is None else text
+    text = {key: value for key, value in config.items() if key != "model_type"} if text is None else text
     text = {"model_type": WRAPPERS[kind]} | text
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     text = dict(zip(sizes, SIZES.get(text["model_type"], ()), strict=False)) | text
-    tied = found.get("tie_word_embeddings")
+    tied = config.get("tie_word_embeddings")
     if tied is None:
         tied = kind in TIED_WRAPPERS and not has_head()
-    outer = {key: found[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in found}
+    outer = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     return outer | text | {"tie_word_embeddings": tied or text.get("tie_word_embeddings") is True}, where
 
 
 def _refuse(where: str, key: str, value: Any, allowed: Any) -> ValueError:
-    known = ", ".join(repr(one) for one in allowed) or "none"
-    return ValueError(f"{where}: {key}={reprlib.repr(value)} can't be represented here; supported: {known}")
+    supported = ", ".join(map(repr, allowed)) or "none"
+    return ValueError(f"{where}: {key}={reprlib.repr(value)} can't be represented here; supported: {supported}")
 
 
 def _parts(family: Family) -> set[str]:
-    """What a family's feed-forward, or each of its experts, has."""
+    """Return the names of the matrices in a family's feed-forward, or in each of its experts."""
     return {part.split("/")[2] for row in family.rows for part in row.parts if "/ff/" in part or "/experts/" in part}
 
 
@@ -170,8 +179,8 @@ def _get(model: ModelConfig, path: str) -> Any:
     return value
 
 
-def _from_theirs(model: ModelConfig, path: str, value: Any, where: str, gated: bool) -> Any:
-    """The value of a key as our field has it, but for a power."""
+def _to_field(model: ModelConfig, path: str, value: Any, where: str, gated: bool) -> Any:
+    """Convert the value of a key into our field's, except for a power."""
     part = model.attention
     if value is None:
         match path:
@@ -196,18 +205,18 @@ def _from_theirs(model: ModelConfig, path: str, value: Any, where: str, gated: b
 
 
 def _number(value: Any, kind: type, where: str, least: float | None = None) -> Any:
-    """Checked: of this type, finite, and larger than 0, or at least `least`. A bool passes as it is."""
+    """Check the type and the bounds of a number: larger than 0, or at least `least`. Bools pass as well."""
     check_type(value, kind, where)
     if kind is bool:
         return value
-    if not (value > 0 or least is not None and least <= value) or value >= LARGEST:
-        raise ValueError(f"{where}={value!r} must be larger than 0" + (f", and below {LARGEST:g}" if value > 0 else ""))
+    if not (value > 0 or least is not None and least <= value) or value >= LIMIT:
+        raise ValueError(f"{where}={value!r} must be larger than 0" + (f", and below {LIMIT:g}" if value > 0 else ""))
     return value
 
 
-def _entry(found: dict[str, Any], key: str, kind: type, before: str, default: Any = None) -> Any:
-    """A positive number, or a bool. Raises ValueError, with the key and what comes `before` it, where it is none."""
-    value = found.get(key)
+def _entry(config: dict[str, Any], key: str, kind: type, before: str, default: Any = None) -> Any:
+    """Return the positive number, or the bool, of a key. Raises ValueError with the key after the text `before`."""
+    value = config.get(key)
     value = default if value is None else value
     if value is None:
         raise ValueError(f"{before}{key} is missing")
@@ -215,28 +224,33 @@ def _entry(found: dict[str, Any], key: str, kind: type, before: str, default: An
     return value if kind is bool else kind(value)
 
 
-def _table(found: dict[str, Any], key: str, where: str) -> dict[str, Any]:
-    """The entry of a key, which is an object, or null."""
-    value = found.get(key)
+def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """Return the object of a key, {} for null."""
+    value = config.get(key)
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{where}: {key}={reprlib.repr(value)} must be an object")
     return value or {}
 
 
-def _read_rope(model: ModelConfig, found: dict[str, Any], family: Family, where: str) -> int:
-    """Both spellings: `rope_parameters` (transformers 5), one for each kind of layer or for all, and `rope_theta`,
-    `rope_scaling` (4), which comes first. Returns the most tokens for which positions are the same in each text."""
+def _read_rope(model: ModelConfig, config: dict[str, Any], family: Family, where: str) -> int:
+    """Read RoPE's parameters into the model.
+
+    There are two spellings: `rope_scaling` and `rope_theta` (transformers 4), which takes precedence, and
+    `rope_parameters` (5), for all layers or for each kind.
+
+    Returns the longest context in which positions do not depend on the length of the text.
+    """
     part = model.attention
     if part.position != "rope":
         return model.context
-    scaling, parameters = _table(found, "rope_scaling", where), _table(found, "rope_parameters", where)
-    default = _entry(found, "rope_theta", float, f"{where}: ", family.defaults["rope_theta"])
+    scaling, parameters = _table(config, "rope_scaling", where), _table(config, "rope_parameters", where)
+    default = _entry(config, "rope_theta", float, f"{where}: ", family.defaults["rope_theta"])
     if family.nested is None:
         entry = scaling or parameters or family.defaults.get("rope_parameters", {})
         name = f"{where}: {'rope_scaling' if scaling else 'rope_parameters'}"
         part.rope_theta = _entry(entry, "rope_theta", float, f"{name}.", default)
-        part.rope_dims = _rope_dims(found, entry, part.head_dim, name, where)
-        original = found.get(
+        part.rope_dims = _rope_dims(config, entry, part.head_dim, name, where)
+        original = config.get(
             "original_max_position_embeddings", family.defaults.get("original_max_position_embeddings")
         )
         part.rope_scaling, reach = _read_scaling(entry, model, original, name)
@@ -245,12 +259,12 @@ def _read_rope(model: ModelConfig, found: dict[str, Any], family: Family, where:
     entry, local = (_table(parameters, kind, name) for kind in (GLOBAL, LOCAL))
     entry = entry | {key: value for key, value in scaling.items() if value is not None and key != "truncate"}
     part.rope_theta = _entry(entry, "rope_theta", float, f"{name}.{GLOBAL}.", default)
-    part.rope_dims = _rope_dims(found, entry, part.head_dim, f"{name}.{GLOBAL}", where)
-    if _rope_dims(found, local, part.head_dim, f"{name}.{LOCAL}", where) != part.rope_dims:
+    part.rope_dims = _rope_dims(config, entry, part.head_dim, f"{name}.{GLOBAL}", where)
+    if _rope_dims(config, local, part.head_dim, f"{name}.{LOCAL}", where) != part.rope_dims:
         raise ValueError(f"{name} must have one partial_rotary_factor for {GLOBAL} and {LOCAL}")
     part.rope_scaling, reach = _read_scaling(entry, model, None, f"{name}.{GLOBAL}")
     other, _ = _read_scaling(local, model, None, f"{name}.{LOCAL}")
-    theta = _entry(found, family.nested.key, float, f"{where}: ", family.nested.theta)
+    theta = _entry(config, family.nested.key, float, f"{where}: ", family.nested.theta)
     theta = _entry(local, "rope_theta", float, f"{name}.{LOCAL}.", theta)
     if (theta, other) == (part.rope_theta, part.rope_scaling):
         part.local_rope_theta = 0.0
@@ -261,8 +275,8 @@ def _read_rope(model: ModelConfig, found: dict[str, Any], family: Family, where:
     return reach
 
 
-def _rope_dims(found: dict[str, Any], entry: dict[str, Any], head_dim: int, name: str, where: str) -> int:
-    share = _entry(found, "partial_rotary_factor", float, f"{where}: ", 1.0)
+def _rope_dims(config: dict[str, Any], entry: dict[str, Any], head_dim: int, name: str, where: str) -> int:
+    share = _entry(config, "partial_rotary_factor", float, f"{where}: ", 1.0)
     share = _entry(entry, "partial_rotary_factor", float, f"{name}.", share)
     dims = int(head_dim * share)
     if share > 1 or dims < 2 or dims % 2:
@@ -275,10 +289,10 @@ def _rope_dims(found: dict[str, Any], entry: dict[str, Any], head_dim: int, name
 def _read_scaling(
     entry: dict[str, Any], model: ModelConfig, original: Any, where: str
 ) -> tuple[RopeScalingConfig, int]:
-    """How rope is scaled, and up to how many tokens that is the same in each text.
+    """Return the scaling of RoPE, and the longest context in which it does not depend on the length of the text.
 
     Args:
-        original: the positions that it was trained on, where they stand beside the entry; they count first.
+        original: the trained context if it stands beside the entry; it takes precedence.
     """
     kind = entry.get("rope_type", entry.get("type", "default"))
     kind = "longrope" if kind in ("su", "yarn") and "short_factor" in entry else kind  # Phi-3's earlier names
@@ -291,19 +305,19 @@ def _read_scaling(
         return _entry({key: original} if original is not None else entry, key, int, f"{where}.", model.context)
 
     match kind:
-        case "default" | "mrope" | None:  # mrope: the three positions of a text's token are one
-            return RopeScalingConfig(), LARGEST
+        case "default" | "mrope" | None:  # mrope: the three positions of a text token are equal
+            return RopeScalingConfig(), LIMIT
         case "linear":
-            return RopeScalingConfig(kind="linear", factor=number("factor")), LARGEST
+            return RopeScalingConfig(kind="linear", factor=number("factor")), LIMIT
         case "llama3":
             low, high = (number(f"{name}_freq_factor") for name in ("low", "high"))
-            found = RopeScalingConfig(kind="llama3", factor=number("factor"), trained_context=trained())
-            return dataclasses.replace(found, low_frequency_factor=low, high_frequency_factor=high), LARGEST
+            scaling = RopeScalingConfig(kind="llama3", factor=number("factor"), trained_context=trained())
+            return dataclasses.replace(scaling, low_frequency_factor=low, high_frequency_factor=high), LIMIT
         case "dynamic":
-            found = RopeScalingConfig(kind="dynamic", factor=number("factor"), trained_context=model.context)
-            return found, model.context
+            scaling = RopeScalingConfig(kind="dynamic", factor=number("factor"), trained_context=model.context)
+            return scaling, model.context
         case "yarn":
-            found = RopeScalingConfig(
+            scaling = RopeScalingConfig(
                 kind="yarn",
                 factor=number("factor", model.context / trained()),
                 trained_context=trained(),
@@ -312,15 +326,15 @@ def _read_scaling(
                 truncate=_entry(entry, "truncate", bool, f"{where}.", True),
             )
             if entry.get("attention_factor") is not None:
-                found.attention_factor = number("attention_factor")
+                scaling.attention_factor = number("attention_factor")
             elif entry.get("mscale") and entry.get("mscale_all_dim"):
                 over, under = (number(name) for name in ("mscale", "mscale_all_dim"))
-                found.attention_factor = _mscale(found.factor, over) / _mscale(found.factor, under)
-            # Ministral 3 also scales queries, from `trained_context` on.
-            return found, found.trained_context if entry.get("llama_4_scaling_beta") else LARGEST
+                scaling.attention_factor = _mscale(scaling.factor, over) / _mscale(scaling.factor, under)
+            # Ministral 3 also scales queries beyond `trained_context`.
+            return scaling, scaling.trained_context if entry.get("llama_4_scaling_beta") else LIMIT
         case "longrope":
             short, long = (_factors(entry, f"{name}_factor", model.attention, where) for name in ("short", "long"))
-            found = RopeScalingConfig(
+            scaling = RopeScalingConfig(
                 kind="longrope",
                 factor=number("factor", model.context / trained()),
                 trained_context=trained(),
@@ -328,8 +342,8 @@ def _read_scaling(
                 long_factors=long,
             )
             if entry.get("attention_factor") is not None:
-                found.attention_factor = number("attention_factor")
-            return found, found.trained_context
+                scaling.attention_factor = number("attention_factor")
+            return scaling, scaling.trained_context
         case _:
             known = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
             raise _refuse(where, "rope_type", kind, known)
@@ -346,10 +360,10 @@ def _factors(entry: dict[str, Any], key: str, part: AttentionConfig, where: str)
     return tuple(float(_number(number, float, f"{where}.{key}")) for number in value)
 
 
-def _read_kinds(model: ModelConfig, found: dict[str, Any], family: Family, where: str) -> None:
-    layers, names = model.layers, family.defaults | {k: v for k, v in found.items() if v is not None}
+def _read_kinds(model: ModelConfig, config: dict[str, Any], family: Family, where: str) -> None:
+    layers, names = model.layers, family.defaults | {k: v for k, v in config.items() if v is not None}
     window, types = names.get("sliding_window"), names.get("layer_types")
-    window = None if "sliding_window" in found and found["sliding_window"] is None else window
+    window = None if "sliding_window" in config and config["sliding_window"] is None else window
     if ("switched" in family.layers or family.layers == "nope") and not names.get("use_sliding_window"):
         window = None
     rope = [1] * layers
@@ -370,7 +384,7 @@ def _read_kinds(model: ModelConfig, found: dict[str, Any], family: Family, where
                 interval = _entry(names, "no_rope_layer_interval", int, f"{where}: ")
                 rope = [int((n + 1) % interval > 0) for n in range(layers)]
             _check_list(rope, layers, f"{where}: no_rope_layers")
-            local = [window is not None and not has for has in rope]
+            local = [window is not None and not has_rope for has_rope in rope]
         case _:
             raise ValueError(f"layers={family.layers!r}")
     if types is not None and family.layers in ("switched", "alternating", "alternating, nope", "nope"):
@@ -379,12 +393,15 @@ def _read_kinds(model: ModelConfig, found: dict[str, Any], family: Family, where
             raise _refuse(where, "layer_types", bad[0], (GLOBAL, LOCAL))
         local = [kind == LOCAL for kind in types]
     if family.layers == "alternating, nope" and window is not None:
-        rope = [int(here) for here in local]
-    if any(here and not has for here, has in zip(local, rope, strict=True)):
+        rope = [int(is_local) for is_local in local]
+    if any(is_local and not has_rope for is_local, has_rope in zip(local, rope, strict=True)):
         raise ValueError(f"{where}: a layer that is local and without rope can't be represented here; supported: one")
     if any(local) and (type(window) is not int or window < 1):
         raise _refuse(where, "sliding_window", window, ("a number from 1 on",))
-    kinds = ["local" if here else "global" if has else "nope" for here, has in zip(local, rope, strict=True)]
+    kinds = [
+        "local" if is_local else "global" if has_rope else "nope"
+        for is_local, has_rope in zip(local, rope, strict=True)
+    ]
     model.attention.window = int(window) if any(local) and window else 0
     model.attention.pattern = _shortest(kinds)
     if not any(local):
@@ -392,7 +409,7 @@ def _read_kinds(model: ModelConfig, found: dict[str, Any], family: Family, where
 
 
 def _pattern(names: dict[str, Any], family: Family, layers: int, where: str) -> list[str]:
-    """Kinds of layers where none are named."""
+    """Return the kinds of layers if config.json does not name them."""
     if "sliding_window_pattern" not in family.defaults:
         return [family.pattern[n % len(family.pattern)] for n in range(layers)]
     period = _entry(names, "sliding_window_pattern", int, f"{where}: ")
@@ -405,25 +422,26 @@ def _check_list(value: Any, layers: int, where: str) -> None:
 
 
 def _shortest(kinds: list[str]) -> tuple[str, ...]:
-    """The least that gives these kinds when it is repeated; nothing, where that is the default."""
+    """Return the shortest pattern that gives these kinds when repeated; () if it is the default."""
     period = next(p for p in range(1, len(kinds) + 1) if all(kind == kinds[n % p] for n, kind in enumerate(kinds)))
     pattern = tuple(kinds[:period])
     return () if pattern in (("global",), ("local",)) else pattern
 
 
-def kinds_of(model: ModelConfig) -> list[str]:
+def layer_kinds(model: ModelConfig) -> list[str]:
+    """Return the kind of each layer."""
     part = model.attention
     pattern = part.pattern or ("local" if part.window else "global",)
     return [pattern[n % len(pattern)] for n in range(model.layers)]
 
 
 def plain_model(model: ModelConfig) -> ModelConfig:
-    """The same model, in the one way of several that a config.json gives: what has no effect is as by default."""
+    """Return the same model in a canonical form, with fields that have no effect at their defaults."""
     model = copy.deepcopy(model)
     part, default = model.attention, ModelConfig()
-    for name in OURS:
+    for name in RECIPE_FIELDS:
         setattr(model, name, getattr(default, name))
-    kinds = kinds_of(model)
+    kinds = layer_kinds(model)
     local = "local" in kinds
     part.pattern, part.window = _shortest(kinds), part.window if local else 0
     if part.position != "rope":
@@ -437,7 +455,7 @@ def plain_model(model: ModelConfig) -> ModelConfig:
         part.scale = 0.0
     if not part.qk_norm:
         part.qk_norm_over = default.attention.qk_norm_over
-    if model.bias and model.norm != "layernorm":  # it is that of the linear maps alone
+    if model.bias and model.norm != "layernorm":  # the norms have none, so it is that of the linear layers
         model.bias, part.qkv_bias, part.out_bias, model.ff_bias = False, True, True, True
     part.qkv_bias, part.out_bias = part.qkv_bias and not model.bias, part.out_bias and not model.bias
     model.experts = model.experts if model.experts.count else default.experts
@@ -446,50 +464,50 @@ def plain_model(model: ModelConfig) -> ModelConfig:
 
 
 def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model, of which `read_config` makes the same one, if the family can express it."""
+    """Return the config.json of a model. `read_config` gives the same model if the family can express it."""
     part, gated = model.attention, "gate" in _parts(family)
     plain = plain_model(model)
-    found: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for path, key in (KEYS | family.keys).items():
         if key:
             value: Any = _get(plain if path.endswith("bias") else model, path)
             match path:
                 case "activation":
-                    known = GATED if gated else PLAIN
-                    value = next((theirs for theirs, ours in known.items() if ours == value), next(iter(known)))
+                    names = GATED if gated else PLAIN
+                    value = next((name for name, ours in names.items() if ours == value), next(iter(names)))
                 case "attention.softcap" | "logit_softcap":
                     value = value or None
                 case "attention.scale":
                     value = value or part.head_dim**-0.5
-            found |= {key.name: _unpower(value, key, family)} if isinstance(key, Power) else {key: value}
-    found |= {"pad_token_id": None}  # by default it may be one that there is no row for
+            config |= {key.name: _unpower(value, key, family)} if isinstance(key, Power) else {key: value}
+    config |= {"pad_token_id": None}  # the default of transformers may have no row here
     if part.position == "rope":
-        found |= _write_rope(family, model)
+        config |= _write_rope(family, model)
     if part.rope_scaling.kind == "dynamic":
-        found[key_of(family, "context")] = part.rope_scaling.trained_context
-    kinds = kinds_of(model)
+        config[key_of(family, "context")] = part.rope_scaling.trained_context
+    kinds = layer_kinds(model)
     window = part.window if "local" in kinds else None
     types = [LOCAL if kind == "local" else GLOBAL for kind in kinds]
     if family.layers in ("switched", "local, switched", "nope"):
-        found |= {"use_sliding_window": window is not None, "sliding_window": window}
+        config |= {"use_sliding_window": window is not None, "sliding_window": window}
     if family.layers in ("switched", "alternating", "alternating, nope", "nope"):
-        found |= {"layer_types": types}
+        config |= {"layer_types": types}
     match family.layers:
         case "local" | "alternating, nope":
-            found |= {"sliding_window": window}
+            config |= {"sliding_window": window}
         case "switched":
-            found |= {"max_window_layers": types.index(LOCAL) if LOCAL in types else model.layers}
+            config |= {"max_window_layers": types.index(LOCAL) if LOCAL in types else model.layers}
         case "alternating":
-            found |= {"sliding_window": window or family.defaults["sliding_window"]}
+            config |= {"sliding_window": window or family.defaults["sliding_window"]}
         case "nope":
-            found |= {"no_rope_layers": [int(kind != "nope") for kind in kinds]}
-    return found
+            config |= {"no_rope_layers": [int(kind != "nope") for kind in kinds]}
+    return config
 
 
 def _unpower(value: float, key: Power, family: Family) -> float | int:
-    """Theirs of ours; the power and its inverse are each rounded, which the last digits show."""
-    theirs = float(f"{value ** (1 / key.exponent):.12g}")
-    return round(theirs) if isinstance(family.defaults[key.name], int) else theirs
+    """Convert our field's value into that of config.json, without the rounding error of power and inverse."""
+    converted = float(f"{value ** (1 / key.exponent):.12g}")
+    return round(converted) if isinstance(family.defaults[key.name], int) else converted
 
 
 def _write_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
@@ -513,38 +531,38 @@ def _write_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
             entry |= {"short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors)}
     if part.rope_dims:
         entry |= {"partial_rotary_factor": part.rope_dims / part.head_dim}
-    found: dict[str, Any] = {"rope_theta": part.rope_theta}
+    config: dict[str, Any] = {"rope_theta": part.rope_theta}
     if "original_max_position_embeddings" in family.defaults:
-        found |= {"original_max_position_embeddings": scaling.trained_context}
+        config |= {"original_max_position_embeddings": scaling.trained_context}
     all_ = entry | {"rope_theta": part.rope_theta}
     if family.nested is None:
-        # Both spellings, for versions 4 and 5: the first that is there is read whole.
-        return found | {"rope_scaling": all_ if len(entry) > 1 else None, "rope_parameters": all_}
+        # Both spellings, for transformers 4 and 5, which read the first that exists.
+        return config | {"rope_scaling": all_ if len(entry) > 1 else None, "rope_parameters": all_}
     own = {"rope_type": "default", "rope_theta": part.local_rope_theta} if part.local_rope_theta else all_
-    found |= {"rope_parameters": {GLOBAL: all_, LOCAL: own}}
+    config |= {"rope_parameters": {GLOBAL: all_, LOCAL: own}}
     if family.nested.both:
-        found |= {"rope_scaling": entry if len(entry) > 1 else None}
-    return found | ({family.nested.key: own["rope_theta"]} if family.nested.key else {})
+        config |= {"rope_scaling": entry if len(entry) > 1 else None}
+    return config | ({family.nested.key: own["rope_theta"]} if family.nested.key else {})
 
 
 def choose_family(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
-    """The model's own family, or else the first that can express it, and its config.json.
+    """Return the model's own family, or the first other one that can express it, and its config.json.
 
     Raises:
-        ValueError: none can; it names the fields that keep it from the nearest.
+        ValueError: no family can; the message names the fields in which the nearest one differs.
     """
     nearest: list[str] | None = None
-    known = [FAMILIES[model.family]] if model.family in FAMILIES else []
-    for family in (*known, *FAMILIES.values()):
-        found = write_config(family, model)
+    own = [FAMILIES[model.family]] if model.family in FAMILIES else []
+    for family in (*own, *FAMILIES.values()):
+        config = write_config(family, model)
         try:
-            again = read_config(found, family.model_type).model
+            expressed = read_config(config, family.model_type).model
         except ValueError as error:
             lines = [str(error)]
         else:
-            lines = differences(plain_model(again), plain_model(model), "model")
+            lines = differences(plain_model(expressed), plain_model(model), "model")
         if not lines:
-            return family, found
+            return family, config
         lines = [f"{family.model_type} has {line.replace(' -> ', ', this model ')}" for line in lines]
         nearest = lines if nearest is None or len(lines) < len(nearest) else nearest
     raise ValueError(f"no family of transformers can express this model: {'; '.join(nearest or [])}; change these")

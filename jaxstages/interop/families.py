@@ -1,6 +1,6 @@
-"""Families of open models, as tables: which tensor holds which parameters, and which key of `config.json` says what.
+"""Families of open models as tables: the tensors of each parameter, and the keys of `config.json`.
 
-A family has no code of its own: what its models do, `models/` does for all, and this page says how to ask for it.
+A family has no code of its own. `models/` implements what all of them need, and this file selects from it.
 
 Legend: N layers, E experts.
 """
@@ -8,15 +8,15 @@ Legend: N layers, E experts.
 from typing import Any, NamedTuple
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
-"""Kinds of layers, as `layer_types` of a config.json has them."""
+"""Kinds of layers in `layer_types` of a config.json."""
 
 
 class Row(NamedTuple):
     """A tensor of a family.
 
     name: with {n} for the layer and {e} for the expert.
-    parts: our parameters that lie in it, their outputs one after the other.
-    inputs: how many of their dims (beside N and E) are inputs; 0 is a vector.
+    parts: our parameters in it, concatenated along the outputs.
+    inputs: number of their dims, beside N and E, that are inputs; 0 for a vector.
     transposed: the tensor is [outputs, inputs].
     """
 
@@ -27,15 +27,19 @@ class Row(NamedTuple):
 
 
 class Power(NamedTuple):
-    """A key of config.json whose value to the power of `exponent` is our field's."""
+    """A key of config.json whose value, raised to `exponent`, is that of our field."""
 
     name: str
     exponent: float
 
 
 class Nested(NamedTuple):
-    """`rope_parameters` has an entry for each kind of layer. key: where version 4 had the theta of local layers; "" is
-    nowhere. theta: its default. both: version 4 had `rope_scaling`, which is then that of global layers."""
+    """For a family whose `rope_parameters` have an entry for each kind of layer.
+
+    key: key of the theta of local layers in transformers 4; "" if there is none.
+    theta: its default.
+    both: transformers 4 has `rope_scaling`, which applies to global layers.
+    """
 
     key: str
     theta: float
@@ -43,12 +47,20 @@ class Nested(NamedTuple):
 
 
 class Family(NamedTuple):
-    """model_type, architecture: what config.json calls it. rows: its tensors; those of parameters that a model has not
-    are left out. keys: our field -> key of config.json, where it is not that of `KEYS`; "" is none. defaults: of keys
-    that a config.json may lack. model: fields of ours that all its models have so. only: key -> what it may be, or be
-    missing. layers: how its layers differ, see `config_json.py`. pattern: the kinds of layers where a config.json names
-    none, repeated. nested: see there. also: another name of a key -> the key; it counts first. values: key -> what
-    transformers takes some of its values for. rope: what `rope_parameters` must have, whatever the scaling.
+    """A model family of transformers.
+
+    model_type, architecture: its names in config.json.
+    rows: its tensors; rows of parameters that a model lacks are left out.
+    keys: key of config.json for our fields, if it differs from `KEYS`; "" if there is none.
+    defaults: values of keys that a config.json may lack.
+    model: values of our fields that all its models share.
+    only: supported values of keys, beside null.
+    layers: kinds of layers, see `config_json.py`.
+    pattern: kinds of layers, repeated, if config.json does not name them.
+    nested: for `rope_parameters` of each kind of layer.
+    also: other names of keys, which take precedence.
+    values: replacements of some values of keys, as in transformers.
+    rope: entries that `rope_parameters` must have for any scaling.
     """
 
     model_type: str
@@ -79,7 +91,7 @@ KEYS: dict[str, str | Power] = {
     "attention.kv_heads": "num_key_value_heads",
     "attention.head_dim": "head_dim",
 }
-"""Field of `ModelConfig` -> key of a config.json."""
+"""Key of config.json for each field of `ModelConfig`."""
 
 ATTENTION_BIAS: dict[str, str | Power] = {
     "attention.qkv_bias": "attention_bias",
@@ -94,10 +106,10 @@ MULTIPLIERS: dict[str, str | Power] = {
 
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu_fast": "geglu"}
 PLAIN = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_erf", "relu2": "relu2"}
-"""Their name of an activation -> ours, of feed-forwards with a gate and without. The first of a kind is written."""
+"""Our name of each activation, for feed-forwards with a gate and without. Exports write the first name of each."""
 
 IGNORED = (r"\.rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$")
-"""Tensors that hold nothing learned: older versions of transformers saved buffers too."""
+"""Names of buffers, which older versions of transformers saved beside the parameters."""
 
 
 def _linear(name: str, *parts: str, inputs: int = 1, transposed: bool = True) -> tuple[Row, Row]:
@@ -176,7 +188,7 @@ CWM_ROPE = {
     **{"rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 8192},
     **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
-"""Of a config.json that has none."""
+"""RoPE parameters of these families if config.json has none."""
 
 
 LLAMA = Family(
@@ -190,7 +202,7 @@ LLAMA = Family(
     only={},
     layers="global",
 )
-"""Llama 2, 3, 3.1, 3.2 and SmolLM2. The other tables say what differs."""
+"""Llama 2, 3, 3.1, 3.2 and SmolLM2. The other tables list the differences."""
 
 INTERNLM3 = LLAMA._replace(
     model_type="internlm3",
@@ -346,7 +358,7 @@ GEMMA3 = GEMMA2._replace(
     model=GEMMA2.model | {"attention.qk_norm": True},
     nested=Nested("rope_local_base_freq", 1e4),
 )
-"""`attn_logit_softcapping` stands in its config.json, and is used nowhere."""
+"""Its config.json has `attn_logit_softcapping`, which transformers does not use."""
 
 VAULTGEMMA = GEMMA2._replace(
     model_type="vaultgemma",
@@ -510,7 +522,7 @@ FAMILIES = {
         *(STARCODER2, MINISTRAL3, INTERNLM3, IQUESTCODER),
     )
 }
-"""By model type; where several fit a model, the first is what it is exported as."""
+"""Families by model type. A model that fits several is exported as the first of them."""
 
 TEXT_PARTS = {
     "qwen2_vl_text": QWEN2_VL,
@@ -519,7 +531,7 @@ TEXT_PARTS = {
         defaults=QWEN3.defaults | {"max_position_embeddings": 128_000, "rope_theta": 5e5}, layers="global"
     ),
 }
-"""Model types of the text part of models with more parts, which are these families under another name."""
+"""Families of text parts of multimodal models, by model type."""
 
 WRAPPERS = {
     "gemma3": "gemma3_text",
@@ -529,7 +541,7 @@ WRAPPERS = {
     "qwen3_vl": "qwen3_vl_text",
     "llava": "llama",
 }
-"""Model types with more parts than text -> the model type of their text part, where it names none."""
+"""Model type of the text part, if config.json does not name it, by the model type of the multimodal model."""
 
 SIZES = {
     "gemma3_text": (262_208, 2304, 9216, 26, 8),
@@ -540,10 +552,10 @@ SIZES = {
     "qwen2_5_vl_text": (152_064, 8192, 29_568, 80, 64),
     "qwen3_vl_text": (151_936, 4096, 22_016, 32, 32),
 }
-"""Text parts -> what they lack in config.json where it is the default: tokens, width, ff_width, layers, heads."""
+"""Default sizes of text parts, which config.json may leave out: tokens, width, ff_width, layers, heads."""
 
 TIED_WRAPPERS = ("gemma3", "mistral3")
-"""Those whose head is the embedding unless they say otherwise."""
+"""Multimodal models with a tied head by default."""
 
 REFUSED_ANYWHERE = {
     "quantization_config": (),
@@ -552,4 +564,4 @@ REFUSED_ANYWHERE = {
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
 }
-"""Keys that no family may have, but as here."""
+"""Supported values of keys, beside null, in every family."""

@@ -1,4 +1,4 @@
-"""Tensors of a family <-> our stacked parameters: copies only, nothing is computed.
+"""The mapping between a family's tensors and our stacked parameters. Values are only copied, never computed.
 
 Legend: N layers, E experts, I inputs, O outputs.
 """
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxstages.interop.families import IGNORED, Family, Row
-from jaxstages.interop.tensors import PIECE, Entry, Stored, read_rows
+from jaxstages.interop.tensors import CHUNK_BYTES, Entry, StoredTensor, read_rows
 
 WRAPPED = r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
-"""What wrappers of torch put into the names of tensors."""
+"""Parts of tensor names that wrappers of torch modules add."""
 
 TEXT_NAMES = {
     "model.language_model.": "model.",
@@ -22,176 +22,195 @@ TEXT_NAMES = {
     "language_model.lm_head.": "lm_head.",
     "language_model.": "model.",
 }
-"""How the names of a text part begin in models with more parts -> by itself. The first that fits counts."""
+"""Prefixes of the text part's names in multimodal models, and those in a text model. The first that fits applies."""
 
-GROWS = ("embedding", "head")
-"""Parameters with a row for each token, which may have more of them than the folder has."""
+TOKEN_ROWS = ("embedding", "head")
+"""Parameters with a row per token, which can have more rows than the folder's tensor."""
 
 
-class Place(NamedTuple):
-    """A tensor: what it is called, the row of the table, and where in our stacked parameters its values lie."""
+class TensorSlot(NamedTuple):
+    """A tensor of a model, and where its values belong in our stacked parameters.
+
+    row: its row in the family's table.
+    stack_index: layer and expert, which index the leading dims of our parameters; () if they are not stacked.
+    """
 
     name: str
     row: Row
-    at: tuple[int, ...]
+    stack_index: tuple[int, ...]
 
 
-def places_of(family: Family, shapes: dict[str, tuple[int, ...]]) -> list[Place]:
-    """The tensors of a model whose parameters (by path) have these shapes, in the order of the table, layer by layer.
+def tensor_slots(family: Family, shapes: dict[str, tuple[int, ...]]) -> list[TensorSlot]:
+    """Return the tensors of a model, in the order of the family's table, layer by layer.
+
+    Args:
+        shapes: shape of each parameter, by path.
 
     Raises:
         ValueError: the family has no tensor for a parameter.
     """
     rows = [row for row in family.rows if all(part in shapes for part in row.parts)]
     covered = {part for row in rows for part in row.parts}
-    if lost := sorted(shapes.keys() - covered):
-        raise ValueError(f"{family.model_type} has no tensor for {', '.join(lost)}; train the model without them")
-    once = [Place(row.name, row, ()) for row in rows if "{n}" not in row.name]
+    if missing := sorted(shapes.keys() - covered):
+        raise ValueError(f"{family.model_type} has no tensor for {', '.join(missing)}; train the model without them")
+
+    single = [TensorSlot(row.name, row, ()) for row in rows if "{n}" not in row.name]
     stacked = [row for row in rows if "{n}" in row.name]
     layers = shapes[stacked[0].parts[0]][0] if stacked else 0
-    found = []
+    in_layers = []
     for n in range(layers):
         for row in stacked:
             if "{e}" in row.name:
-                count = shapes[row.parts[0]][1]
-                found += [Place(row.name.format(n=n, e=e), row, (n, e)) for e in range(count)]
+                experts = shapes[row.parts[0]][1]
+                in_layers += [TensorSlot(row.name.format(n=n, e=e), row, (n, e)) for e in range(experts)]
             else:
-                found.append(Place(row.name.format(n=n), row, (n,)))
-    return [*once[:1], *found, *once[1:]]
+                in_layers.append(TensorSlot(row.name.format(n=n), row, (n,)))
+    return [*single[:1], *in_layers, *single[1:]]
 
 
-def _flat(place: Place, part: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Inputs and outputs of one part of a tensor; a vector has 1 input."""
-    dims = shapes[part][len(place.at) :]
-    return math.prod(dims[: place.row.inputs]), math.prod(dims[place.row.inputs :])
+def _flat(slot: TensorSlot, part: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Return the inputs and outputs of one parameter in a tensor; a vector has 1 input."""
+    dims = shapes[part][len(slot.stack_index) :]
+    return math.prod(dims[: slot.row.inputs]), math.prod(dims[slot.row.inputs :])
 
 
-def parts_of(place: Place, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:
-    """Our parameters that lie in a tensor, with the inputs and outputs of each."""
-    for part in place.row.parts:
-        yield part, *_flat(place, part, shapes)
+def parts_of(slot: TensorSlot, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:
+    """Yield the parameters in a tensor, with the inputs and outputs of each."""
+    for part in slot.row.parts:
+        yield part, *_flat(slot, part, shapes)
 
 
-def shape_of(place: Place, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The tensor's shape."""
-    sizes = [_flat(place, part, shapes) for part in place.row.parts]
+def shape_of(slot: TensorSlot, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of a tensor."""
+    sizes = [_flat(slot, part, shapes) for part in slot.row.parts]
     inputs, outputs = sizes[0][0], sum(out for _, out in sizes)
-    if not place.row.inputs:
+    if not slot.row.inputs:
         return (outputs,)
-    return (outputs, inputs) if place.row.transposed else (inputs, outputs)
+    return (outputs, inputs) if slot.row.transposed else (inputs, outputs)
 
 
-def by_plain_names(stored: dict[str, Stored], where: str) -> dict[str, Stored]:
-    """Tensors without what wrappers of a model put into their names (torch.compile, data parallelism, the text part of
-    a model with more parts).
+# Names ------------------------------------------------------------------------------------------------------------
+
+
+def by_plain_names(stored: dict[str, StoredTensor], where: str) -> dict[str, StoredTensor]:
+    """Remove what wrappers add to the names of tensors: torch.compile, data parallelism, a multimodal model.
 
     Raises:
-        ValueError: two tensors get one name.
+        ValueError: two tensors get the same name.
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         plain = re.sub(WRAPPED, r"\1", name)
-        for begin, instead in TEXT_NAMES.items():
-            if plain.startswith(begin):
-                plain = f"{instead}{plain.removeprefix(begin)}"
+        for prefix, replacement in TEXT_NAMES.items():
+            if plain.startswith(prefix):
+                plain = f"{replacement}{plain.removeprefix(prefix)}"
                 break
-        if plain in found:
+        if plain in tensors:
             raise ValueError(f"{where} has {plain} twice, once as {name}; remove one of them")
-        found[plain] = tensor
-    return found
+        tensors[plain] = tensor
+    return tensors
 
 
 def match(
-    places: list[Place],
+    slots: list[TensorSlot],
     shapes: dict[str, tuple[int, ...]],
-    stored: dict[str, Stored],
+    stored: dict[str, StoredTensor],
     tokens: int,
     where: str,
     parts: bool = False,
-) -> dict[str, Stored]:
-    """Tensors by the table's names; some folders leave out what all names begin with.
+) -> dict[str, StoredTensor]:
+    """Return the stored tensors by the names of the table; some folders leave out the prefix of all names.
 
     Args:
         tokens: rows of embedding and head in the folder.
-        parts: the folder has more than the text part, which is not expected here.
+        parts: the folder is that of a multimodal model, whose other tensors are ignored.
 
     Raises:
-        ValueError: tensors are missing, unexpected, or of another shape; it names them.
+        ValueError: tensors are missing, unexpected, or of another shape; the message names them.
     """
-    names = {place.name for place in places}
-    prefix = places[0].name.split(".")[0] + "."
+    names = {slot.name for slot in slots}
+    prefix = slots[0].name.split(".")[0] + "."
     if not any(name.startswith(prefix) for name in stored):
-        stored = {f"{prefix}{name}" if f"{prefix}{name}" in names else name: one for name, one in stored.items()}
-    unexpected = [name for name in stored if name not in names and not any(re.search(p, name) for p in IGNORED)]
-    if parts:
-        ours = {".".join(name.split(".")[:2]) for name in names}
-        unexpected = [
-            name for name in unexpected if ".".join(name.split(".")[:2]) in ours or name.startswith("lm_head")
-        ]
+        stored = {f"{prefix}{name}" if f"{prefix}{name}" in names else name: value for name, value in stored.items()}
+
+    unexpected = _unexpected(names, stored, parts)
     missing = sorted(names - stored.keys())
     if "lm_head.weight" in unexpected:
-        head, embedding = stored["lm_head.weight"], stored.get(places[0].name)
-        if embedding is not None and _same(head, embedding):  # tied, and written out all the same
+        head, embedding = stored["lm_head.weight"], stored.get(slots[0].name)
+        if embedding is not None and _equal(head, embedding):  # a tied head that was saved nevertheless
             unexpected.remove("lm_head.weight")
     if missing and (before := _common_prefix(missing, stored.keys() - names)):
         raise ValueError(
-            f"{where}: the names of its tensors begin with {before!r}, which is all that keeps them from those of its "
-            "config.json; save them without it"
+            f"{where}: the names of its tensors begin with {before!r}, and would fit its config.json without it; save "
+            "them without this prefix"
         )
+
     wrong = []
-    for place in places:
-        if place.name in stored:
-            wanted = shape_of(place, shapes)
-            wanted = (tokens, *wanted[1:]) if place.row.parts[0] in GROWS else wanted
-            if stored[place.name].shape != wanted:
-                wrong.append(f"{place.name} {list(stored[place.name].shape)} instead of {list(wanted)}")
-    for what, listed in (("lacks", missing), ("has unexpected", sorted(unexpected)), ("has", wrong)):
+    for slot in slots:
+        if slot.name in stored:
+            shape = shape_of(slot, shapes)
+            shape = (tokens, *shape[1:]) if slot.row.parts[0] in TOKEN_ROWS else shape
+            if stored[slot.name].shape != shape:
+                wrong.append(f"{slot.name} {list(stored[slot.name].shape)} instead of {list(shape)}")
+    for fault, listed in (("lacks", missing), ("has unexpected", sorted(unexpected)), ("has", wrong)):
         if listed:
             more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-            raise ValueError(f"{where} does not fit its config.json: it {what} {', '.join(listed[:5])}{more}")
+            raise ValueError(f"{where} does not fit its config.json: it {fault} {', '.join(listed[:5])}{more}")
     return stored
 
 
+def _unexpected(names: set[str], stored: dict[str, StoredTensor], parts: bool) -> list[str]:
+    """Return the names of stored tensors that the table does not have."""
+    unexpected = [name for name in stored if name not in names and not any(re.search(p, name) for p in IGNORED)]
+    if not parts:
+        return unexpected
+    text = {".".join(name.split(".")[:2]) for name in names}
+    return [name for name in unexpected if ".".join(name.split(".")[:2]) in text or name.startswith("lm_head")]
+
+
 def _common_prefix(missing: list[str], others: set[str]) -> str:
-    """What must be taken from the other names to make them the missing; "" if that is not all."""
-    before = {name.removesuffix(missing[0]) for name in others if name.endswith(missing[0])}
-    return next((prefix for prefix in before if all(f"{prefix}{name}" in others for name in missing)), "")
+    """Return the prefix without which the other names would be all the missing ones; "" if there is none."""
+    prefixes = {name.removesuffix(missing[0]) for name in others if name.endswith(missing[0])}
+    return next((prefix for prefix in prefixes if all(f"{prefix}{name}" in others for name in missing)), "")
 
 
-def _same(one: Stored, other: Stored) -> bool:
-    if one.shape != other.shape:
+def _equal(first: StoredTensor, second: StoredTensor) -> bool:
+    if first.shape != second.shape:
         return False
-    pairs = zip(read_rows(one, 0, one.shape[0]), read_rows(other, 0, other.shape[0]), strict=False)
-    return all(np.array_equal(mine[1], theirs[1]) for mine, theirs in pairs)
+    chunks = zip(read_rows(first, 0, first.shape[0]), read_rows(second, 0, second.shape[0]), strict=False)
+    return all(np.array_equal(rows, others) for (_, rows), (_, others) in chunks)
+
+
+# Values -----------------------------------------------------------------------------------------------------------
 
 
 def read_parameter(
     path: str,
     out: np.ndarray,
-    places: Iterable[Place],
+    slots: Iterable[TensorSlot],
     shapes: dict[str, tuple[int, ...]],
-    stored: dict[str, Stored],
+    stored: dict[str, StoredTensor],
     progress: Callable[[int], None],
 ) -> None:
-    """Fill one of our parameters, a layer (and an expert) after the other. Rows beyond those of the folder are the mean
-    of its own.
+    """Fill one parameter from its tensors, layer by layer. Rows that the folder lacks become the mean of its own.
 
     Args:
-        progress: told of the values read, each time.
+        progress: called with the number of values of each chunk.
     """
-    for place in places:
-        if path not in place.row.parts:
+    for slot in slots:
+        if path not in slot.row.parts:
             continue
-        inputs, outputs = _flat(place, path, shapes)
-        before = place.row.parts[: place.row.parts.index(path)]
-        first = sum(_flat(place, part, shapes)[1] for part in before)
-        source, target = stored[place.name], out[place.at].reshape(inputs, outputs)
+        inputs, outputs = _flat(slot, path, shapes)
+        before = slot.row.parts[: slot.row.parts.index(path)]
+        first = sum(_flat(slot, part, shapes)[1] for part in before)
+        source, target = stored[slot.name], out[slot.stack_index].reshape(inputs, outputs)
         assert np.shares_memory(target, out), path
-        if place.row.transposed:
+
+        if slot.row.transposed:
             for start, rows_OI in read_rows(source, first, first + outputs):
                 target[:, start - first : start - first + len(rows_OI)] = rows_OI.T
                 progress(rows_OI.size)
-        elif not place.row.inputs:
+        elif not slot.row.inputs:
             for start, values in read_rows(source, first, first + outputs):
                 target[0, start - first : start - first + len(values)] = values
                 progress(values.size)
@@ -203,24 +222,28 @@ def read_parameter(
                 target[source.shape[0] :] = target[: source.shape[0]].mean(axis=0, dtype=np.float64)
 
 
-def entries_of(places: list[Place], leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
-    """The tensors as they are to be written. leaves: parameters on the host, by path."""
+def entries_of(slots: list[TensorSlot], leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[Entry]:
+    """Return the tensors to write.
 
-    def pieces_of(place: Place) -> Callable[[], Iterator[np.ndarray]]:
+    Args:
+        leaves: parameters on the host, by path.
+    """
+
+    def pieces_of(slot: TensorSlot) -> Callable[[], Iterator[np.ndarray]]:
         def pieces() -> Iterator[np.ndarray]:
-            parts = [leaves[part][place.at].reshape(_flat(place, part, shapes)) for part in place.row.parts]
-            if not place.row.inputs:
+            parts = [leaves[part][slot.stack_index].reshape(_flat(slot, part, shapes)) for part in slot.row.parts]
+            if not slot.row.inputs:
                 yield np.concatenate([part[0] for part in parts])
-            elif place.row.transposed:
+            elif slot.row.transposed:
                 for part_IO in parts:
-                    step = max(PIECE // (4 * len(part_IO)), 1)
+                    step = max(CHUNK_BYTES // (4 * len(part_IO)), 1)
                     for start in range(0, part_IO.shape[1], step):
                         yield part_IO[:, start : start + step].T
             else:
-                step = max(PIECE // (4 * sum(part.shape[1] for part in parts)), 1)
+                step = max(CHUNK_BYTES // (4 * sum(part.shape[1] for part in parts)), 1)
                 for start in range(0, len(parts[0]), step):
                     yield np.concatenate([part[start : start + step] for part in parts], axis=1)
 
         return pieces
 
-    return [Entry(place.name, shape_of(place, shapes), pieces_of(place)) for place in places]
+    return [Entry(slot.name, shape_of(slot, shapes), pieces_of(slot)) for slot in slots]

@@ -1,4 +1,4 @@
-"""The model card of an export: where it comes from, what it was scored, and a licence field."""
+"""The model card of an export: lineage, metrics, and a licence field."""
 
 import re
 from pathlib import Path
@@ -11,32 +11,36 @@ from jaxstages.runtime.workdir import result_file
 
 
 def lineage_of(stage_dir: Path, chosen: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Results of a stage and of those that it came from, oldest first, as far as they can be found."""
-    found = [chosen or finished(stage_dir)]
+    """Return the results of a stage and of its ancestors, oldest first, as far as they still exist."""
+    results = [chosen or finished(stage_dir)]
     seen = {stage_dir.resolve()}
-    while parent := found[0]["parent"]:
-        places = (Path(parent["path"]), stage_dir.parent / Path(parent["path"]).name)
-        there = [place for place in places if result_file(place).exists() and place.resolve() not in seen]
-        if not there:
+    while parent := results[0]["parent"]:
+        candidates = (Path(parent["path"]), stage_dir.parent / Path(parent["path"]).name)  # the run may have moved
+        existing = [path for path in candidates if result_file(path).exists() and path.resolve() not in seen]
+        if not existing:
             break
-        seen.add(there[0].resolve())
-        found.insert(0, finished(there[0]))
-    return found
+        seen.add(existing[0].resolve())
+        results.insert(0, finished(existing[0]))
+    return results
 
 
-def licence_of(source: Path) -> str:
-    """The licence field of the card that came with an import; "other" where there is none."""
+def licence_field(source: Path) -> str:
+    """Return the licence field of the imported model's card; "other" if there is none."""
     file = source / "README.md"
     head = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     front = head.split("---", 2)[1] if head.startswith("---") and head.count("---") > 1 else ""
-    named = re.search(r"^license:\s*([\w.-]+)\s*$", front, re.MULTILINE)
-    return named[1] if named else "other"
+    match = re.search(r"^license:\s*([\w.-]+)\s*$", front, re.MULTILINE)
+    return match[1] if match else "other"
 
 
 def write_card(
     recipe: Recipe, stage_dir: Path, facts: dict[str, str], licence: str, chosen: dict[str, Any] | None = None
 ) -> str:
-    """Markdown. facts: what the export says of itself, name -> value."""
+    """Return the card as Markdown.
+
+    Args:
+        facts: name and value of the export's properties.
+    """
     lineage = lineage_of(stage_dir, chosen)
     lines = ["---", f"license: {licence}", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += ["tags:", "- jaxstages", "---", "", f"# {recipe.name}", ""]

@@ -1,4 +1,4 @@
-"""A stage's adapters -> a folder that PEFT loads beside the base: adapter_config.json and adapter_model.safetensors.
+"""Export of a stage's adapters to a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
 Legend: N layers, R rank, I inputs, O outputs.
 """
@@ -16,8 +16,8 @@ from jaxstages.checkpoint.fingerprint import named_leaves
 from jaxstages.config import LoraConfig, Recipe, builtin_model
 from jaxstages.interop.config_json import choose_family
 from jaxstages.interop.families import Family, Row
-from jaxstages.interop.hf_import import kept_source
-from jaxstages.interop.model_card import licence_of, write_card
+from jaxstages.interop.hf_import import source_folder
+from jaxstages.interop.model_card import licence_field, write_card
 from jaxstages.interop.peft_import import NAMES
 from jaxstages.interop.tensors import Entry, header_of, read_rows, write_file
 from jaxstages.models.lora_layer import DOWN, MAGNITUDE, UP
@@ -30,12 +30,12 @@ from jaxstages.train.setup import setup_stage
 
 
 def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: dict[str, Any] | None = None) -> None:
-    """Write the adapters of a stage's best checkpoint, float32, into the folder `to`, which must not be there yet, or
-    be empty. What they lie beside is not written.
+    """Write the adapters of a checkpoint, in float32, into the folder `to`, which must be empty or not exist. The base
+    is not written.
 
     Raises:
-        ValueError: the stage has no adapters, or PEFT can't have them where they are: it says what to do.
-        OSError: what was written is not what is there; `to` is not made.
+        ValueError: the stage has no adapters, or PEFT does not support adapters of these matrices.
+        OSError: the folder, read back, has other values. `to` is not created then.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"--to={to} is there already, and not empty; name another folder")
@@ -50,6 +50,7 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: 
     leaves = {path: multihost.gather_to_host(leaf) for path, leaf in named_leaves(params).items()}
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(setup.program.abstract_params).items()}
     tensors, adapted = _tensors(family, leaves, shapes)
+
     fresh = to.with_name(f"{to.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     make_folder(fresh)
@@ -62,11 +63,13 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: 
         "the base was held in": config.base,
         "params_sha256": f"`{lineage['params_sha256']}`",
     }
-    write_text(fresh / "README.md", write_card(recipe, setup.folder, facts, licence_of(kept_source(workdir)), chosen))
+    licence = licence_field(source_folder(workdir))
+    write_text(fresh / "README.md", write_card(recipe, setup.folder, facts, licence, chosen))
+
     stored = header_of(fresh / "adapter_model.safetensors")
     for name, value in tensors.items():
-        again = np.concatenate([piece for _, piece in read_rows(stored[name], 0, len(value))])
-        if not np.array_equal(again, value):
+        written = np.concatenate([rows for _, rows in read_rows(stored[name], 0, len(value))])
+        if not np.array_equal(written, value):
             raise OSError(f"{fresh}: {name} is not what was to be written; is the disk in order?")
     if to.exists():
         to.rmdir()
@@ -78,10 +81,10 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: 
 def _tensors(
     family: Family, leaves: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, np.ndarray], dict[Row, int]]:
-    """PEFT's tensors; and the rows of the family's table that are adapted, with how many of ours are in each.
+    """Return PEFT's tensors by name, and the adapted rows of the family's table with the number of adapters in each.
 
-    Where a tensor of the family holds several of our kernels, its adapter holds theirs: their `lora_a` one above the
-    other, and a `lora_b` that is zero but for one block for each, so that each keeps its own product.
+    If a tensor of the family holds several of our kernels, its adapter combines theirs: `lora_a` stacked, and `lora_b`
+    block-diagonal, so that each kernel keeps its own product.
 
     | kernels      | lora_A         | lora_B          |
     | query, value | A of the query | B of query, 0   |
@@ -89,51 +92,57 @@ def _tensors(
     |              |                | 0, B of value   |
 
     Args:
-        shapes: of the base's parameters, by path.
+        shapes: shape of each parameter of the base, by path.
     """
     rows = {part: row for row in family.rows for part in row.parts}
     adapters: dict[str, dict[str, np.ndarray]] = {}
-    chosen: dict[Row, int] = {}
+    counts: dict[Row, int] = {}
     for path, stack in leaves.items():
-        place, _, name = path.rpartition("/")
-        row = rows.get(f"{place}/kernel")
+        layer, _, name = path.rpartition("/")
+        row = rows.get(f"{layer}/kernel")
         if row is None or "{n}" not in row.name:
             raise ValueError(
-                f"PEFT has no adapter for {place} of {family.model_type} by itself; export without --adapter"
+                f"PEFT has no adapter for {layer} of {family.model_type} by itself; export without --adapter"
             )
-        adapters.setdefault(f"{place}/kernel", {})[name] = stack
-        chosen[row] = chosen.get(row, 0) + (name == DOWN)
-    found: dict[str, np.ndarray] = {}
-    for row in chosen:
-        if any(MAGNITUDE in adapters.get(part, {}) for part in row.parts) and chosen[row] < len(row.parts):
-            lost = next(part for part in row.parts if part not in adapters)
+        adapters.setdefault(f"{layer}/kernel", {})[name] = stack
+        counts[row] = counts.get(row, 0) + (name == DOWN)
+
+    tensors: dict[str, np.ndarray] = {}
+    for row in counts:
+        if any(MAGNITUDE in adapters.get(part, {}) for part in row.parts) and counts[row] < len(row.parts):
+            missing = next(part for part in row.parts if part not in adapters)
             raise ValueError(
-                f"PEFT needs DoRA of {lost} too, which lies in one tensor with others; adapt it, or export "
-                "without --adapter"
+                f"PEFT needs DoRA of {missing} too, which shares a tensor with others; adapt it, or export without "
+                "--adapter"
             )
         widths = [math.prod(shapes[part][1 + row.inputs :]) for part in row.parts]
         for n in range(shapes[row.parts[0]][0]):
             module = row.name.format(n=n).removesuffix(".weight")
-            for name, value in _joined([adapters.get(part) for part in row.parts], widths, n).items():
-                found[f"base_model.model.{module}.{NAMES[name]}"] = np.ascontiguousarray(value)
-    return found, chosen
+            for name, value in _fused_adapter([adapters.get(part) for part in row.parts], widths, n).items():
+                tensors[f"base_model.model.{module}.{NAMES[name]}"] = np.ascontiguousarray(value)
+    return tensors, counts
 
 
-def _joined(adapters: list[dict[str, np.ndarray] | None], widths: list[int], n: int) -> dict[str, np.ndarray]:
-    """The adapter of a tensor in layer n, as PEFT has it. adapters: of each part of it. widths: their outputs."""
+def _fused_adapter(adapters: list[dict[str, np.ndarray] | None], widths: list[int], n: int) -> dict[str, np.ndarray]:
+    """Return PEFT's adapter of a tensor in layer n.
+
+    Args:
+        adapters: the adapter of each part of the tensor, None if the part has none.
+        widths: outputs of each part.
+    """
     present = [adapter for adapter in adapters if adapter is not None]
-    found = {DOWN: np.concatenate([adapter[DOWN][n].T for adapter in present])}
-    found[UP] = np.zeros((sum(widths), len(found[DOWN])), np.float32)
+    fused = {DOWN: np.concatenate([adapter[DOWN][n].T for adapter in present])}
+    fused[UP] = np.zeros((sum(widths), len(fused[DOWN])), np.float32)
     row = column = 0
     for adapter, width in zip(adapters, widths, strict=True):
         if adapter is not None:
             up_OR = adapter[UP][n].T
-            found[UP][row : row + width, column : column + up_OR.shape[1]] = up_OR
+            fused[UP][row : row + width, column : column + up_OR.shape[1]] = up_OR
             column += up_OR.shape[1]
         row += width
     if MAGNITUDE in present[0]:
-        found[MAGNITUDE] = np.concatenate([adapter[MAGNITUDE][n] for adapter in present])
-    return found
+        fused[MAGNITUDE] = np.concatenate([adapter[MAGNITUDE][n] for adapter in present])
+    return fused
 
 
 def _config(config: LoraConfig, rows: dict[Row, int], base: str) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def _config(config: LoraConfig, rows: dict[Row, int], base: str) -> dict[str, An
     if len(transposed) > 1:
         raise ValueError("PEFT wants adapted tensors that all are [outputs, inputs], or none; export without --adapter")
     names = {row.name.partition("{n}.")[2].removesuffix(".weight"): count for row, count in rows.items()}
-    # With a larger rank, a larger alpha leaves the scale as it is.
+    # A fused adapter has a larger rank; a larger alpha keeps the scale.
     larger = {name: count for name, count in sorted(names.items()) if count > 1}
     power = 0.5 if config.rank_stabilized else 1.0
     return {
@@ -163,7 +172,7 @@ def _config(config: LoraConfig, rows: dict[Row, int], base: str) -> dict[str, An
 
 
 def _base_of(workdir: Path, meta: dict[str, Any]) -> str:
-    """The folder that was imported, if the adapters lie beside that; else the parent, to be exported itself.
+    """Return the imported folder if the adapters were trained on it; else the parent, which has to be exported too.
 
     Raises:
         ValueError: the import added tokens, for which the folder has no rows.

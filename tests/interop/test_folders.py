@@ -22,7 +22,7 @@ from jaxstages.interop import hf_export, peft
 from jaxstages.interop.config_json import choose_family, read_config
 from jaxstages.interop.families import FAMILIES, LLAMA
 from jaxstages.interop.hf_import import Plan, describe, load
-from jaxstages.interop.layout import by_plain_names, entries_of, match, places_of
+from jaxstages.interop.layout import by_plain_names, entries_of, match, tensor_slots
 from jaxstages.interop.tensors import open_folder, write_shards
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.files import read_json, write_json
@@ -134,7 +134,7 @@ def opened(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     tree = jax.eval_shape(make_model(found.model, found.model.vocab_size).init, jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(target).items()}
-    places, rows = places_of(found.family, shapes), found.model.vocab_size
+    places, rows = tensor_slots(found.family, shapes), found.model.vocab_size
     stored = match(places, shapes, by_plain_names(open_folder(folder), str(folder)), rows, str(folder), parts=True)
     params = load(Plan(places, shapes, stored, rows), target)
     return found.model, {path: np.asarray(leaf) for path, leaf in named_leaves(params).items()}
@@ -148,7 +148,7 @@ def test_what_comes_in_goes_out_as_it_was(kind: str, tmp_path: Path) -> None:
     model, leaves = opened(tmp_path / "one")
     family, written = choose_family(model)
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    write_shards(tmp_path, entries_of(places_of(family, shapes), leaves, shapes), "F32", 10**9, lambda done: None)
+    write_shards(tmp_path, entries_of(tensor_slots(family, shapes), leaves, shapes), "F32", 10**9, lambda done: None)
     again = load_file(tmp_path / "model.safetensors")
     assert family.model_type == kind and again.keys() == tensors.keys()
     assert all(
@@ -158,11 +158,11 @@ def test_what_comes_in_goes_out_as_it_was(kind: str, tmp_path: Path) -> None:
     kept.mkdir(parents=True)
     write_json(kept / "config.json", config)
     setup: Any = SimpleNamespace(workdir=tmp_path / "work", recipe=SimpleNamespace(model=model))
-    out = hf_export._kept_config(written, family, model.vocab_size, setup)
+    out = hf_export._config_json(written, family, model.vocab_size, setup)
     wanted = {key: value for key, value in config.items() if key not in ("auto_map", "dtype")}
     assert out == wanted | {"architectures": [family.architecture]}
     model.norm_eps *= 2
-    changed = hf_export._kept_config(choose_family(model)[1], family, model.vocab_size, setup)
+    changed = hf_export._config_json(choose_family(model)[1], family, model.vocab_size, setup)
     assert "attention_dropout" not in changed, "another model has a config of its own"
 
 
@@ -226,9 +226,7 @@ def test_what_wrappers_put_into_names_makes_no_difference(how: str, tmp_path: Pa
 def test_any_other_prefix_is_named(tmp_path: Path) -> None:
     tensors = write_folder(tmp_path / "one", config_of("llama"))
     save_file(renamed(tensors, "actor.llm."), tmp_path / "one" / "model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"one: the names of its tensors begin with 'actor.llm.', which is all that keeps"
-    ):
+    with pytest.raises(ValueError, match=r"one: the names of its tensors begin with 'actor.llm.', and would fit"):
         opened(tmp_path / "one")
     save_file(renamed(tensors, "module.") | tensors, tmp_path / "one" / "model.safetensors")
     with pytest.raises(ValueError, match="weight twice, once as module"):

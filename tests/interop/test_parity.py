@@ -31,8 +31,8 @@ from jaxstages.generate.sampling import Sampling
 from jaxstages.interop import peft
 from jaxstages.interop.config_json import choose_family, read_config
 from jaxstages.interop.families import FAMILIES
-from jaxstages.interop.hf_import import Plan, adopted, describe, load
-from jaxstages.interop.layout import by_plain_names, entries_of, match, places_of
+from jaxstages.interop.hf_import import Plan, describe, load, with_imported_model
+from jaxstages.interop.layout import by_plain_names, entries_of, match, tensor_slots
 from jaxstages.interop.peft_import import read_adapter
 from jaxstages.interop.tensors import open_folder, write_shards
 from jaxstages.models import lora
@@ -167,7 +167,7 @@ def opened(folder: Path) -> tuple[ModelConfig, Params]:
     tree = jax.eval_shape(make_model(config, config.vocab_size).init, jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(target).items()}
-    places = places_of(found.family, shapes)
+    places = tensor_slots(found.family, shapes)
     stored = by_plain_names(open_folder(folder), str(folder))
     stored = match(places, shapes, stored, config.vocab_size, str(folder), parts=True)
     return config, load(Plan(places, shapes, stored, config.vocab_size), target)
@@ -207,7 +207,7 @@ def check_export(config: ModelConfig, params: Params, model: Any, folder: Path, 
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     folder.mkdir()
     write_json(folder / "config.json", written)
-    entries = entries_of(places_of(FAMILIES[family.model_type], shapes), leaves, shapes)
+    entries = entries_of(tensor_slots(FAMILIES[family.model_type], shapes), leaves, shapes)
     write_shards(folder, entries, "F32", 10**9, lambda done: None)
     words: Any = {"output_loading_info": True, "attn_implementation": "eager"}
     again, info = AutoModelForCausalLM.from_pretrained(folder, **words)
@@ -251,7 +251,7 @@ def test_adapters_are_the_same_beside_the_base_in_peft(kind: dict[str, Any], tmp
     made.finetune.lora = LoraConfig(rank=4, **kind)
     made.finetune.optim.schedule.peak_lr = 0.03
     work = tmp_path / "work"
-    train(adopted(made, work), work, "finetune")
+    train(with_imported_model(made, work), work, "finetune")
     call("export", f"--workdir={work}", f"--to={tmp_path}/merged")
     call("export", f"--workdir={work}", f"--to={tmp_path}/adapter", "--adapter")
     from transformers import AutoModelForCausalLM
@@ -308,7 +308,7 @@ def test_adapters_of_projections_in_one_tensor_go_there_and_back(name: str, tmp_
     worst = float(np.abs(beside - wanted).max())
     assert worst <= MOST < float(np.abs(wanted - before).max())
     FIGURES.append(f"| adapters on {name}, in PEFT | {worst:.1e} | | | |")
-    again = lora.merge(params, *read_adapter(folder, places_of(family, shapes), shapes))
+    again = lora.merge(params, *read_adapter(folder, tensor_slots(family, shapes), shapes))
     for (path, one), other in zip(named_leaves(merged).items(), named_leaves(again).values(), strict=True):
         np.testing.assert_allclose(other, one, atol=2e-6, err_msg=path)
 
