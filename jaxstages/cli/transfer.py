@@ -7,7 +7,7 @@ from jaxstages.cli.resolve import keep_recipe, resolve_recipe
 from jaxstages.cli.select_checkpoint import choose, last_finished
 from jaxstages.config import ModelConfig, Recipe
 from jaxstages.interop.hf_export import DTYPES, export
-from jaxstages.interop.hf_import import with_model_of, import_folder, describe, find_folder, source_of, tokenizer_of
+from jaxstages.interop.hf_import import describe, find_folder, import_folder, source_of, tokenizer_of, with_model_of
 from jaxstages.interop.peft import export_adapter
 from jaxstages.runtime.files import local_path
 from jaxstages.runtime.workdir import begun_stages, lock, result_file

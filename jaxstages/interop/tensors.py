@@ -83,7 +83,7 @@ def _remedy(folder: Path) -> str:
     pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
     if pickles:
         return (
-            f"{pickles[0]} is a pickle, which can run code when it is read, and is never opened here: take the "
+            f"{pickles[0]} is a pickle, which runs code when it is read, and is never opened here: take the "
             "safetensors of that model, or let someone who trusts it convert it"
         )
     return "name a folder with config.json and safetensors"
