@@ -32,7 +32,8 @@ from jaxstages.models.sharding import (
     shardings_of,
 )
 from jaxstages.models.transformer import make_model
-from jaxstages.plan.collectives import SMALL, collectives_of, expected, total
+from jaxstages.plan.collectives import SMALL, collectives_of, total
+from jaxstages.plan.theory import expected_traffic
 from jaxstages.train.early_stopping import early_stopping
 from jaxstages.train.program import make_program
 from jaxstages.train.saved_items import from_items, to_items
@@ -162,7 +163,7 @@ def check_exchanges(model: ModelConfig, config: MeshConfig, tile: int = 0) -> No
     run = Run(model, config)
     found, wanted = run.exchanges(tile), dict.fromkeys(("all-gather", "all-reduce", "reduce-scatter", "all-to-all"), 0)
     small = found.pop(SMALL)
-    for _, kind, size in expected(model, WORDS, run.mesh, BATCH, merges=False):
+    for _, kind, size in expected_traffic(model, WORDS, run.mesh, BATCH, merges=False):
         wanted[kind] += size
     assert found.keys() <= wanted.keys()
     for kind, size in wanted.items():

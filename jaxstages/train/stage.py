@@ -34,8 +34,8 @@ from jaxstages.train.setup import StageSetup, make_stage_evaluate
 from jaxstages.types import Diverged, Metrics, Params, Report, TrainState
 
 SMALL_STEP_FLOPS, GROUP = 1e10, 8
-"""Steps cheaper than this (6 operations a parameter and token, Kaplan et al. 2020) are dispatched in groups of 8 between
-host reads, because host work would otherwise be a visible share of the step."""
+"""Steps cheaper than this (6 operations a parameter and token, Kaplan et al. 2020) are dispatched in groups of 8
+between host reads, because host work would otherwise be a visible share of the step."""
 
 FEW_TOKENS, TOKEN_LOSS_SD = 4000, 2.0
 """A held-out set with fewer scored tokens decides little: losses of single tokens have a standard deviation of about 2
