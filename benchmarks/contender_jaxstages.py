@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from contender import Recorder, contender_flags, print_check
 from jax_result import grad_norm, print_jax_result
+from jaxtyping import Array
 from rows import Row
 from safetensors.numpy import load_file
 from tokens import Batches
@@ -67,8 +68,8 @@ def main() -> None:
     def adapted(state: TrainState, batch: Batch, base: Params | None) -> tuple[TrainState, Sums]:
         """As in `jaxstages.train.compile`."""
 
-        def hidden(params: Params, part: Batch, key: Any) -> HiddenAndHead:
-            return model.hidden(params if base is None else lora.join(base, params, lora_config(row)), part, key)
+        def hidden(params: Params, part: Batch, key: Any) -> Array | HiddenAndHead:
+            return model.outputs(params if base is None else lora.join(base, params, lora_config(row)), part, key)
 
         return make_train_step(hidden, tx)(state, batch)
 
