@@ -91,7 +91,7 @@ def make_step(row: Row) -> tuple[Any, Any, Batch]:
     ones_BL = jnp.ones(shape, jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(row.context), shape)
     batch = Batch(tokens_BL, targets_BL, jnp.ones(shape), ones_BL, positions_BL)
-    step = jax.jit(make_train_step(cross_entropy_loss(model.hidden), tx, norm=global_norm), donate_argnums=0)
+    step = jax.jit(make_train_step(cross_entropy_loss(model.outputs), tx, norm=global_norm), donate_argnums=0)
     return step, init_state(model.init(jax.random.key(0)), tx), batch
 
 

@@ -69,7 +69,7 @@ def main() -> None:
         """As in `jaxstages.train.compile`."""
 
         def hidden(params: Params, part: Batch, key: Any) -> HiddenAndHead:
-            return model.hidden(
+            return model.outputs(
                 params if base is None else lora.apply_adapters(base, params, lora_config(row)), part, key
             )
 

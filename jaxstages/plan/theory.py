@@ -45,7 +45,7 @@ def expected_traffic(
     attention, item, layers = config.attention, 2 if config.dtype == "bfloat16" else 4, config.layers
     replicas, rows = data * expert * context, batch // (data * fsdp * expert)
     hidden = rows * (config.context // context) * config.width * item
-    gates = ACTIVATIONS[config.activation].gates
+    gates = ACTIVATIONS[config.activation].gated
     experts = config.experts.count
 
     heads = attention.heads + 2 * attention.kv_heads
