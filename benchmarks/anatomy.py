@@ -29,8 +29,8 @@ from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.select import global_norm
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.cpu_tuning import disable_malloc_trim
-from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training.optimizer import make_optimizer
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch
 
 HERE = Path(__file__).resolve().parent

@@ -34,8 +34,8 @@ from jaxstages.models.losses import cross_entropy_loss, cross_entropy_sums
 from jaxstages.models.select import global_norm
 from jaxstages.models.sharding import make_mesh, shardings_of
 from jaxstages.runtime.cpu_tuning import disable_malloc_trim
-from jaxstages.train.program import fresh_state, make_program
-from jaxstages.train.step import make_train_step
+from jaxstages.training.program import fresh_state, make_program
+from jaxstages.training.step import make_train_step
 from jaxstages.types import Batch, HiddenAndHead
 
 HERE = Path(__file__).resolve().parent

@@ -32,8 +32,8 @@ from rows import ROWS, Row
 
 from jaxstages.cli.train import train
 from jaxstages.runtime.cpu_tuning import disable_malloc_trim, enable_compilation_cache
-from jaxstages.train import stage
-from jaxstages.train.compile import compile_step
+from jaxstages.training import stage
+from jaxstages.training.compile import compile_step
 
 LEFT_OUT = 10
 """Steps at the start of a run that are not counted."""

@@ -68,8 +68,8 @@ def jaxstages(talks: list[tuple[np.ndarray, int]], weights: Path, check: bool) -
     from jaxstages.models.select import global_norm
     from jaxstages.models.transformer import make_model
     from jaxstages.runtime.cpu_tuning import disable_malloc_trim
-    from jaxstages.train.optimizer import make_optimizer
-    from jaxstages.train.step import init_state, make_train_step
+    from jaxstages.training.optimizer import make_optimizer
+    from jaxstages.training.step import init_state, make_train_step
 
     disable_malloc_trim()
     rows = packed_rows(talks, ROW)

@@ -50,8 +50,8 @@ def measure(sizes: dict) -> tuple[int, int]:
     )
     from jaxstages.models.sharding import make_mesh, shardings_of
     from jaxstages.plan.chips import topology_of
-    from jaxstages.train.compile import abstract_step_arguments, jit_step
-    from jaxstages.train.program import fresh_state, make_program
+    from jaxstages.training.compile import abstract_step_arguments, jit_step
+    from jaxstages.training.program import fresh_state, make_program
 
     width, remat = sizes["width"], sizes.get("remat", "none")
     recipe = Recipe(

@@ -22,9 +22,9 @@ import optax
 import orbax.checkpoint as ocp
 
 from jaxstages.checkpoint.manager import Checkpoints
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.saved_items import to_items
-from jaxstages.train.step import init_state
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.saved_items import to_items
+from jaxstages.training.step import init_state
 from jaxstages.types import TrainState
 
 

@@ -30,8 +30,8 @@ def child(workdir: str) -> None:
     import jax
 
     from jaxstages.__main__ import cli
-    from jaxstages.train import stage
-    from jaxstages.train.compile import compile_step
+    from jaxstages.training import stage
+    from jaxstages.training.compile import compile_step
 
     def compile_clocked(*arguments):
         function, jitted = compile_step(*arguments)

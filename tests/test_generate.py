@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from jaxstages.config import AttentionConfig, MeshConfig
-from jaxstages.generate.decode import Answers, make_answers
-from jaxstages.generate.label_scores import make_likeliest
-from jaxstages.generate.sampling import Sampling
-from jaxstages.generate.session import Session
-from jaxstages.generate.text_stream import TextStream
+from jaxstages.generation.decode import Answers, make_answers
+from jaxstages.generation.label_scores import make_likeliest
+from jaxstages.generation.sampling import Sampling
+from jaxstages.generation.session import Session
+from jaxstages.generation.text_stream import TextStream
 from jaxstages.models.sharding import batch_sharding, make_mesh
 from jaxstages.models.transformer import make_model
 from jaxstages.types import Batch, Model, Params
@@ -78,7 +78,7 @@ def texts_of(answers: Answers, params: Params, prompts: list[list[int]], first: 
 def test_a_stream_is_the_answer_at_once_turn_by_turn(
     model: tuple[Model, Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jaxstages.generate.session.BUCKET", 4)  # so that a turn's new tokens are less than the context
+    monkeypatch.setattr("jaxstages.generation.session.BUCKET", 4)  # a turn's new tokens stay below the context
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     one = make_answers(model[0], HOW, context=32, batch_size=1, rows=batch_sharding(mesh), seed=7)
     session = Session(*model, HOW, context=32, seed=7)

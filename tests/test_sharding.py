@@ -34,10 +34,10 @@ from jaxstages.models.sharding import (
 from jaxstages.models.transformer import make_model
 from jaxstages.plan.collectives import SMALL, collectives_of, total
 from jaxstages.plan.theory import expected_traffic
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.program import make_program
-from jaxstages.train.saved_items import from_items, to_items
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.program import make_program
+from jaxstages.training.saved_items import from_items, to_items
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch
 from tests.tiny import VOCAB, model_config
 

@@ -20,8 +20,8 @@ from jaxstages.data.tokenizer import Specials
 from jaxstages.runtime import manifest
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder, quarantine_folder, result_file, tokenizer_file
-from jaxstages.train.handoff import OVERRIDABLE_MODEL_FIELDS, check_lineage, read_parent
-from jaxstages.train.setup import StageSetup, setup_stage
+from jaxstages.training.handoff import OVERRIDABLE_MODEL_FIELDS, check_lineage, read_parent
+from jaxstages.training.setup import StageSetup, setup_stage
 from tests.reliability.harness import Home
 
 

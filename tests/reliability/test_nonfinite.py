@@ -26,14 +26,14 @@ from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.sharding import batch_sharding, make_mesh, place_batch
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoints_folder, steps_of
-from jaxstages.train import program
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.guard import init_guard, should_apply
-from jaxstages.train.metric_writer import read_metrics
-from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.saved_items import from_items, to_items
-from jaxstages.train.setup import setup_stage
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training import program
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.guard import init_guard, should_apply
+from jaxstages.training.metric_writer import read_metrics
+from jaxstages.training.optimizer import make_optimizer
+from jaxstages.training.saved_items import from_items, to_items
+from jaxstages.training.setup import setup_stage
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch, Diverged, Model, Params, TrainState
 from tests.reliability.harness import make_recipe, outcome, quick_runs, unlike
 from tests.tiny import VOCAB, mixed_batch

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float
 from optax import contrib
 
-from jaxstages.train.guard import init_guard, should_apply
+from jaxstages.training.guard import init_guard, should_apply
 from jaxstages.types import Batch, LossFn, Params, Sums, TrainState
 
 TrainStep = Callable[..., tuple[TrainState, Sums]]
