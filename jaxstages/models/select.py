@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxstages.models import cpu
 from jaxstages.models.attention import Attend
 from jaxstages.models.fused_cross_entropy import Form, make_loss_head
 from jaxstages.models.ops import REFERENCE, Ops
@@ -38,6 +37,8 @@ def select_ops(
             machine of the platform supports.
         context: length of the rows that `attention` is made for; None is any length.
     """
+    from jaxstages.models import cpu  # in the functions: who reads the model need not read the workarounds
+
     platform = platform or jax.default_backend()
     if platform != "cpu":
         ops = ACCELERATOR
@@ -54,6 +55,8 @@ def select_ops(
 
 def global_norm(tree: Any) -> Float[Array, ""]:
     """Euclidean norm of all leaves together, in float32."""
+    from jaxstages.models import cpu
+
     squares = [jnp.atleast_1d(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     total = functools.partial(jax.lax.platform_dependent, cpu=cpu.sum_by_rows, default=jnp.sum)
     return jnp.sqrt(sum(map(total, squares), jnp.zeros(())))
@@ -62,4 +65,6 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 def limit_memory(jitted: Callable[..., Any], compiled: Any, platform: str) -> Callable[..., Any]:
     """Return the jitted step, made to wait for its results where consecutive steps would otherwise need their temporary
     memory at the same time."""
+    from jaxstages.models import cpu
+
     return cpu.run_synchronously(jitted, compiled) if platform == "cpu" else jitted
