@@ -50,3 +50,8 @@ def test_each_recipe_of_the_page_about_own_parts_trains(mine: ModuleType, varian
 @pytest.mark.parametrize("name", ["Mean", "NnxMean"])
 def test_the_models_of_the_page_about_own_parts_pass_the_property_checks(mine: ModuleType, name: str) -> None:
     testing.check_model(getattr(mine, name)().make(vocab_size=32), vocab_size=32)
+
+
+def test_the_reference_of_recipe_fields_is_up_to_date() -> None:
+    made = load(ROOT / "docs" / "make_recipe.py")
+    assert made.PAGE.read_text() == made.page(), "run `python docs/make_recipe.py`"
