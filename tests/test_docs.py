@@ -1,7 +1,11 @@
 """What the documentation shows can be run, and what it says about files and fields is up to date."""
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -55,3 +59,89 @@ def test_the_models_of_the_page_about_own_parts_pass_the_property_checks(mine: M
 def test_the_reference_of_recipe_fields_is_up_to_date() -> None:
     made = load(ROOT / "docs" / "make_recipe.py")
     assert made.PAGE.read_text() == made.page(), "run `python docs/make_recipe.py`"
+
+
+def test_the_architecture_page_lists_every_file() -> None:
+    tree = re.findall(r"^(?:(\w+)/|  (\w+\.py)) ", file_tree(), flags=re.MULTILINE)
+    listed, folder = set(), ""
+    for package, file in tree:
+        folder = package or folder
+        listed |= {f"{folder}/{file}".lstrip("/")} if file else set()
+
+    package = ROOT / "jaxstages"
+    files = {str(file.relative_to(package)) for file in package.rglob("*.py") if file.read_text().strip()}
+    files = {file for file in files if not file.endswith("/__init__.py")}
+    files = {re.sub("^train/", "training/", re.sub("^generate/", "generation/", file)) for file in files}
+    assert files - listed == set(), "add them to docs/architecture.md"
+    assert listed - files == set(), "remove them from docs/architecture.md"
+
+
+def file_tree() -> str:
+    """The tree of `docs/architecture.md`: its last block."""
+    return (ROOT / "docs" / "architecture.md").read_text().split("```\n")[-2]
+
+
+def test_every_link_of_the_documentation_leads_to_a_file() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        if not (page.parent / target).exists()
+    ]
+    assert not broken
+
+
+def test_every_anchor_of_the_documentation_is_a_heading() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    broken = []
+    for page in pages:
+        for target, anchor in re.findall(r"\]\(([^):]*)#([^)]+)\)", page.read_text()):
+            other = page.parent / target if target else page
+            headings = re.findall(r"^#+ (.*)$", other.read_text(), flags=re.MULTILINE)
+            if anchor not in [
+                re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+            ]:
+                broken.append(f"{page.relative_to(ROOT)}: {target}#{anchor}")
+    assert not broken
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def run_python(code: str, folder: Path) -> str:
+    """Run code in a process of its own, as a user would, and return what it prints."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def shortened(code: str, old: str, new: str) -> str:
+    """Return the code with fewer steps, so that it takes seconds."""
+    assert code.count(old) == 1, f"{old!r} is not in the code; adapt the test"
+    return code.replace(old, new)
+
+
+def test_the_python_of_the_readme_trains_and_generates(tmp_path: Path) -> None:
+    (block,) = python_blocks("README.md")
+    output = run_python(shortened(block, "steps=200, batch_size=8, eval_every=50", "steps=4, batch_size=8"), tmp_path)
+    perplexity, answers = output.strip().splitlines()[-2:]
+    assert float(perplexity) > 1.0
+    assert answers.startswith("['")
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "docs" / "three_stages.ipynb").read_text())["cells"]
+    code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = shortened(code, '{"pretrain": 300, "finetune": 100, "instruct": 300}', "dict.fromkeys(stages, 4)")
+    output = run_python('stages = ("pretrain", "finetune", "instruct")\n' + code, tmp_path)
+    assert "parameters" in output
+    assert all(f"{stage}: held-out loss" in output for stage in ("pretrain", "finetune", "instruct"))
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    cells = json.loads((ROOT / "docs" / "three_stages.ipynb").read_text())["cells"]
+    assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
