@@ -13,7 +13,7 @@ SOAK := --kills=500 --terms=200 --pairs=200 --hosts=4 --stages=3 --lost=10 --fau
 # there only when all of it went well.
 .venv: .venv/installed
 
-.venv/installed: requirements.lock pyproject.toml
+.venv/installed: requirements.lock pyproject.toml setup.py
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --require-hashes --no-deps -r requirements.lock

@@ -19,11 +19,12 @@ from weights import count_params, from_gpt2, from_peft, lora_config, model_confi
 
 from jaxstages.config import OptimConfig, ScheduleConfig
 from jaxstages.models import lora
+from jaxstages.models.losses import cross_entropy_loss
+from jaxstages.models.select import global_norm, limit_memory
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.cpu_tuning import disable_malloc_trim, freeze_gc_and_trim_heap
-from jaxstages.train.compile import paced
-from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training.optimizer import make_optimizer
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch, HiddenAndHead, Params, Sums, TrainState
 
 
@@ -65,12 +66,14 @@ def main() -> None:
     del params, tensors
 
     def adapted(state: TrainState, batch: Batch, base: Params | None) -> tuple[TrainState, Sums]:
-        """As in `jaxstages.train.compile`."""
+        """As in `jaxstages.training.compile`."""
 
         def hidden(params: Params, part: Batch, key: Any) -> HiddenAndHead:
-            return model.hidden(params if base is None else lora.join(base, params, lora_config(row)), part, key)
+            return model.outputs(
+                params if base is None else lora.apply_adapters(base, params, lora_config(row)), part, key
+            )
 
-        return make_train_step(hidden, tx)(state, batch)
+        return make_train_step(cross_entropy_loss(hidden), tx, norm=global_norm)(state, batch)
 
     step = functools.partial(jax.jit(adapted, donate_argnums=0), base=base)
     shape = (row.batch, row.context)
@@ -90,7 +93,7 @@ def main() -> None:
         return
     recorder = Recorder(flags.warmup, flags.steps, lambda: jax.block_until_ready(state))
     recorder.begin()
-    step = paced(step, step.func.lower(state, batch(0), base=base).compile(), row.device)
+    step = limit_memory(step, step.func.lower(state, batch(0), base=base).compile(), row.device)
     freeze_gc_and_trim_heap()
     for k in range(recorder.total):
         state, sums = step(state, batch(k))

@@ -108,8 +108,8 @@ def check_no_leak(model: Model, params: Params, batch: Batch, vocab_size: int) -
         change_L = np.max(_difference(apply(params, changed, None), logits_BLV), axis=(0, 2))
         leaks = np.flatnonzero((change_L > TOLERANCE) & (segments_L != segment) & (segments_L > 0))
         assert not len(leaks), (
-            f"documents leak into each other: the logits at slot {leaks[0]}, of document {segments_L[leaks[0]]}, change "
-            f"with the tokens of document {segment}; mask attention by batch.segments_BL"
+            f"documents leak into each other: the logits at slot {leaks[0]}, of document {segments_L[leaks[0]]}, "
+            f"change with the tokens of document {segment}; mask attention by batch.segments_BL"
         )
 
 
@@ -149,8 +149,8 @@ def check_loss(loss: LossFn, params: Params, batch: Batch) -> None:
     for index, name in enumerate(("objective", "weight")):
         total = parts[0][index] + parts[1][index]
         assert np.isclose(sums[index], total, rtol=TOLERANCE), (
-            f"{name} of a batch is {sums[index]:.6g}, and its halves have {total:.6g} together; return sums over tokens, "
-            "not means: the step divides by the weight of the whole batch"
+            f"{name} of a batch is {sums[index]:.6g}, and its halves have {total:.6g} together; return sums over "
+            "tokens, not means: the step divides by the weight of the whole batch"
         )
     check_finite_gradients(loss, params, batch)
 
@@ -172,8 +172,8 @@ def check_accumulation(
     change = _largest(jax.tree.map(jnp.subtract, whole, split))
     assert moved > 0, "the step does not change the parameters"
     assert change <= 1e-2 * moved, (
-        f"with accumulate={parts} parameters move elsewhere, by {change:.2g} of {moved:.2g}; add up sums over the parts, "
-        "and divide once by the weight of the whole batch"
+        f"with accumulate={parts} parameters move elsewhere, by {change:.2g} of {moved:.2g}; add up sums over the "
+        "parts, and divide once by the weight of the whole batch"
     )
 
 

@@ -1,4 +1,4 @@
-"""The words that every other file uses: Batch, TrainState, Model, Metrics.
+"""Shared types: Batch, TrainState, Model, LossFn, ShardingHooks, Metrics.
 
 Legend, the same in every file: B batch, L length, D width, H query heads, G key/value heads, K head dim,
 F feed-forward, V vocab, N layers (stacked), S cache slots, R LoRA rank, E experts,
@@ -15,10 +15,10 @@ Params = dict[str, Any]
 """Nested dict of arrays; a parameter's path is its keys joined by "/", such as `layers/attention/query/kernel`."""
 
 Sums = dict[str, Array]
-"""Reductions that are not divided yet: each "name" holds a sum over tokens, "weight" the sum to divide by."""
+"""Reductions before the division: each name holds a weighted sum over tokens, and "weight" the sum to divide by."""
 
 Metrics = dict[str, float]
-"""Values for people and logs, already divided."""
+"""Divided values, for logs and people."""
 
 
 class Report(NamedTuple):
@@ -31,10 +31,10 @@ class Report(NamedTuple):
 class Batch(NamedTuple):
     """Packed rows, the only form in which data reaches a step.
 
-    A row holds several examples one after the other, each a *segment* that is numbered 1, 2, ... with
-    positions that start again at 0. Slots of segment 0 are padding.
+    A row contains several examples, one after the other. Each is a *segment*, numbered 1, 2, ..., whose positions
+    start at 0. Slots of segment 0 are padding.
 
-    | field         | row of two examples `[a b c]` and `[x y]`, only `c` and `y` trained on |
+    | field         | row with examples `[a b c]` and `[x y]`, of which only `c` and `y` are scored |
     | tokens_BL     |  a  b  x  0 |
     | targets_BL    |  b  c  y  0 |
     | weights_BL    |  0  1  1  0 |
@@ -50,8 +50,13 @@ class Batch(NamedTuple):
 
 
 class GuardState(NamedTuple):
-    """skipped: steps in all whose update was not applied. streak: steps in a row, up to now, that were not finite.
-    losses_W, norms_W: of the last finite steps, a ring. seen: finite steps so far."""
+    """State of the guard that refuses bad updates (`training/guard.py`).
+
+    skipped: steps so far whose update was not applied.
+    streak: consecutive steps, up to now, with a loss, gradient or update that was not finite.
+    losses_W, norms_W: ring buffers with the loss and gradient norm of the last finite steps.
+    seen: finite steps so far.
+    """
 
     skipped: Int[Array, ""]
     streak: Int[Array, ""]
@@ -61,18 +66,21 @@ class GuardState(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What one optimizer step reads and writes. Arrays only, so that it goes through a checkpoint as it is."""
+    """Everything an optimizer step reads and writes. It contains only arrays, so it can be checkpointed as it is."""
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
     guard: GuardState
     average: Any = ()
-    """Exponential moving average of the parameters; () where there is none."""
+    """Exponential moving average of the parameters; () if none is kept."""
 
 
 class HiddenAndHead(NamedTuple):
-    """What logits are made from, where they need not all exist at once."""
+    """Final hidden states and the unembedding matrix.
+
+    Lets the loss compute logits a tile at a time (fused linear cross-entropy).
+    """
 
     hidden_BLD: Float[Array, "B L D"]
     head_VD: Float[Array, "V D"]
@@ -80,39 +88,48 @@ class HiddenAndHead(NamedTuple):
     """Logits are `softcap * tanh(logit / softcap)`."""
 
     def logits(self) -> Float[Array, "B L V"]:
-        """`hidden @ head.T`: float32 out of the hidden layer's own dtype, for the softmax needs the range."""
+        """Compute `hidden @ head.T` in the dtype of the hidden states, accumulated and returned in float32."""
         head_VD = self.head_VD.astype(self.hidden_BLD.dtype)
         logits_BLV = jnp.einsum("BLD,VD->BLV", self.hidden_BLD, head_VD, preferred_element_type=jnp.float32)
         return logits_BLV if self.softcap is None else self.softcap * jnp.tanh(logits_BLV / self.softcap)
 
 
 Names = tuple[str, ...]
-"""The logical axis of each dim of an array; "" is one of no name, which is never split."""
+"""Logical axis of each dim of an array. "" has no name and is never split."""
+
+
+def _identity(x: Array, names: Names) -> Array:
+    del names
+    return x
+
+
+def _same_function(function: Callable[..., Array], ins: tuple[Names, ...], out: Names) -> Callable[..., Array]:
+    del ins, out
+    return function
 
 
 class ShardingHooks(NamedTuple):
-    """What a model says of which device holds what, while it computes. By default nothing, as on one device.
+    """How the model annotates shardings. On one device every hook is the identity.
 
-    activation: `activation(x, names)`, x split as its axes are.
-    whole: `whole(x, names)`, a parameter as it is computed with: gathered along the axis that only its storage is split
-        by.
-    split: `split(x, names)`, a parameter, or its gradient, as it is stored.
-    local: `local(function, names_of_inputs, names_of_output)`, the function with each device's parts of its arrays.
-    axes: `axes(name)`, the axes of the mesh that split a logical axis, for collectives within `local`.
-    parts: `parts(name)`, into how many parts they split it.
+    constrain: `constrain(x, names)` shards an activation by its logical axes.
+    gather_param: `gather_param(x, names)` gathers a parameter along the axis that only its storage is sharded by. Its
+        gradient is sharded like the stored parameter.
+    shard_param: `shard_param(x, names)` shards a parameter or its gradient the way it is stored.
+    shard_map: `shard_map(function, names_of_inputs, names_of_output)` runs the function on each device's shards.
+    mesh_axes: `mesh_axes(name)` returns the mesh axes that split a logical axis, for collectives within `shard_map`.
+    num_shards: `num_shards(name)` returns the number of shards of a logical axis.
     """
 
-    activation: Callable[[Array, Names], Array] = lambda x, _names: x
-    whole: Callable[[Array, Names], Array] = lambda x, _names: x
-    split: Callable[[Array, Names], Array] = lambda x, _names: x
-    local: Callable[[Callable[..., Array], tuple[Names, ...], Names], Callable[..., Array]] = lambda f, _ins, _out: f
-    axes: Callable[[str], tuple[str, ...]] = lambda _name: ()
-    parts: Callable[[str], int] = lambda _name: 1
+    constrain: Callable[[Array, Names], Array] = _identity
+    gather_param: Callable[[Array, Names], Array] = _identity
+    shard_param: Callable[[Array, Names], Array] = _identity
+    shard_map: Callable[[Callable[..., Array], tuple[Names, ...], Names], Callable[..., Array]] = _same_function
+    mesh_axes: Callable[[str], tuple[str, ...]] = lambda _name: ()
+    num_shards: Callable[[str], int] = lambda _name: 1
 
 
-SINGLE_DEVICE = (
-    ShardingHooks()
-)  # one device; to be compared by ==, for Flax makes another of a tuple among a module's fields
+SINGLE_DEVICE = ShardingHooks()
+"""The hooks of one device. Compare with `==`: Flax rebuilds tuples among a module's fields."""
 
 
 class Decoder(NamedTuple):
@@ -161,20 +178,20 @@ class Model(NamedTuple):
 
 
 Apply = Callable[[Params, Batch, PRNGKeyArray | None], Array | HiddenAndHead]
-"""`apply(params, batch, dropout_key)`: logits_BLV, or the hidden states and the head that they are made from."""
-
+"""`apply(params, batch, dropout_key)` returns logits_BLV, or the hidden states and head that produce them."""
 
 LossFn = Callable[[Params, Batch, PRNGKeyArray | None], Sums]
-"""`loss(params, batch, dropout_key)`: sums over the batch, "objective" to minimize and "weight" to divide it by."""
+"""`loss(params, batch, dropout_key)` returns sums over the batch: "objective", which is minimised after division by
+"weight"; optionally "nll", "correct" and others, which are logged the same way."""
 
 
 class Diverged(Exception):
-    """The numbers of the run are no longer finite; the last good checkpoint stands."""
+    """Loss or gradients are no longer finite. The last good checkpoint is intact."""
 
     exit_code = 70
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved everything; starting it again goes on."""
+    """The run stopped on request and saved everything. Start it again to resume."""
 
     exit_code = 75

@@ -169,6 +169,7 @@ def get_config(variant: str = "") -> Recipe:
         tokenizer=TokenizerConfig(kind="characters"),
         model=Mean(nnx=variant == "nnx"),
         pretrain=_stage(6),
-        finetune=_stage(6, own_task=True),
+        finetune=_stage(6, (first_letter, "exact_match"), own_task=True),
         extra_stages={"polish": _stage(4, own_task=True)},
+        prompts=("amber birch ",),
     )

@@ -13,13 +13,15 @@ import pytest
 
 from jaxstages.config import ModelConfig
 from jaxstages.data.stage_data import prepare_stages
+from jaxstages.models import cpu
+from jaxstages.models.select import limit_memory
 from jaxstages.models.sharding import place_batch, shardings_of
 from jaxstages.models.transformer import REMAT, make_model
-from jaxstages.train import compile as compilation
-from jaxstages.train.compile import REMAT_ORDER, compile_step, paced
-from jaxstages.train.program import choose_attention
-from jaxstages.train.setup import StageSetup, setup_stage
-from jaxstages.train.step import init_state
+from jaxstages.training import compile as compilation
+from jaxstages.training.compile import REMAT_ORDER, compile_step
+from jaxstages.training.program import choose_attention
+from jaxstages.training.setup import StageSetup, setup_stage
+from jaxstages.training.step import init_state
 from tests.tiny import VOCAB, example, mixed_batch, model_config, packed_batch, recipe, write_data
 
 
@@ -72,7 +74,7 @@ class Heap(ctypes.Structure):
 def test_memory_is_given_back_before_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """XLA:CPU says that results are there while it still holds what it made them in: dispatched at once, the next step
     would have its own beside it. More than half of the steps did."""
-    monkeypatch.setattr(compilation, "MUCH", 2**20)
+    monkeypatch.setattr(cpu, "LARGE_TEMP_BYTES", 2**20)
     told = ctypes.CDLL(None).mallinfo2
     told.restype = Heap
 
@@ -84,7 +86,7 @@ def test_memory_is_given_back_before_the_next_step(monkeypatch: pytest.MonkeyPat
     compiled = step.lower(x).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary == 4 * 2000**2
-    waited = paced(step, compiled, "cpu")
+    waited = limit_memory(step, compiled, "cpu")
     waited(x)
     time.sleep(0.1)
     before, held = taken(), 0
@@ -159,7 +161,7 @@ def test_free_pieces_leave_the_lists_before_the_first_step(tmp_path: Path) -> No
 def needed(setup: StageSetup) -> int:
     """Bytes of the step that keeps all."""
     _, step = compilation.jit_step(setup.program, "none")
-    return compilation.bytes_of(step.lower(*compilation.abstract_step_arguments(setup.program)).compile())
+    return compilation.memory_bytes(step.lower(*compilation.abstract_step_arguments(setup.program)).compile())
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def test_auto_takes_the_first_that_fits(
     rung: str,
 ) -> None:
     """Of what the step needs without recomputation, so much is there."""
-    monkeypatch.setattr(compilation, "_memory_of", lambda device: int(needed * share / compilation.SHARE))
+    monkeypatch.setattr(compilation, "_memory_limit", lambda device: int(needed * share / compilation.MEMORY_FRACTION))
     compile_step(setup.program)
     said = capsys.readouterr()
     assert f"remat {rung}: a step takes" in said.out + said.err
@@ -196,7 +198,7 @@ def test_auto_takes_the_first_that_fits(
 
 def test_memory_of_this_machine(setup: StageSetup) -> None:
     """More than the step takes, less than 64 TiB."""
-    assert 2**26 < compilation._memory_of(setup.program.mesh.devices.flat[0]) < 2**46
+    assert 2**26 < compilation._memory_limit(setup.program.mesh.devices.flat[0]) < 2**46
     state = init_state(jax.jit(setup.program.model.init)(jax.random.key(0)), setup.program.tx)
     _, step = compile_step(setup.program)
     assert int(step(state, packed_batch([[example(40, r)] for r in range(8)], 64))[0].step) == 1
@@ -211,8 +213,8 @@ def test_a_large_step_is_waited_for_and_compiled_once(
     state = init_state(params, setup.program.tx, setup.config.optim.spike_window)
     state = jax.device_put(state, shardings_of(setup.program.abstract_state))
     batch = place_batch(packed_batch([[example(40, r)] for r in range(8)], 64), 8, setup.program.row_sharding)
-    for most, waits in ((0, True), (2**60, False)):
-        monkeypatch.setattr(compilation, "MUCH", most)
+    for limit, waits in ((0, True), (2**60, False)):
+        monkeypatch.setattr(cpu, "LARGE_TEMP_BYTES", limit)
         with jax.log_compiles():
             _, step = compile_step(setup.program)
             caplog.clear()

@@ -11,10 +11,11 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jaxstages.config import MeshConfig
-from jaxstages.models import kernels
-from jaxstages.models.attention import Attend, Reach, attend_in_tiles, attend_over, attend_packed
+from jaxstages.models import cpu, kernels
+from jaxstages.models.attention import Attend, AttentionSpec, attend_packed
 from jaxstages.models.kernels import KERNELS, Kernel, Machine, Shape, choose_attend, run_lengths
 from jaxstages.models.sharding import RULES, make_mesh, make_sharding_hooks
+from jaxstages.models.spmd import sharded_attention
 
 SHAPE = Shape(length=256, heads=8, kv_heads=2, head_dim=64, dtype="bfloat16", runs=5)
 SMALL = SHAPE._replace(length=24, head_dim=16, dtype="float32")
@@ -35,13 +36,13 @@ def usable(machine: Machine, shape: Shape) -> list[str]:
         (HOPPER, {"head_dim": 60}, []),
         (HOPPER, {"length": 255}, []),
         (HOPPER, {"dtype": "float32"}, []),
-        (HOPPER, {"reach": Reach(softcap=50.0)}, []),
-        (HOPPER, {"reach": Reach(window=64)}, ["cuDNN, packed", "cuDNN with a mask"]),
+        (HOPPER, {"spec": AttentionSpec(softcap=50.0)}, []),
+        (HOPPER, {"spec": AttentionSpec(window=64)}, ["cuDNN, packed", "cuDNN with a mask"]),
         (Machine("gpu", 7.5), {}, []),
         (Machine("gpu"), {}, []),  # of another maker
         (TPU, {}, ["splash attention"]),
         (TPU, {"length": 250}, []),
-        (TPU, {"reach": Reach(64, 50.0)}, ["splash attention"]),
+        (TPU, {"spec": AttentionSpec(64, 50.0)}, ["splash attention"]),
     ],
 )
 def test_which_kernel_takes_what(machine: Machine, changes: dict, names: list[str]) -> None:
@@ -52,8 +53,8 @@ def kernel(name: str, attend: Attend) -> Kernel:
     return Kernel(name, HOPPER.platform, lambda machine, shape: "", lambda shape: attend)
 
 
-def of_one_segment(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
-    return attend_packed(q, k, v, jnp.ones_like(segments), reach)
+def of_one_segment(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, spec: AttentionSpec) -> jax.Array:
+    return attend_packed(q, k, v, jnp.ones_like(segments), spec)
 
 
 @jax.custom_vjp
@@ -64,15 +65,15 @@ def twice_back(x: jax.Array) -> jax.Array:
 twice_back.defvjp(lambda x: (x, None), lambda _, d_x: (2.0 * d_x,))
 
 
-def wrong_gradient(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
-    return attend_packed(q, twice_back(k), v, segments, reach)
+def wrong_gradient(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, spec: AttentionSpec) -> jax.Array:
+    return attend_packed(q, twice_back(k), v, segments, spec)
 
 
-def nan_in_padding(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
-    return jnp.where(segments[..., None, None] == 0, jnp.nan, attend_packed(q, k, v, segments, reach))
+def nan_in_padding(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, spec: AttentionSpec) -> jax.Array:
+    return jnp.where(segments[..., None, None] == 0, jnp.nan, attend_packed(q, k, v, segments, spec))
 
 
-def fails(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
+def fails(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, spec: AttentionSpec) -> jax.Array:
     raise NotImplementedError("no such kernel in this version\nand more")
 
 
@@ -87,31 +88,31 @@ def fails(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: 
 )
 def test_a_kernel_that_is_wrong_here_is_not_used(attend: Attend, said: str) -> None:
     """The next one is taken; without one, the formula, and it is said."""
-    second = kernel("two", attend_in_tiles)
+    second = kernel("two", cpu.attention)
     choice = choose_attend(SMALL, HOPPER, (kernel("one", attend), second))
-    assert choice.said.startswith("attention: two; one ")
+    assert choice.reason.startswith("attention: two; one ")
     choice = choose_attend(SMALL, HOPPER, (kernel("one", attend),))
     assert choice.attend is attend_packed
-    assert re.search(said, choice.said), choice.said
+    assert re.search(said, choice.reason), choice.reason
 
 
 def test_the_check_is_made_once() -> None:
     calls = []
 
-    def counted(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
+    def counted(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, spec: AttentionSpec) -> jax.Array:
         calls.append(q.shape)
-        return attend_packed(q, k, v, segments, reach)
+        return attend_packed(q, k, v, segments, spec)
 
     one = kernel("one", counted)
     for _ in range(2):
-        assert choose_attend(SMALL, HOPPER, (one,)).said == "attention: one"
+        assert choose_attend(SMALL, HOPPER, (one,)).reason == "attention: one"
     assert len(calls) == 1
 
 
 def test_without_a_kernel_it_is_the_formula_and_says_why() -> None:
     choice = choose_attend(SMALL, HOPPER)
     assert choice.attend is attend_packed
-    assert "cuDNN, packed takes bfloat16, model.dtype is float32" in choice.said and "splash" not in choice.said
+    assert "cuDNN, packed takes bfloat16, model.dtype is float32" in choice.reason and "splash" not in choice.reason
 
 
 def arrays(shape: Shape, batch: int) -> tuple[jax.Array, ...]:
@@ -126,16 +127,16 @@ def test_each_device_attends_with_its_own_rows_and_heads() -> None:
     """Over rows and heads of a mesh of eight; rows of another length take the formula."""
     mesh, seen = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, reach: Reach) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, spec: AttentionSpec) -> jax.Array:
         seen.append((q.shape, k.shape, segments.shape))
-        return attend_packed(q, k, v, segments, reach)
+        return attend_packed(q, k, v, segments, spec)
 
     shape = SMALL._replace(runs=4)
-    attend = attend_over(local, make_sharding_hooks(mesh, RULES), 24)
+    attend = sharded_attention(local, make_sharding_hooks(mesh, RULES), 24)
     for batch, length in ((8, 24), (8, 20)):
         values = arrays(shape._replace(length=length), batch)
-        found = jax.jit(functools.partial(attend, reach=Reach()))(*values)
-        np.testing.assert_allclose(found, attend_packed(*values, Reach()), rtol=1e-5, atol=1e-6)
+        found = jax.jit(functools.partial(attend, spec=AttentionSpec()))(*values)
+        np.testing.assert_allclose(found, attend_packed(*values, AttentionSpec()), rtol=1e-5, atol=1e-6)
     assert seen == [((2, 24, 4, 16), (2, 24, 1, 16), (2, 24))]
 
 
@@ -148,20 +149,20 @@ def test_run_lengths() -> None:
     assert count.tolist() == [3, 1, 5]
 
 
-REACHES = {"causal": Reach(), "window": Reach(window=100), "softcap": Reach(softcap=2.0)}
+SPECS = {"causal": AttentionSpec(), "window": AttentionSpec(window=100), "softcap": AttentionSpec(softcap=2.0)}
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("reach", REACHES.values(), ids=REACHES)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_splash_attention_sees_what_the_formula_sees(
-    monkeypatch: pytest.MonkeyPatch, kv_heads: int, reach: Reach
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, spec: AttentionSpec
 ) -> None:
     """The TPU kernel, interpreted: outputs and gradients, packed rows, grouped heads."""
-    shape = Shape(128, 4, kv_heads, 64, "float32", 4, reach)
-    monkeypatch.setattr(kernels, "AT_MOST", 20.0)
+    shape = Shape(128, 4, kv_heads, 64, "float32", 4, spec)
+    monkeypatch.setattr(kernels, "MAX_ERROR_RATIO", 20.0)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         interpreted = Kernel("splash", "tpu", KERNELS[2].lacks, functools.partial(kernels._splash, interpret=True))
-        assert kernels._fails(interpreted, shape, jax.devices()[0]) == ""
+        assert kernels._check(interpreted, shape, jax.devices()[0]) == ""
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def lowered(name: str, platform: str, shape: Shape) -> str:
     made = next(one for one in KERNELS if one.name == name).make(shape)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        return jnp.sum(made(q, k, v, segments, shape.reach).astype(jnp.float32))
+        return jnp.sum(made(q, k, v, segments, shape.spec).astype(jnp.float32))
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays(shape, 2))
     return step.lower(lowering_platforms=(platform,)).as_text()

@@ -20,13 +20,14 @@ from jaxstages.cli.train import train
 from jaxstages.config import LoraConfig, MeshConfig, Recipe
 from jaxstages.config.checks import validate
 from jaxstages.models import lora
+from jaxstages.models.lora_layer import ADAPTER
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
-from jaxstages.train.compile import abstract_step_arguments, compile_step
-from jaxstages.train.handoff import read_base, read_parent, read_trained
-from jaxstages.train.metric_writer import read_metrics
-from jaxstages.train.setup import StageSetup, make_stage_evaluate, setup_stage
+from jaxstages.training.compile import abstract_step_arguments, compile_step
+from jaxstages.training.handoff import read_base, read_parent, read_trained
+from jaxstages.training.metric_writer import read_metrics
+from jaxstages.training.setup import StageSetup, make_stage_evaluate, setup_stage
 from jaxstages.types import Model, Params
 from tests.tiny import VOCAB, mixed_batch, model_config, write_data
 from tests.tiny import recipe as tiny_recipe
@@ -75,7 +76,7 @@ def test_at_step_0_the_logits_are_those_of_the_base_to_the_last_bit(name: str) -
     for dora, tolerance in ((False, 0.0), (True, 2e-2 if name == "half" else 1e-6)):
         config = LoraConfig(rank=4, dora=dora)
         adapters = jax.jit(lambda b, config=config: lora.init(jax.random.key(1), b, model.axes, config))(base)
-        found = logits(model.apply, lora.join(base, adapters, config))
+        found = logits(model.apply, lora.apply_adapters(base, adapters, config))
         np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
 
 
@@ -83,16 +84,16 @@ def test_at_step_0_the_logits_are_those_of_the_base_to_the_last_bit(name: str) -
 def test_merged_they_are_the_same_model(form: str) -> None:
     model, params = made("experts" if form == "everywhere" else "plain")
     config = LoraConfig(rank=4, **FORMS[form])
-    base = jax.jit(lambda p: lora.hold(p, model.axes, config.base))(params)
+    base = jax.jit(lambda p: lora.quantize_base(p, model.axes, config.base))(params)
     adapters = jax.jit(lambda b: moved(lora.init(jax.random.key(1), b, model.axes, config)))(base)
     merged = jax.jit(lambda b, a: lora.merge(b, a, config))(base, adapters)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(merged))
-    applied = logits(model.apply, lora.join(base, adapters, config))
+    applied = logits(model.apply, lora.apply_adapters(base, adapters, config))
     np.testing.assert_allclose(logits(model.apply, merged), applied, atol=1e-5)
     assert np.abs(applied - logits(model.apply, params)).max() > 1e-2, "they change something"
     if form == "everywhere":
-        assert len(jax.tree.leaves(adapters)) == 3 * len(lora._matrices(model.axes)) == 3 * 9
+        assert len(jax.tree.leaves(adapters)) == 3 * len(lora.matrices(model.axes)) == 3 * 9
 
 
 def test_product_and_scale_are_the_formula_s() -> None:
@@ -105,7 +106,7 @@ def test_product_and_scale_are_the_formula_s() -> None:
     for stabilized, scale in ((False, 8 / 4), (True, 8 / 2)):
         config = LoraConfig(rank=4, alpha=8.0, rank_stabilized=stabilized, dora=True)
         adapters = moved(lora.init(jax.random.key(1), base, axes, config))
-        a, b, m = (np.asarray(adapters["query"][name], np.float64) for name in lora.ADAPTER)
+        a, b, m = (np.asarray(adapters["query"][name], np.float64) for name in ADAPTER)
         whole = kernel.reshape(2, 6, 6) + scale * a @ b
         whole = m[:, None] * whole / np.linalg.norm(whole, axis=1, keepdims=True)
         merged = lora.merge(base, adapters, config)["query"]["kernel"]
@@ -119,8 +120,8 @@ def test_a_base_is_held_in_fewer_bytes() -> None:
     model, params = made("plain")
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     kinds = ("float32", "bfloat16", "int8")
-    held = jax.jit(lambda p: {kind: lora.hold(p, model.axes, kind) for kind in kinds})(params)
-    released = jax.jit(lambda h: {kind: lora.release(h[kind]) for kind in kinds})(held)
+    held = jax.jit(lambda p: {kind: lora.quantize_base(p, model.axes, kind) for kind in kinds})(params)
+    released = jax.jit(lambda h: {kind: lora.dequantize(h[kind]) for kind in kinds})(held)
     assert size(held["bfloat16"]) < 0.52 * size(params) and size(held["int8"]) < 0.45 * size(params)
     query = held["int8"]["layers"]["attention"]["query"]
     assert query["kernel"].dtype == jnp.int8 and query["kernel_scale"].shape == (2, 1, 4, 8)
@@ -129,7 +130,7 @@ def test_a_base_is_held_in_fewer_bytes() -> None:
             assert one.dtype == jnp.float32 and float(jnp.max(jnp.abs(one - other))) <= 1.01 * most * float(
                 jnp.max(jnp.abs(other))
             )
-        axes = lora.held_axes(model.axes, kind)
+        axes = lora.base_axes(model.axes, kind)
         is_names = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
         assert jax.tree.structure(axes, is_leaf=is_names) == jax.tree.structure(held[kind])
         assert [len(n) for n in jax.tree.leaves(axes, is_leaf=is_names)] == [
@@ -143,8 +144,8 @@ def test_decoding_takes_adapters_beside_a_base_in_int8() -> None:
 
     @jax.jit
     def both(params: Params) -> tuple[jax.Array, jax.Array]:
-        base = lora.hold(params, model.axes, "int8")
-        joined = lora.join(base, moved(lora.init(jax.random.key(1), base, model.axes, config)), config)
+        base = lora.quantize_base(params, model.axes, "int8")
+        joined = lora.apply_adapters(base, moved(lora.init(jax.random.key(1), base, model.axes, config)), config)
         batch = mixed_batch(1)
         where = (batch.tokens_BL[:, :4], batch.positions_BL[:, :4])
         found, _ = model.decoder.step(model.decoder.prepare(joined), *where, model.decoder.init_cache(1, 4))
@@ -369,8 +370,8 @@ def test_a_base_that_is_gone_or_another_is_refused(run: tuple[Recipe, Path]) -> 
     [
         ({"alpha": 32.0}, r"other adapters: config.finetune.lora.alpha: 16.0 -> 32.0; set it back"),
         ({"base": "int8"}, r"other adapters: config.finetune.lora.base: 'float32' -> 'int8'"),
-        ({"rank": 8}, r"does not fit the recipe's adapters .*lora_a: checkpoint float32\[2, 16, 4\], recipe .*16, 8\]"),
-        ({"rank": 0}, r"does not fit the recipe's adapters .*lora_a: only in the checkpoint"),
+        ({"rank": 8}, r"does not fit the recipe .*lora_a: checkpoint float32\[2, 16, 4\], recipe .*16, 8\]"),
+        ({"rank": 0}, r"does not fit the recipe .*lora_a: only in the checkpoint"),
         ({"targets": ("query/kernle",)}, r"lora.targets: 'query/kernle' matches no matrix; near it are .*query/kernel"),
         ({"targets": ("norm/scale",)}, r"lora.targets: 'norm/scale' matches no matrix"),
     ],
@@ -391,7 +392,7 @@ def test_a_stage_that_goes_on_keeps_its_adapters(run: tuple[Recipe, Path], chang
         ("finetune", {"rank": 4, "alpha": 0.0}, r"lora.alpha=0.0 must be larger than 0"),
         ("finetune", {"rank": -1}, r"lora.rank=-1 must not be negative"),
         ("finetune", {"rank": 4, "base": "int4"}, r"lora.base='int4': did you mean 'int8'"),
-        ("finetune", {"rank": 4, "targets": ("(",)}, r"lora.targets='\(': .*mend it"),
+        ("finetune", {"rank": 4, "targets": ("(",)}, r"lora.targets='\(': .*valid regular expression"),
         ("finetune", {"rank": 4, "targets": ()}, r"lora.targets is empty; name matrices"),
     ],
 )
@@ -406,7 +407,7 @@ def test_refused_at_the_door(tmp_path: Path, stage: str, changes: dict[str, Any]
 def test_muon_is_refused(tmp_path: Path) -> None:
     recipe = adapted(tiny_recipe(tmp_path))
     recipe.finetune.optim.name = "muon"
-    with pytest.raises(ValueError, match="'muon' is for whole matrices, not for adapters; take 'adamw'"):
+    with pytest.raises(ValueError, match="'muon' is for whole matrices, not for adapters; use 'adamw'"):
         validate(recipe)
 
 

@@ -16,8 +16,8 @@ from jaxstages.config.checks import validate
 from jaxstages.data.batches import Late, batches_by_step, interleave
 from jaxstages.data.mixture import Dataset, describe, mix, steps_for, uses
 from jaxstages.runtime.files import read_json
-from jaxstages.train.metric_writer import read_metrics
-from jaxstages.train.setup import open_tokenizer, prepare_stage, setup_stage
+from jaxstages.training.metric_writer import read_metrics
+from jaxstages.training.setup import open_tokenizer, prepare_stage, setup_stage
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 

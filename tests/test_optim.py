@@ -9,10 +9,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxstages.checkpoint.fingerprint import named_leaves
 from jaxstages.config import MeshConfig, OptimConfig, ScheduleConfig
+from jaxstages.models.losses import cross_entropy_loss
+from jaxstages.models.select import global_norm
 from jaxstages.models.sharding import make_mesh
 from jaxstages.models.transformer import make_model
-from jaxstages.train.optimizer import check_optimizer_paths, global_norm, make_optimizer, make_schedule, plateau_factor
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training.optimizer import check_optimizer_paths, make_optimizer, make_schedule
+from jaxstages.training.step import init_state, make_train_step, plateau_factor
 from tests.tiny import VOCAB, mixed_batch, model_config
 
 
@@ -57,7 +59,7 @@ def test_each_optimizer_learns_the_transformer(name: str) -> None:
     config = OptimConfig(name=name, schedule=ScheduleConfig(peak_lr=peak, warmup_steps=2), muon_lr_factor=factor)
     tx = make_optimizer(config, 40, model.axes)
     state = init_state(jax.jit(model.init)(jax.random.key(0)), tx)
-    step = jax.jit(make_train_step(model.apply, tx))
+    step = jax.jit(make_train_step(cross_entropy_loss(model.apply), tx))
     losses = []
     for _ in range(30):
         state, sums = step(state, mixed_batch())
@@ -69,7 +71,7 @@ def test_frozen_paths_stay_bit_for_bit_and_others_move() -> None:
     model = make_model(model_config(), VOCAB)
     tx = make_optimizer(OptimConfig(freeze=("embedding", "layers/ff/")), 10, model.axes)
     before = jax.jit(model.init)(jax.random.key(0))
-    after, _ = jax.jit(make_train_step(model.apply, tx))(init_state(before, tx), mixed_batch())
+    after, _ = jax.jit(make_train_step(cross_entropy_loss(model.apply), tx))(init_state(before, tx), mixed_batch())
     for path, leaf in jax.tree_util.tree_leaves_with_path(before):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         new = after.params

@@ -108,7 +108,7 @@ def test_a_recipe_is_planned_for_the_devices_that_are_here(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("plan",), "plan needs --config=FILE"),
+        (("plan",), "plan needs --config=RECIPE"),
         (("plan", "--config=configs/demo.py", "--topology=v4:2x2"), "known chips: v5e, v5p, v6e, h100, h200"),
         (("plan", "--config=configs/demo.py", "--topology=h100:2x2"), "write h100:N, a number of devices"),
         (("plan", "--config=configs/demo.py", "--stage=import"), "has no stage import; it has pretrain"),

@@ -10,10 +10,10 @@ import pytest
 import sacrebleu
 from sklearn.metrics import accuracy_score, f1_score
 
-from jaxstages.generate.evaluate import with_spread
-from jaxstages.generate.metrics import from_sums, score_labels, score_text
-from jaxstages.train.diagnosis import judge
-from jaxstages.train.metric_writer import plain
+from jaxstages.generation.evaluate import sum_rows
+from jaxstages.generation.metrics import from_sums, score_labels, score_text
+from jaxstages.training.diagnosis import judge
+from jaxstages.training.metric_writer import plain
 
 
 def test_bleu_and_chrf_are_sacrebleus_with_its_signature() -> None:
@@ -47,7 +47,7 @@ def test_the_standard_error_of_a_loss_is_that_of_a_ratio_over_rows() -> None:
     weight = rng.integers(20, 60, 64).astype(np.float32)
     nll = weight * rng.normal(3.0, 0.5, 64).astype(np.float32)
     rows = {"nll": nll, "weight": weight, "correct": weight / 2, "bytes": 3 * weight}
-    metrics = from_sums(with_spread({name: jnp.asarray(values) for name, values in rows.items()}))
+    metrics = from_sums(sum_rows({name: jnp.asarray(values) for name, values in rows.items()}))
     rest = nll - metrics["loss"] * weight
     assert metrics["loss_se"] == pytest.approx(math.sqrt((rest**2).sum() * 64 / 63) / weight.sum(), rel=1e-2)
     drawn = rng.integers(0, 64, (2000, 64))
@@ -56,7 +56,7 @@ def test_the_standard_error_of_a_loss_is_that_of_a_ratio_over_rows() -> None:
     assert metrics["bits_per_byte_se"] / metrics["bits_per_byte"] == pytest.approx(metrics["loss_se"] / metrics["loss"])
     assert metrics["token_accuracy_se"] == pytest.approx(0.0, abs=1e-3)
     one = {name: jnp.asarray(values[:1]) for name, values in rows.items()}
-    assert "loss_se" not in from_sums(with_spread(one)), "of one row there is no spread"
+    assert "loss_se" not in from_sums(sum_rows(one)), "of one row there is no spread"
 
 
 def test_each_score_of_answers_has_a_standard_error() -> None:

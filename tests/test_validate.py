@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxstages.config import DatasetConfig, Recipe, StageConfig
+from jaxstages.config import DatasetConfig, ModelConfig, Recipe, StageConfig
 from jaxstages.config.checks import validate
 from jaxstages.config.setting import rules_of
 from tests.tiny import recipe as tiny_recipe
@@ -99,7 +99,7 @@ def config_classes(*roots: type) -> Iterator[type]:
         yield from config_classes(*(hint for hint in hints if dataclasses.is_dataclass(hint)))
 
 
-CLASSES = list(dict.fromkeys(config_classes(Recipe, StageConfig, DatasetConfig)))
+CLASSES = list(dict.fromkeys(config_classes(Recipe, ModelConfig, StageConfig, DatasetConfig)))
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)

@@ -1,4 +1,4 @@
-"""Arrays on disk, by Orbax: written and read in pieces, so that little of them is in memory twice."""
+"""Arrays on disk through Orbax, written and read in chunks, so that little of them is in memory twice."""
 
 import gc
 from pathlib import Path
@@ -11,41 +11,58 @@ from jaxstages.checkpoint.fingerprint import named_leaves, tree_of
 from jaxstages.runtime.manifest import Damaged
 from jaxstages.types import Params
 
-PIECE, AT_ONCE = 2**26, 2**28
-"""Bytes of an array that are written as one, and of parameters that are read at once."""
+WRITE_CHUNK_BYTES = 2**26
+"""Bytes of an array that are written together."""
+
+READ_BATCH_BYTES = 2**28
+"""Bytes of parameters that are read together."""
 
 
 def to_save(tree: Any) -> ocp.args.PyTreeSave:
-    """Large arrays are written in pieces: Orbax holds each that it writes, and each file until it is full, packed."""
-    save_args = jax.tree.map(
-        lambda leaf: ocp.SaveArgs(chunk_byte_size=PIECE if getattr(leaf, "nbytes", 0) > PIECE else None), tree
-    )
-    return ocp.args.PyTreeSave(tree, save_args, ocdbt_target_data_file_size=2 * PIECE)
+    """Make Orbax's arguments for saving a tree.
+
+    Large arrays are written in chunks: Orbax copies each chunk, and buffers each file until it is full.
+    """
+
+    def save_args(leaf: Any) -> ocp.SaveArgs:
+        is_large = getattr(leaf, "nbytes", 0) > WRITE_CHUNK_BYTES
+        return ocp.SaveArgs(chunk_byte_size=WRITE_CHUNK_BYTES if is_large else None)
+
+    return ocp.args.PyTreeSave(tree, jax.tree.map(save_args, tree), ocdbt_target_data_file_size=2 * WRITE_CHUNK_BYTES)
 
 
 def read_in_parts(folder: Path, target: Params) -> Params:
-    """Parameters, the largest first, and a few at a time: those in flight are held twice."""
-    leaves, found = named_leaves(target), {}
-    left = sorted(leaves, key=lambda path: leaves[path].size)
-    while left:
-        names = [left.pop()]
-        while left and 4 * sum(leaves[name].size for name in (*names, left[-1])) <= AT_ONCE:
-            names.append(left.pop())
+    """Read parameters a few at a time, the largest first: those that are being read are in memory twice."""
+    leaves, restored = named_leaves(target), {}
+    remaining = sorted(leaves, key=lambda path: leaves[path].size)
+    while remaining:
+        names = [remaining.pop()]
+        while remaining and 4 * sum(leaves[name].size for name in (*names, remaining[-1])) <= READ_BATCH_BYTES:
+            names.append(remaining.pop())
         part = read(folder, tree_of({name: leaves[name] for name in names}), part=True)
-        found |= named_leaves(jax.block_until_ready(part))  # until then, what was read stays beside its copy
-        if left:
+        restored |= named_leaves(jax.block_until_ready(part))  # only then is the second copy freed
+        if remaining:
             gc.collect()
-    return tree_of(found)
+    return tree_of(restored)
 
 
 def read(folder: Path, target: Any, part: bool = False) -> Any:
-    handler, wanted = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target)
+    """Read an item.
+
+    Args:
+        target: abstract arrays (shape, dtype, sharding).
+        part: whether `target` is only a part of the item.
+
+    Raises:
+        Damaged: Orbax can't read it.
+    """
+    handler, arguments = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target)
     if part:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        wanted = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+        arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
         handler = ocp.PyTreeCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
         try:
-            return checkpointer.restore(folder, args=wanted)
-        except Exception as error:  # Orbax has no type of its own for what can't be read
+            return checkpointer.restore(folder, args=arguments)
+        except Exception as error:  # Orbax has no type of its own for unreadable data
             raise Damaged(f"{folder} is damaged, Orbax can't read it: {str(error)[:200]}") from error

@@ -1,9 +1,9 @@
 """Save, restore and verify checkpoints: named items (nested dicts of arrays) and JSON metadata, through Orbax.
 
 Orbax notices neither a flipped bit in an array file nor a wrong dtype, takes an empty folder for a checkpoint, and
-tells of a failed save at the next one. So a checkpoint is sealed before it gets its name (`manifest.py`); what is read
-is compared with its manifest, then in shapes and dtypes, then by fingerprints of all leaves; and the loop asks at each
-step how the save is doing.
+reports a failed save at the next one. So a checkpoint gets a manifest before its final name (`manifest.py`). Restoring
+compares files with the manifest, then shapes and dtypes, then fingerprints of all leaves. The loop polls the save at
+each step.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
 
-from jaxstages.checkpoint.arrays import PIECE, read, read_in_parts, to_save
+from jaxstages.checkpoint.arrays import WRITE_CHUNK_BYTES, read, read_in_parts, to_save
 from jaxstages.checkpoint.fingerprint import (
     Fingerprint,
     begin_fingerprint,
@@ -39,24 +39,24 @@ from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, qua
 from jaxstages.types import Diverged, Params
 
 HANDED_ON = ("params/", "average/")
-"""Items that the next stage may start from, as the first part of their paths."""
+"""Path prefixes of the items that the next stage may start from."""
 
 TRASH = "trash"
 
-COPIED = 2**28
-"""Bytes of a state that is copied to be saved, so that the loop goes on while Orbax takes it over, which takes some
-50 ms whatever the size: longer than a small model's step. Not with several processes, where Orbax asks the others."""
-
+MAX_COPY_BYTES = 2**28
+"""States up to this size are copied before they are saved, so that the loop continues while Orbax takes them over.
+That takes about 50 ms for any size, longer than a small model's step. Not done with several processes, because Orbax
+communicates."""
 
 Items = dict[str, Any]
 """Name of an item -> nested dict of arrays."""
 
 TRAINING = "train"
-"""The item that only resuming reads. Others are parameters, which are read in parts."""
+"""The item that is read only when a stage resumes. Other items are parameters, which are read in parts."""
 
 
 class Restored(NamedTuple):
-    """best_lost: the best step so far no longer exists, or is damaged."""
+    """A restored checkpoint. best_lost: whether the best step so far no longer exists, or is damaged."""
 
     items: Items
     meta: dict[str, Any]
@@ -64,8 +64,8 @@ class Restored(NamedTuple):
 
 
 class _KeepBest:
-    """Orbax's preservation policy: the best step stays. Which one it is, early stopping says: Orbax's own `best_fn`
-    deletes the true best on a NaN."""
+    """Orbax preservation policy that keeps the best step, which early stopping decides: Orbax's own `best_fn` deletes
+    the true best on a NaN."""
 
     def __init__(self) -> None:
         self.step = -1
@@ -76,38 +76,46 @@ class _KeepBest:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Orbax asks JAX at each save, by the number of its step. JAX takes the last number it was asked with for how
-        far a process is, and `multihost.preemption_poll` counts otherwise: the processes would stop at different
-        places, and wait for each other for ever."""
+        """Return False instead of polling JAX at each save.
+
+        Orbax polls with the number of its step, but JAX takes the number of the last poll for a process's progress, and
+        `multihost.preemption_poll` counts differently: the processes would stop at different steps and wait for each
+        other forever.
+        """
         del step
         return False
 
 
 class Checkpoints:
-    """The checkpoints of one stage: the latest `keep`, and the best. The run's lock must be held."""
+    """The checkpoints of one stage: the latest `keep`, and the best. The caller must have the run's lock."""
 
     def __init__(self, stage_dir: Path, keep: int) -> None:
         self._stage_dir, self._keep, self._best = stage_dir, keep, _KeepBest()
         self._folder = checkpoints_folder(stage_dir).absolute()
-        self._saving = -1
-        self._thread = ThreadPoolExecutor(1, "save", lower_thread_priority)
-        self._done: Future[None] | None = None
-        self._meta: dict[str, Any] = {}
-        self._prints: Callable[[], Fingerprint]
         self._manager: _Manager | None = None
-        self._proved = False
-        self._shapes: dict[str, Any] = {}
+        self._thread = ThreadPoolExecutor(1, "save", lower_thread_priority)
+
+        # The save in flight.
+        self._step = -1
+        self._future: Future[None] | None = None
+        self._meta: dict[str, Any] = {}
+        self._fetch_fingerprint: Callable[[], Fingerprint]
         self._digests: dict[str, str] = {}
+
+        # Whether a checkpoint was read back in this run; until then, the abstract arrays of the one to read.
+        self._is_proven = False
+        self._abstract_items: dict[str, Any] = {}
+
         if multihost.is_process_zero():
             make_folder(self._folder)
-            self._sweep()
+            self._remove_leftovers()
         multihost.barrier("checkpoints are swept")
 
     def restore_newest(self, target: Items) -> Restored | None:
         """Restore the newest undamaged checkpoint; None if the stage has none yet.
 
-        Damaged checkpoints are moved to the stage's `quarantine/`. A damaged or missing best step is reported, and does
-        not condemn the newest one.
+        Damaged checkpoints are moved to the stage's `quarantine/`. A damaged or missing best step is reported, but the
+        newest one is restored all the same.
 
         Args:
             target: the items as abstract arrays (shape, dtype, sharding).
@@ -115,20 +123,21 @@ class Checkpoints:
         Raises:
             ValueError: there are checkpoints, but none can be trusted, or one does not fit the recipe.
         """
-        while (step := multihost.broadcast_from_zero(self._newest_whole() if multihost.is_process_zero() else 0)) >= 0:
+        while True:
+            step = multihost.broadcast_from_zero(self._newest_intact_step() if multihost.is_process_zero() else 0)
+            if step < 0:
+                break
             try:
                 restored = _restore(self._folder / str(step), target)
             except Damaged as error:
-                self._distrust(step, error)
-            else:
-                self._proved = True
-                lost = bool(
-                    multihost.broadcast_from_zero(
-                        int(self._best_lost(restored.meta)) if multihost.is_process_zero() else 0
-                    )
-                )
-                self._best.step = -1 if lost else restored.meta["best_step"]
-                return restored._replace(best_lost=lost)
+                self._quarantine(step, error)
+                continue
+            self._is_proven = True
+            lost_on_zero = self._is_best_lost(restored.meta) if multihost.is_process_zero() else False
+            best_lost = bool(multihost.broadcast_from_zero(int(lost_on_zero)))
+            self._best.step = -1 if best_lost else restored.meta["best_step"]
+            return restored._replace(best_lost=best_lost)
+
         quarantined = quarantine_folder(self._stage_dir)
         if any(quarantined.glob("*.reason")):
             raise ValueError(
@@ -137,19 +146,19 @@ class Checkpoints:
             )
         return None
 
-    def _newest_whole(self) -> int:
-        """The newest step whose files are as they were written; -1 if there is none."""
+    def _newest_intact_step(self) -> int:
+        """Return the newest step whose files are as they were written; -1 if there is none."""
         for step in reversed(steps_of(self._stage_dir)):
             try:
                 manifest.check(self._folder / str(step))
                 read_meta(self._folder / str(step))
                 return step
             except Damaged as error:
-                self._distrust(step, error)
+                self._quarantine(step, error)
         return -1
 
-    def _best_lost(self, meta: dict[str, Any]) -> bool:
-        """Is the best step that a checkpoint names no longer one that could be handed on? Then it is said."""
+    def _is_best_lost(self, meta: dict[str, Any]) -> bool:
+        """Return, and report, whether the best step that a checkpoint names is missing or damaged."""
         best, step = meta["best_step"], meta["step"]
         if best in (-1, step):
             return False
@@ -158,7 +167,7 @@ class Checkpoints:
                 manifest.check(self._folder / str(best))
                 return False
             except Damaged as error:
-                self._distrust(best, error)
+                self._quarantine(best, error)
         say(
             f"{self._stage_dir.name}: its best step so far, {best}, is lost: {self._folder / str(best)} is not there, "
             f"or not as it was saved. It goes on from step {step}, which is whole, and the best is chosen anew from "
@@ -167,136 +176,142 @@ class Checkpoints:
         )
         return True
 
-    def _distrust(self, step: int, error: Damaged) -> None:
+    def _quarantine(self, step: int, error: Damaged) -> None:
         if multihost.is_process_zero():
-            kept = quarantine(self._folder / str(step), quarantine_folder(self._stage_dir), str(error))
-            say(f"checkpoint {step} can't be trusted: {error}; moved to {kept}", "yellow")
+            target = quarantine(self._folder / str(step), quarantine_folder(self._stage_dir), str(error))
+            say(f"checkpoint {step} can't be trusted: {error}; moved to {target}", "yellow")
 
     def compile_for(self, items: Items) -> None:
         """Compile the fingerprint of such items, which the first save would do in the middle of training."""
         fingerprint(items)
 
     def save(self, step: int, items: Items, meta: dict[str, Any], best_step: int) -> None:
-        """Write a checkpoint in the background; `poll` and `wait` report how it went.
+        """Write a checkpoint in the background; `poll` and `wait` report its success.
 
         Raises:
             OSError: this save could not begin, or the one before has failed.
-            Diverged: the one before had a parameter that is not finite, and was not taken.
+            Diverged: the one before had a parameter that is not finite, and was not saved.
         """
         self.wait()
-        self._best.step = best_step
-        small = jax.process_count() == 1 and sum(leaf.nbytes for leaf in jax.tree.leaves(items)) <= COPIED
-        if small:
-            items = jax.tree.map(_copy, items)
+        self._step, self._best.step = step, best_step
         self._meta = meta | {"format": FORMAT, "step": step, "best_step": best_step}
-        self._shapes = {} if self._proved else jax.tree.map(_shape_of, items)
-        self._prints = (lambda: fingerprint(items)) if small else begin_fingerprint(items)  # copies may wait
-        arguments = ocp.args.Composite(**{name: to_save(tree) for name, tree in items.items()})
-        self._saving = step
-        with self._as_storage_errors():
-            if not small:
-                self._take(arguments)
-            self._done = self._thread.submit(self._finish, arguments if small else None)
 
-    def _take(self, arguments: ocp.args.Composite) -> None:
-        if not self._open().save(self._saving, args=arguments, force=True):
-            raise OSError(f"checkpoint {self._saving} was not taken")
+        is_small = jax.process_count() == 1 and sum(leaf.nbytes for leaf in jax.tree.leaves(items)) <= MAX_COPY_BYTES
+        if is_small:
+            items = jax.tree.map(_copy, items)
+            self._fetch_fingerprint = lambda: fingerprint(items)  # later: the loop does not change copies
+        else:
+            self._fetch_fingerprint = begin_fingerprint(items)
+        self._abstract_items = {} if self._is_proven else jax.tree.map(_abstract, items)
+
+        arguments = ocp.args.Composite(**{name: to_save(tree) for name, tree in items.items()})
+        with self._errors_as_os_error():
+            if not is_small:
+                self._start(arguments)
+            self._future = self._thread.submit(self._finish, arguments if is_small else None)
+
+    def _start(self, arguments: ocp.args.Composite) -> None:
+        if not self._open_manager().save(self._step, args=arguments, force=True):
+            raise OSError(f"checkpoint {self._step} was not taken")
 
     def _finish(self, arguments: ocp.args.Composite | None) -> None:
-        """Complete a save, in its thread; with `arguments` all of it."""
+        """Complete a save in its thread; with `arguments`, also start it."""
         if arguments is not None:
-            self._take(arguments)
-        manager = self._open()
+            self._start(arguments)
+        manager = self._open_manager()
         manager.wait_until_finished()
         manager.check_for_errors()
+
         if multihost.is_process_zero():
-            # What Orbax wrote after the seal, and the name of the folder.
-            for path in (*self._folder.glob(f"{self._saving}/*"), self._folder / str(self._saving), self._folder):
+            # Files that Orbax wrote after the manifest, and the name of the folder.
+            for path in (*self._folder.glob(f"{self._step}/*"), self._folder / str(self._step), self._folder):
                 sync(path)
-            # Orbax moves what it deletes here, and leaves it.
+            # Orbax moves deleted checkpoints here, and leaves them.
             shutil.rmtree(self._folder / TRASH, ignore_errors=True)
-        if not self._proved and jax.process_count() == 1:  # of several, Orbax would ask the others
+
+        if not self._is_proven and jax.process_count() == 1:  # with several processes, Orbax would communicate
             self._read_back()
-        self._proved = True
+        self._is_proven = True
 
     def _read_back(self) -> None:
-        """Restore what was just saved, once in a run, and compare it: that files are as they were written says nothing
-        of whether anything can be made of them. Of a large state only its smaller arrays.
+        """Restore the checkpoint that was just saved and compare it, once in a run: intact files do not prove that a
+        state can be restored from them. Of a large state only the smaller arrays are read.
 
         Raises:
-            Damaged: it can't be read, or is something else.
+            Damaged: it can't be read, or differs.
         """
-        folder = self._folder / str(self._saving)
-        for name, tree in self._shapes.items():
+        folder = self._folder / str(self._step)
+        for name, tree in self._abstract_items.items():
             leaves = named_leaves(tree)
             sizes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in leaves.items()}
-            if name == TRAINING and sum(sizes.values()) > COPIED:
+            if name == TRAINING and sum(sizes.values()) > MAX_COPY_BYTES:
                 continue
-            few = {path: leaf for path, leaf in leaves.items() if sizes[path] <= PIECE}
-            part = read(folder / name, tree) if name == TRAINING else read_in_parts(folder / name, tree_of(few))
+            small = {path: leaf for path, leaf in leaves.items() if sizes[path] <= WRITE_CHUNK_BYTES}
+            part = read(folder / name, tree) if name == TRAINING else read_in_parts(folder / name, tree_of(small))
             for path, digest in fingerprint({name: part}).digests.items():
                 if digest != self._digests[path]:
                     raise Damaged(f"{folder}: {path} is not read back as it was saved")
 
     def poll(self) -> None:
         """Raises OSError if a save in the background has failed. Costs nothing otherwise."""
-        if self._done is not None and self._done.done():
+        if self._future is not None and self._future.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the save in flight is on disk, under its name; raises OSError if it has failed."""
-        done, self._done = self._done, None
-        if done is not None:
-            with self._as_storage_errors():
-                done.result()
+        """Wait until the save in flight is on disk under its final name. Raises OSError if it has failed."""
+        future, self._future = self._future, None
+        if future is not None:
+            with self._errors_as_os_error():
+                future.result()
 
     def check_last(self, step: int) -> None:
-        """Read the files of the last save back; raises OSError if it is not there as it was written."""
+        """Compare the files of the last save with their manifest. Raises OSError if they differ."""
         self.wait()
-        with self._as_storage_errors():
+        with self._errors_as_os_error():
             if multihost.is_process_zero():
                 manifest.check(self._folder / str(step))
         multihost.barrier("the last save is checked")
 
-    def _open(self) -> _Manager:
-        """Orbax's manager, made at the first save: it takes what it finds in the folder for checkpoints."""
+    def _open_manager(self) -> _Manager:
+        """Return Orbax's manager. It is made at the first save, since it takes everything in the folder for
+        checkpoints."""
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [checkpoint_managers.LatestN(self._keep), self._best]
                 ),
-                todelete_subdir=TRASH,  # a kill in the middle of a deletion leaves no half checkpoint in the list
-                async_options=ocp.AsyncOptions(timeout_secs=600, post_finalization_callback=self._seal),
+                todelete_subdir=TRASH,  # a kill during a deletion leaves no half checkpoint in the list
+                async_options=ocp.AsyncOptions(timeout_secs=600, post_finalization_callback=self._finalize),
             )
             self._manager = _Manager(self._folder, options=options)
         return self._manager
 
-    def _seal(self) -> None:
-        """Orbax calls this, in a thread, before the rename: an error here leaves no checkpoint."""
-        (fresh,) = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        prints = self._prints()
-        if bad := [path for path in prints.not_finite if path.startswith(HANDED_ON)]:
-            raise Diverged(
-                f"step {self._saving} is not saved: {', '.join(bad)} is not finite; the one before it stands"
-            )
-        self._digests = prints.digests
-        write_json(fresh / "meta" / "metadata", self._meta | {"fingerprint": prints.digests})
-        manifest.write_manifest(fresh)
+    def _finalize(self) -> None:
+        """Write metadata and manifest. Orbax calls this in a thread before the rename: after an error there is no
+        checkpoint."""
+        (folder,) = self._folder.glob(f"{self._step}.orbax-checkpoint-tmp*")
+        computed = self._fetch_fingerprint()
+        if bad := [path for path in computed.not_finite if path.startswith(HANDED_ON)]:
+            raise Diverged(f"step {self._step} is not saved: {', '.join(bad)} is not finite; the one before it stands")
+        self._digests = computed.digests
+        write_json(folder / "meta" / "metadata", self._meta | {"fingerprint": computed.digests})
+        manifest.write_manifest(folder)
 
-    def _sweep(self) -> None:
-        """Remove what a kill, or a failed save, left: unfinished checkpoints and deleted ones, no more than that."""
-        for left in (*self._folder.glob("*.orbax-checkpoint-tmp*"), self._folder / TRASH):
-            shutil.rmtree(left, ignore_errors=True)
+    def _remove_leftovers(self) -> None:
+        """Remove what a kill, or a failed save, left: unfinished and deleted checkpoints, nothing else."""
+        for leftover in (*self._folder.glob("*.orbax-checkpoint-tmp*"), self._folder / TRASH):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _as_storage_errors(self) -> Iterator[None]:
-        """Orbax tells of a full disk by whatever TensorStore raised, a ValueError for one."""
+    def _errors_as_os_error(self) -> Iterator[None]:
+        """Raise errors of a save as OSError: for a full disk, Orbax raises whatever TensorStore did, such as
+        ValueError."""
         try:
             yield
         except Diverged:
             raise
         except Exception as error:
-            raise OSError(f"{self._folder}: saving step {self._saving} failed: {str(error)[:300]}") from error
+            raise OSError(f"{self._folder}: saving step {self._step} failed: {str(error)[:300]}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -308,13 +323,13 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             if self._manager is not None:
-                with contextlib.suppress(Exception):  # it is told already: by wait, or by the error under way
+                with contextlib.suppress(Exception):  # `wait`, or the error being raised, has reported it
                     self._manager.close()
             if multihost.is_process_zero():
-                self._sweep()
+                self._remove_leftovers()
 
 
-def _shape_of(leaf: Any) -> Any:
+def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if isinstance(leaf, jax.Array) else leaf
 
 
@@ -323,14 +338,14 @@ def _copy(leaf: Any) -> Any:
 
 
 def _restore(folder: Path, target: Items) -> Restored:
-    """Restore a checkpoint whose files are whole.
+    """Restore a checkpoint whose files are intact.
 
     Raises:
-        Damaged: its values are not those that were saved.
+        Damaged: its values differ from those that were saved.
         ValueError: it does not fit `target`.
     """
     meta = read_meta(folder)
-    _compare(folder, meta["fingerprint"], target)
+    _check_fits(folder, meta["fingerprint"], target)
     items = {name: read_in_parts(folder / name, tree) for name, tree in target.items() if name != TRAINING}
     items |= {name: read(folder / name, tree) for name, tree in target.items() if name == TRAINING}
     digests = fingerprint(items).digests
@@ -341,28 +356,29 @@ def _restore(folder: Path, target: Items) -> Restored:
 
 
 def read_params(stage_dir: Path, step: int, target: Params, item: str = "params") -> Params:
-    """Only the parameters of a stage at `step`, placed as `target` (shapes with shardings) says.
+    """Read only the parameters of a stage at `step`.
 
     Args:
-        item: "params", or "average", their moving average.
+        target: the parameters as abstract arrays (shape, dtype, sharding).
+        item: "params", or "average" for their moving average.
 
     Raises:
-        Damaged: there is no such checkpoint, or it is not as it was saved.
+        Damaged: there is no such checkpoint, or it differs from the one that was saved.
         ValueError: its parameters have other shapes or dtypes.
     """
     folder = checkpoint_folder(stage_dir, step).absolute()
     manifest.check(folder)
     saved = {path: text for path, text in read_meta(folder)["fingerprint"].items() if path.startswith(f"{item}/")}
-    _compare(folder, saved, {item: target})
+    _check_fits(folder, saved, {item: target})
     params = read_in_parts(folder / item, target)
     if fingerprint({item: params}).digests != saved:
-        what = "parameters" if item == "params" else f"{item} parameters"
-        raise Damaged(f"{folder} is damaged: its {what} are not what was saved")
+        name = "parameters" if item == "params" else f"{item} parameters"
+        raise Damaged(f"{folder} is damaged: its {name} are not what was saved")
     return params
 
 
 def stored_params(meta: dict[str, Any], sharding: Sharding) -> Params:
-    """Return a checkpoint's parameters as abstract arrays, the `target` of `read_params` where no recipe gives them."""
+    """Return a checkpoint's parameters as abstract arrays, the `target` of `read_params` without a recipe."""
     leaves = {}
     for path, text in stored_shapes(meta).items():
         dtype, _, dims = text.removesuffix("]").partition("[")
@@ -371,19 +387,19 @@ def stored_params(meta: dict[str, Any], sharding: Sharding) -> Params:
     return tree_of(leaves)
 
 
-def _compare(folder: Path, saved: dict[str, str], target: Any) -> None:
-    """Raises ValueError where shapes and dtypes of a checkpoint are not those of the recipe; nothing is read."""
+def _check_fits(folder: Path, saved: dict[str, str], target: Any) -> None:
+    """Raises ValueError if a checkpoint has other shapes and dtypes than the recipe. No array is read."""
     stored = {path: saved_kind(text) for path, text in saved.items()}
-    wanted = {path: kind_of(leaf) for path, leaf in named_leaves(target).items()}
-    lines = [
-        f"{path}: checkpoint {stored[path]}, recipe {wanted[path]}"
-        for path in sorted(stored.keys() & wanted)
-        if stored[path] != wanted[path]
+    expected = {path: kind_of(leaf) for path, leaf in named_leaves(target).items()}
+    differences = [
+        f"{path}: checkpoint {stored[path]}, recipe {expected[path]}"
+        for path in sorted(stored.keys() & expected)
+        if stored[path] != expected[path]
     ]
-    lines += [f"{path}: only in the checkpoint" for path in sorted(stored.keys() - wanted)]
-    lines += [f"{path}: only in the recipe" for path in sorted(wanted.keys() - stored)]
-    if lines:
+    differences += [f"{path}: only in the checkpoint" for path in sorted(stored.keys() - expected)]
+    differences += [f"{path}: only in the recipe" for path in sorted(expected.keys() - stored)]
+    if differences:
         raise ValueError(
-            f"{folder} does not fit the recipe ({'; '.join(lines)}); give config.model, and the stage's lora and "
+            f"{folder} does not fit the recipe ({'; '.join(differences)}); give config.model, and the stage's lora and "
             "optim, the values that it was trained with, or train from scratch in another --workdir"
         )

@@ -1,7 +1,4 @@
-"""What a run's folder says of itself: the steps of a stage, the metadata of a checkpoint, the result of a stage.
-
-Only names and JSON are read: nothing here needs jax.
-"""
+"""Metadata of a checkpoint and results of a stage. Only JSON is read: nothing here needs jax."""
 
 import re
 from pathlib import Path
@@ -14,7 +11,7 @@ from jaxstages.runtime.manifest import Damaged
 from jaxstages.runtime.workdir import checkpoints_folder, result_file
 
 FORMAT = 1
-"""Of what is written here; counts up when older versions can't read it."""
+"""Version of the checkpoint format; incremented when older versions of jaxstages can't read it."""
 
 META: Fields = {
     "format": (int,),
@@ -31,7 +28,7 @@ META: Fields = {
     "data": (dict,),
     "carried": (dict,),
 }
-"""What a checkpoint says of itself."""
+"""Fields of a checkpoint's metadata."""
 
 RESULT: Fields = {
     "status": (str,),
@@ -40,11 +37,14 @@ RESULT: Fields = {
     "params_sha256": (str,),
     "parent": (dict, type(None)),
 }
-"""What is read later of a stage's `result.json`."""
+"""Fields of a stage's `result.json` that are read later."""
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What checkpoint `folder` (`STAGE/checkpoints/STEP`) says of itself.
+    """Read the metadata of a checkpoint.
+
+    Args:
+        folder: `STAGE/checkpoints/STEP`.
 
     Raises:
         Damaged: it can't be read.
@@ -52,16 +52,18 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     file = folder / "meta" / "metadata"
     try:
-        made_by = read_json(file, {"format": (int,)})["format"]
-        meta: dict[str, Any] = read_json(file, META if made_by <= FORMAT else None)
+        version = read_json(file, {"format": (int,)})["format"]
+        meta: dict[str, Any] = read_json(file, META if version <= FORMAT else None)
     except ValueError as error:
         raise Damaged(f"{folder} is damaged, or no checkpoint of jaxstages: {error}") from error
-    if made_by > FORMAT:
-        raise ValueError(f"{folder} has format {made_by}, this version reads up to {FORMAT}; install a newer jaxstages")
-    prints = meta["fingerprint"].values()
-    if not all(isinstance(text, str) and re.fullmatch(r"[0-9a-f]+ \w+\[[\d, ]*\]", text) for text in prints):
+    if version > FORMAT:
+        raise ValueError(f"{folder} has format {version}, this version reads up to {FORMAT}; install a newer jaxstages")
+
+    digests = meta["fingerprint"].values()
+    if not all(isinstance(text, str) and re.fullmatch(r"[0-9a-f]+ \w+\[[\d, ]*\]", text) for text in digests):
         raise Damaged(f"{folder} is no checkpoint of jaxstages: its fingerprint has another form")
-    meta = {"lora": None} | meta  # before there were adapters
+
+    meta = {"lora": None} | meta  # the field is younger than the format
     try:
         if lora_from(meta["lora"]) is not None and meta["parent"] is None:
             raise ValueError("it has adapters without a base")
@@ -73,7 +75,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def stored_shapes(meta: dict[str, Any]) -> dict[str, str]:
-    """Path of each parameter in a checkpoint -> dtype and shape, such as "float32[16, 32]"."""
+    """Return path -> dtype and shape ("float32[16, 32]") of each parameter in a checkpoint."""
     return {
         path.removeprefix("params/"): saved_kind(text)
         for path, text in meta["fingerprint"].items()
@@ -82,12 +84,12 @@ def stored_shapes(meta: dict[str, Any]) -> dict[str, str]:
 
 
 def saved_kind(digest: str) -> str:
-    """dtype and shape, such as "float32[16, 32]", of a leaf whose digest a checkpoint has."""
+    """Return dtype and shape ("float32[16, 32]") of a leaf, from its digest in a checkpoint."""
     return digest.split(" ", 1)[1]
 
 
 def finished(folder: Path) -> dict[str, Any]:
-    """The result of a finished stage. Raises ValueError, which says what to run, if there is none."""
+    """Read the result of a finished stage. Raises ValueError with the command to run if there is none."""
     file = result_file(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the parent {folder} is no folder; name WORKDIR/STAGE of a run")

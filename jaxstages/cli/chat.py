@@ -1,4 +1,4 @@
-"""`chat`: talk with a stage's best checkpoint in the terminal, or through a pipe."""
+"""`chat`: a conversation with a trained model, in the terminal or through a pipe."""
 
 import json
 import sys
@@ -9,67 +9,68 @@ from jaxstages.cli.loaded_model import LoadedModel, load_model
 from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.config import Recipe
 from jaxstages.data.chat import make_chat
-from jaxstages.generate.session import Session
-from jaxstages.generate.text_stream import TextStream
+from jaxstages.generation.session import Session
+from jaxstages.generation.text_stream import TextStream
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import write_text
 from jaxstages.runtime.signals import stop_signals
 
 HELP = """\
 /reset        forget the conversation
-/system TEXT  what the model is told before it; forgets the conversation
-/save FILE    the conversation as a line of JSON that `instruct` can train on, added to the file
+/system TEXT  set the system message, and forget the conversation
+/save FILE    append the conversation to FILE, as a line of JSON that `instruct` can train on
 /quit         end; so does Ctrl-D. Ctrl-C ends an answer"""
 
 Messages = list[dict[str, str]]
 
 
-def chat(recipe: Recipe, workdir: Path, stage: str | None, manner: SamplingFlags, step: int | None = None) -> None:
-    """A conversation until the end of the input.
+def chat(recipe: Recipe, workdir: Path, stage: str | None, flags: SamplingFlags, step: int | None = None) -> None:
+    """Converse until the end of the input.
 
     Raises:
-        ValueError: the stage has nothing to answer with, or was not trained on chats; a flag's value.
+        ValueError: there is no such checkpoint, it was not trained on chats, or a flag has a wrong value.
     """
-    answering = load_model(recipe, workdir, stage, manner, step)
-    setup = answering.setup
+    loaded = load_model(recipe, workdir, stage, flags, step)
+    setup = loaded.setup
     if setup.config.data.task != "chat" and not setup.data.tokenizer.template:
         raise ValueError(f"{setup.name} was not trained on chats; use generate, or --stage of one that was")
+
     session = Session(
-        setup.program.model, answering.params, answering.sampling, context=recipe.model.context, seed=manner.seed
+        setup.program.model, loaded.params, loaded.sampling, context=recipe.model.context, seed=flags.seed
     )
-    talk = _Talk(answering, session)
-    with stop_signals(on_interrupt=talk.interrupt):
-        say(f"{setup.name} of {workdir}; /help says what can be done, Ctrl-D ends", "cyan")
-        while (line := talk.read()) is not None:
-            if not talk.take(line.strip()):
+    conversation = _Conversation(loaded, session)
+    with stop_signals(on_interrupt=conversation.interrupt):
+        say(f"{setup.name} of {workdir}; /help lists the commands, Ctrl-D ends", "cyan")
+        while (line := conversation.read()) is not None:
+            if not conversation.handle(line.strip()):
                 break
 
 
-class _Talk:
-    """messages: the conversation so far, the system's first if there is one."""
+class _Conversation:
+    """messages: the conversation so far, beginning with the system message if there is one."""
 
-    def __init__(self, answering: LoadedModel, session: Session) -> None:
-        self._session, self._stops = session, answering.stops
-        self._decode = answering.setup.data.tokenizer.decode
-        self._chat = make_chat(answering.setup.data.tokenizer)
-        self._room = answering.setup.recipe.model.context - answering.sampling.max_new_tokens
+    def __init__(self, loaded: LoadedModel, session: Session) -> None:
+        self._session, self._stops = session, loaded.stops
+        self._decode = loaded.setup.data.tokenizer.decode
+        self._chat = make_chat(loaded.setup.data.tokenizer)
+        self._max_prompt = loaded.setup.recipe.model.context - loaded.sampling.max_new_tokens
         self._reading = self._stopped = False
         self._turn = 0
         self.messages: Messages = []
 
     def interrupt(self, _number: int, _frame: Any) -> None:
-        """Ctrl-C: a line that is being typed is given up, an answer is ended after the tokens that are being made."""
+        """Handle Ctrl-C: drop the line that is being typed, or end the answer after the tokens under way."""
         self._stopped = True
         if self._reading:
             raise KeyboardInterrupt
 
     def read(self) -> str | None:
-        """A line, None at the end of the input."""
+        """Read a line; None at the end of the input."""
         self._reading = True
         try:
             while True:
                 try:
-                    return _ask()
+                    return _read_line()
                 except KeyboardInterrupt:
                     print("\n(Ctrl-D ends)")
         except EOFError:
@@ -77,10 +78,10 @@ class _Talk:
         finally:
             self._reading = False
 
-    def take(self, line: str) -> bool:
-        """Do what the line says; False ends the conversation."""
-        word, _, rest = line.partition(" ")
-        match word:
+    def handle(self, line: str) -> bool:
+        """Run a command or answer a message. False ends the conversation."""
+        command, _, argument = line.partition(" ")
+        match command:
             case "/quit":
                 return False
             case "/help":
@@ -89,12 +90,13 @@ class _Talk:
                 self.messages = [message for message in self.messages if message["role"] == "system"]
                 say("the conversation is forgotten", "cyan")
             case "/system":
-                self.messages = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
-                say("the model is told that; the conversation is forgotten", "cyan")
+                text = argument.strip()
+                self.messages = [{"role": "system", "content": text}] if text else []
+                say("the system message is set; the conversation is forgotten", "cyan")
             case "/save":
-                self._save(rest.strip())
-            case _ if word.startswith("/"):
-                say(f"unknown: {word}; /help says what is known", "yellow")
+                self._save(argument.strip())
+            case _ if command.startswith("/"):
+                say(f"unknown: {command}; /help lists the commands", "yellow")
             case "":
                 pass
             case _:
@@ -118,53 +120,60 @@ class _Talk:
         try:
             text.encode()
         except UnicodeEncodeError:
-            say("that is no text", "yellow")
+            say("this is not valid text", "yellow")
             return
+
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            kept, prompt = self._fit(messages)
-        except ValueError as error:  # the template may not take such a message here
+            messages_that_fit, prompt = self._fit(messages)
+        except ValueError as error:  # the chat template may refuse such a message here
             say(f"not said: {error}", "yellow")
             return
         if prompt is None:
-            say(f"too long: it leaves no room for an answer in the context; at most {self._room} tokens", "yellow")
+            say(
+                f"too long: it leaves no room for an answer in the context; at most {self._max_prompt} tokens", "yellow"
+            )
             return
-        if dropped := len(messages) - len(kept):
+        if dropped := len(messages) - len(messages_that_fit):
             say(f"the context is full: the first {dropped} messages are forgotten", "yellow")
-        answer = self._show(prompt)
+
+        answer = self._stream(prompt)
         if answer.strip():
-            self.messages = [*kept, {"role": "assistant", "content": answer}]
+            self.messages = [*messages_that_fit, {"role": "assistant", "content": answer}]
         else:
             say("no answer; the message is forgotten", "yellow")
 
     def _fit(self, messages: Messages) -> tuple[Messages, list[int] | None]:
-        """What the context has room for: without the oldest turns, a user's message with its answer; the system's
-        message stays. None if the last message alone is too long."""
+        """Drop the oldest turns, each a user's message with its answer, until the prompt fits the context.
+
+        Returns the messages, and their prompt; None instead of a prompt if the last message alone is too long. The
+        system message always stays.
+        """
         first = int(messages[0]["role"] == "system")
         for start in range(first, len(messages), 2):
-            kept = [*messages[:first], *messages[start:]]
-            if len(prompt := self._chat.prompt(kept, None)) <= self._room:
-                return kept, prompt
+            candidate = [*messages[:first], *messages[start:]]
+            if len(prompt := self._chat.prompt(candidate, None)) <= self._max_prompt:
+                return candidate, prompt
         return messages, None
 
-    def _show(self, prompt: list[int]) -> str:
-        """Print an answer as it is made; the whole of it, as far as it came."""
-        spoken, self._stopped = TextStream(self._decode, self._stops), False
+    def _stream(self, prompt: list[int]) -> str:
+        """Print an answer as it is generated, and return it, even if it was interrupted."""
+        answer, self._stopped = TextStream(self._decode, self._stops), False
         for tokens in self._session.stream(prompt, self._turn):
-            print(spoken.feed(tokens), end="", flush=True)
-            if spoken.ended or self._stopped:
+            print(answer.feed(tokens), end="", flush=True)
+            if answer.ended or self._stopped:
                 break
-        print(spoken.feed([], last=True), flush=True)
+        print(answer.feed([], last=True), flush=True)
         self._turn += 1
         if self._stopped:
             say("(stopped)", "cyan")
-        return spoken.text
+        return answer.text
 
 
-def _ask() -> str:
-    """Raises EOFError at the end of the input."""
+def _read_line() -> str:
+    """Raise EOFError at the end of the input."""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  with it, `input` has history and editing
+        import readline  # noqa: F401  gives `input` a history and line editing
 
         return input("> ")
     line = sys.stdin.readline()

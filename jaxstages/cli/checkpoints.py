@@ -1,4 +1,4 @@
-"""`checkpoints list | verify | diff`: what a run has kept, whether it can be trusted, and how two of them differ."""
+"""`checkpoints list | verify | diff`: list the checkpoints of a run, verify their files, or compare two of them."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,15 +15,18 @@ from jaxstages.runtime.workdir import begun_stages, checkpoint_folder, quarantin
 
 
 def checkpoints(workdir: Path, stage: str | None, words: Sequence[str]) -> None:
-    """Args: words: an action and, for "diff", two of STAGE/STEP.
+    """Run one of the three actions.
+
+    Args:
+        words: the action and, for "diff", two checkpoints as STAGE/STEP.
 
     Raises:
-        ValueError: an unknown action or checkpoint; after "verify", damage.
+        ValueError: an unknown action or checkpoint; for "verify", a checkpoint is damaged.
     """
     folders = [workdir / name for name in ([stage] if stage else begun_stages(workdir)) if steps_of(workdir / name)]
     match list(words):
-        case ["diff", one, other]:
-            _diff(workdir, one, other)
+        case ["diff", first, second]:
+            _diff(workdir, first, second)
         case ["list" | "verify"] if not folders:
             raise ValueError(f"{workdir} has no checkpoint{f' of {stage}' if stage else ''}; is it a run's --workdir?")
         case ["list"]:
@@ -49,8 +52,8 @@ def _list(folders: list[Path]) -> None:
                 continue
             files = [path for path in checkpoint_folder(folder, step).rglob("*") if path.is_file()]
             marks = [mark] * (step == best) + ["latest"] * (step == steps[-1])
-            named = {name: value for name, value in meta["carried"]["best"].items() if not name.endswith("_se")}
-            scores = ", ".join(f"{name} {value:.4g}" for name, value in named.items() if value)
+            metrics = {name: value for name, value in meta["carried"]["best"].items() if not name.endswith("_se")}
+            scores = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value)
             size = sum(path.stat().st_size for path in files) / 1e6
             cells = (f"{meta['carried']['tokens']:,}", f"{size:.2f}", str(len(files)), scores)
             table.add_row(folder.name, str(step), ", ".join(marks) or "recent", *cells)
@@ -61,20 +64,20 @@ def _list(folders: list[Path]) -> None:
 
 
 def _best_of(folder: Path, steps: Sequence[int]) -> tuple[int, str]:
-    """The best step, as the stage's result or its newest readable checkpoint says, and what it is kept as."""
+    """Return the best step, according to the stage's result or its newest readable checkpoint, and its label."""
     if result_file(folder).exists():
         return finished(folder)["best_step"], "best, handed on"
     for step in reversed(steps):
-        with contextlib.suppress(manifest.Damaged):  # the table says so
+        with contextlib.suppress(manifest.Damaged):  # the table reports it
             return read_meta(checkpoint_folder(folder, step))["best_step"], "best"
     return -1, ""
 
 
 def _verify(folders: list[Path]) -> None:
-    every, bad = 0, 0
+    count, bad = 0, 0
     for folder in folders:
         for step in steps_of(folder):
-            every += 1
+            count += 1
             try:
                 manifest.check(checkpoint_folder(folder, step))
                 read_meta(checkpoint_folder(folder, step))
@@ -83,35 +86,43 @@ def _verify(folders: list[Path]) -> None:
                 bad += 1
                 say(f"{folder.name}/{step}: {error}", "red")
     if bad:
-        raise ValueError(f"{bad} of {every} checkpoints are damaged; the next start of the stage moves them aside")
+        raise ValueError(f"{bad} of {count} checkpoints are damaged; the next start of the stage moves them aside")
 
 
-def _diff(workdir: Path, one: str, other: str) -> None:
-    import jax.numpy as jnp  # listing and verifying need no arrays
+def _diff(workdir: Path, first: str, second: str) -> None:
+    metas = [_meta_of(workdir, name) for name in (first, second)]
+    params = [_params_of(workdir, name, meta) for name, meta in zip((first, second), metas, strict=True)]
+    digests = [meta["fingerprint"] for meta in metas]
 
-    metas = [_meta_of(workdir, name) for name in (one, other)]
-    prints = [meta["fingerprint"] for meta in metas]
-    params = [_params_of(workdir, name, meta) for name, meta in zip((one, other), metas, strict=True)]
-    table = Table(title=f"{one} -> {other}", title_justify="left")
+    table = Table(title=f"{first} -> {second}", title_justify="left")
     table.add_column("leaf")
     table.add_column("change", justify="right")
-    for path in sorted(prints[0].keys() | prints[1]):
-        old, new = (each.get(path) for each in prints)
-        name = path.removeprefix("params/")
-        if old is None or new is None:
-            change = "new" if old is None else "gone"
-        elif old == new:
-            change = "same"
-        elif saved_kind(old) != saved_kind(new):
-            change = f"{saved_kind(old)} -> {saved_kind(new)}"
-        elif path.startswith("params/"):
-            before, after = params[0][name].astype(jnp.float32), params[1][name].astype(jnp.float32)
-            change = f"{float(jnp.linalg.norm(after - before) / jnp.maximum(jnp.linalg.norm(before), 1e-30)):.3%}"
-        else:
-            change = "differs"
-        table.add_row(path, change)
+    for path in sorted(digests[0].keys() | digests[1]):
+        before, after = (leaves.get(path.removeprefix("params/")) for leaves in params)
+        table.add_row(path, _change(path, digests[0].get(path), digests[1].get(path), before, after))
     Console(width=None if Console().is_terminal else 140).print(table)
-    say("a parameter's change is the norm of the difference as a share of its norm before")
+    say("a parameter's change is the norm of the difference, as a share of the norm before")
+
+
+def _change(path: str, old: str | None, new: str | None, before: Any, after: Any) -> str:
+    """Describe how a leaf changed.
+
+    Args:
+        old, new: digests; None if a checkpoint does not have the leaf.
+        before, after: values, if the leaf is a parameter.
+    """
+    import jax.numpy as jnp  # listing and verifying need no arrays
+
+    if old is None or new is None:
+        return "new" if old is None else "gone"
+    if old == new:
+        return "same"
+    if saved_kind(old) != saved_kind(new):
+        return f"{saved_kind(old)} -> {saved_kind(new)}"
+    if not path.startswith("params/"):
+        return "differs"
+    before, after = before.astype(jnp.float32), after.astype(jnp.float32)
+    return f"{float(jnp.linalg.norm(after - before) / jnp.maximum(jnp.linalg.norm(before), 1e-30)):.3%}"
 
 
 def _meta_of(workdir: Path, name: str) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def _meta_of(workdir: Path, name: str) -> dict[str, Any]:
 
 
 def _params_of(workdir: Path, name: str, meta: dict[str, Any]) -> dict[str, Any]:
-    """Path -> parameter, all on one device."""
+    """Return the parameters by path, on one device."""
     import jax
     from jax.sharding import SingleDeviceSharding
 

@@ -1,4 +1,4 @@
-"""`evaluate`: a checkpoint of a stage on held-out data, or the best ones of all stages as the stage matrix."""
+"""`evaluate`: measure a checkpoint on held-out data, or the best ones of all stages as the stage matrix."""
 
 import contextlib
 import dataclasses
@@ -14,45 +14,45 @@ from jaxstages.data.run_tokenizer import cache_folder
 from jaxstages.data.sources import open_source
 from jaxstages.data.stage_data import EvaluationSet
 from jaxstages.experiments.stage_matrix import stage_matrix
-from jaxstages.generate.evaluate import unigram_perplexity
+from jaxstages.generation.evaluate import unigram_perplexity
 from jaxstages.runtime.console import say
 from jaxstages.runtime.workdir import writable
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.metric_writer import plain
-from jaxstages.train.setup import StageSetup, make_stage_evaluate, setup_stage
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.metric_writer import plain
+from jaxstages.training.setup import StageSetup, make_stage_evaluate, setup_stage
 
 
 def evaluate(
     recipe: Recipe, workdir: Path, stage: str | None, step: int | None = None, sources: tuple[str, ...] = ()
 ) -> None:
-    """Print the metrics as one JSON object; without a stage, the matrix.
+    """Print the metrics of a stage as one JSON object; without a stage, print the stage matrix.
 
     Args:
-        step: of the stage, by default its best one.
+        step: by default the best one.
         sources: held-out data to measure on instead of the recipe's.
     """
     if stage is None:
         if step is not None or sources:
-            raise ValueError("evaluate: --step and --data are of one stage; name it with --stage=NAME")
+            raise ValueError("evaluate: --step and --data apply to one stage; name it with --stage=NAME")
         stage_matrix(recipe, workdir, keep=writable(workdir))
         return
     chosen = choose(recipe, workdir / stage, step)
-    # Rows that are not there yet are made, which is said, but not on the standard output: that is one JSON object.
+    # Missing rows are prepared, and reported on standard error: standard output is one JSON object.
     with tempfile.TemporaryDirectory(prefix="jaxstages-") as scratch, contextlib.redirect_stdout(sys.stderr):
         setup = setup_stage(recipe, stage, workdir, with_data=not sources)
         params, lineage = read_parent(setup.folder, setup.program, setup.contract, chosen)
-        sets = [_other_set(setup, sources, Path(scratch))] if sources else None
+        sets = [_evaluation_set(setup, sources, Path(scratch))] if sources else None
         report = make_stage_evaluate(setup, sets)(params, True)
     values = {name: plain(value) for name, value in report.metrics.items()}
     if setup.config.data.task == "lm" and not sources:
         values["unigram_perplexity"] = unigram_perplexity(setup.data.train, setup.data.held_out)
-    about = {"stage": stage, "step": lineage["step"]} | ({"data": list(sources)} if sources else {})
-    say(json.dumps(about | values | {"signatures": report.signatures}))
+    origin = {"stage": stage, "step": lineage["step"]} | ({"data": list(sources)} if sources else {})
+    say(json.dumps(origin | values | {"signatures": report.signatures}))
 
 
-def _other_set(setup: StageSetup, sources: tuple[str, ...], scratch: Path) -> EvaluationSet:
-    """Held-out data that the recipe does not name, read as the stage's own are. Their rows are kept in the cache, or,
-    where that can't be written to, in `scratch`."""
+def _evaluation_set(setup: StageSetup, sources: tuple[str, ...], scratch: Path) -> EvaluationSet:
+    """Prepare held-out data that the recipe does not name, in the format of the stage's own. The rows go to the cache,
+    or to `scratch` if the cache is read-only."""
     data = dataclasses.replace(setup.config.data, train=(), weights=(), validation=sources, holdout=0.0)
     cache, context = cache_folder(setup.recipe, setup.workdir), setup.recipe.model.context
     opened = [open_source(name, cache) for name in sources]

@@ -1,4 +1,4 @@
-"""`inspect`: what a stage is really trained on: a decoded batch, trained-on tokens in colour, and the data's shares."""
+"""`inspect`: show a batch as text, with the trained-on tokens in colour, and statistics of the data."""
 
 import contextlib
 import itertools
@@ -14,23 +14,23 @@ from jaxstages.config import Recipe
 from jaxstages.data.batches import batches_by_step
 from jaxstages.data.mixture import describe
 from jaxstages.runtime.workdir import begun_stages, lock, writable
-from jaxstages.train.setup import StageSetup, setup_stage
+from jaxstages.training.setup import StageSetup, setup_stage
 from jaxstages.types import Batch
 
 ROWS = 4
-"""Rows that are shown."""
+"""Rows to show."""
 
 
 def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
-    """Print for one stage (by default the first): rows of batch 0, packing, what was cut, shares of masked tokens.
+    """Print rows of batch 0, and statistics of packing, truncation and masking, for a stage (by default the first).
 
-    A token is green where the model is trained to produce it and dim where it is only read; where there is no colour
-    (a file), trained-on stretches stand in ⟦double brackets⟧. `¦` begins a new example, `·` is padding.
+    A token is green if the model is trained to produce it, and dim if it is only context. Without colour (in a file),
+    trained-on spans stand in ⟦double brackets⟧. `¦` begins a new example, `·` is padding.
     """
-    with contextlib.ExitStack() as held:
-        # What a run has begun with stays as it is: it can be looked at while it runs, and where nobody may write.
+    with contextlib.ExitStack() as stack:
+        # A run that has begun can be inspected while it runs, and in a read-only folder: nothing is written then.
         if not begun_stages(workdir) and writable(workdir):
-            held.enter_context(lock(workdir))
+            stack.enter_context(lock(workdir))
             keep_recipe(recipe, workdir)
         setup = setup_stage(recipe, stage or next(iter(recipes.stages(recipe)), recipes.IMPORT), workdir)
     console = Console(soft_wrap=True, highlight=False)
@@ -60,9 +60,9 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
 
 
 def _row(setup: StageSetup, batch: Batch, row: int, colour: bool) -> Text:
-    """One row as text. A slot is shown by its target, and the first token of an example, which nothing predicts, by
-    itself: so every id is shown once, in the colour of its own weight."""
-    slots: list[tuple[int, bool, str]] = []  # id, trained on, and a mark that stands before it
+    """Format one row. Each slot shows its target, so that every id appears once, in the colour of its own weight. The
+    first token of an example, which nothing predicts, is added."""
+    slots: list[tuple[int, bool, str]] = []  # id, whether it is trained on, and a mark before it
     for slot in range(batch.tokens_BL.shape[1]):
         if not batch.segments_BL[row, slot]:
             break

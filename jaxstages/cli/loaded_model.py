@@ -1,4 +1,4 @@
-"""What `generate` and `chat` have in common: the flags of sampling, and the stage that answers."""
+"""The model that `generate` and `chat` use: a checkpoint with its sampling parameters."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,18 @@ from typing import NamedTuple
 from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.cli.select_checkpoint import choose, last_finished
 from jaxstages.config import Recipe
-from jaxstages.generate.sampling import Sampling, check_sampling
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.setup import StageSetup, setup_stage
+from jaxstages.generation.sampling import Sampling, check_sampling
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.setup import StageSetup, setup_stage
 from jaxstages.types import Params
 
 
 class LoadedModel(NamedTuple):
-    """sampling: what the flags and the recipe say. stops: texts that end an answer. params_sha256: of `params`."""
+    """A stage with the parameters of a checkpoint.
+
+    sampling: sampling parameters, from the flags and the recipe.
+    stops: stop strings; those that are control tokens are in `sampling.stop`.
+    """
 
     setup: StageSetup
     params: Params
@@ -23,61 +27,70 @@ class LoadedModel(NamedTuple):
     stops: tuple[str, ...]
 
 
-def check_manner(manner: SamplingFlags) -> tuple[Sampling, tuple[str, ...]]:
-    """The flags of sampling, without stop tokens yet, and the stop strings.
+def check_sampling_flags(flags: SamplingFlags) -> tuple[Sampling, tuple[str, ...]]:
+    """Return the sampling parameters, without stop tokens, and the stop strings.
 
     Raises:
-        ValueError: a flag's value; it names the flag.
+        ValueError: a flag has a wrong value; the message names the flag.
     """
-    if not 0 <= manner.seed < 2**32:
-        raise ValueError(f"--seed={manner.seed} must be between 0 and {2**32 - 1}")
+    if not 0 <= flags.seed < 2**32:
+        raise ValueError(f"--seed={flags.seed} must be between 0 and {2**32 - 1}")
     sampling = Sampling(
-        max_new_tokens=1 if manner.max_new_tokens is None else manner.max_new_tokens,
-        temperature=manner.temperature,
-        top_k=manner.top_k,
-        top_p=manner.top_p,
-        min_p=manner.min_p,
-        repetition_penalty=manner.repetition_penalty,
+        max_new_tokens=1 if flags.max_new_tokens is None else flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        min_p=flags.min_p,
+        repetition_penalty=flags.repetition_penalty,
     )
     try:
         check_sampling(sampling)
     except ValueError as error:
         raise ValueError(f"--{error}") from error
-    return sampling, tuple(text for word in manner.stop for text in _stop_texts(word))
+    return sampling, tuple(text for value in flags.stop for text in _stop_strings(value))
 
 
-def _stop_texts(word: str) -> list[str]:
+def _stop_strings(value: str) -> list[str]:
+    """Parse one --stop: a string, or a JSON list of strings."""
     try:
-        found = json.loads(word) if word.startswith("[") else [word]
+        strings = json.loads(value) if value.startswith("[") else [value]
     except ValueError:
-        found = [word]  # a text that begins with a bracket
-    if not all(isinstance(text, str) and text for text in found):
-        raise ValueError(f"--stop={word!r} must be a text, or a JSON list of texts, none of them empty")
-    return found
+        strings = [value]  # a plain string that begins with a bracket
+    if not all(isinstance(text, str) and text for text in strings):
+        raise ValueError(f"--stop={value!r} must be a text, or a JSON list of texts, none of them empty")
+    return strings
 
 
 def load_model(
-    recipe: Recipe, workdir: Path, stage: str | None, manner: SamplingFlags, step: int | None = None
+    recipe: Recipe, workdir: Path, stage: str | None, flags: SamplingFlags, step: int | None = None
 ) -> LoadedModel:
-    """A checkpoint of a stage, by default of the last one that is finished, ready to answer.
+    """Load a checkpoint for generation.
 
     Args:
+        stage: by default the last finished one.
         step: by default the best one.
 
     Raises:
-        ValueError: a flag's value, or there is no such stage.
+        ValueError: a flag has a wrong value, or there is no such checkpoint.
     """
-    asked, stops = check_manner(manner)
+    sampling, stops = check_sampling_flags(flags)
     name = stage or last_finished(recipe, workdir)
     chosen = choose(recipe, workdir / name, step)
     setup = setup_stage(recipe, name, workdir, with_data=False)
+
     context = recipe.model.context
-    most = manner.max_new_tokens or setup.config.evaluation.max_new_tokens
-    if most >= context:
-        raise ValueError(f"--max_new_tokens={most} must be less than the context, {context}")
+    max_new_tokens = flags.max_new_tokens or setup.config.evaluation.max_new_tokens
+    if max_new_tokens >= context:
+        raise ValueError(f"--max_new_tokens={max_new_tokens} must be less than the context, {context}")
+
     params, lineage = read_parent(setup.folder, setup.program, setup.contract, chosen)
     tokenizer = setup.data.tokenizer
-    ids = {text: tokenizer.backend.token_to_id(text) for text in stops if text in tokenizer.control}
-    sampling = asked._replace(max_new_tokens=most, stop=(*tokenizer.stops, *ids.values()))
-    stops = tuple(text for text in stops if text not in ids)  # these are no text that is ever decoded
-    return LoadedModel(setup, params, lineage["params_sha256"], sampling, stops)
+    # Control tokens are never decoded to text, so a stop string cannot match them.
+    stop_ids = {text: tokenizer.backend.token_to_id(text) for text in stops if text in tokenizer.control}
+    return LoadedModel(
+        setup,
+        params,
+        lineage["params_sha256"],
+        sampling._replace(max_new_tokens=max_new_tokens, stop=(*tokenizer.stops, *stop_ids.values())),
+        tuple(text for text in stops if text not in stop_ids),
+    )

@@ -1,5 +1,4 @@
-"""`prepare`: tokenizer and packed rows of every stage, made ahead of training, and what is in them: by this process, or
-by an Apache Beam pipeline."""
+"""`prepare`: train the tokenizer and pack the rows of every stage ahead of training, and report what they contain."""
 
 from pathlib import Path
 
@@ -25,18 +24,20 @@ def _engine(beam_options: str | None) -> Engine | None:
 
 
 def prepare_all(recipe: Recipe, workdir: Path, beam_options: str | None) -> None:
-    """Make what is not there yet, and print a table of it.
+    """Prepare what is missing, and print a table of all prepared rows.
 
     Args:
-        beam_options: of the Beam pipeline that makes it, such as "--runner=FlinkRunner"; None takes this process.
+        beam_options: run an Apache Beam pipeline with these options, such as "--runner=FlinkRunner"; None prepares in
+            this process.
     """
     engine = _engine(beam_options)
     with lock(workdir):
         keep_recipe(recipe, workdir)
         table = Table(title=f"prepared rows of {recipe.model.context} slots", title_justify="left")
-        for heading in ("stage", "source", "part", "records", "bad", "rows", "tokens", "filled", "trained on", "cut"):
-            words = heading in ("stage", "source", "part")
-            table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+        for heading in ("stage", "source", "part"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("records", "bad", "rows", "tokens", "filled", "trained on", "cut"):
+            table.add_column(heading, justify="right", no_wrap=True, overflow="fold")
         for name, parts in prepare_stages(recipe, workdir, recipes.stages(recipe), engine).items():
             for prepared in parts:
                 index = prepared.index

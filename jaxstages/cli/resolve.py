@@ -1,4 +1,4 @@
-"""Which recipe a command works with: the one given, or the workdir's own; and whether it may have changed."""
+"""The recipe of a command: the given one or the workdir's own, and whether it may differ from what was trained."""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -12,40 +12,40 @@ from jaxstages.config.checks import validate
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder, has_begun, result_file, steps_of
 
-FREE = (
+MUTABLE_AFTER_START = (
     *(f".loop.{name}" for name in ("stop_after", "log_every", "keep", "save_every", "hang_seconds")),
     *(f".loop.{name}" for name in ("accumulate", "remat", "loss_tile", "compiler_options")),
     *(".optim.max_bad_steps", ".evaluation.batch_size", "config.model.unroll"),
 )
-"""What may change in a stage that has begun: it makes no other model, and no other score."""
+"""Fields that may change after a stage has begun, because they change neither the model nor a metric."""
 
 SOURCES = (".data.train", ".data.validation", "config.tokenizer.sources")
-"""Names of data. They may change where what lies there is the same: files are moved."""
+"""Fields that name data. They may change if the data are the same: files are moved."""
 
 BETWEEN_STAGES = ("config.model.dropout", "config.model.dtype")
-"""Fields that may differ in the next stage: parameters have the same shapes."""
+"""Fields that may change between stages, because parameters keep their shapes."""
 
 VERSIONS = ("jaxstages", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers")
 
 LENGTH = tuple(f".loop.{name}" for name in ("steps", "epochs", "tokens"))
-"""Fields that say how long a stage is."""
+"""Fields that set the length of a stage."""
 
 SAME_RATES = ("constant", "plateau", "rsqrt")
-"""Schedules whose rates do not depend on how long the stage is."""
+"""Schedules whose learning rates do not depend on the length of the stage."""
 
 
 def kept_recipe(workdir: Path) -> Recipe | None:
-    """The recipe of a workdir, as it was last run; None if there is none yet.
+    """Return the recipe of a workdir, as it was last run; None if there is none yet.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: recipe.json is damaged.
     """
     file = workdir / "recipe.json"
     if not file.is_file():
         return None
     content = read_json(file)
     if not isinstance(content, dict) or "recipe" not in content:
-        raise ValueError(f'{file} is damaged: an object with "recipe" is wanted; name the recipe with --config=FILE')
+        raise ValueError(f'{file} is damaged: an object with "recipe" is wanted; name the recipe with --config=RECIPE')
     try:
         return recipes.from_dict(content["recipe"])
     except ValueError as error:
@@ -53,14 +53,15 @@ def kept_recipe(workdir: Path) -> Recipe | None:
 
 
 def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False, lengthen: str = "") -> Recipe:
-    """The recipe to use, validated, with the model of what is imported, or is to be. Nothing is written.
+    """Return the validated recipe of a command, with the imported model if there is one. Nothing is written.
 
     Args:
-        importing: a recipe without stages will do, as it does where something was imported.
-        lengthen: the stage whose length may change.
+        given: the recipe of --config; None takes the workdir's.
+        importing: accept a recipe without stages.
+        lengthen: stage whose length may change.
 
     Raises:
-        ValueError: there is none, it is not valid, or it changes what a trained stage depends on.
+        ValueError: there is no recipe, it is not valid, or it changes what a trained stage depends on.
     """
     importing = importing or result_file(workdir / recipes.IMPORT).exists()
     if given is not None:
@@ -70,7 +71,7 @@ def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False,
     kept = kept_recipe(workdir)
     if given is None:
         if kept is None:
-            raise ValueError(f"{workdir} has no recipe.json; name a recipe with --config=configs/demo.py")
+            raise ValueError(f"{workdir} has no recipe.json; name a recipe with --config=RECIPE, such as --config=demo")
         if parts := recipes.own_parts(kept):
             field, part = next(iter(parts.items()))
             raise ValueError(
@@ -88,45 +89,53 @@ def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False,
 
 
 def _adopted(recipe: Recipe, workdir: Path) -> Recipe:
-    """With the model of what is imported, where something is."""
+    """Return the recipe with the imported model, if the workdir or the recipe has one."""
     hub = any(stage.init_from.startswith("hf:") for stage in recipes.stages(recipe).values())
     if not hub and not result_file(workdir / recipes.IMPORT).exists():
         return recipe
-    from jaxstages.interop.hf_import import adopted  # and jax with it, which mistakes in a recipe need not wait for
+    from jaxstages.interop.hf_import import adopted  # imports jax, which most recipes need not wait for
 
     return adopted(recipe, workdir)
 
 
 def _check_change(kept: Recipe, given: Recipe, workdir: Path, lengthen: str) -> None:
-    """Raises ValueError for a recipe that changes what was learned. What was never saved binds to nothing."""
+    """Raise ValueError if the recipe changes a field that saved checkpoints depend on."""
     names = [*recipes.STAGES, *(kept.extra_stages | given.extra_stages)]
     begun = [name for name in names if has_begun(workdir / name)]
     finished = [name for name in begun if result_file(workdir / name).exists()]
     imported = result_file(workdir / recipes.IMPORT).exists()
     fixed = (*(("config.seed", "config.model") if begun else ()), *(field_of(name) for name in begun))
     fixed += ("config.tokenizer",) if begun or imported else ()
-    free = FREE + tuple(f"{field_of(lengthen)}{field}" for field in LENGTH if lengthen)
-    free += BETWEEN_STAGES if begun == finished else ()
-    judged = tuple(f"{field_of(name)}.evaluation." for name in finished)
+    mutable = MUTABLE_AFTER_START + tuple(f"{field_of(lengthen)}{field}" for field in LENGTH if lengthen)
+    mutable += BETWEEN_STAGES if begun == finished else ()
+    evaluated = tuple(f"{field_of(name)}.evaluation" for name in finished)
+
     moved = set()
     for line in recipes.differences(kept, given):
         path = line.split(":")[0]
         name = path.removeprefix("config.extra_stages.").removeprefix("config.").split(".")[0]
-        if not path.startswith(fixed) or path.endswith(free) or path.startswith(judged):
+        if not _is_within(path, fixed) or path.endswith(mutable) or _is_within(path, evaluated):
             continue
         if path.endswith(SOURCES):
             moved.add(name)
             continue
         if path.endswith(LENGTH) and name not in finished and _may_be_longer(kept, given, name, workdir):
             continue
-        way = "set it back"
+
+        remedy = "set it back"
         if path.endswith(LENGTH):
-            way += " (or add --lengthen, to train it further, under the schedule of the new length)"
+            remedy += " (or add --lengthen, to train it further, under the schedule of the new length)"
         elif path in BETWEEN_STAGES:
-            way += f", or finish {', '.join(sorted({*begun} - {*finished}))} first"
-        raise ValueError(f"{workdir} was begun with another recipe: {line}; {way}, or take another --workdir")
+            remedy += f", or finish {', '.join(sorted({*begun} - {*finished}))} first"
+        raise ValueError(f"{workdir} was begun with another recipe: {line}; {remedy}, or use another --workdir")
+
     for name in sorted(moved & {*begun}):
         _check_moved(given, name, workdir)
+
+
+def _is_within(path: str, owners: tuple[str, ...]) -> bool:
+    """Return whether a field is one of the owners, or a field of one."""
+    return any(path == owner or path.startswith(f"{owner}.") for owner in owners)
 
 
 def field_of(name: str) -> str:
@@ -135,20 +144,23 @@ def field_of(name: str) -> str:
 
 
 def _may_be_longer(kept: Recipe, given: Recipe, name: str, workdir: Path) -> bool:
-    """Would the steps that an unfinished stage has made be the same under the new length? They are where neither the
-    rates nor the shares of its data depend on the length; with "wsd" until the rate begins to fall."""
+    """Return whether the steps of an unfinished stage would have been the same under the new length.
+
+    They are if neither the learning rates nor the shares of its data depend on the length. With "wsd" this is so until
+    the learning rate begins to decay.
+    """
     old, new = (recipes.stages(recipe).get(name) for recipe in (kept, given))
     if old is None or new is None or old.late_from < 1:
         return False
-    schedule, made = old.optim.schedule, steps_of(workdir / name)[-1]
+    schedule, step = old.optim.schedule, steps_of(workdir / name)[-1]
     if schedule.name == "wsd" and old.loop.steps and new.loop.steps:
         lengths = (old.loop.steps, new.loop.steps)
-        return all(made <= steps - max(round(steps * schedule.decay_share), 1) for steps in lengths)
+        return all(step <= steps - max(round(steps * schedule.decay_share), 1) for steps in lengths)
     return schedule.name in SAME_RATES
 
 
 def _check_moved(given: Recipe, name: str, workdir: Path) -> None:
-    """Raises ValueError unless the data that a stage has now under other names are those that it was begun with."""
+    """Raise ValueError if the data of a stage, which have new names, are not those that it began with."""
     from jaxstages.data.run_tokenizer import open_tokenizer
     from jaxstages.data.stage_data import data_names
 
@@ -163,7 +175,7 @@ def _check_moved(given: Recipe, name: str, workdir: Path) -> None:
     if meta["data"] != now:
         raise ValueError(
             f"{workdir / name} was begun with other data: {meta['data']} there, {now} here (fingerprints of prepared "
-            f"rows); name the same files, wherever they are, in config.{name}.data, or take another --workdir"
+            f"rows); name the same files, wherever they are, in config.{name}.data, or use another --workdir"
         )
 
 
@@ -172,14 +184,14 @@ def versions() -> dict[str, str]:
 
 
 def keep_recipe(recipe: Recipe, workdir: Path) -> None:
-    """Write `workdir/recipe.json`, with the versions of what runs it."""
+    """Write `workdir/recipe.json`: the recipe, and the versions of the main packages."""
     write_json(workdir / "recipe.json", {"recipe": recipes.to_dict(recipe), "versions": versions()})
 
 
-def told(recipe: Recipe) -> dict[str, str]:
-    """What all processes of a run must have in common: versions, and the recipe's fields, each by its flag."""
-    flat = dict(_leaves("config", recipes.to_dict(recipe)))
-    return {f"the version of {name}": version for name, version in versions().items()} | flat
+def flatten_fields(recipe: Recipe) -> dict[str, str]:
+    """Return what all processes of a run must have in common: versions, and the recipe's fields by path."""
+    fields = dict(_leaves("config", recipes.to_dict(recipe)))
+    return {f"the version of {name}": version for name, version in versions().items()} | fields
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,5 @@
-"""Choice of the checkpoint that a command reads: by default the best one, which is handed on; of an unfinished stage
-its best so far; or any step that is kept."""
+"""Choice of the checkpoint that a command reads: by default the best one, which is handed on. An unfinished stage gives
+its best so far, and --step any step that is kept."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import finished, read_meta
 from jaxstages.runtime.console import warn
 from jaxstages.runtime.workdir import checkpoint_folder, result_file, steps_of
-from jaxstages.train.handoff import lineage_break
+from jaxstages.training.handoff import lineage_break
 
 
 def choose(recipe: recipes.Recipe, stage_dir: Path, step: int | None = None) -> dict[str, Any]:
-    """Choose the checkpoint that a command reads, and return its `result_at`. Warn where it is not the one that is
-    handed on, or where its parent was trained anew."""
+    """Choose the checkpoint that a command reads, and return its `result_at`. Warn if it is not the one that is handed
+    on, or if its parent has been trained anew."""
     result = result_at(stage_dir, step)
     stage = recipes.stages(recipe).get(stage_dir.name)
     for note in (describe(stage_dir, result), lineage_break(stage_dir, result["parent"], stage)):
@@ -23,20 +23,22 @@ def choose(recipe: recipes.Recipe, stage_dir: Path, step: int | None = None) -> 
 
 
 def result_at(stage_dir: Path, step: int | None = None) -> dict[str, Any]:
-    """The result of a stage; of one that is not finished, or at another step that is kept, what its checkpoints say in
-    the same form: `status` is then "unfinished" or "kept", and `params_sha256` is "", for nothing was handed on.
+    """Return the result of a stage at a step.
+
+    For an unfinished stage, or a step that is not handed on, the result is made from the checkpoint: `status` is
+    "unfinished" or "kept", and `params_sha256` is "".
 
     Args:
-        step: by default the best one, or the newest where the best is not known or not there.
+        step: by default the best one, or the newest if the best is not known or was removed.
 
     Raises:
-        ValueError: the stage was not trained, or has no such step.
+        ValueError: the stage was not trained, or does not keep this step.
     """
     steps = steps_of(stage_dir)
     if result_file(stage_dir).exists() and (step is None or finished(stage_dir)["best_step"] == step):
         return finished(stage_dir)
     if not steps:
-        return finished(stage_dir)  # raises, and says what to run
+        return finished(stage_dir)  # raises, and names the command to run
     if step is not None and step not in steps:
         raise ValueError(f"{stage_dir} keeps no step {step}; --step can be {', '.join(map(str, steps))}")
     newest = read_meta(checkpoint_folder(stage_dir, steps[-1]))
@@ -69,10 +71,10 @@ def describe(stage_dir: Path, result: dict[str, Any]) -> str:
 
 
 def last_finished(recipe: recipes.Recipe, workdir: Path) -> str:
-    """The latest stage of the recipe that is finished, or else the import, or else one that has saved something.
+    """Return the last finished stage of the recipe, else the import, else the last stage that has a checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the workdir has none of them.
     """
     names = (recipes.IMPORT, *recipes.stages(recipe))
     done = [name for name in names if result_file(workdir / name).exists()]

@@ -1,4 +1,4 @@
-"""`import` and `export`: weights of others in, ours out, as folders of Hugging Face's form."""
+"""`import` and `export`: Hugging Face checkpoint folders in and out."""
 
 from pathlib import Path
 
@@ -14,21 +14,27 @@ from jaxstages.runtime.workdir import begun_stages, lock, result_file
 
 
 def import_model(given: Recipe | None, workdir: Path, source: str | None) -> None:
-    """Make `workdir/import` of a folder, and `workdir/recipe.json`: the given recipe with the folder's model, or one
-    without stages."""
+    """Import a folder into `workdir/import`, and write `workdir/recipe.json`: the given recipe with the folder's model,
+    or one without stages.
+
+    Raises:
+        ValueError: the folder cannot be imported, or does not fit the recipe or the workdir.
+    """
     if not source:
         raise ValueError("import needs --from=DIR, a folder with config.json and safetensors")
     folder = find_folder(str(Path(source).expanduser()) if source.startswith("~") else source)
-    found = describe(folder)
+    description = describe(folder)
     if given is not None and source_of(given) not in (None, source):
         raise ValueError(f'the recipe has init_from="hf:{source_of(given)}", and --from={source}; name one of them')
+
     trained = [name for name in begun_stages(workdir) if name != recipes.IMPORT]
     if trained and not result_file(workdir / recipes.IMPORT).exists():
         raise ValueError(f"{workdir} has trained {trained[0]} already; import into another --workdir")
+
     if given is None and not (workdir / "recipe.json").is_file():
-        given = Recipe(name=Path(source).resolve().name, model=ModelConfig(context=found.model.context))
+        given = Recipe(name=Path(source).resolve().name, model=ModelConfig(context=description.model.context))
     if given is not None:
-        given = adopt(given, found, tokenizer_of(folder))
+        given = adopt(given, description, tokenizer_of(folder))
     with lock(workdir):
         recipe = resolve_recipe(given, workdir, importing=True)
         keep_recipe(recipe, workdir)
@@ -44,17 +50,25 @@ def export_model(
     adapter: bool,
     step: int | None = None,
 ) -> None:
-    """Write a checkpoint of a stage, by default the best one of the last that is finished, into the folder `to`;
-    adapters merged, or by themselves."""
+    """Export a checkpoint into the folder `to`, with adapters merged, or only its adapters.
+
+    Args:
+        stage: by default the last finished one.
+        step: by default the best one.
+
+    Raises:
+        ValueError: a flag has a wrong value, or there is no such checkpoint.
+    """
     if not to:
         raise ValueError("export needs --to=DIR, the folder to write")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype}: known: {', '.join(DTYPES)}")
+    if adapter and dtype != "float32":
+        raise ValueError(f"--dtype={dtype} does not apply to --adapter: adapters are float32")
+
     name = stage or last_finished(recipe, workdir)
     chosen, folder = choose(recipe, workdir / name, step), local_path(to, "--to")
-    if not adapter:
-        export(recipe, workdir, name, folder, dtype, chosen=chosen)
-    elif dtype == "float32":
+    if adapter:
         export_adapter(recipe, workdir, name, folder, chosen)
     else:
-        raise ValueError(f"--dtype={dtype} does not apply to --adapter: adapters are float32")
+        export(recipe, workdir, name, folder, dtype, chosen=chosen)

@@ -143,7 +143,7 @@ class StageConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: Callable | None = None
     """An own loss: `loss(model, params, batch, dropout_key)` returns sums over the batch, at least "objective", which
-    is minimized, and "weight", which divides it. None is cross-entropy over the scored tokens."""
+    is minimized, and "weight", which divides it (`types.LossFn`). None is cross-entropy over the scored tokens."""
     replay: tuple[tuple[str, float], ...] = setting((), at_least=0)
     """Earlier stages to replay, and the share of this stage's rows drawn from the training data of each:
     (("pretrain", 0.15), ("finetune", 0.1)). `data` provides all other rows."""

@@ -20,13 +20,13 @@ from jaxstages.interop.hf_import import kept_source
 from jaxstages.interop.model_card import licence_of, write_card
 from jaxstages.interop.peft_import import NAMES
 from jaxstages.interop.tensors import Entry, header_of, read_rows, write_file
-from jaxstages.models.lora import DOWN, MAGNITUDE, UP
+from jaxstages.models.lora_layer import DOWN, MAGNITUDE, UP
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import make_folder, read_json, sync, write_json, write_text
 from jaxstages.runtime.workdir import result_file
-from jaxstages.train.handoff import lora_of, read_trained
-from jaxstages.train.setup import setup_stage
+from jaxstages.training.handoff import lora_of, read_trained
+from jaxstages.training.setup import setup_stage
 
 
 def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: dict[str, Any] | None = None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxstages.config import LoraConfig
 from jaxstages.interop.layout import GROWS, Place, by_plain_names, parts_of
 from jaxstages.interop.tensors import Stored, header_of, read_rows
-from jaxstages.models.lora import DOWN, KERNEL, MAGNITUDE, UP
+from jaxstages.models.lora_layer import DOWN, KERNEL, MAGNITUDE, UP
 from jaxstages.runtime.files import read_json
 from jaxstages.types import Params
 

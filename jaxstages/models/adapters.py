@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from jaxstages.types import Batch, Model, Params
+from jaxstages.types import Batch, Decoder, Model, Params
 
 
 def _smallest_batch() -> Batch:
@@ -49,7 +49,7 @@ def linen_model(module: linen.Module) -> Model:
         logits_BLV: Any = module.apply({"params": params}, batch, dropout_key is not None, rngs=rngs)
         return logits_BLV
 
-    return Model(init=init, apply=apply)
+    return Model(init, apply, decoder=recomputing_decoder(apply))
 
 
 def nnx_model(make_module: Callable[[nnx.Rngs], Any]) -> Model:
@@ -89,7 +89,32 @@ def nnx_model(make_module: Callable[[nnx.Rngs], Any]) -> Model:
         module = nnx.merge(graph, abstract, rest)
         return module(batch, dropout_key is not None)
 
-    return Model(init=init, apply=apply)
+    return Model(init, apply, decoder=recomputing_decoder(apply))
+
+
+def recomputing_decoder(apply: Callable[[Params, Batch, PRNGKeyArray | None], Array]) -> Decoder:
+    """Return a decoder for any causal model: it computes the whole text again for each new token.
+
+    A model of your own can do better with a cache, see `types.Decoder`; this one makes it generate without.
+    """
+
+    def init_cache(batch_size: int, slots: int) -> Array:
+        return jnp.zeros((batch_size, slots), jnp.int32)
+
+    def step(params: Params, tokens_BL: Array, positions_BL: Array, text_BS: Array) -> tuple[Array, Array]:
+        rows_B1 = jnp.arange(tokens_BL.shape[0])[:, None]
+        text_BS = text_BS.at[rows_B1, positions_BL].set(tokens_BL)
+        slots_1S = jnp.arange(text_BS.shape[1], dtype=jnp.int32)[None, :]
+        batch = Batch(
+            tokens_BL=text_BS,
+            targets_BL=jnp.zeros_like(text_BS),
+            weights_BL=jnp.zeros(text_BS.shape, jnp.float32),
+            segments_BL=(slots_1S <= positions_BL[:, -1:]).astype(jnp.int32),
+            positions_BL=jnp.broadcast_to(slots_1S, text_BS.shape),
+        )
+        return apply(params, batch, None)[rows_B1, positions_BL], text_BS
+
+    return Decoder(init_cache, lambda params: params, step)
 
 
 def _string_keys(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Fused attention of the accelerators' makers: which kernel takes a shape, and the check that it is right, before use.
+"""Fused attention kernels of GPUs and TPUs: which kernel supports a shape, and a check of its results before use.
 
 Legend: B batch, L length, H query heads, G key/value heads, K head dim, M runs (stretches of one segment) of a row.
 """
@@ -12,22 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxstages.models.attention import Attend, Reach, attend_packed, packed_mask
+from jaxstages.models.attention import Attend, AttentionSpec, attend_packed, packed_mask
 
-AT_MOST = 4.0
-"""A kernel may be so many times as far from float32 as the plain formula in the same dtype is. A wrong mask is off by
-some hundred times."""
+MAX_ERROR_RATIO = 4.0
+"""Largest error of a kernel, relative to that of the formula in the same dtype. A wrong mask gives some hundreds."""
 
 
 class Machine(NamedTuple):
-    """platform: "cpu", "gpu" or "tpu". capability: of an NVIDIA GPU, 9.0 being Hopper; 0 elsewhere."""
+    """platform: "cpu", "gpu" or "tpu". capability: compute capability of an NVIDIA GPU, 9.0 for Hopper; 0 elsewhere."""
 
     platform: str
     capability: float = 0.0
 
 
 class Shape(NamedTuple):
-    """What a kernel has to take. runs: the most of any row, padding's among them."""
+    """The attention that a kernel must compute. runs: the largest number of runs in a row, including padding."""
 
     length: int
     heads: int
@@ -35,12 +34,12 @@ class Shape(NamedTuple):
     head_dim: int
     dtype: str
     runs: int
-    reach: Reach = Reach()
+    spec: AttentionSpec = AttentionSpec()
 
 
 class Kernel(NamedTuple):
-    """lacks: `lacks(machine, shape)`, why it can't be used on this machine of its platform, "" if it can.
-    make: `make(shape)`, the attention."""
+    """lacks: `lacks(machine, shape)` returns why the kernel can't be used on this machine of its platform, or "".
+    make: `make(shape)` returns the attention."""
 
     name: str
     platform: str
@@ -49,20 +48,20 @@ class Kernel(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """attend: what the model is made with. said: which it is, and why no faster one."""
+    """attend: the attention for the model. reason: its name, and why faster ones can't be used."""
 
     attend: Attend
-    said: str
+    reason: str
 
 
 def machine_of(device: Any) -> Machine:
-    """Of one of `jax.devices()`."""
+    """Describe one of `jax.devices()`."""
     capability = getattr(device, "compute_capability", 0) if "nvidia" in device.device_kind.lower() else 0
     return Machine(device.platform, float(capability))
 
 
 def run_lengths(segments_BL: Int[Array, "B L"], runs: int) -> tuple[Int[Array, "B M"], Int[Array, "B M+1"], Array]:
-    """Length and first slot of each run of a row, -1 where there is no more, and the number of runs, [B].
+    """Return length and first slot of each run of a row, -1 after the last, and the number of runs, [B].
 
     | segments 1 1 2 0, M 4 | lengths 2 1 1 -1 | starts 0 2 3 -1 -1 |
     """
@@ -76,37 +75,37 @@ def run_lengths(segments_BL: Int[Array, "B L"], runs: int) -> tuple[Int[Array, "
 
 
 def _cudnn_packed(shape: Shape) -> Attend:
-    """Each run is a sequence of its own to cuDNN, which is what a packed row means."""
+    """cuDNN treats each run of a packed row as a sequence of its own."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn  # the public function takes no segments (jax#29731)
 
-    def attend(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
+    def attend(query: Array, key: Array, value: Array, segments: Array, spec: AttentionSpec) -> Array:
         lengths, starts, count = run_lengths(segments, shape.runs)
-        # With fewer key than query heads, jax up to 0.11.0 goes wrong in packed rows (jax#39521): all get their own.
+        # JAX up to 0.11.0 is wrong for packed rows with fewer key than query heads (jax#39521): repeat the key heads.
         key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
         out: Any = cudnn.dot_product_attention(
             *(query, key, value, None, None, lengths, lengths, starts, starts),
             scale=query.shape[-1] ** -0.5,
             mask_type=cudnn.MaskType.PADDING_CAUSAL,
-            sliding_window_length=reach.window or None,
+            sliding_window_length=spec.window or None,
         )
-        # Never silently wrong: a row of more runs than were counted on makes the loss NaN, and the step is refused.
+        # A row with more runs than the shape allows must not be silently wrong: the loss is NaN, the step is refused.
         return jnp.where((count > shape.runs)[:, None, None, None], jnp.nan, out)
 
     return attend
 
 
 def _cudnn_masked(_shape: Shape) -> Attend:
-    """The mask as a bias, one number a pair of slots: read from memory, but scores are not written to it."""
+    """The mask is a bias with one number per pair of slots. It is read from memory; scores are not written to it."""
 
-    def attend(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
-        mask = packed_mask(segments, reach.window)
+    def attend(query: Array, key: Array, value: Array, segments: Array, spec: AttentionSpec) -> Array:
+        mask = packed_mask(segments, spec.window)
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
 
     return attend
 
 
 def _splash(shape: Shape, interpret: bool = False) -> Attend:
-    """Block-sparse flash attention; blocks in the masked half are skipped."""
+    """Block-sparse flash attention. It skips the blocks of the masked half."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -115,15 +114,15 @@ def _splash(shape: Shape, interpret: bool = False) -> Attend:
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
     )
 
-    def attend(query: Array, key: Array, value: Array, segments: Array, reach: Reach) -> Array:
+    def attend(query: Array, key: Array, value: Array, segments: Array, spec: AttentionSpec) -> Array:
         square = (shape.length, shape.length)
-        mask = masks.LocalMask(square, (reach.window - 1, 0), 0) if reach.window else masks.CausalMask(square)
+        mask = masks.LocalMask(square, (spec.window - 1, 0), 0) if spec.window else masks.CausalMask(square)
         kernel = splash.make_splash_mha(
             masks.MultiHeadMask([mask] * query.shape[2]),
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
-            attn_logits_soft_cap=reach.softcap or None,
+            attn_logits_soft_cap=spec.softcap or None,
             interpret=interpret,
         )
         query = (query * query.shape[-1] ** -0.5).astype(query.dtype)
@@ -146,7 +145,7 @@ def _cudnn_lacks(machine: Machine, shape: Shape, capability: float) -> str:
         return f"does not take head_dim={shape.head_dim}"
     if shape.length % 2:
         return f"takes an even length, context is {shape.length}"
-    return "has no soft cap" if shape.reach.softcap else ""
+    return "has no soft cap" if shape.spec.softcap else ""
 
 
 def _splash_lacks(_machine: Machine, shape: Shape) -> str:
@@ -162,49 +161,61 @@ KERNELS = (
 
 
 def choose_attend(shape: Shape, machine: Machine, kernels: tuple[Kernel, ...] = KERNELS) -> Choice:
-    """The fastest kernel that takes the shape, and was found right here and now; the plain formula if none is."""
-    why = []
+    """Return the fastest kernel that supports the shape and passes the check on this machine, else the formula."""
+    reasons = []
     for kernel in (kernel for kernel in kernels if kernel.platform == machine.platform):
-        lack = kernel.lacks(machine, shape) or _fails(kernel, shape, jax.local_devices()[0])
-        if not lack:
-            return Choice(kernel.make(shape), "; ".join([f"attention: {kernel.name}", *why]))
-        why.append(f"{kernel.name} {lack}")
-    return Choice(attend_packed, "; ".join(["attention: the plain formula, which keeps all scores", *why]))
+        problem = kernel.lacks(machine, shape) or _check(kernel, shape, jax.local_devices()[0])
+        if not problem:
+            return Choice(kernel.make(shape), "; ".join([f"attention: {kernel.name}", *reasons]))
+        reasons.append(f"{kernel.name} {problem}")
+    return Choice(attend_packed, "; ".join(["attention: the plain formula, which keeps all scores", *reasons]))
 
 
 @functools.cache
-def _fails(kernel: Kernel, shape: Shape, device: Any) -> str:
-    """What is wrong with the kernel's outputs or gradients, on random rows of every kind; "" if nothing."""
+def _check(kernel: Kernel, shape: Shape, device: Any) -> str:
+    """Compare the kernel's outputs and gradients with the formula on random rows. Return the problem, or ""."""
     rng = np.random.default_rng(0)
-    groups = min(shape.kv_heads, 2)  # two of them show what all would
-    heads = [groups * shape.heads // shape.kv_heads, groups, groups, groups * shape.heads // shape.kv_heads]
-    arrays = [rng.normal(size=(3, shape.length, n, shape.head_dim)) for n in heads]
-    segments = np.zeros((3, shape.length), np.int32)
-    segments[0] = 1
-    for row in (1, 2):  # with padding, and without
-        cuts = rng.choice(np.arange(1, shape.length), min(shape.runs, shape.length) - 1, replace=False)
-        number = np.isin(np.arange(shape.length), cuts).cumsum() + 1
-        segments[row] = np.where((row == 1) & (number == number[-1]) & (number[-1] > 1), 0, number)
+    groups = min(shape.kv_heads, 2)  # two groups show the errors that all would
+    query_heads = groups * shape.heads // shape.kv_heads
+    arrays = [
+        rng.normal(size=(3, shape.length, heads, shape.head_dim))
+        for heads in (query_heads, groups, groups, query_heads)
+    ]
+    segments = _check_segments(rng, shape)
 
-    def compute(attend: Attend, dtype: Any) -> list[np.ndarray]:
+    def outputs_and_gradients(attend: Attend, dtype: Any) -> list[np.ndarray]:
         query, key, value, d_out = (jax.device_put(jnp.asarray(x, shape.dtype).astype(dtype), device) for x in arrays)
 
-        def both(query: Array, key: Array, value: Array, d_out: Array) -> Any:
+        def compute(query: Array, key: Array, value: Array, d_out: Array) -> Any:
             packed = jnp.asarray(segments)
-            out, back = jax.vjp(lambda q, k, v: attend(q, k, v, packed, shape.reach), query, key, value)
-            return out, *back(d_out)
+            out, backward = jax.vjp(lambda q, k, v: attend(q, k, v, packed, shape.spec), query, key, value)
+            return out, *backward(d_out)
 
-        return [np.asarray(x, np.float64) for x in jax.jit(both)(query, key, value, d_out)]
+        return [np.asarray(x, np.float64) for x in jax.jit(compute)(query, key, value, d_out)]
 
     with jax.default_matmul_precision("highest"):
-        exact = compute(attend_packed, jnp.float32)
-    usual = compute(attend_packed, shape.dtype)
+        exact = outputs_and_gradients(attend_packed, jnp.float32)
+    formula = outputs_and_gradients(attend_packed, shape.dtype)
     try:
-        found = compute(kernel.make(shape), shape.dtype)
-    except Exception as error:  # of whatever kind: the plain formula is there
+        results = outputs_and_gradients(kernel.make(shape), shape.dtype)
+    except Exception as error:  # of any kind: the formula is the fallback
         return f"fails here: {(str(error).splitlines() or [repr(error)])[0][:200]}"
-    for name, one, plain, true in zip(("output", "d_query", "d_key", "d_value"), found, usual, exact, strict=True):
-        error, allowed = (np.abs(x - true).max() / np.abs(true).max() for x in (one, plain))
-        if not error <= AT_MOST * allowed + 1e-5:
+
+    names = ("output", "d_query", "d_key", "d_value")
+    for name, result, plain, true in zip(names, results, formula, exact, strict=True):
+        error, allowed = (np.abs(x - true).max() / np.abs(true).max() for x in (result, plain))
+        if not error <= MAX_ERROR_RATIO * allowed + 1e-5:
             return f"is wrong here: its {name} is off by {error:.2g} of the largest, the formula's by {allowed:.2g}"
     return ""
+
+
+def _check_segments(rng: np.random.Generator, shape: Shape) -> np.ndarray:
+    """Three rows: one segment, several segments with padding, and several without."""
+    segments = np.zeros((3, shape.length), np.int32)
+    segments[0] = 1
+    for row in (1, 2):
+        cuts = rng.choice(np.arange(1, shape.length), min(shape.runs, shape.length) - 1, replace=False)
+        number = np.isin(np.arange(shape.length), cuts).cumsum() + 1
+        is_padding = (row == 1) & (number == number[-1]) & (number[-1] > 1)
+        segments[row] = np.where(is_padding, 0, number)
+    return segments

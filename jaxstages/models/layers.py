@@ -1,7 +1,7 @@
-"""One layer of the transformer: its norms, projections, attention and feed-forward, as modules of Flax.
+"""One layer of the transformer: its norms, projections, attention and feed-forward, as Flax modules.
 
-Legend: B batch, L length, D width, H query heads, G key/value heads, K head dim, F feed-forward,
-N layers, S cache slots, E experts.
+Legend: B batch, L length, D width, H query heads, G key/value heads, K head dim, F feed-forward, N layers,
+S cache slots, E experts, P pairs of dims that rope rotates.
 """
 
 import functools
@@ -13,15 +13,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
-from jaxstages.config import ModelConfig
-from jaxstages.models.activations import KNOWN, activate
-from jaxstages.models.attention import Attend, Reach, attend_cached, cache_mask
-from jaxstages.models.lora import ADAPTER, SCALE, UP, adapt, kernel_of
+from jaxstages.config.model import ModelConfig
+from jaxstages.models.attention import AttentionSpec, attend_cached, cache_mask
+from jaxstages.models.lora_layer import ADAPTER, SCALE, UP, add_adapter, dequantized_kernel
 from jaxstages.models.moe import mix_experts
-from jaxstages.models.primitives import last_dim, linear, normalize
-from jaxstages.models.rope import amplitude_of, frequencies_of, rotate
-from jaxstages.models.spmd import ROWS, mix_over
-from jaxstages.models.unstacked import TURNED, linear_turned
+from jaxstages.models.ops import ACTIVATIONS, TRANSPOSED, Ops, as_last_dim, linear_transposed
+from jaxstages.models.rope import rope_amplitude, rope_frequencies, rotate
+from jaxstages.models.spmd import ROWS, expert_parallel_moe
 from jaxstages.types import ShardingHooks
 
 Cache = tuple[Array, Array]
@@ -29,53 +27,71 @@ Cache = tuple[Array, Array]
 
 
 class Backend(NamedTuple):
-    """Where the model runs, how it attends over packed rows there, what of a layer is computed again (`REMAT`), and
-    which device holds what."""
+    """How the layers compute.
 
-    platform: str
-    attend: Attend
-    place: ShardingHooks
+    ops: the operations of the platform.
+    hooks: how arrays are sharded.
+    remat: which activations the backward pass recomputes, a key of `REMAT` or "none".
+    """
+
+    ops: Ops
+    hooks: ShardingHooks
     remat: str = "none"
 
 
-class Kind(NamedTuple):
-    """What differs from layer to layer: rope's frequencies and amplitude, and the place of its reach among the model's.
-    Of all layers they are [N, P], [N] and [N]."""
+class LayerSpec(NamedTuple):
+    """What differs between layers. Stacked over layers, the fields are [N, P], [N] and [N].
 
-    frequencies: Any
-    amplitude: Any
-    reach: Any
+    rope_frequencies, rope_amplitude: see `rotate`.
+    attention_index: index into `attention_specs`.
+    """
 
-
-def reaches_of(config: ModelConfig) -> tuple[Reach, ...]:
-    """How far the model's layers see, each kind of reach once."""
-    part = config.attention
-    kinds = dict.fromkeys(_names_of_kinds(config))
-    return tuple(dict.fromkeys(Reach(part.window if kind == "local" else 0, part.softcap) for kind in kinds))
+    rope_frequencies: Any
+    rope_amplitude: Any
+    attention_index: Any
 
 
-def _names_of_kinds(config: ModelConfig) -> list[str]:
-    part = config.attention
-    pattern = part.pattern or ("local" if part.window else "global",)
+def _layer_kinds(config: ModelConfig) -> list[str]:
+    """The kind of each layer: "global", "local" or "nope"."""
+    attention = config.attention
+    pattern = attention.pattern or ("local" if attention.window else "global",)
     return [pattern[n % len(pattern)] for n in range(config.layers)]
 
 
-def kinds_of(config: ModelConfig) -> list[Kind]:
-    """What each layer is."""
-    part, reaches = config.attention, reaches_of(config)
-    windows = [part.window if kind == "local" else 0 for kind in _names_of_kinds(config)]
+def _attention_spec(config: ModelConfig, kind: str) -> AttentionSpec:
+    return AttentionSpec(config.attention.window if kind == "local" else 0, config.attention.softcap)
+
+
+def attention_specs(config: ModelConfig) -> tuple[AttentionSpec, ...]:
+    """Return the distinct attention specs of the model's layers."""
+    return tuple(dict.fromkeys(_attention_spec(config, kind) for kind in _layer_kinds(config)))
+
+
+def layer_specs(config: ModelConfig) -> list[LayerSpec]:
+    """Return the spec of each layer."""
+    specs = attention_specs(config)
     return [
-        Kind(frequencies_of(part, kind), amplitude_of(part, kind), reaches.index(Reach(window, part.softcap)))
-        for kind, window in zip(_names_of_kinds(config), windows, strict=True)
+        LayerSpec(
+            rope_frequencies=rope_frequencies(config.attention, kind),
+            rope_amplitude=rope_amplitude(config.attention, kind),
+            attention_index=specs.index(_attention_spec(config, kind)),
+        )
+        for kind in _layer_kinds(config)
     ]
 
 
-def drawn(*names: str, scale: float = 0.02) -> Any:
+def normal_init(*names: str, scale: float = 0.02) -> Any:
+    """Normal initializer for a parameter with these logical axes."""
     return nn.with_partitioning(nn.initializers.normal(scale), names)
 
 
+def residual_init_scale(config: ModelConfig) -> float:
+    """Standard deviation of kernels whose output is added to the residual stream (Radford et al. 2019)."""
+    return 0.02 / (2 * config.layers) ** 0.5
+
+
 class Norm(nn.Module):
-    """Normalise the last dim; statistics and scale are float32 whatever the activations are."""
+    """Normalise the last dim. Statistics and scale are float32 whatever the dtype of the activations."""
 
     config: ModelConfig
     backend: Backend
@@ -84,19 +100,25 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         layernorm, plus_one = (self.config.norm == name for name in ("layernorm", "rmsnorm_plus_one"))
-        ones = nn.initializers.zeros if plus_one else nn.initializers.ones
-        scale: Any = self.param("scale", nn.with_partitioning(ones, (self.axis,)), x.shape[-1:])
+        initializer = nn.initializers.zeros if plus_one else nn.initializers.ones
+        scale: Any = self.param("scale", nn.with_partitioning(initializer, (self.axis,)), x.shape[-1:])
         scale = scale + 1.0 if plus_one else scale
-        normed = normalize(x, scale, layernorm, self.config.norm_eps, self.backend.platform)
+
+        normed = self.backend.ops.norm(x, scale, layernorm, self.config.norm_eps)
         if not (layernorm and self.config.bias):
             return normed
         bias: Any = self.param("bias", nn.with_partitioning(nn.initializers.zeros, (self.axis,)), x.shape[-1:])
-        return normed + last_dim(bias, x.ndim).astype(x.dtype)
+        return normed + as_last_dim(bias, x.ndim).astype(x.dtype)
 
 
 class Projection(nn.Module):
-    """A linear map of the last dims, as many as `names` has before those of `features`, with an adapter where there is
-    one beside the kernel, which may be held in another form (`lora.py`)."""
+    """A linear map of the last dims.
+
+    The kernel may be quantized or transposed for decoding, and may have an adapter next to it (`lora_layer.py`).
+
+    features: output dims.
+    names: logical axes of the kernel, input dims first.
+    """
 
     config: ModelConfig
     backend: Backend
@@ -107,21 +129,25 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        inputs, dtype = len(self.names) - len(self.features), jnp.dtype(self.config.dtype)
-        rows, shape = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
+        dtype, linear = jnp.dtype(self.config.dtype), self.backend.ops.linear
+        input_dims = len(self.names) - len(self.features)
+        rows, inputs = x.shape[: x.ndim - input_dims], x.shape[x.ndim - input_dims :]
         x_MI = x.astype(dtype).reshape(*rows, -1)
-        if self.has_variable("params", TURNED):
-            return self._biased(linear_turned(x_MI, self.get_variable("params", TURNED)), rows)
-        kernel: Any = self.param("kernel", drawn(*self.names, scale=self.scale), (*shape, *self.features))
-        beside = {n: self.get_variable("params", n) for n in (SCALE, *ADAPTER) if self.has_variable("params", n)}
-        kernel_IO = kernel_of({"kernel": kernel} | beside).reshape(math.prod(shape), -1)
-        where = (self.backend.platform, self.backend.place, (self.names[0], self.names[inputs]))
-        out = linear(x_MI, kernel_IO.astype(dtype), *where)
-        if UP in beside:
-            out = adapt(out, x_MI, kernel_IO, beside, *where)
-        return self._biased(out, rows)
 
-    def _biased(self, out: Array, rows: tuple[int, ...]) -> Array:
+        if self.has_variable("params", TRANSPOSED):
+            return self._add_bias(linear_transposed(x_MI, self.get_variable("params", TRANSPOSED)), rows)
+
+        kernel: Any = self.param("kernel", normal_init(*self.names, scale=self.scale), (*inputs, *self.features))
+        extra = {n: self.get_variable("params", n) for n in (SCALE, *ADAPTER) if self.has_variable("params", n)}
+        kernel_IO = dequantized_kernel({"kernel": kernel} | extra).reshape(math.prod(inputs), -1)
+
+        names_IO = (self.names[0], self.names[input_dims])
+        out = linear(x_MI, kernel_IO.astype(dtype), names_IO)
+        if UP in extra:
+            out = add_adapter(out, x_MI, kernel_IO, extra, linear, names_IO)
+        return self._add_bias(out, rows)
+
+    def _add_bias(self, out: Array, rows: tuple[int, ...]) -> Array:
         out = out.reshape(*rows, *self.features)
         if not (self.bias or self.config.bias):
             return out
@@ -131,65 +157,83 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention over the row, or, with a cache, over the cache after this call's keys are written to it."""
+    """Attention over the row or, with a cache, over the cache after this call's keys are written to it."""
 
     config: ModelConfig
     backend: Backend
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, positions_BL: Array, segments_BL: Array | None, kind: Kind, cache: Cache | None
+        self, x_BLD: Array, positions_BL: Array, segments_BL: Array | None, spec: LayerSpec, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
-        config, part = self.config, self.config.attention
-
-        def place(x_BLHK: Array, heads: str) -> Array:
-            return self.backend.place.activation(x_BLHK, (*ROWS, heads, ""))
-
-        project = functools.partial(Projection, config, self.backend)
-        qkv = {"query": ("heads", part.heads), "key": ("kv_heads", part.kv_heads), "value": ("kv_heads", part.kv_heads)}
+        config, attention = self.config, self.config.attention
         query, key, value = (
-            place(
-                project((heads, part.head_dim), ("embed", axis, "head_dim"), bias=part.qkv_bias, name=name)(x_BLD), axis
+            self._project_heads(x_BLD, name, heads, axis)
+            for name, heads, axis in (
+                ("query", attention.heads, "heads"),
+                ("key", attention.kv_heads, "kv_heads"),
+                ("value", attention.kv_heads, "kv_heads"),
             )
-            for name, (axis, heads) in qkv.items()
         )
-        if part.qk_norm:
+        if attention.qk_norm:
             query, key = self._norm("query_norm", query), self._norm("key_norm", key)
-        if part.position == "rope":
-            turn = jnp.asarray(kind.frequencies), jnp.asarray(kind.amplitude)
-            query, key = (rotate(x, positions_BL, *turn) for x in (query, key))
-        if part.scale:  # the scores' usual scale is in what attends
-            query = query * jnp.asarray(part.scale * part.head_dim**0.5, query.dtype)
-        reaches = reaches_of(config)
+        if attention.position == "rope":
+            frequencies, amplitude = jnp.asarray(spec.rope_frequencies), jnp.asarray(spec.rope_amplitude)
+            query, key = (rotate(x, positions_BL, frequencies, amplitude) for x in (query, key))
+        if attention.scale:  # relative to the usual scale, which attention itself applies
+            query = query * jnp.asarray(attention.scale * attention.head_dim**0.5, query.dtype)
+
         if cache is not None:
             cache = _write(cache[0], key, positions_BL), _write(cache[1], value, positions_BL)
-            reach = reaches[kind.reach]
-            mask = cache_mask(positions_BL, cache[0].shape[2], reach.window)
-            mixed_BLHK = attend_cached(query, cache[0], cache[1], mask, reach.softcap)
+            mixed_BLHK = self._attend_cache(query, cache, positions_BL, spec)
         else:
             assert segments_BL is not None, "a row without a cache has segments"
-            attend, row = self.backend.attend, (query, key, value, segments_BL)
-            ways = [lambda q, k, v, s, reach=reach: attend(q, k, v, s, reach) for reach in reaches]
-            mixed_BLHK = place(ways[0](*row) if len(ways) == 1 else jax.lax.switch(kind.reach, ways, *row), "heads")
-        scale = 0.02 / (2 * config.layers) ** 0.5  # what adds to the residual stream starts small (Radford et al. 2019)
-        out = project((config.width,), ("heads", "head_dim", "embed"), scale, part.out_bias, name="out")(mixed_BLHK)
-        return out, cache
+            mixed_BLHK = self._constrain(self._attend_row(query, key, value, segments_BL, spec), "heads")
+
+        scale = residual_init_scale(config)
+        project = Projection(
+            config, self.backend, (config.width,), ("heads", "head_dim", "embed"), scale, attention.out_bias, name="out"
+        )
+        return project(mixed_BLHK), cache
+
+    def _project_heads(self, x_BLD: Array, name: str, heads: int, axis: str) -> Array:
+        attention = self.config.attention
+        features, names = (heads, attention.head_dim), ("embed", axis, "head_dim")
+        project = Projection(self.config, self.backend, features, names, bias=attention.qkv_bias, name=name)
+        return self._constrain(project(x_BLD), axis)
+
+    def _attend_row(self, query: Array, key: Array, value: Array, segments: Array, spec: LayerSpec) -> Array:
+        attend, row = self.backend.ops.attention, (query, key, value, segments)
+        branches = [
+            lambda q, k, v, s, attention_spec=attention_spec: attend(q, k, v, s, attention_spec)
+            for attention_spec in attention_specs(self.config)
+        ]
+        # Stacked layers are one loop, in which the index is traced.
+        return branches[0](*row) if len(branches) == 1 else jax.lax.switch(spec.attention_index, branches, *row)
+
+    def _attend_cache(self, query: Array, cache: Cache, positions_BL: Array, spec: LayerSpec) -> Array:
+        attention_spec = attention_specs(self.config)[spec.attention_index]
+        mask = cache_mask(positions_BL, cache[0].shape[2], attention_spec.window)
+        return attend_cached(query, cache[0], cache[1], mask, attention_spec.softcap)
 
     def _norm(self, name: str, x_BLHK: Array) -> Array:
-        """Of each head, or of all together."""
+        """Normalise each head, or all heads together."""
         if self.config.attention.qk_norm_over == "head":
             return Norm(self.config, self.backend, "head_dim", name=name)(x_BLHK)
         flat = x_BLHK.reshape(*x_BLHK.shape[:2], -1)
         return Norm(self.config, self.backend, name=name)(flat).reshape(x_BLHK.shape)
 
+    def _constrain(self, x_BLHK: Array, heads: str) -> Array:
+        return self.backend.hooks.constrain(x_BLHK, (*ROWS, heads, ""))
 
-def _write(held_BGSK: Array, new_BLGK: Array, positions_BL: Array) -> Array:
-    """Each of the new ones in the slot of its position; a row's positions follow each other."""
-    if len(held_BGSK) == 1:  # as one piece: on CPU a scatter has the cache copied, several times a token
-        new_BGLK = new_BLGK.swapaxes(1, 2).astype(held_BGSK.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(held_BGSK, new_BGLK, positions_BL[0, 0], axis=2)
-    rows = jnp.arange(len(held_BGSK))[:, None]
-    return held_BGSK.at[rows, :, positions_BL].set(new_BLGK.astype(held_BGSK.dtype))
+
+def _write(cache_BGSK: Array, new_BLGK: Array, positions_BL: Array) -> Array:
+    """Write new entries to the slots of their positions, which are consecutive in a row."""
+    if len(cache_BGSK) == 1:  # a slice is updated in place, where a scatter may copy the cache several times per token
+        new_BGLK = new_BLGK.swapaxes(1, 2).astype(cache_BGSK.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(cache_BGSK, new_BGLK, positions_BL[0, 0], axis=2)
+    rows = jnp.arange(len(cache_BGSK))[:, None]
+    return cache_BGSK.at[rows, :, positions_BL].set(new_BLGK.astype(cache_BGSK.dtype))
 
 
 class FeedForward(nn.Module):
@@ -198,17 +242,18 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
-        config = self.config
+        config, ops = self.config, self.backend.ops
         project = functools.partial(Projection, config, self.backend, bias=config.ff_bias)
+
         hidden = project((config.ff_width,), ("embed", "ff"), name="up")(x_BLD)
-        if KNOWN[config.activation].gates:
+        if ACTIVATIONS[config.activation].gated:
             gate = project((config.ff_width,), ("embed", "ff"), name="gate")(x_BLD)
-            hidden = hidden * activate(config.activation, gate, self.backend.platform)
+            hidden = hidden * ops.activation(config.activation, gate)
         else:
-            hidden = activate(config.activation, hidden, self.backend.platform)
-        hidden = self.backend.place.activation(hidden, (*ROWS, "ff"))
-        scale = 0.02 / (2 * config.layers) ** 0.5
-        return project((config.width,), ("ff", "embed"), scale=scale, name="down")(hidden)
+            hidden = ops.activation(config.activation, hidden)
+        hidden = self.backend.hooks.constrain(hidden, (*ROWS, "ff"))
+
+        return project((config.width,), ("ff", "embed"), scale=residual_init_scale(config), name="down")(hidden)
 
 
 class Experts(nn.Module):
@@ -219,24 +264,26 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: Array) -> Array:
-        config, part = self.config, self.config.experts
-        wide, scale = (part.count, config.width, config.ff_width), 0.02 / (2 * config.layers) ** 0.5
-        router: Any = self.param("router", drawn("embed", "expert"), (config.width, part.count))
-        gate: Any = self.param("gate", drawn("expert", "embed", "ff"), wide)
-        up: Any = self.param("up", drawn("expert", "embed", "ff"), wide)
-        down: Any = self.param("down", drawn("expert", "ff", "embed", scale=scale), (part.count, *wide[:0:-1]))
+        config, experts = self.config, self.config.experts
+        count, width, ff_width = experts.count, config.width, config.ff_width
+        down_init = normal_init("expert", "ff", "embed", scale=residual_init_scale(config))
+        router: Any = self.param("router", normal_init("embed", "expert"), (width, count))
+        gate: Any = self.param("gate", normal_init("expert", "embed", "ff"), (count, width, ff_width))
+        up: Any = self.param("up", normal_init("expert", "embed", "ff"), (count, width, ff_width))
+        down: Any = self.param("down", down_init, (count, ff_width, width))
+
         mix = functools.partial(
             mix_experts,
-            activation=functools.partial(activate, config.activation, platform=self.backend.platform),
-            per_token=part.per_token,
-            normalize=part.normalize,
+            activation=functools.partial(self.backend.ops.activation, config.activation),
+            per_token=experts.per_token,
+            normalize=experts.normalize,
         )
         kernels = (kernel.astype(x_BLD.dtype) for kernel in (gate, up, down))
-        return mix_over(mix, self.backend.place)(x_BLD, router, *kernels)
+        return expert_parallel_moe(mix, self.backend.hooks)(x_BLD, router, *kernels)
 
 
 class Layer(nn.Module):
-    """One layer, in the shape that `nn.scan` wants: (carry, what is scanned) -> (carry, what is stacked)."""
+    """One layer, with the signature of `nn.scan`: (carry, scanned inputs) -> (carry, stacked outputs)."""
 
     config: ModelConfig
     backend: Backend
@@ -244,30 +291,32 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, kind: Kind, positions_BL: Array, segments_BL: Array | None, cache: Cache | None
+        self, x_BLD: Array, spec: LayerSpec, positions_BL: Array, segments_BL: Array | None, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         config, backend = self.config, self.backend
         drop = nn.Dropout(config.dropout, deterministic=self.deterministic)
-        mixed, cache = Attention(config, backend, name="attention")(
-            self._norm("before", "attention_norm", x_BLD), positions_BL, segments_BL, kind, cache
-        )
-        x_BLD = x_BLD + drop(self._added("attention_post_norm", mixed))
-        ff: Any = (
-            Experts(config, backend, name="experts")
-            if config.experts.count
-            else FeedForward(config, backend, name="ff")
-        )
-        mixed = ff(self._norm("before", "ff_norm", x_BLD))
-        return x_BLD + drop(self._added("ff_post_norm", mixed)), cache
 
-    def _added(self, name: str, mixed_BLD: Array) -> Array:
-        """What goes to the residual stream."""
-        mixed_BLD, scale = self._norm("after", name, self._place(mixed_BLD)), self.config.residual_scale
+        attention = Attention(config, backend, name="attention")
+        normed_BLD = self._norm("before", "attention_norm", x_BLD)
+        mixed_BLD, cache = attention(normed_BLD, positions_BL, segments_BL, spec, cache)
+        x_BLD = x_BLD + drop(self._residual("attention_post_norm", mixed_BLD))
+
+        mixed_BLD = self._feed_forward(self._norm("before", "ff_norm", x_BLD))
+        return x_BLD + drop(self._residual("ff_post_norm", mixed_BLD)), cache
+
+    def _feed_forward(self, x_BLD: Array) -> Array:
+        if self.config.experts.count:
+            return Experts(self.config, self.backend, name="experts")(x_BLD)
+        return FeedForward(self.config, self.backend, name="ff")(x_BLD)
+
+    def _residual(self, name: str, mixed_BLD: Array) -> Array:
+        """What is added to the residual stream: normalised and scaled, if the recipe says so."""
+        mixed_BLD = self._norm("after", name, self.backend.hooks.constrain(mixed_BLD, (*ROWS, "")))
+        scale = self.config.residual_scale
         return mixed_BLD if scale == 1.0 else mixed_BLD * jnp.asarray(scale, mixed_BLD.dtype)
 
-    def _place(self, x_BLD: Array) -> Array:
-        return self.backend.place.activation(x_BLD, (*ROWS, ""))
-
-    def _norm(self, place: str, name: str, x_BLD: Array) -> Array:
-        here = self.config.norm_place in (place, "both")
-        return Norm(self.config, self.backend, name=name)(x_BLD) if here else x_BLD
+    def _norm(self, position: str, name: str, x_BLD: Array) -> Array:
+        """Normalise if the model has a norm at this position, "before" or "after"."""
+        if self.config.norm_place not in (position, "both"):
+            return x_BLD
+        return Norm(self.config, self.backend, name=name)(x_BLD)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxstages.config.mesh import MeshConfig, RulesConfig
+from jaxstages.models.custom_vjp import with_backward
 from jaxstages.models.spmd import GATHERED
 from jaxstages.types import SINGLE_DEVICE, Batch, Names, Params, ShardingHooks
 
@@ -83,26 +84,36 @@ def param_shardings(params: Params, axes: Params, mesh: Mesh, rules: RulesConfig
 
 
 def make_sharding_hooks(mesh: Mesh, rules: RulesConfig = RULES) -> ShardingHooks:
-    """What the model says to the compiler under this mesh; nothing on one device."""
+    """Return the model's sharding annotations under this mesh; identities on one device."""
     if mesh.size == 1:
         return SINGLE_DEVICE
 
-    def put(x: Array, spec: PartitionSpec) -> Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    def constrain(x: Array, names: Names) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(names, rules)))
 
-    def local(function: Callable[..., Array], ins: tuple[Names, ...], out: Names) -> Callable[..., Array]:
-        specs = tuple(spec_of(names, rules) for names in ins)
-        # Kernels don't say how their outputs vary over the mesh.
-        spread: Any = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec_of(out, rules), check_vma=False)
-        return spread
+    def gather(x: Array, names: Names) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(names, rules, gathered=True)))
+
+    # The transpose of a constraint is the same constraint: without this the gradient would be whole on every device.
+    gather_param = with_backward(
+        gather,
+        lambda x, names: (gather(x, names), None),
+        lambda names, _, d_x: (constrain(d_x, names),),
+        static=(1,),
+    )
+
+    def shard_map(function: Callable[..., Array], ins: tuple[Names, ...], out: Names) -> Callable[..., Array]:
+        in_specs = tuple(spec_of(names, rules) for names in ins)
+        # Kernels do not declare how their outputs vary over the mesh.
+        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=spec_of(out, rules), check_vma=False)
 
     return ShardingHooks(
-        activation=lambda x, names: put(x, spec_of(names, rules)),
-        whole=lambda x, names: put(x, spec_of(names, rules, gathered=True)),
-        split=lambda x, names: put(x, spec_of(names, rules)),
-        local=local,
-        axes=lambda name: tuple(axis for axis in getattr(rules, name, ()) if mesh.shape[axis] > 1),
-        parts=lambda name: _product(mesh, getattr(rules, name, ())),
+        constrain=constrain,
+        gather_param=gather_param,
+        shard_param=constrain,
+        shard_map=shard_map,
+        mesh_axes=lambda name: tuple(axis for axis in getattr(rules, name, ()) if mesh.shape[axis] > 1),
+        num_shards=lambda name: _product(mesh, getattr(rules, name, ())),
     )
 
 

@@ -15,9 +15,9 @@ class Trainable(NamedTuple):
 
     axes: logical axes of the trained parameters.
     base_axes: logical axes of the base.
-    freeze: `freeze(params) -> base`, what is kept beside the trained parameters, in its storage dtype.
+    freeze: `freeze(params) -> base`, the frozen parameters, in their storage dtype.
     init: `init(key, params, base) -> trained`.
-    join: `join(base, trained) -> params`, what the model computes with.
+    join: `join(base, trained) -> params`, the parameters that the model computes with.
     export: `export(base, trained) -> params`, plain float32 parameters that compute the same.
     """
 
@@ -30,7 +30,7 @@ class Trainable(NamedTuple):
 
 
 def make_trainable(axes: Params, config: LoraConfig) -> Trainable:
-    """Return the adapters that `config` describes, or full training where its rank is 0.
+    """Return the adapters that `config` describes, or full training if its rank is 0.
 
     Args:
         axes: `Model.axes`.
@@ -42,10 +42,10 @@ def make_trainable(axes: Params, config: LoraConfig) -> Trainable:
         return full_training(axes)
     return Trainable(
         axes=lora.adapter_axes(axes, config),
-        base_axes=lora.held_axes(axes, config.base),
-        freeze=lambda params: lora.hold(params, axes, config.base),
+        base_axes=lora.base_axes(axes, config.base),
+        freeze=lambda params: lora.quantize_base(params, axes, config.base),
         init=lambda key, _params, base: lora.init(key, base, axes, config),
-        join=lambda base, adapters: lora.join(base, adapters, config),
+        join=lambda base, adapters: lora.apply_adapters(base, adapters, config),
         export=lambda base, adapters: lora.merge(base, adapters, config),
     )
 

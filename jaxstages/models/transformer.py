@@ -1,7 +1,7 @@
-"""The decoder-only transformer, as a `Model` of pure functions. Flax stays inside this folder.
+"""The decoder-only transformer as a `Model` of pure functions. Flax modules do not leave this package.
 
-Legend: B batch, L length, D width, H query heads, G key/value heads, K head dim, V vocab,
-N layers (stacked), S cache slots.
+Legend: B batch, L length, D width, H query heads, G key/value heads, K head dim, V vocab, N layers (stacked),
+S cache slots.
 """
 
 import functools
@@ -13,12 +13,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
-from jaxstages.config import ModelConfig
-from jaxstages.models.attention import Attend, attend_in_tiles, attend_over, attend_packed
-from jaxstages.models.layers import Backend, Cache, Kind, Layer, Norm, drawn, kinds_of
-from jaxstages.models.primitives import gather
-from jaxstages.models.spmd import lookup_over
-from jaxstages.models.unstacked import unstack
+from jaxstages.config.model import ModelConfig
+from jaxstages.models.attention import Attend
+from jaxstages.models.layers import Backend, Cache, Layer, LayerSpec, Norm, layer_specs, normal_init
+from jaxstages.models.ops import Ops
+from jaxstages.models.select import select_ops
 from jaxstages.types import SINGLE_DEVICE, Batch, Decoder, HiddenAndHead, Model, Params, ShardingHooks
 
 _POLICIES = jax.checkpoint_policies
@@ -28,13 +27,14 @@ REMAT: dict[str, Any] = {
     "offload": _POLICIES.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "full": _POLICIES.nothing_saveable,
 }
-"""What of a layer is kept for the backward pass; the rest is computed again. "none" is no recomputation."""
+"""Policies for the activations of a layer that are saved for the backward pass. The others are rematerialized."""
 
 
 class Transformer(nn.Module):
-    """stacked: the layers' parameters are one tree whose leaves are stacked, and the layers are a loop; else each has
-    its own, `layers_0`, ..., and they stand one after the other, each with its cache.
-    neftune: see `make_model`."""
+    """stacked: the parameters of all layers are stacked in one tree, and the layers are a scan. Otherwise each layer
+    has its own parameters (`layers_0`, ...) and its own cache.
+    neftune: see `make_model`.
+    """
 
     config: ModelConfig
     vocab: int
@@ -46,58 +46,72 @@ class Transformer(nn.Module):
     def __call__(
         self, tokens_BL: Array, positions_BL: Array, segments_BL: Array | None, caches: Any, deterministic: bool
     ) -> tuple[HiddenAndHead, Any]:
-        config, place = self.config, self.backend.place
+        config, hooks = self.config, self.backend.hooks
         dtype = jnp.dtype(config.dtype)
-        embedding_VD: Any = self.param("embedding", drawn("vocab", "embed"), (self.vocab, config.width))
-        x_BLD = lookup_over(embedding_VD.astype(dtype), tokens_BL, place)
+
+        embedding_VD: Any = self.param("embedding", normal_init("vocab", "embed"), (self.vocab, config.width))
+        x_BLD = self.backend.ops.embed(embedding_VD.astype(dtype), tokens_BL)
         if self.neftune and not deterministic:
-            x_BLD = x_BLD + self._noise(x_BLD, segments_BL)
+            x_BLD = x_BLD + self._embedding_noise(x_BLD, segments_BL)
         if config.scaled_embedding:
             x_BLD = x_BLD * jnp.asarray(config.width**0.5, dtype)
         if config.embedding_scale != 1.0:
             x_BLD = x_BLD * jnp.asarray(config.embedding_scale, dtype)
         if config.attention.position == "learned":
-            table: Any = self.param("position_embedding", drawn("position", "embed"), (config.context, config.width))
-            gathered: Any = gather(table.astype(dtype), place, ("position", "embed"))
-            x_BLD = x_BLD + gathered[positions_BL]
+            axes = ("position", "embed")
+            table: Any = self.param("position_embedding", normal_init(*axes), (config.context, config.width))
+            x_BLD = x_BLD + hooks.gather_param(table.astype(dtype), axes)[positions_BL]
         x_BLD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BLD)
-        layers, where = kinds_of(config), (positions_BL, segments_BL)
+
         if self.stacked:
-            kinds = Kind(*map(np.asarray, zip(*layers, strict=True)))
-            x_BLD, _ = self._loop()(config, self.backend, deterministic, name="layers")(x_BLD, kinds, *where, None)
+            x_BLD = self._stacked_layers(x_BLD, positions_BL, segments_BL, deterministic)
         else:
-            held = []
-            for n, kind in enumerate(layers):
-                layer = Layer(config, self.backend, deterministic, name=f"layers_{n}")
-                x_BLD, cache = layer(x_BLD, kind, *where, caches[n])
-                held.append(cache)
-            caches = tuple(held)
+            x_BLD, caches = self._separate_layers(x_BLD, positions_BL, segments_BL, caches, deterministic)
+
         x_BLD = Norm(config, self.backend, name="final_norm")(x_BLD)
         if config.logit_scale != 1.0:
             x_BLD = x_BLD * jnp.asarray(config.logit_scale, dtype)
         head: Any = embedding_VD
         if not config.tied_head:
-            head = self.param("head", drawn("vocab", "embed"), (self.vocab, config.width))
+            head = self.param("head", normal_init("vocab", "embed"), (self.vocab, config.width))
+        head_VD = hooks.gather_param(head.astype(dtype), ("vocab", "embed"))
         softcap = jnp.float32(config.logit_softcap) if config.logit_softcap else None
-        return HiddenAndHead(x_BLD, gather(head.astype(dtype), place, ("vocab", "embed")), softcap), caches
+        return HiddenAndHead(x_BLD, head_VD, softcap), caches
 
-    def _loop(self) -> Any:
+    def _stacked_layers(
+        self, x_BLD: Array, positions_BL: Array, segments_BL: Array | None, deterministic: bool
+    ) -> Array:
         config, layer = self.config, Layer
         if self.backend.remat != "none":
-            # In a loop the compiler can't merge what is computed twice; where the layers are unrolled it would.
+            # A loop keeps the compiler from merging the recomputation with the original. Unrolled layers need barriers.
             layer = nn.remat(Layer, policy=REMAT[self.backend.remat], prevent_cse=config.unroll)
-        axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # Flax's own default, 0, makes it an int to a checker
-        return nn.scan(
+
+        in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        scan = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=axes,
+            in_axes=in_axes,
             length=config.layers,
             unroll=config.layers if config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+        specs = LayerSpec(*map(np.asarray, zip(*layer_specs(config), strict=True)))
+        layers: Any = scan(config, self.backend, deterministic, name="layers")
+        x_BLD, _ = layers(x_BLD, specs, positions_BL, segments_BL, None)
+        return x_BLD
 
-    def _noise(self, x_BLD: Array, segments_BL: Array | None) -> Array:
+    def _separate_layers(
+        self, x_BLD: Array, positions_BL: Array, segments_BL: Array | None, caches: Any, deterministic: bool
+    ) -> tuple[Array, tuple[Cache | None, ...]]:
+        new_caches = []
+        for n, spec in enumerate(layer_specs(self.config)):
+            layer = Layer(self.config, self.backend, deterministic, name=f"layers_{n}")
+            x_BLD, cache = layer(x_BLD, spec, positions_BL, segments_BL, caches[n])
+            new_caches.append(cache)
+        return x_BLD, tuple(new_caches)
+
+    def _embedding_noise(self, x_BLD: Array, segments_BL: Array | None) -> Array:
         assert segments_BL is not None, "noise is for training, which has rows"
         same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
         length_BL = jnp.sum(same_BLL, axis=-1).astype(jnp.float32)
@@ -106,71 +120,82 @@ class Transformer(nn.Module):
         return (noise * scale_BL[..., None]).astype(x_BLD.dtype)
 
 
+def unstack(params: Params, layers: int) -> Params:
+    """Split the stacked `layers` into `layers_0`, `layers_1`, ..."""
+    separate = {f"layers_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], params["layers"]) for n in range(layers)}
+    return {name: part for name, part in params.items() if name != "layers"} | separate
+
+
 def make_model(
     config: ModelConfig,
     vocab: int,
     *,
     platform: str | None = None,
     attend: Attend | None = None,
-    place: ShardingHooks = SINGLE_DEVICE,
+    hooks: ShardingHooks = SINGLE_DEVICE,
+    ops: Ops | None = None,
     remat: str = "none",
     neftune: float = 0.0,
 ) -> Model:
-    """The transformer of `config` over `vocab` tokens. Parameters are float32; activations are `config.dtype`.
+    """Return the transformer of `config` over `vocab` tokens. Parameters are float32, activations `config.dtype`.
 
-    A position beyond `config.context` has no learned embedding; callers keep within it.
+    A position beyond `config.context` has no learned embedding; callers stay within it.
 
     Args:
-        platform: "cpu", "gpu" or "tpu", which the functions are to run on; None is jax's own default.
-        attend: how it attends over packed rows, as `choose_attend` found it; None is what every machine of the platform
-            can do.
-        place: which device holds what.
-        remat: what the backward pass computes again, see `REMAT`; outputs do not depend on it.
+        platform: "cpu", "gpu" or "tpu"; None is JAX's default.
+        attend: attention over packed rows, such as a kernel chosen by `choose_attend`; None is the one that every
+            machine of the platform supports.
+        hooks: how arrays are sharded.
+        ops: the operations to use instead of those of the platform, such as `REFERENCE`.
+        remat: which activations the backward pass recomputes, see `REMAT`; outputs do not depend on it.
         neftune: in training, uniform noise of this over `sqrt(tokens of the example * width)` is added to embeddings
             (NEFTune, Jain et al. 2023); 0 is none.
     """
-    platform = platform or jax.default_backend()
-    attend = attend or (attend_in_tiles if platform == "cpu" else attend_packed)
-    # The forms that are fast on CPU know one device only.
-    forms = platform if place == SINGLE_DEVICE else "several"
     vocab = max(vocab, config.vocab_size)
-    spread = Backend(forms, attend_over(attend, place, config.context), place, remat)
-    module = Transformer(config, vocab, spread, neftune=neftune)
-    alone = Backend(platform, attend_packed, SINGLE_DEVICE)
-    decoder = Transformer(config, vocab, alone, stacked=False)
+    row_ops = ops or select_ops(platform, hooks, attend, config.context)
+    single_device = Backend(ops or select_ops(platform), SINGLE_DEVICE)
+    model = Transformer(config, vocab, Backend(row_ops, hooks, remat), neftune=neftune)
+    decoder = Transformer(config, vocab, single_device, stacked=False)
 
-    @jax.jit  # traced once, however often its shapes are asked for
+    @jax.jit  # traced once, however often the shapes are needed
     def boxed(key: Array) -> Params:
-        row = jnp.zeros((1, 2), jnp.int32)  # which no mesh could split
-        variables: Any = Transformer(config, vocab, alone).init(key, row, row, row, None, True)
-        return variables["params"]  # a dict, if Flax's type says more
+        row = jnp.zeros((1, 2), jnp.int32)  # too small for any mesh to split
+        variables: Any = Transformer(config, vocab, single_device).init(key, row, row, row, None, True)
+        return variables["params"]
 
     def init(key: Array) -> Params:
         return nn.unbox(boxed(key))
 
     def hidden(params: Params, batch: Batch, dropout_key: Array | None) -> HiddenAndHead:
-        rngs = None if dropout_key is None or not (config.dropout or neftune) else {"dropout": dropout_key}
+        deterministic = dropout_key is None or not (config.dropout or neftune)
+        rngs: Any = None if deterministic else {"dropout": dropout_key}
         rows = (batch.tokens_BL, batch.positions_BL, batch.segments_BL)
-        found, _ = module.apply({"params": params}, *rows, None, rngs is None, rngs=rngs)
-        return found
+        outputs, _ = model.apply({"params": params}, *rows, None, deterministic, rngs=rngs)
+        return outputs
 
     def apply(params: Params, batch: Batch, dropout_key: Array | None) -> Array:
         return hidden(params, batch, dropout_key).logits()
 
     def init_cache(batch_size: int, slots: int) -> tuple[Cache, ...]:
         shape = (batch_size, config.attention.kv_heads, slots, config.attention.head_dim)
-        empty = functools.partial(jnp.zeros, shape, jnp.dtype(config.dtype))
-        return tuple((empty(), empty()) for _ in range(config.layers))
+        zeros = functools.partial(jnp.zeros, shape, jnp.dtype(config.dtype))
+        return tuple((zeros(), zeros()) for _ in range(config.layers))
+
+    def prepare(params: Params) -> Params:
+        prepare_layer, dtype = single_device.ops.prepare_decode, jnp.dtype(config.dtype)
+        parts = unstack(params, config.layers)
+        return {
+            name: prepare_layer(part, dtype) if name.startswith("layers_") else part for name, part in parts.items()
+        }
 
     def decode(params: Params, tokens_BL: Array, positions_BL: Array, caches: Any) -> tuple[HiddenAndHead, Any]:
-        # Any: Flax's type also has the variables that `mutable` would return.
-        found: Any = decoder.apply({"params": params}, tokens_BL, positions_BL, None, caches, True)
-        return found
+        # Flax's type also includes the variables that `mutable` would return.
+        outputs: Any = decoder.apply({"params": params}, tokens_BL, positions_BL, None, caches, True)
+        return outputs
 
     axes = jax.tree.map(
         lambda leaf: leaf.names,
         jax.eval_shape(boxed, jax.random.key(0)),
         is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
     )
-    prepare = functools.partial(unstack, layers=config.layers, dtype=jnp.dtype(config.dtype), platform=platform)
     return Model(init, apply, axes, hidden, Decoder(init_cache, prepare, decode))

@@ -1,1 +1,1 @@
-"""What a recipe takes before it is run: memory, exchanges between devices, time."""
+"""Estimates for a recipe before it runs: memory, communication between devices, and time."""

@@ -1,6 +1,6 @@
-"""Chips that a recipe can be planned for, and how to get at them without having one.
+"""Chips to plan for, and topologies of devices to compile for on a machine without them.
 
-Figures are the makers': Google Cloud's pages of TPU v5e, v5p and v6e, NVIDIA's data sheets of H100 and H200 (SXM).
+Figures are from Google Cloud's pages on TPU v5e, v5p and v6e, and from NVIDIA's data sheets of H100 and H200 (SXM).
 """
 
 import os
@@ -11,8 +11,11 @@ import jax
 
 
 class Chip(NamedTuple):
-    """flops: dense bfloat16 a second. memory: bytes. bandwidth: of memory, bytes a second. link: bytes a second that a
-    chip sends to its neighbours along one axis of the mesh, both ways of a TPU's ring together."""
+    """flops: dense bfloat16 FLOPs per second.
+    memory: bytes.
+    bandwidth: memory bandwidth, bytes per second.
+    link: bytes per second that a chip sends to its neighbours along one mesh axis, both directions of a TPU's ring.
+    """
 
     name: str
     flops: float
@@ -31,54 +34,61 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """chip: None where nothing is known of the machine's speed. platform: what is compiled for."""
+    """Devices to compile for.
 
-    asked: str
+    name: as in --topology.
+    chip: None if the machine's speed is not known.
+    platform: to compile for.
+    """
+
+    name: str
     devices: list[Any]
     chip: Chip | None
     platform: str
 
 
-def topology_of(asked: str) -> Topology:
-    """ "v5e:4x4" and the like (by libtpu, ahead of time), "h100:8", "h200:1" and "cpu:8" (compiled for so many devices
-    of the CPU, which has no GPU's kernels), or "local", the devices that are here.
+def topology_of(name: str) -> Topology:
+    """Return the topology with a name: a TPU slice such as "v5e:4x4" (compiled by libtpu, ahead of time), "h100:8",
+    "h200:1" or "cpu:8" (compiled for as many CPU devices, without the kernels of a GPU), or "local", this machine.
 
     Raises:
-        ValueError: no such topology; JAX has its devices already, so that others can't be had; libtpu is missing.
+        ValueError: no such topology, libtpu is missing, or JAX has already started with other devices.
     """
-    if asked == "local":
-        return Topology(asked, jax.devices(), _chip_of(jax.devices()[0]), jax.default_backend())
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", asked)
+    if name == "local":
+        return Topology(name, jax.devices(), _chip_of(jax.devices()[0]), jax.default_backend())
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not match or match.group(1) not in (*CHIPS, "cpu"):
         raise ValueError(
-            f"--topology={asked!r}: write local, cpu:8, h100:8, h200:1, v5e:4x4, v5p:4x4x4 or v6e:16x16; "
+            f"--topology={name!r}: write local, cpu:8, h100:8, h200:1, v5e:4x4, v5p:4x4x4 or v6e:16x16; "
             f"known chips: {', '.join(CHIPS)}"
         )
     kind, size = match.groups()
     chip = CHIPS.get(kind)
     if kind.startswith("v"):
-        return Topology(asked, _tpu(asked), chip, "tpu")
+        return Topology(name, _tpu(name), chip, "tpu")
     if not size.isdigit():
-        raise ValueError(f"--topology={asked!r}: write {kind}:N, a number of devices")
+        raise ValueError(f"--topology={name!r}: write {kind}:N, a number of devices")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(size))
     if len(jax.devices()) != int(size):
-        raise ValueError(f"--topology={asked!r}: JAX has {len(jax.devices())} devices already; unset XLA_FLAGS' number")
-    return Topology(asked, jax.devices(), chip, "cpu")
+        raise ValueError(
+            f"--topology={name!r}: JAX has {len(jax.devices())} devices already; unset their number in XLA_FLAGS"
+        )
+    return Topology(name, jax.devices(), chip, "cpu")
 
 
-def _tpu(asked: str) -> list[Any]:
+def _tpu(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu looks for a TPU's metadata server, for minutes
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu searches for a metadata server for minutes
     try:
-        return list(topologies.get_topology_desc(asked, platform="tpu").devices)
-    except Exception as error:  # libtpu is missing, or knows no such grid: it has no type of its own for that
-        said = (str(error).splitlines() or [repr(error)])[0][:200]
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except Exception as error:  # libtpu is missing, or has no such grid; it raises no type of its own
+        message = (str(error).splitlines() or [repr(error)])[0][:200]
         raise ValueError(
-            f"--topology={asked}: {said}; it needs the extra `tpu` (pip install 'jaxstages[tpu]'), and a grid that the "
-            "chip has: v5e and v6e 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; v5p 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ..."
+            f"--topology={name}: {message}; it needs the extra `tpu` (pip install 'jaxstages[tpu]'), and a grid that "
+            "exists: v5e and v6e 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; v5p 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ..."
         ) from error
 
 
@@ -93,4 +103,4 @@ def _chip_of(device: Any) -> Chip | None:
         "h100": "h100",
         "h200": "h200",
     }
-    return next((CHIPS[name] for word, name in names.items() if word in kind), None)
+    return next((CHIPS[key] for word, key in names.items() if word in kind), None)

@@ -1,4 +1,4 @@
-"""How much a step computes, and how fast it should be: arithmetic, no measurement.
+"""FLOPs of a train step, and a roofline estimate of its time. Arithmetic; nothing is measured.
 
 Legend: D width, V vocab, T context.
 """
@@ -14,49 +14,56 @@ from jaxstages.config import LoraConfig, ModelConfig
 from jaxstages.models.transformer import make_model
 from jaxstages.plan.chips import Chip
 
-MATMULS = 0.75
+MATMUL_EFFICIENCY = 0.75
 """Share of the peak that large matrix products reach on such chips."""
 
 
 class Flops(NamedTuple):
-    """Of one token in training, forward and backward. causal counts the half of attention that is not masked (MaxText
-    since 2025), full all of it (nanoGPT, PaLM)."""
+    """FLOPs per token in training, forward and backward.
+
+    causal: counts the unmasked half of attention (MaxText since 2025).
+    full: counts all of attention (nanoGPT, PaLM).
+    """
 
     causal: float
     full: float
 
 
 def flops_per_token(config: ModelConfig, vocab: int, lora: LoraConfig | None = None) -> Flops:
-    """`6 * (parameters in products) + 6 * layers * T * heads * head_dim` (causal); lookups, norms, softmax and
-    optimizer are not counted. Of a mixture the experts that a token takes count. With adapters the frozen products cost
-    4 each: they have no gradient of their own."""
-    part, width = config.attention, config.width
+    """Compute `6 * (parameters in products) + 6 * layers * T * heads * head_dim` (causal).
+
+    Lookups, norms, softmax and the optimizer are not counted. A mixture counts the experts that a token is routed to.
+    With adapters the frozen products cost 4 FLOPs per parameter, because they have no gradient of their own.
+    """
+    attention, width = config.attention, config.width
     shapes: Any = jax.eval_shape(make_model(config, vocab).init, jax.random.key(0))
     layers = sum(leaf.size for leaf in jax.tree.leaves(shapes["layers"]) if leaf.ndim > 2)
     if config.experts.count:
-        wide = config.layers * config.width * config.ff_width * 3
-        layers -= wide * (config.experts.count - config.experts.per_token)
+        expert = config.layers * config.width * config.ff_width * 3
+        layers -= expert * (config.experts.count - config.experts.per_token)
     products = layers + max(vocab, config.vocab_size) * width
-    seen = [min(config.context, part.window or config.context) if kind else config.context for kind in _local(config)]
-    heads = part.heads * part.head_dim
-    full = sum(12 * length * heads for length in seen)
-    # A query of a window of W in a row of T sees W keys, but for the first W, which see half as many on average.
-    causal = sum(
-        12 * heads * (w - w * (w - 1) / (2 * config.context)) if w < config.context else 6 * w * heads for w in seen
-    )
     dense = 4 * products if lora is not None and lora.rank else 6 * products
+
+    window = min(config.context, attention.window or config.context)
+    spans = [window if local else config.context for local in _local_layers(config)]
+    heads = attention.heads * attention.head_dim
+    full = sum(12 * span * heads for span in spans)
+    # With a window of W, a query sees W keys, except for the first W queries, which see half as many on average.
+    causal = sum(
+        12 * heads * (span - span * (span - 1) / (2 * config.context)) if span < config.context else 6 * span * heads
+        for span in spans
+    )
     return Flops(dense + causal, dense + full)
 
 
-def _local(config: ModelConfig) -> list[bool]:
-    part = config.attention
-    kinds = part.pattern or ("local" if part.window else "global",)
-    return [kind == "local" for kind in itertools.islice(itertools.cycle(kinds), config.layers)]
+def _local_layers(config: ModelConfig) -> list[bool]:
+    attention = config.attention
+    pattern = attention.pattern or ("local" if attention.window else "global",)
+    return [kind == "local" for kind in itertools.islice(itertools.cycle(pattern), config.layers)]
 
 
 class Roofline(NamedTuple):
-    """Seconds of a step: of its products, of what it reads and writes of memory at least, of its exchanges; the sum of
-    the larger of the first two and the last, and, where all overlap, the largest."""
+    """Seconds per step: for matrix products, for the least memory traffic, and for communication."""
 
     compute: float
     memory: float
@@ -64,31 +71,36 @@ class Roofline(NamedTuple):
 
     @property
     def overlapped(self) -> float:
+        """Time if everything overlaps."""
         return max(self.compute, self.memory, self.exchange)
 
     @property
     def one_by_one(self) -> float:
+        """Time if communication overlaps with nothing."""
         return max(self.compute, self.memory) + self.exchange
 
 
 def roofline(chip: Chip, chips: int, step_flops: float, state_bytes: float, sent: Mapping[str, float]) -> Roofline:
-    """
+    """Estimate the time of a step.
+
     Args:
-        step_flops: of all chips together, with what is computed again.
-        state_bytes: parameters and optimizer of a chip, each read and written once.
-        sent: bytes that a chip sends, by kind, see `wire_bytes`.
+        step_flops: of all chips together, rematerialization included.
+        state_bytes: parameters and optimizer state per chip, each read and written once.
+        sent: bytes that a chip sends, by kind (`wire_bytes`).
     """
     return Roofline(
-        step_flops / (chips * chip.flops * MATMULS), 2 * state_bytes / chip.bandwidth, sum(sent.values()) / chip.link
+        compute=step_flops / (chips * chip.flops * MATMUL_EFFICIENCY),
+        memory=2 * state_bytes / chip.bandwidth,
+        exchange=sum(sent.values()) / chip.link,
     )
 
 
 def wire_bytes(total: Mapping[str, float], devices: int) -> dict[str, float]:
-    """What a ring sends for collectives of so many bytes."""
+    """Convert the bytes of collectives into the bytes that a ring sends."""
     share = (devices - 1) / devices
     return {kind: size * share * (2 if kind == "all-reduce" else 1) for kind, size in total.items()}
 
 
-def held_bytes(tree: Any) -> int:
-    """Of a tree of shapes with shardings, on each device."""
+def bytes_per_device(tree: Any) -> int:
+    """Sum the bytes that a tree of shapes with shardings takes on each device."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -22,7 +22,7 @@ from jaxstages.config import Recipe
 from jaxstages.runtime import manifest
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, steps_of, tokenizer_file
-from jaxstages.train.metric_writer import read_metrics
+from jaxstages.training.metric_writer import read_metrics
 from tests.reliability.harness import quick_runs
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
@@ -352,7 +352,7 @@ def test_one_field_is_changed_without_saying_all_again(
     assert call("finetune", f"--workdir={work}", "--config.finetune.optim.clip_norm=2") == 2
     assert "config.finetune.optim.clip_norm: 1.0 -> 2.0; set it back" in capsys.readouterr().err
     assert call("finetune", f"--workdir={work}", "--config.instruct.loop.steps=3") == 2
-    assert "--config.instruct.loop.steps=3 changes what is not there" in capsys.readouterr().err
+    assert "--config.instruct.loop.steps=3 sets a field of an absent stage" in capsys.readouterr().err
 
 
 def test_a_save_that_can_not_be_read_back_is_no_save(

@@ -22,17 +22,18 @@ from jaxstages.cli.resolve import keep_recipe
 from jaxstages.cli.train import train
 from jaxstages.config import MeshConfig, OptimConfig, Recipe, ScheduleConfig
 from jaxstages.data.batches import Batches, batches_by_step
+from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.sharding import batch_sharding, make_mesh, place_batch
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoints_folder, steps_of
-from jaxstages.train import program
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.guard import init_guard, judge
-from jaxstages.train.metric_writer import read_metrics
-from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.saved_items import from_items, to_items
-from jaxstages.train.setup import setup_stage
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training import program
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.guard import init_guard, should_apply
+from jaxstages.training.metric_writer import read_metrics
+from jaxstages.training.optimizer import make_optimizer
+from jaxstages.training.saved_items import from_items, to_items
+from jaxstages.training.setup import setup_stage
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch, Diverged, Model, Params, TrainState
 from tests.reliability.harness import make_recipe, outcome, quick_runs, unlike
 from tests.tiny import VOCAB, mixed_batch
@@ -128,7 +129,9 @@ def test_exactly_the_bad_steps_are_skipped(layout: Layout) -> None:
     """Each fault at step 0, in the warm-up, later and in streaks. The other run never sees a bad batch: it is given the
     good ones, with their step's number for the noise (without noise it simply counts on)."""
     tx, dice = frail_optimizer(), np.random.default_rng(0)
-    train_step = jax.jit(make_train_step(layout.apply, tx, accumulate=layout.accumulate), donate_argnums=0)
+    train_step = jax.jit(
+        make_train_step(cross_entropy_loss(layout.apply), tx, accumulate=layout.accumulate), donate_argnums=0
+    )
     mesh = make_mesh(MeshConfig(), jax.devices()[: layout.devices])
     orders = [[fault, *"..", fault, *"...", fault, fault, fault, *".."] for fault in FAULTS]
     orders += [["." if good else str(dice.choice(FAULTS)) for good in dice.random(24) < 0.6] for _ in range(2)]
@@ -156,7 +159,7 @@ def test_exactly_the_bad_steps_are_skipped(layout: Layout) -> None:
 
 @functools.cache
 def faulty_step() -> Callable[[TrainState, Batch], Any]:
-    return jax.jit(make_train_step(faulty, frail_optimizer()))
+    return jax.jit(make_train_step(cross_entropy_loss(faulty), frail_optimizer()))
 
 
 @jax.jit
@@ -206,7 +209,7 @@ def judged(window: int, sigma: float, rows: np.ndarray) -> tuple[list[bool], lis
 @pytest.mark.parametrize("window", [1, 5, 32])
 def test_the_guard_is_the_plain_rule(window: int, sigma: float) -> None:
     def one(state: Any, row: jax.Array) -> Any:
-        applied, state = judge(state, row[0], row[1], row[2], sigma)
+        applied, state = should_apply(state, row[0], row[1], row[2], sigma)
         return state, (applied, state.streak)
 
     run = jax.jit(lambda rows: jax.lax.scan(one, init_guard(window), rows))
@@ -358,7 +361,7 @@ def test_the_loop_skips_the_bad_batches_and_no_other(lab: Lab, scattered: Path) 
     model = lab.model(SCATTERED)
     params = jax.jit(model.init)(jax.random.key(lab.recipe.seed))
     state = init_state(params, setup.program.tx, setup.config.optim.spike_window)
-    train_step = jax.jit(make_train_step(model.apply, setup.program.tx, seed=lab.recipe.seed))
+    train_step = jax.jit(make_train_step(cross_entropy_loss(model.apply), setup.program.tx, seed=lab.recipe.seed))
     for k in sorted(set(range(STEPS)) - SCATTERED):
         state, _ = train_step(
             state._replace(step=jnp.int32(k)),

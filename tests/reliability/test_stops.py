@@ -19,9 +19,9 @@ from jaxstages.checkpoint.fingerprint import fingerprint
 from jaxstages.checkpoint.manager import Checkpoints, _Manager
 from jaxstages.checkpoint.metadata import META
 from jaxstages.runtime.workdir import steps_of
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.saved_items import from_items, to_items
-from jaxstages.train.step import init_state
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.saved_items import from_items, to_items
+from jaxstages.training.step import init_state
 from tests.reliability.harness import (
     SAVE_EVERY,
     Child,
@@ -113,7 +113,7 @@ def test_a_state_that_is_being_saved(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert gate.wait(30)
         return save(self, *args, **named)
 
-    monkeypatch.setattr(manager, "COPIED", most)
+    monkeypatch.setattr(manager, "MAX_COPY_BYTES", most)
     monkeypatch.setattr(_Manager, "save", slow)
     state = init_state({"table": jnp.arange(1000.0)}, optax.adam(0.1))
     stopping, meta = early_stopping().init(), {name: types[0]() for name, types in META.items()}

@@ -14,9 +14,9 @@ from jaxstages.checkpoint.fingerprint import named_leaves
 from jaxstages.config import ModelConfig, OptimConfig, Recipe, RulesConfig, StageConfig
 from jaxstages.config.parts import ModelSpec
 from jaxstages.data.prepare import Prepared
-from jaxstages.models.attention import AT_ONCE, Attend
+from jaxstages.models.attention import Attend
 from jaxstages.models.kernels import Shape, choose_attend, machine_of
-from jaxstages.models.layers import reaches_of
+from jaxstages.models.layers import attention_specs
 from jaxstages.models.sharding import (
     batch_sharding,
     check_batch,
@@ -25,12 +25,13 @@ from jaxstages.models.sharding import (
     make_sharding_hooks,
     param_shardings,
 )
+from jaxstages.models.spmd import QUERY_BLOCK
 from jaxstages.models.trainable import Trainable, make_trainable
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
-from jaxstages.train.optimizer import check_optimizer_paths, make_optimizer, make_schedule
-from jaxstages.train.step import init_state
+from jaxstages.training.optimizer import check_optimizer_paths, make_optimizer, make_schedule
+from jaxstages.training.step import init_state
 from jaxstages.types import Model, Params, ShardingHooks, TrainState
 
 
@@ -97,7 +98,7 @@ def make_program(
 
     def remake(**options: Any) -> Model:
         if isinstance(recipe.model, ModelConfig):
-            return make_model(recipe.model, vocab_size, platform=platform, attend=attend, place=hooks, **options)
+            return make_model(recipe.model, vocab_size, platform=platform, attend=attend, hooks=hooks, **options)
         return _make_own_model(recipe.model, vocab_size)
 
     model = remake()
@@ -198,7 +199,7 @@ def choose_attention(config: ModelSpec, parts: int, rows: list[Prepared]) -> Att
     if not isinstance(config, ModelConfig) or not rows or machine.platform == "cpu":
         return None
     if parts > 1:
-        say(f"attention: the formula, {AT_ONCE} queries at a time, for mesh.context={parts} splits the rows")
+        say(f"attention: the formula, {QUERY_BLOCK} queries at a time, for mesh.context={parts} splits the rows")
         return None
     part = config.attention
     shape = Shape(
@@ -210,8 +211,8 @@ def choose_attention(config: ModelSpec, parts: int, rows: list[Prepared]) -> Att
         runs=max(prepared.max_segments() for prepared in rows) + 1,  # and padding
     )
     # Layers that see differently far may need different kernels.
-    choices = {reach: choose_attend(shape._replace(reach=reach), machine) for reach in reaches_of(config)}
-    said = "; ".join(dict.fromkeys(choice.said for choice in choices.values()))
-    multihost.assert_same_on_all_hosts({"attention": said})
-    say(said)
-    return lambda query, key, value, segments, reach: choices[reach].attend(query, key, value, segments, reach)
+    choices = {spec: choose_attend(shape._replace(spec=spec), machine) for spec in attention_specs(config)}
+    reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices.values()))
+    multihost.assert_same_on_all_hosts({"attention": reasons})
+    say(reasons)
+    return lambda query, key, value, segments, spec: choices[spec].attend(query, key, value, segments, spec)

@@ -1,4 +1,4 @@
-"""Held-out scores of parameters: the loss over packed rows, and the task's own metrics from generated answers."""
+"""Evaluation on held-out data: the loss over packed rows, and the task's own metrics from generated answers."""
 
 import functools
 from collections import defaultdict
@@ -16,23 +16,25 @@ from jaxstages.data.prepare import Prepared, subsample_evenly
 from jaxstages.data.stage_data import EvaluationSet
 from jaxstages.data.tasks import Question
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.generate.decode import make_answers
-from jaxstages.generate.eval_step import make_eval_step
-from jaxstages.generate.label_scores import make_likeliest
-from jaxstages.generate.metrics import from_sums, score_labels, score_text
-from jaxstages.generate.sampling import Sampling
-from jaxstages.generate.text_stream import TextStream
+from jaxstages.generation.decode import make_answers
+from jaxstages.generation.eval_step import make_eval_step
+from jaxstages.generation.label_scores import make_likeliest
+from jaxstages.generation.metrics import from_sums, score_labels, score_text
+from jaxstages.generation.sampling import Sampling
+from jaxstages.generation.text_stream import TextStream
 from jaxstages.models.sharding import place_batch, rows_here
-from jaxstages.types import Metrics, Model, Params, Report, Sums
+from jaxstages.types import LossFn, Metrics, Model, Params, Report, Sums
 
 
 class TextModel(NamedTuple):
-    """A model with its tokenizer, the longest row that it takes, and the sharding of its batches."""
+    """A model with its tokenizer, context length, and the sharding of its batches."""
 
     model: Model
     tokenizer: Tokenizer
     context: int
     row_sharding: NamedSharding
+    loss: LossFn | None = None
+    """Of the stage, if it has a loss of its own; else held-out data are measured by cross-entropy."""
 
 
 Evaluate = Callable[[Params, bool], Report]
@@ -45,23 +47,22 @@ def make_evaluate(
     loss_tile: int = 0,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluate:
-    """`evaluate(params, scores)`: the loss over held-out rows and, with `scores`, the recipe's metrics of answers to
-    held-out questions, on any number of devices and hosts.
+    """Make `evaluate(params, scores)`: the loss over held-out rows and, with `scores`, the recipe's metrics of answers
+    to held-out questions, on any number of devices and hosts.
 
-    Where the stage's own held-out data have several sources, the loss of each is `loss/SOURCE`. A watched stage is
-    always scored.
+    If a set has several sources, the loss of each is `loss/SOURCE`. Watched stages are always scored.
 
     Args:
-        sets: the held-out sets, each with its own metrics and limits.
-        config: the stage's own, for `batch_size`.
+        sets: held-out sets, each with its own metrics and limits.
+        config: the stage's own settings, for `batch_size`.
         loss_tile: see `LoopConfig`.
-        before_batch: called before each batch; what it raises ends the evaluation.
+        before_batch: called before each batch; an exception in it ends the evaluation.
     """
     token_bytes_V = jnp.asarray(text_model.tokenizer.token_bytes())
-    row_sums = make_eval_step(text_model.model.outputs, token_bytes_V, loss_tile)
-    eval_step = jax.jit(lambda params, batch: with_spread(row_sums(params, batch)))
+    row_sums = make_eval_step(text_model.model.outputs, token_bytes_V, loss_tile, text_model.loss)
+    eval_step = jax.jit(lambda params, batch: sum_rows(row_sums(params, batch)))
 
-    @functools.cache  # sets with answers of the same length share what is compiled
+    @functools.cache  # sets with answers of the same length share compiled functions
     def answer_with(max_new_tokens: int) -> Callable[[Params, Sequence[Sequence[int]]], list[str]]:
         return make_answer(text_model, max_new_tokens, config.batch_size, before_batch=before_batch)
 
@@ -69,16 +70,15 @@ def make_evaluate(
     size, sharding = config.batch_size, text_model.row_sharding
 
     def loss_sums(params: Params, each: EvaluationSet) -> list[tuple[str, Sums]]:
-        """Name and sums of each source that has rows among those measured."""
-        sources = [range(source.index["rows"]) for source in each.held_out]
-        rows = subsample_evenly(
-            [(number, row) for number, source in enumerate(sources) for row in source], each.config.max_rows
-        )
+        """Return name and sums of each source that has rows in the subsample."""
+        all_rows = [(number, row) for number, source in enumerate(each.held_out) for row in range(source.index["rows"])]
+        sample = subsample_evenly(all_rows, each.config.max_rows)
+
         totals: list[tuple[str, Sums]] = []
         for number, source in enumerate(each.held_out):
-            chosen = [row for owner, row in rows if owner == number]
+            rows = [row for owner, row in sample if owner == number]
             total: Sums = {}
-            for batch in batches_once(source, chosen, batch_size=size, local_rows=rows_here(size, sharding)):
+            for batch in batches_once(source, rows, batch_size=size, local_rows=rows_here(size, sharding)):
                 before_batch()
                 sums = eval_step(params, place_batch(batch, size, sharding))
                 # Sums stay on the device, so that no batch waits for the one before.
@@ -96,21 +96,26 @@ def make_evaluate(
             if len(totals) > 1:
                 values |= {f"loss/{name}": from_sums(total)["loss"] for name, total in totals}
             if scorer is not None and (scores or each.is_watched):
-                scored, signed = scorer(params)
-                values |= scored
-                signatures += [text for text in signed if text not in signatures]
+                score_metrics, score_signatures = scorer(params)
+                values |= score_metrics
+                signatures += [text for text in score_signatures if text not in signatures]
             metrics |= {f"{each.prefix}{name}": value for name, value in values.items()}
         return Report(metrics, signatures)
 
     return evaluate
 
 
-def with_spread(rows: Sums) -> Sums:
-    """Sums of each row [B] as sums over the batch, and beside them what the standard errors of `from_sums` are made
-    from: "rows", and the sums of products "nll*nll", "nll*weight", ... of the rows' own sums."""
+def sum_rows(rows: Sums) -> Sums:
+    """Add up the sums of each row [B].
+
+    For the standard errors of `from_sums`, the result also has the number of "rows", and the sums of the products
+    "nll*nll", "nll*weight", ... of the rows' sums.
+    """
     sums = {name: jnp.sum(values) for name, values in rows.items()}
     sums["rows"] = jnp.sum(rows["weight"] > 0).astype(jnp.float32)
-    pairs = [(name, other) for name in ("nll", "correct") for other in (name, "weight")] + [("weight", "weight")]
+    pairs = [(name, other) for name in ("nll", "correct") if name in rows for other in (name, "weight")] + [
+        ("weight", "weight")
+    ]
     return sums | {f"{name}*{other}": jnp.sum(rows[name] * rows[other]) for name, other in pairs}
 
 
@@ -121,11 +126,12 @@ def make_scorer(
     answer_with: Callable[[int], Callable[[Params, Sequence[Sequence[int]]], list[str]]],
     before_batch: Callable[[], None],
 ) -> Callable[[Params], tuple[Metrics, list[str]]] | None:
-    """`scorer(params)`: the metrics of a set from answers to its held-out questions, and sacreBLEU's signatures; None
-    where the recipe has no metrics, or the set no questions.
+    """Make `scorer(params)`: the metrics of a set from answers to its held-out questions, and sacreBLEU's signatures.
+
+    Returns None if the recipe has no metrics, or the set no questions.
 
     Args:
-        answer_with: `answer_with(max_new_tokens)`, what answers prompts with at most so many tokens.
+        answer_with: `answer_with(max_new_tokens)` returns a function that answers prompts.
     """
     questions = subsample_evenly([q for source in each.held_out for q in source.questions()], each.config.max_examples)
     if not each.config.metrics or not questions:
@@ -163,10 +169,10 @@ def make_texts(
     seed: int = 0,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Callable[[Params, Sequence[Sequence[int]], int], Iterator[list[TextStream]]]:
-    """`texts(params, prompts, first)`: what is generated for each, a batch at a time; see `make_answers`.
+    """Make `texts(params, prompts, first)`: yields the generated texts, a batch at a time; see `make_answers`.
 
     Args:
-        stops: texts that end an answer, before them.
+        stops: stop strings, before which an answer ends.
     """
     decode = text_model.tokenizer.decode
     answers = make_answers(
@@ -176,20 +182,20 @@ def make_texts(
         batch_size=batch_size,
         rows=text_model.row_sharding,
         seed=seed,
-        between=before_batch,
-        done=(lambda tokens: any(stop in decode(tokens) for stop in stops)) if stops else None,
+        before_batch=before_batch,
+        is_done=(lambda tokens: any(stop in decode(tokens) for stop in stops)) if stops else None,
     )
 
-    def spoken(tokens: list[int]) -> TextStream:
+    def to_text(tokens: list[int]) -> TextStream:
         stream = TextStream(decode, stops)
-        for piece in [[token] for token in tokens] if stops else [tokens]:
-            stream.feed(piece)
+        for new_tokens in [[token] for token in tokens] if stops else [tokens]:
+            stream.feed(new_tokens)
         stream.feed([], last=True)
         return stream
 
     def texts(params: Params, prompts: Sequence[Sequence[int]], first: int) -> Iterator[list[TextStream]]:
         for batch in answers(params, prompts, first):
-            yield [spoken(tokens) for tokens in batch]
+            yield [to_text(tokens) for tokens in batch]
 
     return texts
 
@@ -200,7 +206,7 @@ def make_answer(
     batch_size: int,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Callable[[Params, Sequence[Sequence[int]]], list[str]]:
-    """`answer(params, prompts)`: the greedy answer to each prompt, up to the end of the text or of the turn."""
+    """Make `answer(params, prompts)`: the greedy answer to each prompt, up to the end of the text or of the turn."""
     sampling = Sampling(max_new_tokens=max_new_tokens, stop=text_model.tokenizer.stops)
     texts = make_texts(text_model, sampling, batch_size, before_batch=before_batch)
     return lambda params, prompts: [stream.text for batch in texts(params, prompts, 0) for stream in batch]
@@ -212,27 +218,28 @@ def make_classify(
     batch_size: int,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Callable[[Params, Sequence[Sequence[int]]], list[str]]:
-    """`classify(params, prompts)`: the likeliest of the labels for each."""
+    """Make `classify(params, prompts)`: the likeliest of the labels for each prompt."""
     tokenizer = text_model.tokenizer
     ids = [[*tokens.tolist(), tokenizer.specials.end_of_text] for tokens in tokenizer.encode_batch([*labels])]
     likeliest = make_likeliest(
-        text_model.model, ids, context=text_model.context, batch_size=batch_size, between=before_batch
+        text_model.model, ids, context=text_model.context, batch_size=batch_size, before_batch=before_batch
     )
     return lambda params, prompts: [labels[i] for i in likeliest(params, prompts)]
 
 
 def _by_kind(questions: Sequence[Question], answers: list[str]) -> Metrics:
-    """Exact match of each kind of question, where records name theirs in a field "kind"."""
+    """Exact match for each kind of question, if records have a field "kind"."""
     hits = defaultdict(list)
     for question, text in zip(questions, answers, strict=True):
         if question.kind:
             hits[question.kind].append(text.strip() == question.reference.strip())
-    return {f"exact_match/{kind}": 100.0 * sum(found) / len(found) for kind, found in sorted(hits.items())}
+    return {f"exact_match/{kind}": 100.0 * sum(of_kind) / len(of_kind) for kind, of_kind in sorted(hits.items())}
 
 
 def unigram_perplexity(train: list[Prepared], held_out: list[Prepared]) -> float:
-    """Perplexity on the held-out targets of a model that knows only how often each token is a training target (with
-    one added to each count): the yardstick that a language model has to beat by far."""
-    counts = np.sum([source.target_counts() for source in train], axis=0) + 1.0
-    seen = np.sum([source.target_counts() for source in held_out], axis=0)
-    return float(np.exp(-np.sum(seen * np.log(counts / counts.sum())) / seen.sum()))
+    """Compute the held-out perplexity of a unigram model of the training targets, with add-one smoothing: the baseline
+    that a language model has to beat by far."""
+    train_counts = np.sum([source.target_counts() for source in train], axis=0) + 1.0
+    held_out_counts = np.sum([source.target_counts() for source in held_out], axis=0)
+    log_probs = np.log(train_counts / train_counts.sum())
+    return float(np.exp(-np.sum(held_out_counts * log_probs) / held_out_counts.sum()))

@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from optax import contrib
 
-from jaxstages.config import OptimConfig, ScheduleConfig
+from jaxstages.config.optimizer import OptimConfig, ScheduleConfig
+from jaxstages.config.parts import Makes
+from jaxstages.models.select import global_norm
 from jaxstages.types import Params
 
 
@@ -37,6 +39,8 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
     (Loshchilov & Hutter 2017) fall to `peak_lr * end_factor`; "wsd" stays, and falls linearly over the last
     `decay_share` (Hu et al. 2024); "rsqrt" falls as `sqrt(warmup / step)` (Vaswani et al. 2017).
     """
+    if config.own is not None:
+        return config.own(steps)
     peak, end, warmup = config.peak_lr, config.peak_lr * config.end_factor, min(config.warmup_steps, steps)
     rest = max(steps - warmup, 1)
     after: optax.Schedule
@@ -209,19 +213,6 @@ def _adafactor(axes: Params) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def global_norm(tree: Any) -> Float[Array, ""]:
-    """Euclidean norm of all leaves together, in float32."""
-    squares = [jnp.atleast_1d(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    total = functools.partial(jax.lax.platform_dependent, cpu=_sum_by_rows, default=jnp.sum)
-    return jnp.sqrt(sum(map(total, squares), jnp.zeros(())))
-
-
-def _sum_by_rows(x: Array) -> Float[Array, ""]:
-    """Some rows, at most 32, are made one first: of a sum to a single number XLA:CPU makes a scalar loop."""
-    at_once = max(k for k in range(1, 33) if x.shape[0] % k == 0)
-    return jnp.sum(jax.lax.optimization_barrier(x.reshape(-1, at_once, *x.shape[1:]).sum(axis=1)))
-
-
 def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a recipe: clipping, direction, decoupled decay, schedule, then factors by path.
 
@@ -238,6 +229,9 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
         return jax.tree.map(lambda excepted: not excepted, path_matches((*config.no_decay, "magnitude$"), params))
 
     match config.name:
+        case "own":
+            assert config.own is not None, "`validate` refuses this"
+            direction = config.own.make(schedule) if isinstance(config.own, Makes) else config.own(schedule)
         case "adamw":
             direction = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=dtype)
         case "adafactor":
@@ -250,11 +244,13 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
             direction = optax.trace(config.beta1, accumulator_dtype=dtype)
         case _:
             raise ValueError(f"optim.name={config.name!r}; known: adamw, adafactor, lion, muon, sgd")
-    core = optax.chain(
-        direction,
-        optax.add_decayed_weights(config.weight_decay, decayed),
-        optax.scale_by_learning_rate(schedule),
-    )
+    core = optax.with_extra_args_support(direction)
+    if config.name != "own":
+        core = optax.chain(
+            direction,
+            optax.add_decayed_weights(config.weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
     # Clipping is in `update`, below; in the state its place stays, for checkpoints have it.
     parts = [optax.identity()] if config.clip_norm else []
     parts.append(core)
@@ -292,10 +288,3 @@ def _rates(config: OptimConfig, params: Params) -> Params:
         return next((float(factor) for pattern, factor in config.rates if re.search(pattern, path_of(path))), 1.0)
 
     return jax.tree_util.tree_map_with_path(rate, params)
-
-
-def plateau_factor(opt_state: Any) -> Array | None:
-    """What the plateau schedule multiplies the learning rate by; None under other schedules."""
-    is_plateau = functools.partial(lambda kind, node: isinstance(node, kind), contrib.ReduceLROnPlateauState)
-    nodes = [node for node in jax.tree.leaves(opt_state, is_leaf=is_plateau) if is_plateau(node)]
-    return nodes[0].scale if nodes else None

@@ -22,9 +22,9 @@ from jaxstages.data.prefetch import prefetch
 from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.cpu_tuning import freeze_gc_and_trim_heap, lower_thread_priority
 from jaxstages.runtime.signals import Stop
-from jaxstages.train.early_stopping import EarlyStopping, EarlyStoppingState
-from jaxstages.train.metric_writer import MetricsWriter, plain
-from jaxstages.train.saved_items import to_items
+from jaxstages.training.early_stopping import EarlyStopping, EarlyStoppingState
+from jaxstages.training.metric_writer import MetricsWriter, plain
+from jaxstages.training.saved_items import to_items
 from jaxstages.types import Diverged, Interrupted, Metrics, Params, Report, Sums, TrainState
 
 SUMMED = ("nll", "weight", "correct")
@@ -346,7 +346,7 @@ class Loop:
         check_weight(self._training.name, step - 1, values["weight"])
         if values["applied"]:
             for name in SUMMED:
-                self.progress.interval[name] += values.get(name, math.nan)
+                self.progress.interval[name] += values.get(name, 0.0)
         else:
             self._report_skipped(step, values)
         self.progress.tokens += int(values["tokens"])
@@ -364,12 +364,13 @@ class Loop:
         learning_rate = float(np.asarray(self._training.schedule(step - int(values["skipped"] + values["applied"]))))
         line = {
             "loss": loss,
-            "token_accuracy": interval["correct"] / weight,
             "grad_norm": values["grad_norm"],
             "learning_rate": learning_rate * values.get("plateau_factor", 1.0),
             "tokens": self.progress.tokens,
             "tokens_per_second": rate,
         }
+        if "correct" in values:
+            line["token_accuracy"] = interval["correct"] / weight
         if "anchor" in values:
             line["anchor"] = values["anchor"]
         self._training.writer.write(step, "train", line)
