@@ -13,6 +13,7 @@ import pytest
 
 import jaxstages
 from jaxstages import testing
+from tests import compiled
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("linen", "nnx", "loss", "metric", "task", "optimizer")
@@ -113,7 +114,8 @@ def run_python(code: str, folder: Path) -> str:
     """Run code in a process of its own, as a user would, and return what it prints."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": compiled.QUICK}  # a single device
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
