@@ -142,7 +142,7 @@ COMMANDS = {
         "docs/interop.md",
     ),
     "check": Command(
-        "Check the model, task, loss and step of a recipe for the properties that training relies on.",
+        "Check a recipe: does its model, task, loss and step have the properties that training needs?",
         WORKDIR,
         "Causality, no leak between packed documents, accumulation, decoding, loss masks and more; takes seconds.",
         "jaxstages check --config=mine.py --workdir=/tmp/check",

@@ -3,12 +3,10 @@
 import difflib
 from pathlib import Path
 
-import jaxstages
-
 
 def shipped_recipes() -> dict[str, Path]:
     """Return the shipped recipes by name: those in the installed package, or in a clone the folder `configs/`."""
-    package = Path(jaxstages.__file__).parent
+    package = Path(__file__).parents[1]
     installed, clone = package / "recipes", package.parent / "configs"
     folder = installed if installed.is_dir() else clone
     return {file.stem: file for file in sorted(folder.glob("*.py"))}

@@ -1,4 +1,4 @@
-"""The recipe: typed dataclasses, one of each kind of setting, and their form as JSON."""
+"""The recipe: typed dataclasses, with bounds beside their fields, and their form as JSON."""
 
 from jaxstages.config.data import TASKS, CleanConfig, DataConfig, DuplicatesConfig, TokenizerConfig
 from jaxstages.config.mesh import MeshConfig, RulesConfig

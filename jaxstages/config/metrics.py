@@ -1,4 +1,4 @@
-"""Names of the built-in metrics: the task that each fits, and whether higher is better."""
+"""Names of the built-in metrics, the tasks they apply to, and whether higher is better."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from jaxstages.config.parts import as_metric
 
 LOSSES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
-"""Metrics of held-out rows, which every stage has."""
+"""Metrics of held-out rows; every stage has them."""
 
 FITS = {
     "lm": (),
@@ -15,10 +15,10 @@ FITS = {
     "chat": ("exact_match", "bleu", "chrf"),
     "own": ("exact_match", "bleu", "chrf"),
 }
-"""Task -> the metrics of its answers."""
+"""Metrics of generated answers or of labels, by task."""
 
 HIGHER = ("token_accuracy", "bleu", "chrf", "exact_match", "accuracy", "macro_f1")
-"""Metrics that are better when they are higher."""
+"""Metrics that are better when higher."""
 
 
 def higher_is_better(name: str, metrics: Sequence[Any] = ()) -> bool:

@@ -40,8 +40,8 @@ def _from_plain(value: Any) -> Any:
 
 
 def _item_types(kind: Any, length: int) -> tuple[Any, ...] | None:
-    """Types of a tuple's items: `tuple[str, ...]` has as many as there are, `tuple[str, float]` two; None if the length
-    does not fit."""
+    """Return the types of a tuple's items: any number for `tuple[str, ...]`, two for `tuple[str, float]`; None if the
+    length does not fit."""
     options = typing.get_args(kind)
     if options[-1] is Ellipsis:
         return options[:1] * length
@@ -67,7 +67,7 @@ def _has_type(value: Any, kind: Any) -> bool:
 
 
 def check_type(value: Any, kind: Any, path: str) -> None:
-    """Raises ValueError for a field's value that is not of its type."""
+    """Raise ValueError if a field's value is not of its type."""
     if not _has_type(value, kind):
         wanted = str(getattr(kind, "__name__", kind))
         if kind == tuple[tuple[str, float], ...]:
@@ -104,16 +104,16 @@ def _from_dict(kind: Any, value: Any, path: str) -> Any:
     if types is not None:
         return tuple(_from_dict(item_type, item, path) for item_type, item in zip(types, value, strict=True))
     check_type(value, kind, path)
-    return float(str(value)) if kind is float else value  # by way of text, a whole number of any size gives a float
+    return float(str(value)) if kind is float else value  # an integer of any size becomes a float by way of its text
 
 
 def from_dict(value: Any) -> Recipe:
-    """What `to_dict` wrote, as a Recipe again. Raises ValueError for what is no recipe, or a field that is unknown."""
+    """Return the Recipe that `to_dict` wrote. Raises ValueError for an unknown field or a wrong type."""
     return _from_dict(Recipe, value, "recipe")
 
 
 def lora_from(value: dict[str, Any] | None) -> LoraConfig | None:
-    """What a checkpoint says of its adapters; None where all parameters were trained. Raises ValueError as above."""
+    """Return the LoRA config of a checkpoint, None if all parameters were trained. Raises ValueError as above."""
     return None if value is None else _from_dict(LoraConfig, value, "lora")
 
 

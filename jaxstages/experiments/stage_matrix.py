@@ -1,6 +1,6 @@
-"""The stage matrix: every stage's best checkpoint on every stage's held-out data, and one set of prompts for all.
+"""The stage matrix: every stage's best checkpoint on every stage's held-out data, and the same prompts for all.
 
-Read along a row for what a checkpoint can do; down a column for what the later stages added, or made it forget.
+A row shows what a checkpoint can do; a column shows what later stages added, or made the model forget.
 """
 
 from pathlib import Path
@@ -27,18 +27,18 @@ from jaxstages.types import Params
 
 
 def prompt_ids(setup: StageSetup, texts: list[str]) -> list[list[int]]:
-    """Each text of a person as the stage was taught to meet it: text to go on with, a prompt, or a user's message."""
+    """Tokenize texts in the format of the stage's task: text to continue, a prompt, or a user's message."""
     if setup.config.data.task == "chat":
         chat = make_chat(setup.data.tokenizer)
         return [chat.prompt([{"role": "user", "content": text}], None) for text in texts]
-    found = setup.data.tokenizer.encode_batch(texts)
+    encoded = setup.data.tokenizer.encode_batch(texts)
     if setup.config.data.task == "lm":
-        return [[*setup.data.tokenizer.begin, *ids.tolist()] for ids in found]
-    return [pair_prompt(ids, setup.data.tokenizer) for ids in found]
+        return [[*setup.data.tokenizer.begin, *ids.tolist()] for ids in encoded]
+    return [pair_prompt(ids, setup.data.tokenizer) for ids in encoded]
 
 
 def columns_of(setup: StageSetup) -> list[str]:
-    """Metrics of a stage that the matrix shows: perplexity, and those that its recipe names."""
+    """Return the metrics of a stage that the matrix shows: perplexity, and those of its recipe."""
     return ["perplexity", *map(metric_name, setup.config.evaluation.metrics)]
 
 
@@ -51,30 +51,35 @@ def _answers(setup: StageSetup, params: Params, prompts: list[str]) -> list[str]
 
 
 def stage_matrix(recipe: Recipe, workdir: Path, keep: bool = True) -> dict[str, Any]:
-    """Measure, print and, to `keep` it, write `workdir/stage_matrix.json`.
+    """Measure and print the matrix.
+
+    Args:
+        keep: also write it to `workdir/stage_matrix.json`.
 
     Raises:
         ValueError: a stage of the recipe is not finished.
     """
     for name in recipes.stages(recipe):
         finished(workdir / name)
-    benches = {name: setup_stage(recipe, name, workdir) for name in recipes.stages(recipe)}
-    evaluates = {name: make_stage_evaluate(setup, setup.data.evaluation_sets[:1]) for name, setup in benches.items()}
-    columns = [f"{name}/{metric}" for name, setup in benches.items() for metric in columns_of(setup)]
+    setups = {name: setup_stage(recipe, name, workdir) for name in recipes.stages(recipe)}
+    evaluates = {name: make_stage_evaluate(setup, setup.data.evaluation_sets[:1]) for name, setup in setups.items()}
+    columns = [f"{name}/{metric}" for name, setup in setups.items() for metric in columns_of(setup)]
+
     values, signatures, answers = [], set(), {}
-    rows = benches
+    rows = setups
     if result_file(workdir / recipes.IMPORT).exists():
-        rows = {recipes.IMPORT: setup_stage(recipe, recipes.IMPORT, workdir, with_data=False)} | benches
+        rows = {recipes.IMPORT: setup_stage(recipe, recipes.IMPORT, workdir, with_data=False)} | setups
     for checkpoint, setup in rows.items():
         say(f"stage matrix: {checkpoint} on every stage's held-out data", "cyan")
         params, _ = read_parent(setup.folder, setup.program, setup.contract)
         row = []
-        for name, judge in benches.items():
+        for name, eval_setup in setups.items():
             report = evaluates[name](params, True)
-            row += [plain(report.metrics[metric]) for metric in columns_of(judge)]
+            row += [plain(report.metrics[metric]) for metric in columns_of(eval_setup)]
             signatures |= set(report.signatures)
         values.append(row)
         answers[checkpoint] = _answers(setup, params, list(recipe.prompts))
+
     prompts = [
         {"prompt": prompt, "answers": {name: answers[name][i] for name in rows}}
         for i, prompt in enumerate(recipe.prompts)

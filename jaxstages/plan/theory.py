@@ -45,13 +45,13 @@ def expected_traffic(
     attention, item, layers = config.attention, 2 if config.dtype == "bfloat16" else 4, config.layers
     replicas, rows = data * expert * context, batch // (data * fsdp * expert)
     hidden = rows * (config.context // context) * config.width * item
-    gates = ACTIVATIONS[config.activation].gated
+    gated = ACTIVATIONS[config.activation].gated
     experts = config.experts.count
 
     heads = attention.heads + 2 * attention.kv_heads
     layer = (heads + attention.heads) * attention.head_dim * config.width
     if not experts:
-        layer += (3 if gates else 2) * config.width * config.ff_width
+        layer += (3 if gated else 2) * config.width * config.ff_width
     kernels = layers * layer * item // tensor
     table = vocab * config.width // tensor
 
@@ -82,7 +82,7 @@ def expected_traffic(
     if tensor > 1:
         passes = 2 * (2 if recomputes else 1)
         from_attention = 1 if merges else 3
-        from_feed_forward = 1 if experts or merges or not gates else 2
+        from_feed_forward = 1 if experts or merges or not gated else 2
         softmax = 4 * rows * (config.context // context) * 4
         traffic += [
             Traffic("outputs of attention and feed-forward", "all-reduce", passes * layers * hidden),
