@@ -1,4 +1,7 @@
-"""The choice of operations by platform. No other module of this package or of `train` asks which platform it is."""
+"""The choice of operations by platform.
+
+`cpu.py` is imported where it is chosen: other platforms do not load it, and the model can be read without it.
+"""
 
 import functools
 from collections.abc import Callable
@@ -37,16 +40,12 @@ def select_ops(
             machine of the platform supports.
         context: length of the rows that `attention` is made for; None is any length.
     """
-    from jaxstages.models import cpu  # in the functions: who reads the model need not read the workarounds
+    ops = ACCELERATOR
+    if (platform or jax.default_backend()) == "cpu":
+        from jaxstages.models import cpu
 
-    platform = platform or jax.default_backend()
-    if platform != "cpu":
-        ops = ACCELERATOR
-    elif hooks == SINGLE_DEVICE:
-        ops = cpu.OPS
-    else:
-        # The other operations for CPU are made for one device: their tricks would cost exchanges between devices.
-        ops = ACCELERATOR._replace(attention=cpu.OPS.attention)
+        # All but attention are made for one device: over a mesh they would cost exchanges between devices.
+        ops = cpu.OPS if hooks == SINGLE_DEVICE else ACCELERATOR._replace(attention=cpu.OPS.attention)
 
     if attention is not None:
         ops = ops._replace(attention=attention)
@@ -65,6 +64,9 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 def limit_memory(jitted: Callable[..., Any], compiled: Any, platform: str) -> Callable[..., Any]:
     """Return the jitted step, made to wait for its results where consecutive steps would otherwise need their temporary
     memory at the same time."""
+    if platform != "cpu":
+        return jitted
+
     from jaxstages.models import cpu
 
-    return cpu.run_synchronously(jitted, compiled) if platform == "cpu" else jitted
+    return cpu.run_synchronously(jitted, compiled)

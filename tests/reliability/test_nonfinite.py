@@ -23,6 +23,7 @@ from jaxstages.cli.train import train
 from jaxstages.config import MeshConfig, OptimConfig, Recipe, ScheduleConfig
 from jaxstages.data.batches import Batches, batches_by_step
 from jaxstages.models.losses import cross_entropy_loss
+from jaxstages.models.select import global_norm
 from jaxstages.models.sharding import batch_sharding, make_mesh, place_batch
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoints_folder, steps_of
@@ -361,7 +362,8 @@ def test_the_loop_skips_the_bad_batches_and_no_other(lab: Lab, scattered: Path) 
     model = lab.model(SCATTERED)
     params = jax.jit(model.init)(jax.random.key(lab.recipe.seed))
     state = init_state(params, setup.program.tx, setup.config.optim.spike_window)
-    train_step = jax.jit(make_train_step(cross_entropy_loss(model.apply), setup.program.tx, seed=lab.recipe.seed))
+    loss = cross_entropy_loss(model.apply)
+    train_step = jax.jit(make_train_step(loss, setup.program.tx, seed=lab.recipe.seed, norm=global_norm))
     for k in sorted(set(range(STEPS)) - SCATTERED):
         state, _ = train_step(
             state._replace(step=jnp.int32(k)),
