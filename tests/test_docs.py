@@ -134,6 +134,7 @@ def test_the_python_of_the_readme_trains_and_generates(tmp_path: Path) -> None:
     assert answers.startswith("['")
 
 
+@pytest.mark.skipif(not os.environ.get("JAXSTAGES_TEST_NOTEBOOK"), reason="four minutes; set JAXSTAGES_TEST_NOTEBOOK=1")
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     cells = json.loads((ROOT / "docs" / "three_stages.ipynb").read_text())["cells"]
     code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
