@@ -29,8 +29,8 @@ from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.select import global_norm
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.cpu_tuning import disable_malloc_trim
-from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training.optimizer import make_optimizer
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch
 
 HERE = Path(__file__).resolve().parent
@@ -91,7 +91,7 @@ def make_step(row: Row) -> tuple[Any, Any, Batch]:
     ones_BL = jnp.ones(shape, jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(row.context), shape)
     batch = Batch(tokens_BL, targets_BL, jnp.ones(shape), ones_BL, positions_BL)
-    step = jax.jit(make_train_step(cross_entropy_loss(model.hidden), tx, norm=global_norm), donate_argnums=0)
+    step = jax.jit(make_train_step(cross_entropy_loss(model.outputs), tx, norm=global_norm), donate_argnums=0)
     return step, init_state(model.init(jax.random.key(0)), tx), batch
 
 

@@ -23,8 +23,8 @@ from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.select import global_norm, limit_memory
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.cpu_tuning import disable_malloc_trim, freeze_gc_and_trim_heap
-from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training.optimizer import make_optimizer
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch, HiddenAndHead, Params, Sums, TrainState
 
 
@@ -66,10 +66,10 @@ def main() -> None:
     del params, tensors
 
     def adapted(state: TrainState, batch: Batch, base: Params | None) -> tuple[TrainState, Sums]:
-        """As in `jaxstages.train.compile`."""
+        """As in `jaxstages.training.compile`."""
 
         def hidden(params: Params, part: Batch, key: Any) -> HiddenAndHead:
-            return model.hidden(
+            return model.outputs(
                 params if base is None else lora.apply_adapters(base, params, lora_config(row)), part, key
             )
 

@@ -69,8 +69,8 @@ def answer_by_jaxstages(row: Row, weights: Path, batch: int, new: int) -> Answer
     from weights import from_gpt2, model_config
 
     from jaxstages.config import MeshConfig
-    from jaxstages.generate.decode import make_answers
-    from jaxstages.generate.sampling import Sampling
+    from jaxstages.generation.decode import make_answers
+    from jaxstages.generation.sampling import Sampling
     from jaxstages.models.sharding import batch_sharding, make_mesh
     from jaxstages.models.transformer import make_model
 

@@ -29,15 +29,13 @@ from machine import facts
 from rows import ROWS, Row, flops_per_token
 from weights import model_config
 
-from jaxstages.config import MeshConfig, StageConfig
+from jaxstages.config import LoopConfig, MeshConfig, Recipe, StageConfig
 from jaxstages.models.losses import cross_entropy_loss, cross_entropy_sums
 from jaxstages.models.select import global_norm
-from jaxstages.models.sharding import batch_sharding, make_mesh
-from jaxstages.models.transformer import make_model
+from jaxstages.models.sharding import make_mesh, shardings_of
 from jaxstages.runtime.cpu_tuning import disable_malloc_trim
-from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.setup import abstract_state
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training.program import fresh_state, make_program
+from jaxstages.training.step import make_train_step
 from jaxstages.types import Batch, HiddenAndHead
 
 HERE = Path(__file__).resolve().parent
@@ -71,18 +69,19 @@ class Step:
     def __init__(self, row: Row, accumulate: int = 1, mesh: Any = None) -> None:
         config = model_config(row)
         config.unroll = False
-        model = make_model(config, row.vocab)
-        tx = make_optimizer(optim_config(row), 100, model.axes)
         mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-        stage = StageConfig(optim=optim_config(row))
-        self.shapes = abstract_state(model, tx, stage, mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        shape, rows = (row.batch, row.context), batch_sharding(mesh)
+        stage = StageConfig(optim=optim_config(row), loop=LoopConfig(steps=100))
+        program = make_program(Recipe(name="growth", model=config), "pretrain", stage, mesh, row.vocab)
+        self.shapes = program.abstract_state
+        shape, rows = (row.batch, row.context), program.row_sharding
         dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
         self.abstract_batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes))
-        step = make_train_step(cross_entropy_loss(model.hidden), tx, accumulate=accumulate, norm=global_norm)
-        self.jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        self._row, self._init = row, lambda: init_state(model.init(jax.random.key(0)), tx, stage.optim.spike_window)
+        step = make_train_step(
+            cross_entropy_loss(program.model.outputs), program.tx, accumulate=accumulate, norm=global_norm
+        )
+        self.jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(self.shapes), None))
+        self._row = row
+        self._init = lambda: fresh_state(program.model.init(jax.random.key(0)), program.tx, stage.optim)
 
     def compiled(self) -> Any:
         """Compiled anew."""

@@ -32,8 +32,8 @@ from rows import ROWS, Row
 
 from jaxstages.cli.train import train
 from jaxstages.runtime.cpu_tuning import disable_malloc_trim, enable_compilation_cache
-from jaxstages.train import loop
-from jaxstages.train.compile import compile_step
+from jaxstages.training import stage
+from jaxstages.training.compile import compile_step
 
 LEFT_OUT = 10
 """Steps at the start of a run that are not counted."""
@@ -103,11 +103,11 @@ def stepping(wrap: Callable[[Any], Any]) -> Iterator[list[Any]]:
         made.append(wrap(jitted))
         return function, made[-1]
 
-    loop.compile_step = compile_wrapped
+    stage.compile_step = compile_wrapped
     try:
         yield made
     finally:
-        loop.compile_step = compile_step
+        stage.compile_step = compile_step
 
 
 def run_loop(wrap: Callable[[Any], Any], row: Row, folder: Path, steps: int, save_every: int) -> Any:

@@ -68,8 +68,8 @@ def jaxstages(talks: list[tuple[np.ndarray, int]], weights: Path, check: bool) -
     from jaxstages.models.select import global_norm
     from jaxstages.models.transformer import make_model
     from jaxstages.runtime.cpu_tuning import disable_malloc_trim
-    from jaxstages.train.optimizer import make_optimizer
-    from jaxstages.train.step import init_state, make_train_step
+    from jaxstages.training.optimizer import make_optimizer
+    from jaxstages.training.step import init_state, make_train_step
 
     disable_malloc_trim()
     rows = packed_rows(talks, ROW)
@@ -77,7 +77,7 @@ def jaxstages(talks: list[tuple[np.ndarray, int]], weights: Path, check: bool) -
     model = make_model(model_config(ROW), ROW.vocab)
     tx = make_optimizer(optim_config(ROW), len(batches), model.axes)
     state = init_state(jax.tree.map(jax.numpy.array, from_gpt2(load_file(weights), ROW)), tx)
-    step = jax.jit(make_train_step(cross_entropy_loss(model.hidden), tx, norm=global_norm), donate_argnums=0)
+    step = jax.jit(make_train_step(cross_entropy_loss(model.outputs), tx, norm=global_norm), donate_argnums=0)
     state, sums = step(state, batches[0])
     first = float(sums["nll"]) / float(sums["weight"])
     if check:

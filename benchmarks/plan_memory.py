@@ -48,11 +48,10 @@ def measure(sizes: dict) -> tuple[int, int]:
         StageConfig,
         TokenizerConfig,
     )
-    from jaxstages.models.sharding import make_mesh
+    from jaxstages.models.sharding import make_mesh, shardings_of
     from jaxstages.plan.chips import topology_of
-    from jaxstages.train.compile import abstract_step_arguments, jit_step
-    from jaxstages.train.setup import make_parts
-    from jaxstages.train.step import init_state
+    from jaxstages.training.compile import abstract_step_arguments, jit_step
+    from jaxstages.training.program import fresh_state, make_program
 
     width, remat = sizes["width"], sizes.get("remat", "none")
     recipe = Recipe(
@@ -74,18 +73,18 @@ def measure(sizes: dict) -> tuple[int, int]:
     )
     assert recipe.pretrain is not None
     predicted = 8 * make_plan(recipe, "pretrain", topology_of("local")).step_bytes
-    parts = make_parts(recipe, "pretrain", recipe.pretrain, make_mesh(recipe.mesh), 8192)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.shapes)
+    program = make_program(recipe, "pretrain", recipe.pretrain, make_mesh(recipe.mesh), 8192)
     make = jax.jit(
-        lambda key: init_state(parts.model.init(key), parts.tx, parts.stage.optim.spike_window), out_shardings=shardings
+        lambda key: fresh_state(program.model.init(key), program.tx, program.config.optim),
+        out_shardings=shardings_of(program.abstract_state),
     )
-    compiled = jit_step(parts, remat)[1].lower(*abstract_step_arguments(parts)).compile()
+    compiled = jit_step(program, remat)[1].lower(*abstract_step_arguments(program)).compile()
     made = make.lower(jax.random.key(0)).compile()
     draw = np.random.default_rng(0)
     values = [draw.integers(0, 8192, (sizes["batch"], sizes["context"])) for _ in range(2)]
     ones = np.ones_like(values[0])
     fields = (*values, ones, ones, np.cumsum(ones, axis=1) - 1)
-    _, shapes, *_ = abstract_step_arguments(parts)
+    _, shapes, *_ = abstract_step_arguments(program)
     batch = type(shapes)(
         *(jax.device_put(jnp.asarray(x, s.dtype), s.sharding) for x, s in zip(fields, shapes, strict=True))
     )

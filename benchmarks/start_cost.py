@@ -30,11 +30,11 @@ def child(workdir: str) -> None:
     import jax
 
     from jaxstages.__main__ import cli
-    from jaxstages.train import loop
-    from jaxstages.train.compile import compile_step
+    from jaxstages.training import stage
+    from jaxstages.training.compile import compile_step
 
-    def compile_clocked(setup, base=None):
-        function, jitted = compile_step(setup, base)
+    def compile_clocked(*arguments):
+        function, jitted = compile_step(*arguments)
 
         def step(state, batch):
             jax.block_until_ready(jitted(state, batch))
@@ -43,7 +43,7 @@ def child(workdir: str) -> None:
 
         return function, step
 
-    loop.compile_step = compile_clocked
+    stage.compile_step = compile_clocked
     sys.argv = ["jaxstages", "pretrain", f"--config={CONFIG}", f"--workdir={workdir}"]
     cli()
 

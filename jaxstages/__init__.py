@@ -43,13 +43,13 @@ if TYPE_CHECKING:
     )
     from jaxstages.data.batches import batches_by_step
     from jaxstages.data.tasks import Encoded, Example, Question
-    from jaxstages.generate.eval_step import make_eval_step
+    from jaxstages.generation.eval_step import make_eval_step
     from jaxstages.models.adapters import linen_model, nnx_model
     from jaxstages.models.losses import cross_entropy_loss, cross_entropy_sums
     from jaxstages.models.transformer import make_model
-    from jaxstages.train.early_stopping import early_stopping
-    from jaxstages.train.optimizer import make_optimizer, make_schedule
-    from jaxstages.train.step import init_state, make_train_step
+    from jaxstages.training.early_stopping import early_stopping
+    from jaxstages.training.optimizer import make_optimizer, make_schedule
+    from jaxstages.training.step import init_state, make_train_step
     from jaxstages.types import Batch, Decoder, HiddenAndHead, Model, TrainState
 
 __version__ = importlib.metadata.version("jaxstages")
@@ -65,13 +65,13 @@ _HOMES = {
     "jaxstages.config": _CONFIG,
     "jaxstages.data.batches": ("batches_by_step",),
     "jaxstages.data.tasks": ("Encoded", "Example", "Question"),
-    "jaxstages.generate.eval_step": ("make_eval_step",),
+    "jaxstages.generation.eval_step": ("make_eval_step",),
     "jaxstages.models.adapters": ("linen_model", "nnx_model"),
     "jaxstages.models.losses": ("cross_entropy_loss", "cross_entropy_sums"),
     "jaxstages.models.transformer": ("make_model",),
-    "jaxstages.train.early_stopping": ("early_stopping",),
-    "jaxstages.train.optimizer": ("make_optimizer", "make_schedule"),
-    "jaxstages.train.step": ("init_state", "make_train_step"),
+    "jaxstages.training.early_stopping": ("early_stopping",),
+    "jaxstages.training.optimizer": ("make_optimizer", "make_schedule"),
+    "jaxstages.training.step": ("init_state", "make_train_step"),
     "jaxstages.types": ("Batch", "Decoder", "HiddenAndHead", "Model", "TrainState"),
 }
 """Module -> its names in the public API."""

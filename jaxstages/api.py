@@ -12,11 +12,11 @@ from jaxstages.cli.train import run_stages
 from jaxstages.cli.train import train as train_one
 from jaxstages.config import Recipe, stages
 from jaxstages.experiments.stage_matrix import prompt_ids
-from jaxstages.generate.evaluate import make_texts
+from jaxstages.generation.evaluate import make_texts
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import result_file
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.setup import make_stage_evaluate, setup_stage
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.setup import make_stage_evaluate, setup_stage
 from jaxstages.types import Metrics, Params
 
 

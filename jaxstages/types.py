@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 class GuardState(NamedTuple):
-    """State of the guard that refuses bad updates (`train/guard.py`).
+    """State of the guard that refuses bad updates (`training/guard.py`).
 
     skipped: steps so far whose update was not applied.
     streak: consecutive steps, up to now, with a loss, gradient or update that was not finite.

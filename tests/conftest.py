@@ -28,7 +28,7 @@ jaxtyping.install_import_hook(
 )
 
 import jaxstages  # noqa: E402, F401  (sets the XLA flags that it needs)
-from jaxstages.train import program  # noqa: E402
+from jaxstages.training import program  # noqa: E402
 
 # Child processes keep what they compile here, not in the home of who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxstages-")

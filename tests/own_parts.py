@@ -156,7 +156,7 @@ def _stage(steps: int, metrics: tuple[Any, ...] = (), own_task: bool = False) ->
         optim=OptimConfig(
             name="own", own=SignSgd(), schedule=ScheduleConfig(name="own", own=halving), no_decay=(), weight_decay=0.0
         ),
-        loop=LoopConfig(steps=steps, batch_size=8, eval_every=3, save_every=2, log_every=2, accumulate=2),
+        loop=LoopConfig(steps=steps, batch_size=16, eval_every=3, save_every=2, log_every=2, accumulate=2),
         evaluation=EvaluationConfig(batch_size=8, max_new_tokens=8, metrics=metrics),
         early_stopping=EarlyStoppingConfig(metric="loss"),
     )

@@ -9,11 +9,11 @@ import pytest
 
 from jaxstages.cli.train import train
 from jaxstages.config import AnchorConfig, LoraConfig, Recipe
-from jaxstages.train import anchor
-from jaxstages.train.anchor import generate_texts, open_anchor
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.metric_writer import read_metrics
-from jaxstages.train.setup import setup_stage
+from jaxstages.training import anchor
+from jaxstages.training.anchor import generate_texts, open_anchor
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.metric_writer import read_metrics
+from jaxstages.training.setup import setup_stage
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 

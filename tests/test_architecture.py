@@ -11,15 +11,15 @@ LEVELS = (
     {"types", "config"},
     {"runtime", "models", "world"},
     {"data", "checkpoint"},
-    {"generate"},
-    {"train"},
+    {"generation"},
+    {"training"},
     {"stages"},
     {"interop", "plan", "experiments"},
     {"cli"},
 )
 """A package imports only from lower levels. `__init__`, `__main__` and `testing` are the public entry points."""
 
-ENTRY_POINTS = {"__init__", "__main__", "testing"}
+ENTRY_POINTS = {"__init__", "__main__", "api", "testing"}
 
 HOMES = {
     "flax": {"models"},
@@ -27,8 +27,8 @@ HOMES = {
     "orbax": {"checkpoint"},
     "tokenizers": {"data"},
     "jinja2": {"data.chat_template"},
-    "sacrebleu": {"generate.metrics"},
-    "tensorboardX": {"train.metric_writer"},
+    "sacrebleu": {"generation.metrics"},
+    "tensorboardX": {"training.metric_writer"},
     "tensorflow_datasets": {"data.sources", "world"},
     "array_record": {"data"},
     "apache_beam": {"data.beam"},
@@ -36,7 +36,7 @@ HOMES = {
     "ml_collections": {"cli"},
 }
 
-BUDGETS = {"train.step": (8, 1440), "models.transformer": (15, 2320), "train.loop": (65, 11600)}
+BUDGETS = {"training.step": (8, 900), "models.transformer": (15, 2200), "training.loop": (35, 6000)}
 """Entry point -> the most modules and lines that its module-level imports reach."""
 
 
@@ -80,6 +80,9 @@ def within(module: str, package: str) -> bool:
 def test_a_package_imports_only_from_lower_levels(name: str) -> None:
     for target in internal_imports(ast.parse(modules()[name].read_text())):
         same_package = target.split(".")[0] == name.split(".")[0]
+        if target in ENTRY_POINTS:
+            assert level_of(name) == len(LEVELS) - 1, f"{name} imports {target}"
+            continue
         assert same_package or level_of(target) < level_of(name), f"{name} imports {target}"
 
 

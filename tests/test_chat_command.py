@@ -14,7 +14,7 @@ from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.data.chat import Chat, make_chat
 from jaxstages.data.conversation import Messages, Tools, read_conversation
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.generate.session import Session
+from jaxstages.generation.session import Session
 from tests.tiny import write_data
 
 CONFIG = """

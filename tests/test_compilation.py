@@ -17,11 +17,11 @@ from jaxstages.models import cpu
 from jaxstages.models.select import limit_memory
 from jaxstages.models.sharding import place_batch, shardings_of
 from jaxstages.models.transformer import REMAT, make_model
-from jaxstages.train import compile as compilation
-from jaxstages.train.compile import REMAT_ORDER, compile_step
-from jaxstages.train.program import choose_attention
-from jaxstages.train.setup import StageSetup, setup_stage
-from jaxstages.train.step import init_state
+from jaxstages.training import compile as compilation
+from jaxstages.training.compile import REMAT_ORDER, compile_step
+from jaxstages.training.program import choose_attention
+from jaxstages.training.setup import StageSetup, setup_stage
+from jaxstages.training.step import init_state
 from tests.tiny import VOCAB, example, mixed_batch, model_config, packed_batch, recipe, write_data
 
 

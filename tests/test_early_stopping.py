@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from jaxstages.train.early_stopping import early_stopping
+from jaxstages.training.early_stopping import early_stopping
 
 
 def run(values: list[float], **options: object) -> tuple[list[bool], object]:

@@ -1,6 +1,7 @@
 """Generation against the naive loop: the whole text through the model again for each new token."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,11 @@ import numpy as np
 import pytest
 
 from jaxstages.config import AttentionConfig, MeshConfig
-from jaxstages.generate.decode import Answers, make_answers
-from jaxstages.generate.label_scores import make_likeliest
-from jaxstages.generate.sampling import Sampling
-from jaxstages.generate.session import Session
-from jaxstages.generate.text_stream import TextStream
+from jaxstages.generation.decode import Answers, make_answers
+from jaxstages.generation.label_scores import make_likeliest
+from jaxstages.generation.sampling import Sampling
+from jaxstages.generation.session import Session
+from jaxstages.generation.text_stream import TextStream
 from jaxstages.models.sharding import batch_sharding, make_mesh
 from jaxstages.models.transformer import make_model
 from jaxstages.types import Batch, Model, Params
@@ -77,7 +78,7 @@ def texts_of(answers: Answers, params: Params, prompts: list[list[int]], first: 
 def test_a_stream_is_the_answer_at_once_turn_by_turn(
     model: tuple[Model, Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jaxstages.generate.session.BUCKET", 4)  # so that a turn's new tokens are less than the context
+    monkeypatch.setattr("jaxstages.generation.session.BUCKET", 4)  # a turn's new tokens stay below the context
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     one = make_answers(model[0], HOW, context=32, batch_size=1, rows=batch_sharding(mesh), seed=7)
     session = Session(*model, HOW, context=32, seed=7)
@@ -113,14 +114,14 @@ def test_a_stream_that_is_left_or_reaches_the_context_goes_on_right(model: tuple
 
 
 def test_nothing_is_compiled_again_for_prompts_of_a_bucket(model: tuple[Model, Params]) -> None:
-    traced = []
+    traced, decoder = [], model[0].required_decoder
 
-    def counted(*args: object) -> object:
+    def counted(*args: Any) -> Any:
         traced.append(1)
-        return model[0].decoder.step(*args)
+        return decoder.step(*args)
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    counting = model[0]._replace(decode=counted)
+    counting = model[0]._replace(decoder=decoder._replace(step=counted))
     answers = make_answers(counting, HOW, context=32, batch_size=2, rows=batch_sharding(mesh))
     texts_of(answers, model[1], PROMPTS[:2])
     first = len(traced)

@@ -134,8 +134,8 @@ def test_where_each_tensor_goes(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "one" / "model.safetensors")
     assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
     assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0
-    from jaxstages.train.handoff import read_parent
-    from jaxstages.train.setup import setup_stage
+    from jaxstages.training.handoff import read_parent
+    from jaxstages.training.setup import setup_stage
 
     setup = setup_stage(resolve_recipe(None, tmp_path / "a"), "import", tmp_path / "a", with_data=False)
     params, _ = read_parent(setup.folder, setup.program, setup.contract)

@@ -24,10 +24,10 @@ from jaxstages.models.lora_layer import ADAPTER
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
-from jaxstages.train.compile import abstract_step_arguments, compile_step
-from jaxstages.train.handoff import read_base, read_parent, read_trained
-from jaxstages.train.metric_writer import read_metrics
-from jaxstages.train.setup import StageSetup, make_stage_evaluate, setup_stage
+from jaxstages.training.compile import abstract_step_arguments, compile_step
+from jaxstages.training.handoff import read_base, read_parent, read_trained
+from jaxstages.training.metric_writer import read_metrics
+from jaxstages.training.setup import StageSetup, make_stage_evaluate, setup_stage
 from jaxstages.types import Model, Params
 from tests.tiny import VOCAB, mixed_batch, model_config, write_data
 from tests.tiny import recipe as tiny_recipe

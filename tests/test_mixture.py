@@ -16,8 +16,8 @@ from jaxstages.config.checks import validate
 from jaxstages.data.batches import Late, batches_by_step, interleave
 from jaxstages.data.mixture import Dataset, describe, mix, steps_for, uses
 from jaxstages.runtime.files import read_json
-from jaxstages.train.metric_writer import read_metrics
-from jaxstages.train.setup import open_tokenizer, prepare_stage, setup_stage
+from jaxstages.training.metric_writer import read_metrics
+from jaxstages.training.setup import open_tokenizer, prepare_stage, setup_stage
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -94,7 +94,7 @@ def test_length_in_epochs_and_in_tokens() -> None:
 def test_one_data_set_is_mixed_as_before_there_were_several() -> None:
     """The weights go to Grain unscaled, so that runs from before go on with the same batches."""
     sources = [Rows(37, 1, 1), Rows(1001, 1, 1)]
-    mixed = mix([dataset("pretrain", sources, 1.0)], change=0)
+    mixed = mix([dataset("pretrain", sources, 1.0)], late_row=0)
     assert mixed.weights == [37, 1001] and mixed.late is None
     streams = [
         grain.MapDataset.range(size).map(lambda i, j=j: (j, int(i))).shuffle(seed=3 + j).repeat()

@@ -91,7 +91,7 @@ def test_causality_and_no_leak_between_documents_by_gradient() -> None:
 def test_packed_and_unpacked_rows_have_the_same_loss_and_gradient() -> None:
     import optax
 
-    from jaxstages.train.step import init_state, make_train_step
+    from jaxstages.training.step import init_state, make_train_step
 
     model = make_model(model_config(), VOCAB)
     params = jax.jit(model.init)(jax.random.key(0))

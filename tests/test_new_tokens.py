@@ -10,7 +10,7 @@ from jaxstages.config import DataConfig, LoraConfig, OptimConfig, StageConfig, T
 from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.interop.peft import _base_of
 from jaxstages.runtime.files import make_folder, write_json
-from jaxstages.train.new_tokens import check_new_tokens, untrained_rows
+from jaxstages.training.new_tokens import check_new_tokens, untrained_rows
 from tests.test_chat import make_foreign
 
 ROWS = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)

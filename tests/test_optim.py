@@ -13,8 +13,8 @@ from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.select import global_norm
 from jaxstages.models.sharding import make_mesh
 from jaxstages.models.transformer import make_model
-from jaxstages.train.optimizer import check_optimizer_paths, make_optimizer, make_schedule
-from jaxstages.train.step import init_state, make_train_step, plateau_factor
+from jaxstages.training.optimizer import check_optimizer_paths, make_optimizer, make_schedule
+from jaxstages.training.step import init_state, make_train_step, plateau_factor
 from tests.tiny import VOCAB, mixed_batch, model_config
 
 

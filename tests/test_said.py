@@ -25,8 +25,8 @@ from jaxstages.runtime.console import Progress
 from jaxstages.runtime.files import local_path, write_json
 from jaxstages.runtime.signals import stop_signals
 from jaxstages.runtime.workdir import tokenizer_file
-from jaxstages.train.loop import with_error
-from jaxstages.train.metric_writer import MetricsWriter
+from jaxstages.training.loop import with_error
+from jaxstages.training.metric_writer import MetricsWriter
 from tests.reliability.harness import quick_runs
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
@@ -254,7 +254,7 @@ def test_a_terminal_that_is_closed_saves_like_sigterm() -> None:
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from jaxstages.train.metric_writer import MetricsWriter
+from jaxstages.training.metric_writer import MetricsWriter
 writer = MetricsWriter(Path(sys.argv[1]), -1)
 for step in range(1, 31):
     writer.write(step, "train", {"loss": float(step)})

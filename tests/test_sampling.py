@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxstages.generate import sampling as tested
-from jaxstages.generate.sampling import Sampling, check_sampling, filter_logits, make_choose
+from jaxstages.generation import sampling as tested
+from jaxstages.generation.sampling import Sampling, check_sampling, filter_logits, make_choose
 
 LOGITS = np.random.default_rng(0).standard_normal((5, 97)).astype(np.float32) * 3
 

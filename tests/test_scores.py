@@ -10,10 +10,10 @@ import pytest
 import sacrebleu
 from sklearn.metrics import accuracy_score, f1_score
 
-from jaxstages.generate.evaluate import sum_rows
-from jaxstages.generate.metrics import from_sums, score_labels, score_text
-from jaxstages.train.diagnosis import judge
-from jaxstages.train.metric_writer import plain
+from jaxstages.generation.evaluate import sum_rows
+from jaxstages.generation.metrics import from_sums, score_labels, score_text
+from jaxstages.training.diagnosis import judge
+from jaxstages.training.metric_writer import plain
 
 
 def test_bleu_and_chrf_are_sacrebleus_with_its_signature() -> None:

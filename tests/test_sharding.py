@@ -34,10 +34,10 @@ from jaxstages.models.sharding import (
 from jaxstages.models.transformer import make_model
 from jaxstages.plan.collectives import SMALL, collectives_of, total
 from jaxstages.plan.theory import expected_traffic
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.program import make_program
-from jaxstages.train.saved_items import from_items, to_items
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.program import make_program
+from jaxstages.training.saved_items import from_items, to_items
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch
 from tests.tiny import VOCAB, model_config
 
@@ -124,38 +124,38 @@ def test_losses_do_not_depend_on_the_mesh(name: str, one_device: list[float]) ->
     np.testing.assert_allclose(Run(MODEL, MESHES[name]).losses(), one_device, rtol=1e-5)
 
 
-def test_nor_on_accumulation_under_a_mesh(one_device: list[float]) -> None:
+def test_losses_do_not_depend_on_accumulation_under_a_mesh(one_device: list[float]) -> None:
     np.testing.assert_allclose(Run(MODEL, MeshConfig(data=8)).losses(2), one_device, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["data 2 x fsdp 2 x tensor 2", "context 2 x fsdp 2 x tensor 2"])
-def test_nor_on_tiles_of_the_loss(name: str, one_device: list[float]) -> None:
+def test_losses_do_not_depend_on_tiles_of_the_loss_under_a_mesh(name: str, one_device: list[float]) -> None:
     run = Run(MODEL, MESHES[name])
     np.testing.assert_allclose(run.losses(tile=8), one_device, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["data 8", "fsdp 8", "data 2 x fsdp 2 x tensor 2"])
-def test_tiles_of_the_loss_send_nothing_more(name: str) -> None:
+def test_a_tiled_loss_sends_no_more_bytes(name: str) -> None:
     """The head's gradient is summed once, and not for each of four tiles."""
     check_exchanges(MODEL, MESHES[name], tile=8)
 
 
 @pytest.mark.parametrize("config", MIXED)
-def test_nor_do_those_of_a_mixture(config: MeshConfig) -> None:
+def test_losses_of_a_mixture_of_experts_do_not_depend_on_the_mesh(config: MeshConfig) -> None:
     """Experts on several devices, and each split over tensor."""
     alone = Run(MIXTURE, MeshConfig(), jax.devices()[:1]).losses()
     np.testing.assert_allclose(Run(MIXTURE, config).losses(), alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_a_step_sends_what_theory_says(name: str) -> None:
+def test_a_step_sends_the_bytes_that_theory_predicts(name: str) -> None:
     """Of each kind within 5 %, nothing of a kind that theory does not have; XLA for CPU sums each projection's gradient
     by its input alone."""
     check_exchanges(MODEL, MESHES[name])
 
 
 @pytest.mark.parametrize("config", [*MIXED, MeshConfig(data=1, expert=8), MeshConfig(data=1, context=2, expert=4)])
-def test_and_so_does_one_of_a_mixture(config: MeshConfig) -> None:
+def test_a_step_with_experts_sends_the_bytes_that_theory_predicts(config: MeshConfig) -> None:
     check_exchanges(MIXTURE, config)
 
 
@@ -171,7 +171,7 @@ def check_exchanges(model: ModelConfig, config: MeshConfig, tile: int = 0) -> No
     assert small < 16 * model.layers * model.width * 4
 
 
-def test_fsdp_holds_an_eighth_of_parameters_and_optimizer() -> None:
+def test_fsdp_stores_an_eighth_of_parameters_and_optimizer_on_each_device() -> None:
     """Within 2 %: norms' scales are whole on each."""
     shapes = Run(dataclasses.replace(MODEL, width=512, ff_width=1024), MeshConfig(data=1, fsdp=8)).shapes
     for tree in (shapes.params, shapes.opt_state):
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_any_mesh_restores_on_any_other(tmp_path: Path) -> None:
             checkpoints.check_last(step + 1)
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_a_mesh_that_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="does not fit 8 devices"):
         make_mesh(MeshConfig(data=3))
     mesh = make_mesh(MeshConfig(data=1, tensor=8))
@@ -232,7 +232,7 @@ class Chip:
     process_index: int = 0
 
 
-def test_data_alone_crosses_from_slice_to_slice() -> None:
+def test_only_the_data_axis_crosses_from_slice_to_slice() -> None:
     """Two slices of 2x4 chips; what talks most lies within one."""
     chips = [Chip(8 * part + 4 * x + y, part, (x, y, 0)) for part in range(2) for x in range(2) for y in range(4)]
     arranged = _arranged((4, 2, 1, 1, 2), chips[::-1])

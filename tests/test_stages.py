@@ -17,12 +17,12 @@ from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.cli.train import run_stages, train
 from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
 from jaxstages.config.checks import validate
-from jaxstages.generate.evaluate import Evaluate
+from jaxstages.generation.evaluate import Evaluate
 from jaxstages.runtime.files import read_json, write_json
-from jaxstages.train import loop, stage
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.metric_writer import MetricsWriter, read_metrics
-from jaxstages.train.setup import setup_stage
+from jaxstages.training import loop, stage
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.metric_writer import MetricsWriter, read_metrics
+from jaxstages.training.setup import setup_stage
 from jaxstages.types import Diverged, Params, Report
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data

@@ -9,11 +9,11 @@ import optax
 import pytest
 
 from jaxstages.config import OptimConfig
-from jaxstages.generate.eval_step import make_eval_step
+from jaxstages.generation.eval_step import make_eval_step
 from jaxstages.models.losses import cross_entropy_loss, kl_sum
 from jaxstages.models.select import global_norm
-from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training.optimizer import make_optimizer
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch, Params, TrainState
 from tests.tiny import VOCAB, mixed_batch
 

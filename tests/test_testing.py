@@ -11,7 +11,7 @@ import pytest
 from jaxstages import testing
 from jaxstages.data.tasks import Encoded, Example, Question
 from jaxstages.models.transformer import make_model
-from jaxstages.train.step import init_state
+from jaxstages.training.step import init_state
 from jaxstages.types import Batch, Model
 from tests.own_parts import Mean
 from tests.tiny import VOCAB, model_config

@@ -9,8 +9,8 @@ from jaxstages.cli.loaded_model import LoadedModel, load_model
 from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.config import Recipe
 from jaxstages.data.chat import make_chat
-from jaxstages.generate.session import Session
-from jaxstages.generate.text_stream import TextStream
+from jaxstages.generation.session import Session
+from jaxstages.generation.text_stream import TextStream
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import write_text
 from jaxstages.runtime.signals import stop_signals

@@ -16,9 +16,9 @@ from jaxstages.data.run_tokenizer import cache_folder
 from jaxstages.data.sources import open_source
 from jaxstages.data.tasks import make_task
 from jaxstages.runtime.console import say
-from jaxstages.train.compile import make_loss
-from jaxstages.train.setup import StageSetup, setup_stage
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training.compile import make_loss
+from jaxstages.training.setup import StageSetup, setup_stage
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch
 
 RECORDS = 20

@@ -14,12 +14,12 @@ from jaxstages.data.run_tokenizer import cache_folder
 from jaxstages.data.sources import open_source
 from jaxstages.data.stage_data import EvaluationSet
 from jaxstages.experiments.stage_matrix import stage_matrix
-from jaxstages.generate.evaluate import unigram_perplexity
+from jaxstages.generation.evaluate import unigram_perplexity
 from jaxstages.runtime.console import say
 from jaxstages.runtime.workdir import writable
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.metric_writer import plain
-from jaxstages.train.setup import StageSetup, make_stage_evaluate, setup_stage
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.metric_writer import plain
+from jaxstages.training.setup import StageSetup, make_stage_evaluate, setup_stage
 
 
 def evaluate(

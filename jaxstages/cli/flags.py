@@ -142,10 +142,10 @@ COMMANDS = {
         "docs/interop.md",
     ),
     "check": Command(
-        "Check a recipe's model, task, loss and step for the properties that training needs.",
+        "Check that the model, tasks, losses and steps of a recipe are sound.",
         WORKDIR,
         "Causality, no leak between packed documents, accumulation, decoding, loss masks and more; takes seconds.",
-        "jaxstages check --config=mine.py --workdir=/tmp/check",
+        "jaxstages check --config=demo --workdir=runs/check",
         "docs/extending.md",
     ),
     "plan": Command(

@@ -11,7 +11,7 @@ from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.config import Recipe
 from jaxstages.data.sources import open_source
 from jaxstages.experiments.stage_matrix import prompt_ids
-from jaxstages.generate.evaluate import make_texts
+from jaxstages.generation.evaluate import make_texts
 from jaxstages.runtime.console import Progress
 from jaxstages.runtime.files import local_path, make_folder, put
 

@@ -14,7 +14,7 @@ from jaxstages.config import Recipe
 from jaxstages.data.batches import batches_by_step
 from jaxstages.data.mixture import describe
 from jaxstages.runtime.workdir import begun_stages, lock, writable
-from jaxstages.train.setup import StageSetup, setup_stage
+from jaxstages.training.setup import StageSetup, setup_stage
 from jaxstages.types import Batch
 
 ROWS = 4

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.cli.select_checkpoint import choose, last_finished
 from jaxstages.config import Recipe
-from jaxstages.generate.sampling import Sampling, check_sampling
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.setup import StageSetup, setup_stage
+from jaxstages.generation.sampling import Sampling, check_sampling
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.setup import StageSetup, setup_stage
 from jaxstages.types import Params
 
 

@@ -19,8 +19,8 @@ from jaxstages.plan.collectives import SMALL, collectives_of, total
 from jaxstages.plan.estimate import Flops, Roofline, bytes_per_device, flops_per_token, roofline, wire_bytes
 from jaxstages.plan.theory import Traffic, expected_traffic
 from jaxstages.runtime.console import duration, say
-from jaxstages.train.compile import MEMORY_FRACTION, REMAT_ORDER, first_that_fits, memory_bytes
-from jaxstages.train.program import Program, check_fit, make_program
+from jaxstages.training.compile import MEMORY_FRACTION, REMAT_ORDER, first_that_fits, memory_bytes
+from jaxstages.training.program import Program, check_fit, make_program
 
 
 class Plan(NamedTuple):

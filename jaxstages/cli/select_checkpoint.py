@@ -8,7 +8,7 @@ from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import finished, read_meta
 from jaxstages.runtime.console import warn
 from jaxstages.runtime.workdir import checkpoint_folder, result_file, steps_of
-from jaxstages.train.handoff import lineage_break
+from jaxstages.training.handoff import lineage_break
 
 
 def choose(recipe: recipes.Recipe, stage_dir: Path, step: int | None = None) -> dict[str, Any]:

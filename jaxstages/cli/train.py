@@ -19,7 +19,7 @@ from jaxstages.runtime.console import say
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import check_workdir, has_begun, lock, result_file
 from jaxstages.stages import extra, finetune, instruct, pretrain
-from jaxstages.train.handoff import check_lineage
+from jaxstages.training.handoff import check_lineage
 from jaxstages.types import Diverged, Interrupted
 
 VISIBLE_SECONDS = 60

@@ -15,14 +15,14 @@ from jaxstages.config import Recipe
 from jaxstages.config.parts import metric_name
 from jaxstages.data.chat import make_chat
 from jaxstages.data.tasks import pair_prompt
-from jaxstages.generate.evaluate import make_answer
+from jaxstages.generation.evaluate import make_answer
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import write_json
 from jaxstages.runtime.workdir import result_file
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.metric_writer import plain
-from jaxstages.train.setup import StageSetup, make_stage_evaluate, setup_stage
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.metric_writer import plain
+from jaxstages.training.setup import StageSetup, make_stage_evaluate, setup_stage
 from jaxstages.types import Params
 
 

@@ -30,8 +30,8 @@ from jaxstages.runtime import multihost
 from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.files import make_folder, read_json, sync, write_json, write_text
 from jaxstages.runtime.workdir import tokenizer_file
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.setup import StageSetup, setup_stage
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.setup import StageSetup, setup_stage
 from jaxstages.types import Batch, Params
 
 MAX_SHARD_BYTES = 5 * 10**9

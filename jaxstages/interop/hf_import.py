@@ -31,10 +31,10 @@ from jaxstages.models import lora
 from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.files import make_folder, read_json, sync, write_json
 from jaxstages.runtime.workdir import result_file, tokenizer_file
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.saved_items import to_items
-from jaxstages.train.setup import StageSetup, setup_stage
-from jaxstages.train.step import init_state
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.saved_items import to_items
+from jaxstages.training.setup import StageSetup, setup_stage
+from jaxstages.training.step import init_state
 from jaxstages.types import Params
 
 SCHEME = "hf:"

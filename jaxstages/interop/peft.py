@@ -25,8 +25,8 @@ from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import make_folder, read_json, sync, write_json, write_text
 from jaxstages.runtime.workdir import result_file
-from jaxstages.train.handoff import lora_of, read_trained
-from jaxstages.train.setup import setup_stage
+from jaxstages.training.handoff import lora_of, read_trained
+from jaxstages.training.setup import setup_stage
 
 
 def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: dict[str, Any] | None = None) -> None:

@@ -1,4 +1,7 @@
-"""The choice of operations by platform. No other module of this package or of `train` asks which platform it is."""
+"""The choice of operations by platform.
+
+`cpu.py` is imported where it is chosen: other platforms do not load it, and the model can be read without it.
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxstages.models import cpu
 from jaxstages.models.attention import Attend
 from jaxstages.models.fused_cross_entropy import Form, make_loss_head
 from jaxstages.models.ops import REFERENCE, Ops
@@ -38,14 +40,12 @@ def select_ops(
             machine of the platform supports.
         context: length of the rows that `attention` is made for; None is any length.
     """
-    platform = platform or jax.default_backend()
-    if platform != "cpu":
-        ops = ACCELERATOR
-    elif hooks == SINGLE_DEVICE:
-        ops = cpu.OPS
-    else:
-        # The other operations for CPU are made for one device: their tricks would cost exchanges between devices.
-        ops = ACCELERATOR._replace(attention=cpu.OPS.attention)
+    ops = ACCELERATOR
+    if (platform or jax.default_backend()) == "cpu":
+        from jaxstages.models import cpu
+
+        # All but attention are made for one device: over a mesh they would cost exchanges between devices.
+        ops = cpu.OPS if hooks == SINGLE_DEVICE else ACCELERATOR._replace(attention=cpu.OPS.attention)
 
     if attention is not None:
         ops = ops._replace(attention=attention)
@@ -54,6 +54,8 @@ def select_ops(
 
 def global_norm(tree: Any) -> Float[Array, ""]:
     """Euclidean norm of all leaves together, in float32."""
+    from jaxstages.models import cpu
+
     squares = [jnp.atleast_1d(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
     total = functools.partial(jax.lax.platform_dependent, cpu=cpu.sum_by_rows, default=jnp.sum)
     return jnp.sqrt(sum(map(total, squares), jnp.zeros(())))
@@ -62,4 +64,9 @@ def global_norm(tree: Any) -> Float[Array, ""]:
 def limit_memory(jitted: Callable[..., Any], compiled: Any, platform: str) -> Callable[..., Any]:
     """Return the jitted step, made to wait for its results where consecutive steps would otherwise need their temporary
     memory at the same time."""
-    return cpu.run_synchronously(jitted, compiled) if platform == "cpu" else jitted
+    if platform != "cpu":
+        return jitted
+
+    from jaxstages.models import cpu
+
+    return cpu.run_synchronously(jitted, compiled)

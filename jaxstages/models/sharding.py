@@ -1,4 +1,4 @@
-"""Which device holds what: the mesh, and the recipe's table from logical axes to its axes.
+"""The device mesh, and shardings from the recipe's table of logical axes to mesh axes.
 
 Legend: B batch, L length.
 """
@@ -19,14 +19,14 @@ from jaxstages.models.spmd import GATHERED
 from jaxstages.types import SINGLE_DEVICE, Batch, Names, Params, ShardingHooks
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-"""From the one whose devices may be far apart to the one that talks most."""
+"""Mesh axes, from the one that may cross slow networks to the one that communicates most."""
 
 RULES = RulesConfig()
-"""Those of a recipe that has none of its own."""
+"""The default rules."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices (or those given), as the network between them has it.
+    """Return a mesh over all devices, or over `devices`, arranged by the network between them.
 
     Raises:
         ValueError: the axes do not multiply to the number of devices, or `data` does not cross the slices evenly.
@@ -56,14 +56,17 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 
 def spec_of(names: Sequence[str], rules: RulesConfig, gathered: bool = False) -> PartitionSpec:
-    """How an array is split whose dims have these logical axes; gathered: as a parameter is while it is computed with.
-    A name without a rule is whole."""
+    """Return the partition of an array whose dims have these logical axes. A name without a rule is not split.
+
+    Args:
+        gathered: the partition of a parameter during computation instead of in storage.
+    """
     axes = (() if gathered and name == GATHERED else getattr(rules, name, ()) for name in names)
     return PartitionSpec(*(part or None for part in axes))
 
 
 def param_shardings(params: Params, axes: Params, mesh: Mesh, rules: RulesConfig = RULES) -> Params:
-    """A NamedSharding a parameter. `params` may hold shapes (`jax.eval_shape`) or arrays; `axes` is `Model.axes`.
+    """Return a NamedSharding for each parameter. `params` are arrays or shapes; `axes` is `Model.axes`.
 
     Raises:
         ValueError: a dim can't be split evenly over its axes of the mesh.
@@ -118,8 +121,11 @@ def make_sharding_hooks(mesh: Mesh, rules: RulesConfig = RULES) -> ShardingHooks
 
 
 def like_params(tree: Any, params: Params, shardings: Params, mesh: Mesh) -> Any:
-    """Shardings for a tree, such as an optimizer's state, that holds copies of `params`: a leaf whose path ends in a
-    parameter's path, and has its shape, is split as that parameter; every other leaf is whole on every device."""
+    """Return shardings for a tree that contains copies of `params`, such as an optimizer's state.
+
+    A leaf whose path ends in a parameter's path, and that has its shape, is sharded like that parameter. Every other
+    leaf is replicated.
+    """
 
     def keys(path: Any) -> tuple[str, ...]:
         return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
@@ -140,12 +146,12 @@ def like_params(tree: Any, params: Params, shardings: Params, mesh: Mesh) -> Any
 
 
 def shardings_of(tree: Any) -> Any:
-    """How the leaves, arrays or shapes, are placed."""
+    """Return the sharding of each leaf, an array or a shape."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def batch_sharding(mesh: Mesh, rules: RulesConfig = RULES) -> NamedSharding:
-    """Of a batch's fields, [B, L]."""
+    """Return the sharding of a batch's fields, [B, L]."""
     return NamedSharding(mesh, spec_of(("rows", "length"), rules))
 
 
@@ -167,14 +173,14 @@ def check_context(context: int, mesh: Mesh, rules: RulesConfig = RULES) -> None:
 
 
 def rows_here(batch_size: int, sharding: NamedSharding) -> range:
-    """The rows of a batch that this process's devices hold parts of; other processes may hold parts of the same."""
+    """Return the rows of a batch that this process's devices hold. Other processes may hold other parts of them."""
     held = sharding.addressable_devices_indices_map((batch_size, sharding.mesh.size)).values()
     spans = [index[0].indices(batch_size) for index in held if index is not None]
     return range(min(start for start, *_ in spans), max(stop for _, stop, _ in spans))
 
 
 def place_batch(batch: Batch, batch_size: int, sharding: NamedSharding) -> Batch:
-    """The rows `rows_here` (numpy) -> one global array a field."""
+    """Turn the rows of `rows_here` (numpy) into one global array per field."""
     first = rows_here(batch_size, sharding).start
 
     def one(field: Any) -> Array:

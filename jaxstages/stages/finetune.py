@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxstages.config import Recipe
-from jaxstages.train.setup import setup_stage
-from jaxstages.train.stage import train_stage
+from jaxstages.training.setup import setup_stage
+from jaxstages.training.stage import train_stage
 
 
 def run(recipe: Recipe, workdir: Path, finish: bool = False) -> dict[str, Any] | None:

@@ -26,8 +26,8 @@ from jaxstages.cli.train import train
 from jaxstages.config import LoraConfig, MeshConfig, ModelConfig, TokenizerConfig
 from jaxstages.data.tokenizer import load_tokenizer
 from jaxstages.data.train_tokenizer import make_tokenizer
-from jaxstages.generate.decode import make_answers
-from jaxstages.generate.sampling import Sampling
+from jaxstages.generation.decode import make_answers
+from jaxstages.generation.sampling import Sampling
 from jaxstages.interop import peft
 from jaxstages.interop.config_json import choose_family, read_config
 from jaxstages.interop.families import FAMILIES
@@ -39,8 +39,8 @@ from jaxstages.models import lora
 from jaxstages.models.sharding import batch_sharding, make_mesh
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.files import read_json, write_json
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.setup import setup_stage
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.setup import setup_stage
 from jaxstages.types import Batch, Params
 from tests.interop.zoo import MORE, PARTS, VOCAB, ZOO, make
 from tests.tiny import recipe as tiny_recipe

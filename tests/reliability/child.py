@@ -45,9 +45,9 @@ def tell_phases(slots: mmap.mmap) -> None:
 
     import jaxstages.checkpoint.manager as checkpoint
     import jaxstages.cli.train as train
-    import jaxstages.train.handoff as parent
-    import jaxstages.train.loop as loop
-    import jaxstages.train.stage as stage
+    import jaxstages.training.handoff as parent
+    import jaxstages.training.loop as loop
+    import jaxstages.training.stage as stage
 
     within(train, "prepare_stages", "prepare", slots)
     within(checkpoint.Checkpoints, "restore_newest", "restore", slots)
@@ -96,7 +96,7 @@ def main() -> None:
         sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would load what only tests/interop needs
         import jaxstages.cli.main  # noqa: F401
         from jaxstages.runtime import lost_host
-        from jaxstages.train import program
+        from jaxstages.training import program
         from tests.compiled import traced_once, write_whole_files
 
         default = lost_host.LOST_AFTER_SECONDS

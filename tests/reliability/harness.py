@@ -24,8 +24,8 @@ from jaxstages.config import AnchorConfig, EarlyStoppingConfig, Recipe
 from jaxstages.models.sharding import make_mesh
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, steps_of
-from jaxstages.train import setup
-from jaxstages.train.metric_writer import read_metrics
+from jaxstages.training import setup
+from jaxstages.training.metric_writer import read_metrics
 from tests import compiled
 from tests.reliability.child import PHASES, SLOTS, shared
 from tests.tiny import recipe as tiny_recipe

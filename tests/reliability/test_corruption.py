@@ -18,10 +18,10 @@ from jaxstages.runtime import manifest
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.manifest import UNLISTED
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, steps_of
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.saved_items import to_items
-from jaxstages.train.setup import StageSetup, setup_stage
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.saved_items import to_items
+from jaxstages.training.setup import StageSetup, setup_stage
 from tests.reliability.harness import damage, make_recipe, print_table, quick_runs
 
 KINDS = ("flip", "truncate", "zero", "delete", "swap")

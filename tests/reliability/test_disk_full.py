@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import jaxstages.train.loop as loop
+import jaxstages.training.loop as loop
 from jaxstages import config as recipes
 from jaxstages.cli.train import train
 from jaxstages.data.prepare import subsample_evenly

@@ -22,7 +22,7 @@ from jaxstages.config import Recipe
 from jaxstages.runtime import manifest
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, steps_of, tokenizer_file
-from jaxstages.train.metric_writer import read_metrics
+from jaxstages.training.metric_writer import read_metrics
 from tests.reliability.harness import quick_runs
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data

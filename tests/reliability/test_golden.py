@@ -34,10 +34,10 @@ from jaxstages.config import (
 from jaxstages.runtime import manifest
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.handoff import read_parent
-from jaxstages.train.initial_state import InitialState, restore_or_init
-from jaxstages.train.setup import setup_stage
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.handoff import read_parent
+from jaxstages.training.initial_state import InitialState, restore_or_init
+from jaxstages.training.setup import setup_stage
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden")

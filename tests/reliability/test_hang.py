@@ -42,8 +42,8 @@ def sleeps_for_ever():
 with stop_signals():  # as the door itself does, before the slow imports
     from jax._src import compiler
 
-    import jaxstages.train.loop as loop
-    import jaxstages.train.stage as stage
+    import jaxstages.training.loop as loop
+    import jaxstages.training.stage as stage
     import jaxstages.cli.main
 
     make_batches, read, compile_any = stage._batches, loop.Loop._read_sums, compiler.compile_or_get_cached

@@ -23,17 +23,18 @@ from jaxstages.cli.train import train
 from jaxstages.config import MeshConfig, OptimConfig, Recipe, ScheduleConfig
 from jaxstages.data.batches import Batches, batches_by_step
 from jaxstages.models.losses import cross_entropy_loss
+from jaxstages.models.select import global_norm
 from jaxstages.models.sharding import batch_sharding, make_mesh, place_batch
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoints_folder, steps_of
-from jaxstages.train import program
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.guard import init_guard, should_apply
-from jaxstages.train.metric_writer import read_metrics
-from jaxstages.train.optimizer import make_optimizer
-from jaxstages.train.saved_items import from_items, to_items
-from jaxstages.train.setup import setup_stage
-from jaxstages.train.step import init_state, make_train_step
+from jaxstages.training import program
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.guard import init_guard, should_apply
+from jaxstages.training.metric_writer import read_metrics
+from jaxstages.training.optimizer import make_optimizer
+from jaxstages.training.saved_items import from_items, to_items
+from jaxstages.training.setup import setup_stage
+from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch, Diverged, Model, Params, TrainState
 from tests.reliability.harness import make_recipe, outcome, quick_runs, unlike
 from tests.tiny import VOCAB, mixed_batch
@@ -361,7 +362,8 @@ def test_the_loop_skips_the_bad_batches_and_no_other(lab: Lab, scattered: Path) 
     model = lab.model(SCATTERED)
     params = jax.jit(model.init)(jax.random.key(lab.recipe.seed))
     state = init_state(params, setup.program.tx, setup.config.optim.spike_window)
-    train_step = jax.jit(make_train_step(cross_entropy_loss(model.apply), setup.program.tx, seed=lab.recipe.seed))
+    loss = cross_entropy_loss(model.apply)
+    train_step = jax.jit(make_train_step(loss, setup.program.tx, seed=lab.recipe.seed, norm=global_norm))
     for k in sorted(set(range(STEPS)) - SCATTERED):
         state, _ = train_step(
             state._replace(step=jnp.int32(k)),

@@ -16,11 +16,11 @@ from jaxstages.checkpoint.manager import Checkpoints
 from jaxstages.checkpoint.metadata import read_meta
 from jaxstages.cli.train import train
 from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
-from jaxstages.generate.evaluate import Report
+from jaxstages.generation.evaluate import Report
 from jaxstages.runtime.signals import Stop
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
-from jaxstages.train import program, stage
-from jaxstages.train.setup import make_stage_evaluate
+from jaxstages.training import program, stage
+from jaxstages.training.setup import make_stage_evaluate
 from jaxstages.types import Batch, Interrupted, Params
 from tests.reliability.harness import make_recipe, outcome, quick_runs
 from tests.reliability.test_nonfinite import small_model

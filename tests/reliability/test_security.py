@@ -24,9 +24,9 @@ from jaxstages.data.prepare import Prepared
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.manifest import write_manifest
 from jaxstages.runtime.workdir import checkpoints_folder, steps_of
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.saved_items import from_items, to_items
-from jaxstages.train.setup import setup_stage
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.saved_items import from_items, to_items
+from jaxstages.training.setup import setup_stage
 from tests.reliability.test_golden import DATA, GOLDEN, RUN
 
 ROOT = Path(__file__).parents[2]

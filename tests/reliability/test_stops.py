@@ -19,9 +19,9 @@ from jaxstages.checkpoint.fingerprint import fingerprint
 from jaxstages.checkpoint.manager import Checkpoints, _Manager
 from jaxstages.checkpoint.metadata import META
 from jaxstages.runtime.workdir import steps_of
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.saved_items import from_items, to_items
-from jaxstages.train.step import init_state
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.saved_items import from_items, to_items
+from jaxstages.training.step import init_state
 from tests.reliability.harness import (
     SAVE_EVERY,
     Child,

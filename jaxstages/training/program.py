@@ -30,8 +30,8 @@ from jaxstages.models.trainable import Trainable, make_trainable
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
-from jaxstages.train.optimizer import check_optimizer_paths, make_optimizer, make_schedule
-from jaxstages.train.step import init_state
+from jaxstages.training.optimizer import check_optimizer_paths, make_optimizer, make_schedule
+from jaxstages.training.step import init_state
 from jaxstages.types import Model, Params, ShardingHooks, TrainState
 
 

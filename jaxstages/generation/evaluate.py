@@ -16,12 +16,12 @@ from jaxstages.data.prepare import Prepared, subsample_evenly
 from jaxstages.data.stage_data import EvaluationSet
 from jaxstages.data.tasks import Question
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.generate.decode import make_answers
-from jaxstages.generate.eval_step import make_eval_step
-from jaxstages.generate.label_scores import make_likeliest
-from jaxstages.generate.metrics import from_sums, score_labels, score_text
-from jaxstages.generate.sampling import Sampling
-from jaxstages.generate.text_stream import TextStream
+from jaxstages.generation.decode import make_answers
+from jaxstages.generation.eval_step import make_eval_step
+from jaxstages.generation.label_scores import make_likeliest
+from jaxstages.generation.metrics import from_sums, score_labels, score_text
+from jaxstages.generation.sampling import Sampling
+from jaxstages.generation.text_stream import TextStream
 from jaxstages.models.sharding import place_batch, rows_here
 from jaxstages.types import LossFn, Metrics, Model, Params, Report, Sums
 

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxstages.generate.sampling import Sampling, make_choose
+from jaxstages.generation.sampling import Sampling, make_choose
 from jaxstages.types import HiddenAndHead, Model, Params
 
 BUCKET = 32

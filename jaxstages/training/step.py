@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float
 from optax import contrib
 
-from jaxstages.train.guard import init_guard, should_apply
+from jaxstages.training.guard import init_guard, should_apply
 from jaxstages.types import Batch, LossFn, Params, Sums, TrainState
 
 TrainStep = Callable[..., tuple[TrainState, Sums]]
@@ -62,7 +62,7 @@ def make_train_step(
         anchor_weight: factor of the penalty's mean in the objective.
         frozen: tree of bools like params. Parameters marked True get a gradient of 0, which is not computed. The
             optimizer is responsible for leaving them unchanged.
-        norm: Euclidean norm of a tree.
+        norm: Euclidean norm of a tree. The loop passes `models.select.global_norm`, which is faster on some platforms.
 
     Returns:
         A step whose sums are those of the loss and "tokens" (slots with a token), "grad_norm" before clipping,

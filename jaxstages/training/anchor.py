@@ -11,11 +11,11 @@ import numpy as np
 from jaxstages.data.prepare import Prepared, generated_folder, open_prepared, write_generated
 from jaxstages.data.run_tokenizer import cache_folder
 from jaxstages.data.tasks import Example
-from jaxstages.generate.decode import make_answers
-from jaxstages.generate.sampling import Sampling
+from jaxstages.generation.decode import make_answers
+from jaxstages.generation.sampling import Sampling
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
-from jaxstages.train.setup import StageSetup
+from jaxstages.training.setup import StageSetup
 from jaxstages.types import Params
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxstages.generate.decode import BUCKET, Decoding, compile_decode, until_stop
-from jaxstages.generate.sampling import Sampling
+from jaxstages.generation.decode import BUCKET, Decoding, compile_decode, until_stop
+from jaxstages.generation.sampling import Sampling
 from jaxstages.types import Model, Params
 
 TOKENS_PER_POLL = (1, 1, 2, 4)

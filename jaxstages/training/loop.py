@@ -22,9 +22,9 @@ from jaxstages.data.prefetch import prefetch
 from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.cpu_tuning import freeze_gc_and_trim_heap, lower_thread_priority
 from jaxstages.runtime.signals import Stop
-from jaxstages.train.early_stopping import EarlyStopping, EarlyStoppingState
-from jaxstages.train.metric_writer import MetricsWriter, plain
-from jaxstages.train.saved_items import to_items
+from jaxstages.training.early_stopping import EarlyStopping, EarlyStoppingState
+from jaxstages.training.metric_writer import MetricsWriter, plain
+from jaxstages.training.saved_items import to_items
 from jaxstages.types import Diverged, Interrupted, Metrics, Params, Report, Sums, TrainState
 
 SUMMED = ("nll", "weight", "correct")

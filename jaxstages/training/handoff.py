@@ -22,7 +22,7 @@ from jaxstages.models.sharding import shardings_of
 from jaxstages.models.trainable import Trainable, make_trainable
 from jaxstages.runtime.manifest import Damaged
 from jaxstages.runtime.workdir import checkpoint_folder, quarantine_folder, result_file
-from jaxstages.train.program import Program, freeze
+from jaxstages.training.program import Program, freeze
 from jaxstages.types import Params
 
 CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_template")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from jaxstages.checkpoint.manager import TRAINING, Items
-from jaxstages.train.early_stopping import EarlyStoppingState
+from jaxstages.training.early_stopping import EarlyStoppingState
 from jaxstages.types import TrainState
 
 AVERAGE = "average"

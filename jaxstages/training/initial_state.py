@@ -23,9 +23,9 @@ from jaxstages.models.sharding import shardings_of
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import local_path
 from jaxstages.runtime.workdir import check_readable, checkpoint_folder, result_file
-from jaxstages.train.anchor import Anchor, open_anchor
-from jaxstages.train.early_stopping import EarlyStopping, EarlyStoppingState
-from jaxstages.train.handoff import (
+from jaxstages.training.anchor import Anchor, open_anchor
+from jaxstages.training.early_stopping import EarlyStopping, EarlyStoppingState
+from jaxstages.training.handoff import (
     SAME_STEPS,
     check_contract,
     check_lineage,
@@ -33,11 +33,11 @@ from jaxstages.train.handoff import (
     read_base,
     read_parent,
 )
-from jaxstages.train.loop import LoopProgress
-from jaxstages.train.new_tokens import check_new_tokens
-from jaxstages.train.program import freeze, fresh_state
-from jaxstages.train.saved_items import from_items, to_items
-from jaxstages.train.setup import StageSetup
+from jaxstages.training.loop import LoopProgress
+from jaxstages.training.new_tokens import check_new_tokens
+from jaxstages.training.program import freeze, fresh_state
+from jaxstages.training.saved_items import from_items, to_items
+from jaxstages.training.setup import StageSetup
 from jaxstages.types import Params, TrainState
 
 

@@ -20,9 +20,9 @@ from jaxstages.models.losses import cross_entropy_loss, kl_sum
 from jaxstages.models.select import global_norm, limit_memory
 from jaxstages.models.sharding import shardings_of
 from jaxstages.runtime.console import say
-from jaxstages.train.optimizer import path_matches
-from jaxstages.train.program import Program
-from jaxstages.train.step import TrainStep, make_train_step
+from jaxstages.training.optimizer import path_matches
+from jaxstages.training.program import Program
+from jaxstages.training.step import TrainStep, make_train_step
 from jaxstages.types import Batch, LossFn, Model, Params, Sums, TrainState
 
 REMAT_ORDER = ("none", "dots", "full")

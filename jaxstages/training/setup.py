@@ -19,11 +19,11 @@ from jaxstages.config import (
 from jaxstages.data.run_tokenizer import open_tokenizer
 from jaxstages.data.stage_data import EvaluationSet, StageData, prepare_stage, with_steps
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.generate.evaluate import Evaluate, TextModel, make_evaluate
+from jaxstages.generation.evaluate import Evaluate, TextModel, make_evaluate
 from jaxstages.models.sharding import make_mesh
-from jaxstages.train.compile import make_loss
-from jaxstages.train.handoff import Contract, contract_of
-from jaxstages.train.program import Program, check_fit, check_numbers, choose_attention, make_program
+from jaxstages.training.compile import make_loss
+from jaxstages.training.handoff import Contract, contract_of
+from jaxstages.training.program import Program, check_fit, check_numbers, choose_attention, make_program
 
 
 @dataclass(frozen=True)

@@ -16,26 +16,26 @@ from jaxstages.config.parts import metric_name
 from jaxstages.data.batches import batches_by_step
 from jaxstages.data.mixture import describe
 from jaxstages.data.stage_data import WATCH
-from jaxstages.generate.evaluate import unigram_perplexity
+from jaxstages.generation.evaluate import unigram_perplexity
 from jaxstages.models.sharding import place_batch, rows_here
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import duration, say
 from jaxstages.runtime.files import write_json
 from jaxstages.runtime.signals import stop_signals, watchdog
 from jaxstages.runtime.workdir import result_file
-from jaxstages.train.compile import compile_step
-from jaxstages.train.diagnosis import Verdict, judge
-from jaxstages.train.early_stopping import early_stopping
-from jaxstages.train.initial_state import InitialState, restore_or_init
-from jaxstages.train.loop import Batches, Loop, Training, check_weight
-from jaxstages.train.metric_writer import MetricsWriter, plain, read_metrics
-from jaxstages.train.saved_items import AVERAGE
-from jaxstages.train.setup import StageSetup, make_stage_evaluate
+from jaxstages.training.compile import compile_step
+from jaxstages.training.diagnosis import Verdict, judge
+from jaxstages.training.early_stopping import early_stopping
+from jaxstages.training.initial_state import InitialState, restore_or_init
+from jaxstages.training.loop import Batches, Loop, Training, check_weight
+from jaxstages.training.metric_writer import MetricsWriter, plain, read_metrics
+from jaxstages.training.saved_items import AVERAGE
+from jaxstages.training.setup import StageSetup, make_stage_evaluate
 from jaxstages.types import Diverged, Metrics, Params, Report, TrainState
 
 SMALL_STEP_FLOPS, GROUP = 1e10, 8
-"""Steps cheaper than this (6 operations a parameter and token, Kaplan et al. 2020) are dispatched in groups of 8 between
-host reads, because host work would otherwise be a visible share of the step."""
+"""Steps cheaper than this (6 operations a parameter and token, Kaplan et al. 2020) are dispatched in groups of 8
+between host reads, because host work would otherwise be a visible share of the step."""
 
 FEW_TOKENS, TOKEN_LOSS_SD = 4000, 2.0
 """A held-out set with fewer scored tokens decides little: losses of single tokens have a standard deviation of about 2
