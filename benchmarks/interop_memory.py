@@ -39,7 +39,7 @@ def write_random(folder: Path, config: dict[str, object]) -> int:
     from jaxstages.config import TokenizerConfig
     from jaxstages.data.train_tokenizer import make_tokenizer
     from jaxstages.interop.config_json import read_config
-    from jaxstages.interop.layout import tensor_slots, shape_of
+    from jaxstages.interop.layout import shape_of, tensor_slots
     from jaxstages.interop.tensors import Entry, write_shards
     from jaxstages.models.transformer import make_model
     from jaxstages.runtime.files import write_json
