@@ -238,7 +238,7 @@ def test_what_is_trained_is_counted_and_said(run: tuple[Recipe, Path], capsys: p
     trained = layers * rank * sum(i + o for i, o in sides)
     whole = 300 * width + width + layers * (2 * width + sum(i * o for i, o in sides))
     said = f"trains {trained:,} of {whole + trained:,} parameters ({trained / (whole + trained):.2%})"
-    assert f"{said}; the base is held in int8" in out
+    assert f"{said}; the base is stored in int8" in out
     assert "  new      layers/attention/query/lora_a  float32[2, 16, 4]" in out
     assert "  restored layers/attention/query/kernel  float32[2, 16, 4, 8]" in out
 
@@ -370,8 +370,8 @@ def test_a_base_that_is_gone_or_another_is_refused(run: tuple[Recipe, Path]) -> 
     [
         ({"alpha": 32.0}, r"other adapters: config.finetune.lora.alpha: 16.0 -> 32.0; set it back"),
         ({"base": "int8"}, r"other adapters: config.finetune.lora.base: 'float32' -> 'int8'"),
-        ({"rank": 8}, r"does not fit the recipe's adapters .*lora_a: checkpoint float32\[2, 16, 4\], recipe .*16, 8\]"),
-        ({"rank": 0}, r"does not fit the recipe's adapters .*lora_a: only in the checkpoint"),
+        ({"rank": 8}, r"does not fit the recipe .*lora_a: checkpoint float32\[2, 16, 4\], recipe .*16, 8\]"),
+        ({"rank": 0}, r"does not fit the recipe .*lora_a: only in the checkpoint"),
         ({"targets": ("query/kernle",)}, r"lora.targets: 'query/kernle' matches no matrix; near it are .*query/kernel"),
         ({"targets": ("norm/scale",)}, r"lora.targets: 'norm/scale' matches no matrix"),
     ],
