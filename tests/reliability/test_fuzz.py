@@ -29,6 +29,7 @@ from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.config import DataConfig, Recipe, StageConfig, TokenizerConfig
 from jaxstages.config.checks import validate
 from jaxstages.data import tokenizer as tokenizing
+from jaxstages.data import train_tokenizer
 from jaxstages.data.prepare import Prepared, prepare
 from jaxstages.data.run_tokenizer import open_tokenizer
 from jaxstages.data.sentencepiece import BPE, UNIGRAM
@@ -383,11 +384,11 @@ def test_long_texts_are_encoded_and_learned_from_in_pieces(
     whole = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
     config = TokenizerConfig(vocab_size=300)
     learned = [make_tokenizer(config, iter([text]), tmp_path / "1.json").sha256]
-    monkeypatch.setattr(tokenizing, "PIECE", 500)
-    monkeypatch.setattr(tokenizing, "LONGEST_WORD", 20_000 - len(text))
+    monkeypatch.setattr(tokenizing, "ENCODE_CHARACTERS", 500)
+    monkeypatch.setattr(train_tokenizer, "MAX_WORD_CHARACTERS", 20_000 - len(text))
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == whole
     learned.append(make_tokenizer(config, iter([text]), tmp_path / "2.json").sha256)
-    monkeypatch.setattr(tokenizing, "LONGEST_WORD", 10**9)
+    monkeypatch.setattr(train_tokenizer, "MAX_WORD_CHARACTERS", 10**9)
     learned.append(make_tokenizer(config, iter([text]), tmp_path / "3.json").sha256)
     assert len(set(learned)) == 1
 
