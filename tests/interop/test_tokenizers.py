@@ -29,7 +29,7 @@ def exported(tokenizer: Tokenizer, workdir: Path, stage: str) -> Any:
 
     folder = workdir / "out"
     folder.mkdir()
-    setup: Any = SimpleNamespace(workdir=workdir, tokenizer=tokenizer)
+    setup: Any = SimpleNamespace(workdir=workdir, data=SimpleNamespace(tokenizer=tokenizer))
     hf_export._write_tokenizer(setup, stage, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return AutoTokenizer.from_pretrained(folder)
