@@ -28,7 +28,7 @@ from weights import model_config
 from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.select import global_norm
 from jaxstages.models.transformer import make_model
-from jaxstages.runtime.cpu_tuning import disable_malloc_trim
+from jaxstages.runtime.cpu import disable_malloc_trim
 from jaxstages.training.optimizer import make_optimizer
 from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch

@@ -22,7 +22,7 @@ from jaxstages.models import lora
 from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.select import global_norm, limit_memory
 from jaxstages.models.transformer import make_model
-from jaxstages.runtime.cpu_tuning import disable_malloc_trim, freeze_gc_and_trim_heap
+from jaxstages.runtime.cpu import disable_malloc_trim, freeze_gc_and_trim_heap
 from jaxstages.training.optimizer import make_optimizer
 from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch, HiddenAndHead, Params, Sums, TrainState

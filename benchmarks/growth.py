@@ -33,7 +33,7 @@ from jaxstages.config import LoopConfig, MeshConfig, Recipe, StageConfig
 from jaxstages.models.losses import cross_entropy_loss, cross_entropy_sums
 from jaxstages.models.select import global_norm
 from jaxstages.models.sharding import make_mesh, shardings_of
-from jaxstages.runtime.cpu_tuning import disable_malloc_trim
+from jaxstages.runtime.cpu import disable_malloc_trim
 from jaxstages.training.program import fresh_state, make_program
 from jaxstages.training.step import make_train_step
 from jaxstages.types import Batch, HiddenAndHead

@@ -31,7 +31,8 @@ from recipes import pretrain_recipe
 from rows import ROWS, Row
 
 from jaxstages.cli.train import train
-from jaxstages.runtime.cpu_tuning import disable_malloc_trim, enable_compilation_cache
+from jaxstages.runtime.compilation_cache import enable_compilation_cache
+from jaxstages.runtime.cpu import disable_malloc_trim
 from jaxstages.training import stage
 from jaxstages.training.compile import compile_step
 

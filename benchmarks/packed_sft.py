@@ -67,7 +67,7 @@ def jaxstages(talks: list[tuple[np.ndarray, int]], weights: Path, check: bool) -
     from jaxstages.models.losses import cross_entropy_loss
     from jaxstages.models.select import global_norm
     from jaxstages.models.transformer import make_model
-    from jaxstages.runtime.cpu_tuning import disable_malloc_trim
+    from jaxstages.runtime.cpu import disable_malloc_trim
     from jaxstages.training.optimizer import make_optimizer
     from jaxstages.training.step import init_state, make_train_step
 

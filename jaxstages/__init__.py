@@ -10,16 +10,11 @@ The names below are the public API; each is imported when it is first used.
 
 import importlib
 import importlib.metadata
-import os
 from typing import TYPE_CHECKING, Any
 
-# On CPU, jaxlib 0.10 and 0.11 can return wrong values from fused reductions (jax#39103). XLA reads this flag once, when
-# the backend starts, so it is set before any other module of ours is imported. The user's own flags are kept.
-_WORKAROUND = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
-if importlib.metadata.version("jaxlib").startswith(("0.10.", "0.11.")):
-    _flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_cpu_experimental_ynn_fusion_type" not in _flags:
-        os.environ["XLA_FLAGS"] = f"{_flags} {_WORKAROUND}".strip()
+from jaxstages.runtime.cpu import avoid_wrong_sums
+
+avoid_wrong_sums()  # before anything imports a module that starts JAX's backend
 
 if TYPE_CHECKING:
     from jaxstages.api import evaluate, generate, load_params, train

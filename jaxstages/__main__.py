@@ -1,17 +1,18 @@
-"""`jaxstages`, and `python -m jaxstages`: ready for signals before the slow imports, then through the door."""
+"""`jaxstages`, and `python -m jaxstages`: ready for signals before the slow imports."""
 
 import faulthandler
 import os
 import signal
 import sys
 
-from jaxstages.runtime.cpu_tuning import disable_malloc_trim, enable_compilation_cache
+from jaxstages.runtime.compilation_cache import enable_compilation_cache
+from jaxstages.runtime.cpu import disable_malloc_trim
 from jaxstages.runtime.signals import stop_signals
 
 
-def _keep_compiled() -> None:
-    if told := enable_compilation_cache():
-        print(f"jaxstages: {told}", file=sys.stderr)
+def _enable_compilation_cache() -> None:
+    if message := enable_compilation_cache():
+        print(f"jaxstages: {message}", file=sys.stderr)
 
 
 def cli() -> None:
@@ -22,14 +23,14 @@ def cli() -> None:
         from jaxstages.cli.main import main
 
         try:
-            code = main(sys.argv, before_jax=_keep_compiled)
-        except BrokenPipeError:  # nobody reads any more, as behind `| head`
+            code = main(sys.argv, before_jax=_enable_compilation_cache)
+        except BrokenPipeError:  # the reader has gone, as in `| head`
             os._exit(128 + signal.SIGPIPE)
         try:
             sys.stdout.flush()
         except OSError:  # the disk of the log is full
             code = code or 74
-        # Everything is on disk. A signal during a slow farewell of the libraries must not turn success into failure.
+        # Everything is on disk. A signal during the libraries' slow clean-up must not turn success into failure.
         os._exit(code)
 
 

@@ -99,7 +99,7 @@ def test_memory_is_given_back_before_the_next_step(monkeypatch: pytest.MonkeyPat
 FREED = """
 import os
 import numpy as np
-from jaxstages.runtime.cpu_tuning import disable_malloc_trim, freeze_gc_and_trim_heap
+from jaxstages.runtime.cpu import disable_malloc_trim, freeze_gc_and_trim_heap
 
 def resident() -> int:
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -116,7 +116,7 @@ print(whole - kept, kept - resident())
 
 SCATTERED = """
 import ctypes, re, sys
-from jaxstages.runtime.cpu_tuning import disable_malloc_trim, freeze_gc_and_trim_heap
+from jaxstages.runtime.cpu import disable_malloc_trim, freeze_gc_and_trim_heap
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxstages.runtime import multihost
+from jaxstages.runtime.cpu import limit_programs_in_flight
 from jaxstages.types import Params
 
 
@@ -63,17 +64,12 @@ def _checksums(x: jax.Array) -> jax.Array:
     second = (bits + index * jnp.uint32(0x9E3779B1)) * odd_hash
     not_finite = (~jnp.isfinite(x)).astype(jnp.uint32)
 
-    # One reduction with three operands: XLA:CPU does not fuse three sums, which took 20 times as long.
+    # One reduction with three operands: three sums are not fused everywhere, and took 20 times as long.
     def add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(map(jnp.add, a, b))
 
     zeros, dims = (jnp.uint32(0),) * 3, tuple(range(x.ndim))
     return jnp.stack(jax.lax.reduce((first, second, not_finite), zeros, add, dims))
-
-
-CPU_PROGRAMS_IN_FLIGHT = 16
-"""Leaves in flight on CPU. With 32 programs and several devices, jaxlib 0.10.2 deadlocks: some devices wait to start
-the next program, and others wait for them in the one before."""
 
 
 class Fingerprint(NamedTuple):
@@ -97,8 +93,7 @@ def begin_fingerprint(tree: Any) -> Callable[[], Fingerprint]:
     pending: dict[str, Any] = {}
     for number, (path, x) in enumerate(leaves.items(), start=1):
         pending[path] = _checksums(x) if isinstance(x, jax.Array) else x
-        if number % CPU_PROGRAMS_IN_FLIGHT == 0 and jax.default_backend() == "cpu":
-            jax.block_until_ready(pending[path])
+        limit_programs_in_flight(number, pending[path])
     kinds = {path: kind_of(x) for path, x in leaves.items()}  # now: leaves may be donated before `fetch`
 
     def fetch() -> Fingerprint:

@@ -32,7 +32,7 @@ from jaxstages.checkpoint.fingerprint import (
 from jaxstages.checkpoint.metadata import FORMAT, read_meta, saved_kind, stored_shapes
 from jaxstages.runtime import manifest, multihost
 from jaxstages.runtime.console import say
-from jaxstages.runtime.cpu_tuning import lower_thread_priority
+from jaxstages.runtime.cpu import lower_thread_priority
 from jaxstages.runtime.files import make_folder, sync, write_json
 from jaxstages.runtime.manifest import Damaged, quarantine
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, steps_of

@@ -60,6 +60,11 @@ def machine_of(device: Any) -> Machine:
     return Machine(device.platform, float(capability))
 
 
+def has_kernels(machine: Machine) -> bool:
+    """Return whether there are attention kernels for the machine's platform."""
+    return machine.platform in ("gpu", "tpu")
+
+
 def run_lengths(segments_BL: Int[Array, "B L"], runs: int) -> tuple[Int[Array, "B M"], Int[Array, "B M+1"], Array]:
     """Return length and first slot of each run of a row, -1 after the last, and the number of runs, [B].
 

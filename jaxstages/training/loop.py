@@ -20,7 +20,7 @@ from jaxstages.checkpoint.manager import Checkpoints
 from jaxstages.config import StageConfig
 from jaxstages.data.prefetch import prefetch
 from jaxstages.runtime.console import Progress, say
-from jaxstages.runtime.cpu_tuning import freeze_gc_and_trim_heap, lower_thread_priority
+from jaxstages.runtime.cpu import freeze_gc_and_trim_heap, lower_thread_priority
 from jaxstages.runtime.signals import Stop
 from jaxstages.training.early_stopping import EarlyStopping, EarlyStoppingState
 from jaxstages.training.metric_writer import MetricsWriter, plain

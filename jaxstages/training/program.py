@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
@@ -15,7 +14,7 @@ from jaxstages.config import ModelConfig, OptimConfig, Recipe, RulesConfig, Stag
 from jaxstages.config.parts import ModelSpec
 from jaxstages.data.prepare import Prepared
 from jaxstages.models.attention import Attend
-from jaxstages.models.kernels import Shape, choose_attend, machine_of
+from jaxstages.models.kernels import Shape, choose_attend, has_kernels, machine_of
 from jaxstages.models.layers import attention_specs
 from jaxstages.models.sharding import (
     batch_sharding,
@@ -182,21 +181,14 @@ def check_fit(recipe: Recipe, name: str, stage: StageConfig, mesh: Mesh) -> None
     check_context(recipe.model.context, mesh, rules)
 
 
-def check_numbers() -> None:
-    """Some jaxlib builds return wrong sums on CPU (jax#39103); a run that would be wrong does not start."""
-    rows = jnp.stack((jnp.arange(32769.0), jnp.zeros(32769), jnp.zeros(32769)), axis=1)
-    square = jax.vmap(lambda row: jnp.sum(jnp.square(jnp.eye(3) @ row)))
-    if float(jax.jit(square)(rows)[-1]) != 32768.0**2:
-        raise ValueError(
-            "this jaxlib computes wrong sums here; add --xla_cpu_experimental_ynn_fusion_type=-reduce to XLA_FLAGS"
-        )
-
-
 def choose_attention(config: ModelSpec, parts: int, rows: list[Prepared]) -> Attend | None:
-    """The fastest attention for these rows, on this machine; None, the model's own, on CPU, which has no other, where a
-    row is split over several `parts`, which take the formula, and without rows, for then nothing attends over them."""
+    """Return the fastest attention for these rows on this machine, and say which it is.
+
+    None is the model's own: for a platform without kernels, for rows split over several `parts`, and without rows, when
+    nothing attends over them.
+    """
     machine = machine_of(jax.local_devices()[0])
-    if not isinstance(config, ModelConfig) or not rows or machine.platform == "cpu":
+    if not isinstance(config, ModelConfig) or not rows or not has_kernels(machine):
         return None
     if parts > 1:
         say(f"attention: the formula, {QUERY_BLOCK} queries at a time, for mesh.context={parts} splits the rows")

@@ -21,9 +21,10 @@ from jaxstages.data.stage_data import EvaluationSet, StageData, prepare_stage, w
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.generation.evaluate import Evaluate, TextModel, make_evaluate
 from jaxstages.models.sharding import make_mesh
+from jaxstages.runtime.cpu import check_sums
 from jaxstages.training.compile import make_loss
 from jaxstages.training.handoff import Contract, contract_of
-from jaxstages.training.program import Program, check_fit, check_numbers, choose_attention, make_program
+from jaxstages.training.program import Program, check_fit, choose_attention, make_program
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def setup_stage(recipe: Recipe, name: str, workdir: Path, with_data: bool = True
     if name not in stages:
         raise ValueError(f"recipe {recipe.name!r} has no stage {name}; it has {', '.join(stages)}")
     config = stages[name]
-    check_numbers()
+    check_sums()
     mesh = make_mesh(recipe.mesh)
     check_fit(recipe, name, config, mesh)
     tokenizer = open_tokenizer(recipe, workdir)
