@@ -13,7 +13,7 @@ from jaxstages.cli.train import train as train_one
 from jaxstages.config import Recipe, stages
 from jaxstages.experiments.stage_matrix import prompt_ids
 from jaxstages.generation.evaluate import make_texts
-from jaxstages.runtime.files import read_json
+from jaxstages.runtime.files import parse_path, read_json
 from jaxstages.runtime.workdir import result_file
 from jaxstages.training.handoff import read_parent
 from jaxstages.training.setup import make_stage_evaluate, setup_stage
@@ -35,7 +35,7 @@ def train(recipe: Recipe, workdir: str | Path, stage: str | None = None) -> dict
         Diverged: the numbers are no longer finite.
         Interrupted: a signal asked to stop; everything is saved.
     """
-    folder = Path(workdir)
+    folder = parse_path(str(workdir), "workdir")
     recipe = resolve_recipe(recipe, folder)
     if stage is None:
         run_stages(recipe, folder)
@@ -56,7 +56,7 @@ def evaluate(
         recipe: by default the workdir's; one with own parts has to be passed.
         step: by default the best one.
     """
-    folder = Path(workdir)
+    folder = parse_path(str(workdir), "workdir")
     recipe = resolve_recipe(recipe, folder)
     name = stage or last_finished(recipe, folder)
     result = choose(recipe, folder / name, step)
@@ -91,7 +91,7 @@ def generate(
         top_k, top_p: sample among the likeliest tokens.
         seed: the same seed gives the same answers.
     """
-    folder = Path(workdir)
+    folder = parse_path(str(workdir), "workdir")
     recipe = resolve_recipe(recipe, folder)
     sampling = SamplingFlags(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
@@ -114,7 +114,7 @@ def load_params(
         recipe: by default the workdir's; one with own parts has to be passed.
         step: by default the best one.
     """
-    folder = Path(workdir)
+    folder = parse_path(str(workdir), "workdir")
     recipe = resolve_recipe(recipe, folder)
     name = stage or last_finished(recipe, folder)
     result = choose(recipe, folder / name, step)

@@ -1,6 +1,7 @@
 """Arrays on disk through Orbax, written and read in chunks, so that little of them is in memory twice."""
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,6 @@ def read(folder: Path, target: Any, part: bool = False) -> Any:
         handler = ocp.PyTreeCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
         try:
-            return checkpointer.restore(folder, args=arguments)
+            return checkpointer.restore(os.fspath(folder), args=arguments)
         except Exception as error:  # Orbax has no type of its own for unreadable data
             raise Damaged(f"{folder} is damaged, Orbax can't read it: {str(error)[:200]}") from error

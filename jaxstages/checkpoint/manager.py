@@ -4,10 +4,13 @@ Orbax notices neither a flipped bit in an array file nor a wrong dtype, takes an
 reports a failed save at the next one. So a checkpoint gets a manifest before its final name (`manifest.py`). Restoring
 compares files with the manifest, then shapes and dtypes, then fingerprints of all leaves. The loop polls the save at
 each step.
+
+On disk, a checkpoint is renamed when it is complete. In a bucket Orbax writes it under its final name, and an object
+that says so last; old ones are deleted by us, that object first.
 """
 
 import contextlib
-import shutil
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,11 +33,12 @@ from jaxstages.checkpoint.fingerprint import (
     tree_of,
 )
 from jaxstages.checkpoint.metadata import FORMAT, read_meta, saved_kind, stored_shapes
-from jaxstages.runtime import manifest, multihost
+from jaxstages.runtime import bucket, manifest, multihost
+from jaxstages.runtime.bucket import is_bucket
 from jaxstages.runtime.console import say
 from jaxstages.runtime.cpu import lower_thread_priority
-from jaxstages.runtime.files import make_folder, sync, write_json
-from jaxstages.runtime.manifest import Damaged, quarantine
+from jaxstages.runtime.files import make_folder, remove_tree, sync, write_json
+from jaxstages.runtime.manifest import COMMITTED, Damaged, quarantine
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, steps_of
 from jaxstages.types import Diverged, Params
 
@@ -65,13 +69,14 @@ class Restored(NamedTuple):
 
 class _KeepBest:
     """Orbax preservation policy that keeps the best step, which early stopping decides: Orbax's own `best_fn` deletes
-    the true best on a NaN."""
+    the true best on a NaN. In a bucket it keeps all: Orbax deletes objects in any order, and a kill would leave a part
+    of a checkpoint that looks complete."""
 
-    def __init__(self) -> None:
-        self.step = -1
+    def __init__(self, all_steps: bool) -> None:
+        self.step, self._all_steps = -1, all_steps
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        return [checkpoint.step == self.step for checkpoint in checkpoints]
+        return [self._all_steps or checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -90,7 +95,7 @@ class Checkpoints:
     """The checkpoints of one stage: the latest `keep`, and the best. The caller must have the run's lock."""
 
     def __init__(self, stage_dir: Path, keep: int) -> None:
-        self._stage_dir, self._keep, self._best = stage_dir, keep, _KeepBest()
+        self._stage_dir, self._keep, self._best = stage_dir, keep, _KeepBest(is_bucket(stage_dir))
         self._folder = checkpoints_folder(stage_dir).absolute()
         self._manager: _Manager | None = None
         self._thread = ThreadPoolExecutor(1, "save", lower_thread_priority)
@@ -222,12 +227,17 @@ class Checkpoints:
         manager.wait_until_finished()
         manager.check_for_errors()
 
-        if multihost.is_process_zero():
+        if multihost.is_process_zero() and is_bucket(self._folder):
+            for step in steps_of(self._stage_dir)[: -self._keep]:
+                if step != self._best.step:
+                    bucket.remove(self._folder / str(step), first=(COMMITTED,))
+        elif multihost.is_process_zero():
             # Files that Orbax wrote after the manifest, and the name of the folder.
-            for path in (*self._folder.glob(f"{self._step}/*"), self._folder / str(self._step), self._folder):
+            folder = self._folder / str(self._step)
+            for path in (*folder.iterdir(), folder, self._folder):
                 sync(path)
             # Orbax moves deleted checkpoints here, and leaves them.
-            shutil.rmtree(self._folder / TRASH, ignore_errors=True)
+            remove_tree(self._folder / TRASH)
 
         if not self._is_proven and jax.process_count() == 1:  # with several processes, Orbax would communicate
             self._read_back()
@@ -280,16 +290,19 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [checkpoint_managers.LatestN(self._keep), self._best]
                 ),
-                todelete_subdir=TRASH,  # a kill during a deletion leaves no half checkpoint in the list
+                # A kill during a deletion leaves no half checkpoint in the list.
+                todelete_subdir=None if is_bucket(self._folder) else TRASH,
                 async_options=ocp.AsyncOptions(timeout_secs=600, post_finalization_callback=self._finalize),
             )
-            self._manager = _Manager(self._folder, options=options)
+            self._manager = _Manager(os.fspath(self._folder), options=options)
         return self._manager
 
     def _finalize(self) -> None:
-        """Write metadata and manifest. Orbax calls this in a thread before the rename: after an error there is no
-        checkpoint."""
-        (folder,) = self._folder.glob(f"{self._step}.orbax-checkpoint-tmp*")
+        """Write metadata and manifest. Orbax calls this in a thread before the rename, or the last object: after an
+        error there is no checkpoint."""
+        folder = self._folder / str(self._step)
+        if not is_bucket(folder):
+            (folder,) = self._folder.glob(f"{self._step}.orbax-checkpoint-tmp*")
         computed = self._fetch_fingerprint()
         if bad := [path for path in computed.not_finite if path.startswith(HANDED_ON)]:
             raise Diverged(f"step {self._step} is not saved: {', '.join(bad)} is not finite; the one before it stands")
@@ -299,8 +312,12 @@ class Checkpoints:
 
     def _remove_leftovers(self) -> None:
         """Remove what a kill, or a failed save, left: unfinished and deleted checkpoints, nothing else."""
-        for leftover in (*self._folder.glob("*.orbax-checkpoint-tmp*"), self._folder / TRASH):
-            shutil.rmtree(leftover, ignore_errors=True)
+        leftovers = [*self._folder.glob("*.orbax-checkpoint-tmp*"), self._folder / TRASH]
+        if is_bucket(self._folder):
+            complete = {str(step) for step in steps_of(self._stage_dir)}
+            leftovers = [path for path in self._folder.glob("*") if path.name.isdecimal() and path.name not in complete]
+        for leftover in leftovers:
+            remove_tree(leftover)
 
     @contextlib.contextmanager
     def _errors_as_os_error(self) -> Iterator[None]:

@@ -50,12 +50,11 @@ def _list(folders: list[Path]) -> None:
             except manifest.Damaged as error:
                 table.add_row(folder.name, str(step), "damaged", "", "", "", str(error))
                 continue
-            files = [path for path in checkpoint_folder(folder, step).rglob("*") if path.is_file()]
+            sizes = manifest.sizes(checkpoint_folder(folder, step)).values()
             marks = [mark] * (step == best) + ["latest"] * (step == steps[-1])
             metrics = {name: value for name, value in meta["carried"]["best"].items() if not name.endswith("_se")}
             scores = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value)
-            size = sum(path.stat().st_size for path in files) / 1e6
-            cells = (f"{meta['carried']['tokens']:,}", f"{size:.2f}", str(len(files)), scores)
+            cells = (f"{meta['carried']['tokens']:,}", f"{sum(sizes) / 1e6:.2f}", str(len(sizes)), scores)
             table.add_row(folder.name, str(step), ", ".join(marks) or "recent", *cells)
     Console(width=None if Console().is_terminal else 140).print(table)
     for folder in folders:

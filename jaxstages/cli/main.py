@@ -20,8 +20,9 @@ from jaxstages.cli.parse import parse
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.config import IMPORT, STAGES, Recipe, stages
+from jaxstages.runtime import bucket
 from jaxstages.runtime.cluster import ENVIRONMENT, ProcessInfo, detect_process
-from jaxstages.runtime.files import local_path
+from jaxstages.runtime.files import parse_path
 from jaxstages.runtime.workdir import check_workdir
 
 HELP = {"--help", "-help", "-h"}
@@ -62,6 +63,8 @@ def _failed(error: Exception) -> int:
             return _end(70, f"--debug_nans: {str(error).splitlines()[0]} {_location(error)}")
         case OSError():
             return _end(74, f"{error}; nothing that was saved before is lost")
+        case _ if reason := bucket.explain(error):
+            return _end(74, f"{reason}; nothing that was saved before is lost")
 
     if (code := getattr(error, "exit_code", None)) is not None:  # Diverged, Interrupted
         return _end(code, str(error))
@@ -112,7 +115,7 @@ def _dispatch(argv: list[str], before_jax: Callable[[], None]) -> None:
 
     if values.workdir is None:
         raise ValueError(f"{command} needs --workdir=DIR, the folder of the run")
-    workdir = local_path(values.workdir, "--workdir")
+    workdir = parse_path(values.workdir, "--workdir")
     check_workdir(workdir)
     logging.set_verbosity(logging.FATAL)  # libraries log what we report in one line
 

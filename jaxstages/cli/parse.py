@@ -16,7 +16,7 @@ from jaxstages.cli.resolve import kept_recipe
 from jaxstages.config import ModelConfig, Recipe, differences
 from jaxstages.config.parts import ModelSpec
 from jaxstages.runtime.console import warn
-from jaxstages.runtime.files import local_path
+from jaxstages.runtime.files import parse_path
 
 CONFIG = ("--config", "-config")
 WORKDIR = ("--workdir", "-workdir")
@@ -97,7 +97,7 @@ def _recipe_of_workdir(argv: list[str], change: str) -> Recipe:
     following = [*argv[1:], ""]
     values = [word.partition("=")[2] for word in argv if word.partition("=")[0] in WORKDIR and "=" in word]
     values += [value for word, value in zip(argv, following, strict=True) if word in WORKDIR]
-    recipe = kept_recipe(local_path(values[-1], "--workdir")) if values else None
+    recipe = kept_recipe(parse_path(values[-1], "--workdir")) if values else None
     if recipe is None:
         raise ValueError(f"{change} changes a recipe's field; name the recipe too, with --config=RECIPE")
     return recipe

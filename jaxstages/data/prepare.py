@@ -47,7 +47,8 @@ from jaxstages.data.shards import (
 from jaxstages.data.sources import Item, Source
 from jaxstages.data.tasks import Example, Question, make_task
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.runtime import manifest
+from jaxstages.runtime import bucket, manifest
+from jaxstages.runtime.bucket import is_bucket, local_copy
 from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.files import acquire_lock, make_folder, read_json, write_json, write_text
 
@@ -147,18 +148,14 @@ def prepare(
     Raises:
         ValueError: more malformed records than `config.max_bad_share`, or nothing left to train on.
     """
-    engine = engine or LOCAL
-    folder = rows_folder(source, part, config, tokenizer, context, cache)
-    # Complete caches may be read-only: write nothing there, not even a lock.
-    if not (folder / manifest.MANIFEST).exists():
-        with acquire_lock(folder.with_suffix(".lock"), wait=True):  # another run may be writing the same rows
-            if not (folder / manifest.MANIFEST).exists():
-                make_folder(folder)
-                dropped = find_near_duplicates(source, config, cache, engine)
-                spec = RowSpec(part, config, tokenizer, context)
-                shards = engine.write_shards(source, dropped, spec, folder)
-                write_json(folder / "index.json", _summarize(folder, shards, source.name, spec))
-                manifest.write_manifest(folder)
+
+    def write(folder: Path) -> None:
+        dropped = find_near_duplicates(source, config, cache, engine)
+        spec = RowSpec(part, config, tokenizer, context)
+        shards = (engine or LOCAL).write_shards(source, dropped, spec, folder)
+        write_json(folder / "index.json", _summarize(folder, shards, source.name, spec))
+
+    folder = _complete(rows_folder(source, part, config, tokenizer, context, cache), write)
     _check_cache(folder, source)
     prepared = Prepared(folder, read_json(folder / "index.json"))
     _check_usable(prepared.index, config)
@@ -185,19 +182,46 @@ def write_generated(folder: Path, name: str, examples: list[Example], tokenizer:
     statistics = {"bad": 0, "bad_named": [], "cut_examples": 0, "cut_tokens": 0, "questions": [], "unread": {}}
     statistics |= {"records": len(examples)}
     origins = [f"{name}:{number}" for number in range(1, len(examples) + 1)]
-    with acquire_lock(folder.with_suffix(".lock"), wait=True):
-        make_folder(folder)
+
+    def write(folder: Path) -> None:
         write_examples(folder, 0, examples, origins, spec, statistics)
         write_json(folder / "index.json", _summarize(folder, 1, name, spec))
-        manifest.write_manifest(folder)
+
+    _complete(folder, write)
 
 
 def open_prepared(folder: Path) -> Prepared | None:
     """Open the cache in a folder; None if it is incomplete. Raises ValueError if it is damaged."""
-    if not (folder / manifest.MANIFEST).exists():
+    if not _is_complete(folder) and not _is_complete(local_copy(folder)):
         return None
+    folder = _complete(folder, lambda _: None)
     _check_cache(folder)
     return Prepared(folder, read_json(folder / "index.json"))
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / manifest.MANIFEST).exists()
+
+
+def _complete(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return the local folder of a complete cache. Write its files first, if it is incomplete.
+
+    A cache in a bucket is written on the local disk and uploaded, or, if it is complete there, downloaded. The manifest
+    is the last object in both directions.
+    """
+    local = local_copy(folder)
+    # Complete caches may be read-only: write nothing there, not even a lock.
+    if not _is_complete(local):
+        with acquire_lock(local.with_suffix(".lock"), wait=True):  # another run may be writing the same rows
+            if is_bucket(folder) and not _is_complete(local) and _is_complete(folder):
+                bucket.download(folder, local, manifest.MANIFEST)
+            elif not _is_complete(local):
+                make_folder(local)
+                write(local)
+                manifest.write_manifest(local)
+    if is_bucket(folder) and not _is_complete(folder):
+        bucket.upload(local, folder, manifest.MANIFEST)
+    return local
 
 
 def find_near_duplicates(source: Source, config: DataConfig, cache: Path, engine: Engine | None = None) -> Path | None:
@@ -212,14 +236,13 @@ def find_near_duplicates(source: Source, config: DataConfig, cache: Path, engine
     folder = _cache_folder(
         cache, [VERSION, "gone", source.fingerprint, _task_key(config), *_text_fingerprint_parts(config)]
     )
-    if not (folder / manifest.MANIFEST).exists():
-        with acquire_lock(folder.with_suffix(".lock"), wait=True):
-            if not (folder / manifest.MANIFEST).exists():
-                make_folder(folder)
-                (engine or LOCAL).find_near_duplicates(source, config, folder)
-                count = sum(len(load_array(file)) for file in folder.glob("gone-*.npy"))
-                write_json(folder / "index.json", {"source": source.name, "near_duplicates": count})
-                manifest.write_manifest(folder)
+
+    def write(folder: Path) -> None:
+        (engine or LOCAL).find_near_duplicates(source, config, folder)
+        count = sum(len(load_array(file)) for file in folder.glob("gone-*.npy"))
+        write_json(folder / "index.json", {"source": source.name, "near_duplicates": count})
+
+    folder = _complete(folder, write)
     _check_cache(folder, source)
     return folder
 

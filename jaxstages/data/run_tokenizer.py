@@ -15,12 +15,12 @@ from jaxstages.data.tasks import texts
 from jaxstages.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, needed_tokens, settings_file
 from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.runtime.console import say
-from jaxstages.runtime.files import local_path, make_folder, read_json, write_json, write_text
+from jaxstages.runtime.files import make_folder, parse_path, read_json, write_json, write_text
 from jaxstages.runtime.workdir import begun_stages, tokenizer_file
 
 
 def cache_folder(recipe: Recipe, workdir: Path) -> Path:
-    return local_path(recipe.cache, "config.cache") if recipe.cache else workdir / "cache"
+    return parse_path(recipe.cache, "config.cache") if recipe.cache else workdir / "cache"
 
 
 def open_tokenizer(recipe: Recipe, workdir: Path, engine: Engine | None = None) -> Tokenizer:
@@ -63,7 +63,7 @@ def _parent_tokenizer(recipe: Recipe) -> Path | None:
     """Return the tokenizer of the other run that a stage starts from; None if there is no such run, or it has none."""
     for stage in recipes.stages(recipe).values():
         if stage.init_from not in ("parent", "scratch") and not stage.init_from.startswith("hf:"):
-            file = tokenizer_file(local_path(stage.init_from, "init_from").parent)
+            file = tokenizer_file(parse_path(stage.init_from, "init_from").parent)
             if file.is_file():
                 return file
     return None

@@ -8,6 +8,7 @@
 | `pairs/*.csv`          | a row each, by the names in the first one; `.tsv` too                          |
 | `pairs/*.parquet`      | a row each; what is null there is missing                                      |
 | `pairs/*.array_record` | a JSON object each                                                             |
+| `gs://BUCKET/*.jsonl`  | files in a bucket; `s3://`, `https://HOST/FILE`, `hf://datasets/OWNER/NAME/*`   |
 | `tfds:NAME:SPLIT`      | any TFDS builder (`NAME/CONFIG` too), or the folder of a prepared one          |
 | `hf:NAME:SPLIT`        | a Hugging Face dataset (`hf:OWNER/NAME/CONFIG:SPLIT` too; needs jaxstages[hf])  |
 | `world:NAME:SPLIT`     | the small world: text, pairs or chats; train or validation                     |
@@ -33,6 +34,8 @@ from typing import Any, NamedTuple
 from array_record.python.array_record_module import ArrayRecordReader
 
 from jaxstages.config.parts import describe
+from jaxstages.data import remote
+from jaxstages.runtime.bucket import local_copy
 from jaxstages.runtime.files import acquire_lock
 
 Record = dict[str, Any]
@@ -110,8 +113,9 @@ def open_source(name: str | Callable, data_dir: Path) -> Source:
     if not isinstance(name, str):
         return _open_function(name)
     kind, _, address = name.partition(":")
+    data_dir = local_copy(data_dir)
     match kind:
-        case "world" | "tfds" | "hf":
+        case "world" | "tfds" | "hf" if not remote.is_remote(name):
             dataset, split = _dataset_and_split(kind, address)
             if kind == "world":
                 return _open_world(name, dataset, split, data_dir)
@@ -144,7 +148,7 @@ def _dataset_and_split(kind: str, address: str) -> tuple[str, str]:
 
 
 def _open_files(name: str) -> Source:
-    files = _matching(name)
+    files = remote.fetch(name) if remote.is_remote(name) else _matching(name)
     for file in files:
         if re.search(r"[\t\n\r\ud800-\udfff]", str(file)):
             raise ValueError(f"{str(file)!r}: a tab, a new line or what is not UTF-8 in a file's name; rename it")

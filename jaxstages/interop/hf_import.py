@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import importlib
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from jaxstages.interop.peft_import import is_adapter, model_folder, read_adapter
 from jaxstages.interop.tensors import StoredTensor, open_folder, unread_weights
 from jaxstages.models import lora
 from jaxstages.runtime.console import Progress, say
-from jaxstages.runtime.files import make_folder, read_json, sync, write_json
+from jaxstages.runtime.files import copy_file, make_folder, read_json, remove_tree, sync, write_json
 from jaxstages.runtime.workdir import result_file, tokenizer_file
 from jaxstages.training.early_stopping import early_stopping
 from jaxstages.training.saved_items import to_items
@@ -175,7 +174,7 @@ def import_folder(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
     if "auto_map" in read_json(base / "config.json"):
         say("import: config.json names code of its own (auto_map), which is not used", "yellow")
     _copy_source(folder, workdir)
-    shutil.rmtree(stage_dir / "checkpoints", ignore_errors=True)  # left by an import that was killed
+    remove_tree(stage_dir / "checkpoints")  # left by an import that was killed
     if not tokenizer_of(folder).is_file() and not tokenizer_file(workdir).exists():
         raise ValueError(
             f"{folder} has no tokenizer.json and no tokenizer.model; "
@@ -242,8 +241,7 @@ def _copy_source(folder: Path, workdir: Path) -> None:
     for name in COPIED_FILES:
         source = (tokenizer_folder if name in TOKENIZER_FILES else base) / name
         if source.is_file():
-            shutil.copyfile(source, copies / f"{name}.tmp")
-            (copies / f"{name}.tmp").replace(copies / name)
+            copy_file(source, copies / name)
     write_json(copies / "config.json", _text_config(base)[0])  # last: if it exists, so do the others
     sync(copies)
 

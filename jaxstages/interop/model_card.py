@@ -7,6 +7,7 @@ from typing import Any
 from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import finished
 from jaxstages.config import Recipe
+from jaxstages.runtime.files import parse_path
 from jaxstages.runtime.workdir import result_file
 
 
@@ -15,7 +16,8 @@ def lineage_of(stage_dir: Path, chosen: dict[str, Any] | None = None) -> list[di
     results = [chosen or finished(stage_dir)]
     seen = {stage_dir.resolve()}
     while parent := results[0]["parent"]:
-        candidates = (Path(parent["path"]), stage_dir.parent / Path(parent["path"]).name)  # the run may have moved
+        recorded = parse_path(parent["path"], "the parent's path")
+        candidates = (recorded, stage_dir.parent / recorded.name)  # the run may have moved
         existing = [path for path in candidates if result_file(path).exists() and path.resolve() not in seen]
         if not existing:
             break

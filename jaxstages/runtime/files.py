@@ -1,39 +1,57 @@
-"""Atomic files and locks: after a kill or a power cut, a file has its old content or its new one."""
+"""Atomic files and locks: after a kill or a power cut, a file has its old content or its new one.
+
+A path is local, or in a bucket (`bucket.py`), where an object is atomic by itself.
+"""
 
 import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
+
+from jaxstages.runtime import bucket
+from jaxstages.runtime.bucket import bucket_path, is_bucket
 
 
-def local_path(text: str, name: str) -> Path:
-    """Parse the path of a flag or a config field, with `~` for the home folder.
+def parse_path(text: str, name: str) -> Path:
+    """Parse a local path, with `~` for the home folder, or the address of a folder in a bucket, gs://BUCKET/FOLDER.
 
     Args:
-        name: name of the flag or field, such as "--workdir".
+        name: name of the flag or field that has the path, such as "--workdir".
+
+    Returns a `Path`, or a `BucketPath`, which has the methods that are used here.
 
     Raises:
-        ValueError: the path is empty, or an address such as gs://BUCKET/PATH, which would become a local folder of that
-            name.
+        ValueError: the path is empty, or the address is none of a bucket.
     """
     if not text:
         raise ValueError(f"{name} is empty; name a path")
-    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/", text):
-        raise ValueError(
-            f"{name}={text}: runs and files live on a local or mounted file system, and {scheme[1]} is none; name a "
-            "local path, and copy what should be in a bucket there afterwards"
-        )
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        try:
+            return cast(Path, bucket_path(text))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError(f"{name}={text}: {error}; name another path") from error
 
 
+def local_path(text: str, name: str) -> Path:
+    """Parse a path as `parse_path`. Raises ValueError for an address, which would become a local folder of that
+    name."""
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/", text):
+        raise ValueError(f"{name}={text}: a local path is wanted, and {scheme[1]} is an address; name a local path")
+    return parse_path(text, name)
+
+
 def sync(path: Path) -> None:
-    """fsync a file, or a folder, which makes the names in it durable."""
+    """fsync a file, or a folder, which makes the names in it durable. Objects in a bucket are durable."""
+    if is_bucket(path):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +67,9 @@ def put(temporary: Path, path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, durably."""
+    """Make a folder and its missing parents, durably. A bucket has no folders."""
+    if is_bucket(folder):
+        return
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -57,10 +77,31 @@ def make_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    if is_bucket(path):
+        path.write_text(text)
+        return
     make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     put(temporary, path)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and everything in it, if it is there."""
+    if is_bucket(folder):
+        bucket.remove(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a local file. The target is complete, or not there."""
+    if is_bucket(target):
+        target.write_bytes(source.read_bytes())
+        return
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.copyfile(source, temporary)
+    put(temporary, target)
 
 
 def write_json(path: Path, value: Any) -> None:

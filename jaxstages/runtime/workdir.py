@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import IO
 
 from jaxstages.config import CHECKPOINTED_STAGES
-from jaxstages.runtime.files import acquire_lock, local_path
+from jaxstages.runtime.bucket import is_bucket
+from jaxstages.runtime.files import acquire_lock, parse_path
+from jaxstages.runtime.lease import Lease
+from jaxstages.runtime.manifest import COMMITTED
 
 GLOB_CHARACTERS = "*?["
 """Characters that Orbax takes for a pattern anywhere in a path: it would find none of its own checkpoints."""
@@ -14,7 +17,9 @@ GLOB_CHARACTERS = "*?["
 
 def check_workdir(workdir: Path) -> None:
     """Raises ValueError for a path that can't be a workdir. Nothing is written."""
-    local_path(str(workdir), "--workdir")
+    if is_bucket(workdir):
+        return
+    parse_path(str(workdir), "--workdir")
     try:
         existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     except OSError as error:  # such as a name that is too long
@@ -34,7 +39,9 @@ def check_readable(folder: Path) -> None:
 
 
 def writable(workdir: Path) -> bool:
-    """Return whether this process may write to the workdir, or create it."""
+    """Return whether this process may write to the workdir, or create it. Of a bucket it is not known beforehand."""
+    if is_bucket(workdir):
+        return True
     return os.access(next(path for path in (workdir, *workdir.absolute().parents) if path.exists()), os.W_OK)
 
 
@@ -59,13 +66,15 @@ def result_file(stage_dir: Path) -> Path:
     return stage_dir / "result.json"
 
 
-def lock(workdir: Path) -> IO[str]:
-    """Lock the workdir until the returned file is closed, or the process ends.
+def lock(workdir: Path) -> IO[str] | Lease:
+    """Lock the workdir until the returned file, or lease, is closed, or the process ends.
 
     Raises:
         ValueError: another process, named in the message, has the lock; or the path can't be a workdir.
     """
     check_workdir(workdir)
+    if is_bucket(workdir):
+        return Lease(workdir)
     try:
         return acquire_lock(workdir / "LOCK", wait=False)
     except BlockingIOError as error:
@@ -78,7 +87,9 @@ def steps_of(stage_dir: Path) -> list[int]:
     """List the steps of a stage's checkpoints, without unfinished ones. Their content is not checked."""
     folder = checkpoints_folder(stage_dir)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    # On a disk, a checkpoint gets its name when it is complete. A bucket has no rename, and a last object instead.
+    return [step for step in steps if not is_bucket(folder) or (folder / str(step) / COMMITTED).exists()]
 
 
 def begun_stages(workdir: Path) -> list[str]:

@@ -20,6 +20,7 @@ from jaxstages.data.chat import chat_name
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.models.sharding import shardings_of
 from jaxstages.models.trainable import Trainable, make_trainable
+from jaxstages.runtime.files import parse_path
 from jaxstages.runtime.manifest import Damaged
 from jaxstages.runtime.workdir import checkpoint_folder, quarantine_folder, result_file
 from jaxstages.training.program import Program, freeze
@@ -158,7 +159,7 @@ def _is_finished(folder: Path) -> bool:
 def _parent_folders(stage_dir: Path, parent: dict[str, Any], stage: StageConfig | None = None) -> tuple[Path, ...]:
     """Where a stage's parent may lie. A run may be moved or copied, and its own stages go with it: they are its
     lineage, and not what the original has at the recorded path. A parent in another run stays where it is."""
-    recorded = Path(parent["path"])
+    recorded = parse_path(parent["path"], "the parent's path")
     beside = stage_dir.parent / recorded.name
     if beside.is_dir() and stage is not None and (stage.init_from == "parent" or stage.init_from.startswith("hf:")):
         return (beside,)

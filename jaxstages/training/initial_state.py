@@ -21,7 +21,7 @@ from jaxstages.checkpoint.manager import Checkpoints, Restored
 from jaxstages.checkpoint.metadata import read_meta, stored_shapes
 from jaxstages.models.sharding import shardings_of
 from jaxstages.runtime.console import say
-from jaxstages.runtime.files import local_path
+from jaxstages.runtime.files import parse_path
 from jaxstages.runtime.workdir import check_readable, checkpoint_folder, result_file
 from jaxstages.training.anchor import Anchor, open_anchor
 from jaxstages.training.early_stopping import EarlyStopping, EarlyStoppingState
@@ -134,7 +134,7 @@ def parent_folder(setup: StageSetup) -> Path | None:
 
     if init_from in names[: names.index(setup.name)]:
         return setup.workdir / init_from
-    folder = local_path(init_from, where)
+    folder = parse_path(init_from, where)
     check_readable(folder)
     order = [*recipes.STAGES, *setup.recipe.extra_stages]
     later = [(setup.workdir / name).resolve() for name in order[order.index(setup.name) :]]

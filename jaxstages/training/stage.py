@@ -99,6 +99,7 @@ def train_stage(setup: StageSetup, finish: bool = False) -> dict[str, Any] | Non
 
             state, step = loop.run(initial.state, step, last)
             checkpoints.check_last(step)
+            writer.sync()
             signals.unsaved = False
             if step < config.steps and not finish and not loop.should_stop():
                 say(f"{setup.name}: stop_after={config.stop_after} reached; start again without it to go on", "yellow")

@@ -1,0 +1,71 @@
+"""Remote data files, gs://, s3://, https:// and hf://: copied to the local disk once, since most formats need a file.
+
+A copy is used again as long as the remote file has the same size and version.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxstages.runtime.bucket import cache_base, check_free_space, open_file_system
+from jaxstages.runtime.console import say
+from jaxstages.runtime.files import acquire_lock, make_folder, put, read_json, write_json
+
+VERSION_KEYS = ("generation", "ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified")
+"""Entries of fsspec's file descriptions that change with the content."""
+
+
+def is_remote(name: str) -> bool:
+    return re.match(r"(gs|s3|https?|hf)://", name) is not None
+
+
+def fetch(name: str) -> list[Path]:
+    """Return local copies of the files that an address or a pattern names, in order.
+
+    Raises:
+        ValueError: no file matches, or the package for the address is missing.
+        OSError: the local disk has too little space. Nothing is downloaded then.
+    """
+    scheme = name.partition("://")[0]
+    fs = open_file_system(scheme)
+    if scheme.startswith("http"):
+        remote = {name: fs.info(name)}
+    else:
+        remote = {path: info for path, info in fs.glob(name, detail=True).items() if info["type"] == "file"}
+    if not remote:
+        raise ValueError(f"no file matches {name!r}; name an address or a pattern that does")
+
+    folder = cache_base() / "data" / scheme
+    copies = {path: folder / path.partition("://")[2] if "://" in path else folder / path for path in sorted(remote)}
+    missing = [path for path in copies if not _is_current(copies[path], remote[path])]
+    check_free_space(folder, sum(remote[path].get("size") or 0 for path in missing), name)
+    for path in missing:
+        _download(fs, path, copies[path], remote[path])
+    return list(copies.values())
+
+
+def _version(info: dict[str, Any]) -> dict[str, str]:
+    return {key: str(info[key]) for key in ("size", *VERSION_KEYS) if info.get(key) is not None}
+
+
+def _version_file(copy: Path) -> Path:
+    return copy.with_name(f"{copy.name}.version.json")
+
+
+def _is_current(copy: Path, info: dict[str, Any]) -> bool:
+    file = _version_file(copy)
+    return copy.is_file() and file.is_file() and read_json(file) == _version(info)
+
+
+def _download(fs: Any, path: str, copy: Path, info: dict[str, Any]) -> None:
+    make_folder(copy.parent)
+    with acquire_lock(copy.with_name(f"{copy.name}.lock"), wait=True):  # another run may be fetching the same file
+        if _is_current(copy, info):
+            return
+        say(f"fetch {path}: {(info.get('size') or 0) / 1e6:.1f} MB")
+        part = copy.with_name(f"{copy.name}.part")
+        fs.get_file(path, str(part))
+        if info.get("size") and part.stat().st_size != info["size"]:
+            raise OSError(f"{path} has {info['size']} bytes, and {part.stat().st_size} came; start again")
+        put(part, copy)
+        write_json(_version_file(copy), _version(info))

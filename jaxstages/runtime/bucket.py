@@ -1,0 +1,288 @@
+"""Buckets: paths such as gs://BUCKET/PREFIX with the methods of `pathlib.Path` that a run needs, through fsspec.
+
+A bucket differs from a disk. An object is written or replaced as a whole, and everyone sees it at once. There is no
+rename, no append and no lock; folders are prefixes of names. So what consists of several objects is complete when the
+last one, its marker, is there, and `create` (only if absent) decides between two writers.
+
+`etils.epath` is not used for a run's own files: its `exists` answers False on any error, and a run that takes an error
+of the network for a missing result trains a stage again.
+"""
+
+import base64
+import fnmatch
+import functools
+import importlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+SCHEMES = ("gs", "s3")
+"""Schemes of buckets, which can be a workdir. The others in PACKAGES can be read only."""
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
+"""The package that fsspec needs for a scheme; in the extra `bucket`, and `hf` for the last one."""
+
+FREE_SHARE = 0.05
+"""Share of a local disk that downloads leave free."""
+
+
+class BucketPath(PurePosixPath):
+    """A path in a bucket. Errors of storage are raised by every method, `exists` included."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        scheme, _, rest = super().__str__().partition(":/")
+        return f"{scheme}://{rest}"
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    def absolute(self) -> "BucketPath":
+        return self
+
+    def resolve(self) -> "BucketPath":
+        return self
+
+    def exists(self) -> bool:
+        return self._type() is not None
+
+    def is_file(self) -> bool:
+        return self._type() == "file"
+
+    def is_dir(self) -> bool:
+        return self._type() == "directory"
+
+    def _type(self) -> str | None:
+        try:
+            return file_system(self).info(str(self))["type"]
+        except FileNotFoundError:
+            return None
+
+    def iterdir(self) -> Iterator["BucketPath"]:
+        """Raises FileNotFoundError if there is no object under this path."""
+        names = {name.rstrip("/").rpartition("/")[2] for name in file_system(self).ls(str(self), detail=False)}
+        yield from (self / name for name in sorted(names) if name)
+
+    def glob(self, pattern: str) -> Iterator["BucketPath"]:
+        """Match the names of this folder's entries; a pattern has no slash."""
+        try:
+            yield from [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern)]
+        except FileNotFoundError:
+            return
+
+    def read_bytes(self) -> bytes:
+        return file_system(self).cat_file(str(self))
+
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return self.read_bytes().decode(encoding, errors)
+
+    def write_bytes(self, content: bytes) -> None:
+        file_system(self).pipe_file(str(self), content)
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        self.write_bytes(text.encode(encoding))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            file_system(self).rm_file(str(self))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def rename(self, target: "BucketPath") -> "BucketPath":
+        """Copy an object, then delete the original: a kill in between leaves both."""
+        file_system(self).cp_file(str(self), str(target))
+        self.unlink(missing_ok=True)
+        return target
+
+
+class Object(NamedTuple):
+    """Size in bytes and checksum of an object, as its bucket states them."""
+
+    size: int
+    checksum: str
+
+
+def is_bucket(path: Any) -> bool:
+    return isinstance(path, BucketPath)
+
+
+def bucket_path(address: str) -> BucketPath:
+    """Parse gs://BUCKET/PREFIX.
+
+    Raises:
+        ValueError: the scheme is not known, the package for it is missing, or there is no prefix.
+    """
+    scheme, _, rest = address.partition("://")
+    if scheme not in SCHEMES or not address.startswith(f"{scheme}://"):
+        known = " and ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise ValueError(f"{address} is no local path, and no bucket: known are {known}; mount it, or copy it to one")
+    if not rest.strip("/").partition("/")[2]:
+        raise ValueError(f"{address} names no folder in a bucket; write it as {scheme}://BUCKET/FOLDER")
+    open_file_system(scheme)
+    return BucketPath(f"{scheme}:/{rest.strip('/')}")
+
+
+def file_system(path: Path | BucketPath | str) -> Any:
+    """Return fsspec's file system for a path."""
+    return open_file_system(str(path).partition(":")[0])
+
+
+@functools.cache
+def open_file_system(scheme: str) -> Any:
+    """Return fsspec's file system of a scheme. Raises ValueError if a package is missing."""
+    # gcsfs asks for the kind of each bucket, which needs rights that a run does not have to have.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    os.environ.setdefault("EPATH_USE_TF", "false")  # Orbax's paths: fsspec, also where TensorFlow is installed
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
+    try:
+        fsspec = importlib.import_module("fsspec")
+        importlib.import_module(PACKAGES[scheme])
+    except ImportError as error:
+        extra = "hf" if scheme == "hf" else "bucket"
+        raise ValueError(f"{scheme}:// needs {PACKAGES[scheme]}: pip install 'jaxstages[{extra}]'") from error
+    # Listings that are kept would hide what another process, or Orbax, has written. Orbax's own file system is another
+    # instance, so the default is changed.
+    fsspec.config.conf.setdefault({"gs": "gcs"}.get(scheme, scheme), {})["use_listings_cache"] = False
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Write an object only if there is none. Returns whether this call has written it.
+
+    A request whose answer was lost is sent again, and then finds its own object: that counts as written.
+    """
+    try:
+        file_system(path).pipe_file(str(path), content, mode="create")
+    except FileExistsError:
+        return path.read_bytes() == content
+    return True
+
+
+def list_objects(folder: Path) -> dict[str, Object]:
+    """Map the name of each object under a folder, relative to it, to its size and checksum. Empty if there is none."""
+    prefix = str(folder).partition("://")[2] + "/"
+    entries = file_system(folder).find(str(folder), detail=True)
+    return {
+        name.removeprefix(prefix): Object(int(entry["size"]), _checksum(entry))
+        for name, entry in entries.items()
+        if name.startswith(prefix) and entry["type"] == "file"
+    }
+
+
+def _checksum(entry: dict[str, Any]) -> str:
+    kinds = [("crc32c", "crc32c"), ("md5Hash", "md5"), ("ETag", "etag")]
+    return next((f"{kind}:{entry[key]}" for key, kind in kinds if entry.get(key)), "")
+
+
+def has_checksum(content: bytes, checksum: str) -> bool:
+    """Return whether a content has a checksum; True for a kind that can't be computed here."""
+    kind, _, value = checksum.partition(":")
+    if kind != "crc32c":
+        return True
+    crc32c = importlib.import_module("google_crc32c")
+    return base64.b64encode(crc32c.value(content).to_bytes(4, "big")).decode() == value
+
+
+def read_objects(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Read several objects at once."""
+    paths = [str(folder / name) for name in names]
+    contents = file_system(folder).cat(paths) if paths else {}
+    return {name: contents[path.partition("://")[2]] for name, path in zip(names, paths, strict=True)}
+
+
+def remove(folder: Path, first: Sequence[str] = ()) -> None:
+    """Delete all objects under a folder; those named `first`, such as a marker, before the others."""
+    for name in first:
+        (folder / name).unlink(missing_ok=True)
+    names = [str(folder / name) for name in list_objects(folder)]
+    if names:
+        try:
+            file_system(folder).rm(names)
+        except FileNotFoundError:  # a request that was sent again finds them gone
+            if list_objects(folder):
+                raise
+
+
+def move(folder: Path, target: Path, first: Sequence[str] = ()) -> None:
+    """Copy all objects under a folder, then delete the originals, those named `first` before the others."""
+    for name in list_objects(folder):
+        file_system(folder).cp_file(str(folder / name), str(target / name))
+    remove(folder, first)
+
+
+def upload(local: Path, folder: Path, last: str) -> None:
+    """Copy a local folder's files into a bucket. The file named `last` follows when all others are there."""
+    names = sorted(str(path.relative_to(local)) for path in local.rglob("*") if path.is_file())
+    names = [name for name in names if name != last]
+    if names:
+        file_system(folder).put([str(local / name) for name in names], [str(folder / name) for name in names])
+    (folder / last).write_bytes((local / last).read_bytes())
+
+
+def download(folder: Path, local: Path, last: str) -> None:
+    """Copy the objects under a folder into a local one. The object named `last` follows when all others are there.
+
+    Raises:
+        OSError: the local disk has too little space. Nothing is downloaded then.
+    """
+    objects = list_objects(folder)
+    check_free_space(local, sum(entry.size for entry in objects.values()), str(folder))
+    names = [name for name in objects if name != last]
+    for name in names:
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+    if names:
+        file_system(folder).get([str(folder / name) for name in names], [str(local / name) for name in names])
+    local.mkdir(parents=True, exist_ok=True)
+    temporary = local / f"{last}.tmp"
+    temporary.write_bytes((folder / last).read_bytes())
+    temporary.replace(local / last)
+
+
+def check_free_space(local: Path, size: int, name: str) -> None:
+    """Raises OSError if `size` bytes do not fit on the disk of a local folder."""
+    existing = next(path for path in (local, *local.parents) if path.exists())
+    disk = shutil.disk_usage(existing)
+    if size > disk.free - FREE_SHARE * disk.total:
+        raise OSError(
+            f"{name} has {size / 1e9:.1f} GB, and {existing} has {disk.free / 1e9:.1f} GB free, of which "
+            f"{FREE_SHARE * disk.total / 1e9:.1f} GB stay free; set XDG_CACHE_HOME to a larger disk"
+        )
+
+
+def local_copy(path: Path) -> Path:
+    """Return the local folder that mirrors a path of a bucket, in the user's cache folder; a local path is its own."""
+    if not is_bucket(path):
+        return path
+    return cache_base() / "buckets" / str(path).replace("://", "/")
+
+
+def cache_base() -> Path:
+    """Return the folder for copies of remote files."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxstages"
+
+
+def explain(error: BaseException) -> str:
+    """Return one line about an error of storage, with a remedy; "" for any other error."""
+    module = type(error).__module__.partition(".")[0]
+    if module not in {"gcsfs", "s3fs", "fsspec", "google", "aiohttp", "botocore", "aiobotocore", "requests"}:
+        return ""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    code = str(getattr(error, "code", "") or "")
+    remedy = "check the network, and start again"
+    if module == "google" or code == "401" or "redentials" in text:
+        remedy = (
+            "the credentials are missing or expired; run `gcloud auth application-default login`, or give the machine "
+            "a service account"
+        )
+    elif code in ("403", "AccessDenied"):
+        remedy = "the account may not use this bucket; give it the role of an object admin there"
+    elif code in ("404", "NoSuchBucket"):
+        remedy = "create the bucket, or correct its name"
+    elif code == "429" or code.startswith("5"):
+        remedy = "the storage is overloaded or down; wait, and start again"
+    return f"storage failed: {text}; {remedy}"
