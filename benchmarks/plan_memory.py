@@ -49,7 +49,7 @@ def measure(sizes: dict) -> tuple[int, int]:
         TokenizerConfig,
     )
     from jaxstages.models.sharding import make_mesh, shardings_of
-    from jaxstages.plan.chips import topology_of
+    from jaxstages.plan.topology import topology_of
     from jaxstages.training.compile import abstract_step_arguments, jit_step
     from jaxstages.training.program import fresh_state, make_program
 

@@ -17,5 +17,5 @@ pack() { do_it tar --exclude=./.git --exclude=./.venv --exclude=./runs -czf "$1"
 # A .venv that is there already is kept: make knows whether it is too old.
 unpacked() {
   printf '%s' "mkdir -p jaxstages && tar -xzf jaxstages.tar.gz -C jaxstages && cd jaxstages && make .venv && " \
-    ".venv/bin/pip install --quiet -e '.[$1]' && (command -v tmux >/dev/null || sudo apt-get install -qy tmux)"
+    ".venv/bin/pip install --quiet -e '.[$1,bucket]' && (command -v tmux >/dev/null || sudo apt-get install -qy tmux)"
 }

@@ -27,7 +27,7 @@ here() {
   shift 2
   do_it nvidia-smi --query-gpu=name,memory.total --format=csv
   do_it make .venv
-  do_it .venv/bin/pip install --quiet -e '.[gpu]'
+  do_it .venv/bin/pip install --quiet -e '.[gpu,bucket]'
   do_it .venv/bin/python -c 'import jax; print(jax.devices())'
   exec launch/again.sh .venv/bin/jaxstages run --config="$config" --workdir="$workdir" "$@"
 }

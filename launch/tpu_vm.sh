@@ -17,8 +17,8 @@
 #     launch/tpu_vm.sh delete
 #
 # QUEUED=1 asks through a queued resource, SPOT=1 for what may be taken away, RUNTIME=... for another image.
-# SETUP='sudo mount ...' is run on all workers before the installation: WORKDIR must lie on storage that they share, and
-# that outlives them. DRY_RUN=1 only says what would be done.
+# WORKDIR is a folder in a bucket, gs://BUCKET/runs/demo, or on a disk that all workers share: SETUP='sudo mount ...' is
+# run on all of them before the installation. DRY_RUN=1 only says what would be done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/do_it.sh

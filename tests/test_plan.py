@@ -9,9 +9,11 @@ import pytest
 from jaxstages.cli.main import main
 from jaxstages.cli.plan import make_plan
 from jaxstages.config import AttentionConfig, ExpertsConfig, LoraConfig, ModelConfig
-from jaxstages.plan.chips import CHIPS, Topology, topology_of
+from jaxstages.models.flops import flops_per_token
 from jaxstages.plan.collectives import SMALL, collectives_of, total
-from jaxstages.plan.estimate import flops_per_token, roofline, wire_bytes
+from jaxstages.plan.estimate import roofline, wire_bytes
+from jaxstages.plan.topology import Topology, topology_of
+from jaxstages.runtime.chips import CHIPS
 from tests import tiny
 
 LLAMA_8B = ModelConfig(
@@ -109,7 +111,7 @@ def test_a_recipe_is_planned_for_the_devices_that_are_here(tmp_path: Path) -> No
     ("words", "said"),
     [
         (("plan",), "plan needs --config=RECIPE"),
-        (("plan", "--config=configs/demo.py", "--topology=v4:2x2"), "known chips: v5e, v5p, v6e, h100, h200"),
+        (("plan", "--config=configs/demo.py", "--topology=v4:2x2"), "known chips: v5e, v5p, v6e, a100, h100, h200"),
         (("plan", "--config=configs/demo.py", "--topology=h100:2x2"), "write h100:N, a number of devices"),
         (("plan", "--config=configs/demo.py", "--stage=import"), "has no stage import; it has pretrain"),
         (("plan", "--config=configs/scale.py:9b"), "has no variant '9b'; known: 1b_v5e16"),

@@ -273,6 +273,12 @@ FLAGS = (
         default=False,
     ),
     Flag(
+        "profile",
+        "FIRST:LAST",
+        "Record a profiler trace of these steps in DIR/STAGE/tensorboard, for TensorBoard's profile plugin or xprof.",
+        TRAINING,
+    ),
+    Flag(
         "debug_nans",
         "",
         "End at the first operation that produces a NaN, and name it (slow).",

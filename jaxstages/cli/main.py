@@ -6,10 +6,12 @@ Commands import jax, and whatever else they need, only when they run. Help and m
 import contextlib
 import difflib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # must be set before jax is imported; hides the compiler's notes
 
@@ -24,6 +26,9 @@ from jaxstages.runtime import bucket
 from jaxstages.runtime.cluster import ENVIRONMENT, ProcessInfo, detect_process
 from jaxstages.runtime.files import parse_path
 from jaxstages.runtime.workdir import check_workdir
+
+if TYPE_CHECKING:
+    from jaxstages.training.stage import RunOptions
 
 HELP = {"--help", "-help", "-h"}
 
@@ -157,7 +162,7 @@ def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, wor
         case "run":
             from jaxstages.cli.train import run_stages
 
-            run_stages(recipe, workdir, _process_info(values))
+            run_stages(recipe, workdir, _process_info(values), _run_options(values))
         case "prepare":
             from jaxstages.cli.prepare import prepare_all
 
@@ -191,7 +196,23 @@ def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, wor
             from jaxstages.cli.train import train
 
             stage = values.stage if command == "train" else command
-            train(recipe, workdir, stage, _process_info(values), values.lengthen, values.finish)
+            train(recipe, workdir, stage, _process_info(values), values.lengthen, _run_options(values))
+
+
+def _run_options(values: flags.FlagValues) -> "RunOptions":
+    from jaxstages.training.stage import RunOptions
+
+    return RunOptions(values.finish, _steps_to_profile(values.profile))
+
+
+def _steps_to_profile(text: str | None) -> tuple[int, int] | None:
+    """Parse FIRST:LAST."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or not 0 < int(match[1]) <= int(match[2]):
+        raise ValueError(f"--profile={text}: write FIRST:LAST, such as --profile=10:12 for the steps 10 to 12")
+    return int(match[1]), int(match[2])
 
 
 def _sampling_flags(values: flags.FlagValues) -> SamplingFlags:

@@ -11,13 +11,14 @@ from jaxstages import config as recipes
 from jaxstages.config import MeshConfig, ModelConfig, Recipe, StageConfig
 from jaxstages.config.checks import validate
 from jaxstages.models.attention import Attend
+from jaxstages.models.flops import Flops, flops_per_token
 from jaxstages.models.kernels import KERNELS, Machine, Shape
 from jaxstages.models.layers import attention_specs
 from jaxstages.models.sharding import AXES, make_mesh
-from jaxstages.plan.chips import Topology, topology_of
 from jaxstages.plan.collectives import SMALL, collectives_of, total
-from jaxstages.plan.estimate import Flops, Roofline, bytes_per_device, flops_per_token, roofline, wire_bytes
+from jaxstages.plan.estimate import Roofline, bytes_per_device, roofline, wire_bytes
 from jaxstages.plan.theory import Traffic, expected_traffic
+from jaxstages.plan.topology import Topology, topology_of
 from jaxstages.runtime.console import duration, say
 from jaxstages.training.compile import MEMORY_FRACTION, REMAT_ORDER, first_that_fits, memory_bytes
 from jaxstages.training.program import Program, check_fit, make_program

@@ -20,6 +20,7 @@ from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import check_workdir, has_begun, lock, result_file
 from jaxstages.stages import extra, finetune, instruct, pretrain
 from jaxstages.training.handoff import check_lineage
+from jaxstages.training.stage import RunOptions
 from jaxstages.types import Diverged, Interrupted
 
 VISIBLE_SECONDS = 60
@@ -35,49 +36,50 @@ def train(
     name: str,
     process: ProcessInfo | None = None,
     lengthen: bool = False,
-    finish: bool = False,
+    options: RunOptions = RunOptions(),
 ) -> bool:
     """Train one stage. Returns False if `stop_after` ended the run before the end of the stage.
 
     Args:
         process: this process, if it is one of several.
         lengthen: train a finished stage further, up to the recipe's new length.
-        finish: end the stage at its latest checkpoint, and hand on the best one.
 
     Raises:
         ValueError: the recipe or the workdir does not allow it.
     """
-    if finish and lengthen:
+    if options.finish and lengthen:
         raise ValueError("--finish ends a stage, and --lengthen goes on with it; give one of them")
-    if finish and not has_begun(workdir / name):
+    if options.finish and not has_begun(workdir / name):
         raise ValueError(f"--finish: {workdir / name} has saved no step; there is nothing to hand on")
 
     with _prepared(recipe, workdir, [name], process):
         if lengthen and multihost.is_process_zero():
             _reopen(recipe, workdir, name)
         multihost.barrier(f"{name} may go on")
-        return _train(recipe, workdir, name, finish)
+        return _train(recipe, workdir, name, options)
 
 
-def run_stages(recipe: Recipe, workdir: Path, process: ProcessInfo | None = None) -> None:
+def run_stages(
+    recipe: Recipe, workdir: Path, process: ProcessInfo | None = None, options: RunOptions = RunOptions()
+) -> None:
     """Train all stages of the recipe, one after the other, then print the stage matrix."""
     names = list(recipes.stages(recipe))
     if not names:
         raise ValueError("the recipe has no stage to run; name one that has with --config=RECIPE")
     with _prepared(recipe, workdir, names, process):
-        if all(_train(recipe, workdir, name) for name in names):
+        if all(_train(recipe, workdir, name, options) for name in names):
             stage_matrix(recipe, workdir)
 
 
-def _train(recipe: Recipe, workdir: Path, name: str, finish: bool = False) -> bool:
+def _train(recipe: Recipe, workdir: Path, name: str, options: RunOptions) -> bool:
     if result_file(workdir / name).exists():
         result = finished(workdir / name)
         check_lineage(workdir / name, result["parent"], recipes.stages(recipe)[name])
         say(f"{name}: already {result['status']} at step {result['steps']}, best step {result['best_step']}", "cyan")
         return True
     if name in DRIVERS:
-        return DRIVERS[name](recipe, workdir, finish) is not None
-    return extra.run(recipe, name, workdir, finish) is not None
+        return DRIVERS[name](recipe, workdir, options) is not None
+    return extra.run(recipe, name, workdir, options) is not None
 
 
 def _reopen(recipe: Recipe, workdir: Path, name: str) -> None:

@@ -28,10 +28,11 @@ def fetch(name: str) -> list[Path]:
     """
     scheme = name.partition("://")[0]
     fs = open_file_system(scheme)
-    if scheme.startswith("http"):
-        remote = {name: fs.info(name)}
-    else:
-        remote = {path: info for path, info in fs.glob(name, detail=True).items() if info["type"] == "file"}
+    try:
+        remote = {name: fs.info(name)} if scheme.startswith("http") else fs.glob(name, detail=True)
+    except FileNotFoundError:
+        remote = {}
+    remote = {path: info for path, info in remote.items() if info["type"] == "file"}
     if not remote:
         raise ValueError(f"no file matches {name!r}; name an address or a pattern that does")
 

@@ -1,4 +1,4 @@
-"""Buckets: paths such as gs://BUCKET/PREFIX with the methods of `pathlib.Path` that a run needs, through fsspec.
+"""Buckets: paths such as gs://BUCKET/FOLDER with the methods of `pathlib.Path` that a run needs, through fsspec.
 
 A bucket differs from a disk. An object is written or replaced as a whole, and everyone sees it at once. There is no
 rename, no append and no lock; folders are prefixes of names. So what consists of several objects is complete when the
@@ -18,11 +18,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-SCHEMES = ("gs", "s3")
-"""Schemes of buckets, which can be a workdir. The others in PACKAGES can be read only."""
+SCHEMES = ("gs",)
+"""Schemes of buckets that can be a workdir; Orbax can't write to s3:// (orbax#2739). The others can be read."""
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
 """The package that fsspec needs for a scheme; in the extra `bucket`, and `hf` for the last one."""
+
+REQUEST_SECONDS = 300
+"""Time for one request, after which it is sent again. gcsfs would wait forever."""
 
 FREE_SHARE = 0.05
 """Share of a local disk that downloads leave free."""
@@ -118,10 +121,12 @@ def bucket_path(address: str) -> BucketPath:
     """
     scheme, _, rest = address.partition("://")
     if scheme not in SCHEMES or not address.startswith(f"{scheme}://"):
-        known = " and ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise ValueError(f"{address} is no local path, and no bucket: known are {known}; mount it, or copy it to one")
+        raise ValueError(
+            f"{address} is no local path, and no folder in a bucket that can be written to: those begin with gs://; "
+            "name one, or a mounted path. Data can also be read from s3://, https:// and hf://"
+        )
     if not rest.strip("/").partition("/")[2]:
-        raise ValueError(f"{address} names no folder in a bucket; write it as {scheme}://BUCKET/FOLDER")
+        raise ValueError(f"{address} names no folder in a bucket; write {scheme}://BUCKET/FOLDER")
     open_file_system(scheme)
     return BucketPath(f"{scheme}:/{rest.strip('/')}")
 
@@ -148,7 +153,8 @@ def open_file_system(scheme: str) -> Any:
     # Listings that are kept would hide what another process, or Orbax, has written. Orbax's own file system is another
     # instance, so the default is changed.
     fsspec.config.conf.setdefault({"gs": "gcs"}.get(scheme, scheme), {})["use_listings_cache"] = False
-    return fsspec.filesystem(scheme, use_listings_cache=False)
+    options = {"gs": {"requests_timeout": REQUEST_SECONDS}}.get(scheme, {})
+    return fsspec.filesystem(scheme, use_listings_cache=False, **options)
 
 
 def create(path: Path, content: bytes) -> bool:

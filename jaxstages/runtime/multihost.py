@@ -191,6 +191,13 @@ def first_difference(values: Mapping[str, str], others: list[dict[str, str]]) ->
     return ""
 
 
+def gather_floats(values: dict[str, float]) -> dict[str, list[float]]:
+    """Map each name to its values in all processes, in their order. The names are the same in all of them."""
+    own = np.asarray([*values.values()])
+    rows = multihost_utils.process_allgather(own) if is_multiprocess() else own[None]
+    return {name: [float(value) for value in column] for name, column in zip(values, rows.T, strict=True)}
+
+
 def gather_to_host(array: jax.Array) -> np.ndarray:
     """Return the whole array as numpy, wherever its shards are."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:

@@ -8,15 +8,12 @@ from typing import Any
 
 from jaxstages.config import Recipe
 from jaxstages.training.setup import setup_stage
-from jaxstages.training.stage import train_stage
+from jaxstages.training.stage import RunOptions, train_stage
 
 
-def run(recipe: Recipe, name: str, workdir: Path, finish: bool = False) -> dict[str, Any] | None:
+def run(recipe: Recipe, name: str, workdir: Path, options: RunOptions = RunOptions()) -> dict[str, Any] | None:
     """Train the stage in `workdir/name`, or resume it.
-
-    Args:
-        finish: end the stage at the step that it has saved.
 
     Returns its result, or None if `stop_after` ended the run before the stage.
     """
-    return train_stage(setup_stage(recipe, name, workdir), finish)
+    return train_stage(setup_stage(recipe, name, workdir), options)

@@ -1,7 +1,7 @@
 """Stage three, the finish: follow instructions, over one turn or several.
 
-Chats are written by one template (`data/chat.py`); trained on are the assistant's words and the token that ends its
-turn. It starts from the best checkpoint of the stage before.
+Chats are rendered by one chat template (`data/chat.py`). The assistant's words and the token that ends its turn are
+trained on. The stage starts from the best checkpoint of the stage before, and replays the data of earlier stages.
 """
 
 from pathlib import Path
@@ -9,10 +9,12 @@ from typing import Any
 
 from jaxstages.config import Recipe
 from jaxstages.training.setup import setup_stage
-from jaxstages.training.stage import train_stage
+from jaxstages.training.stage import RunOptions, train_stage
 
 
-def run(recipe: Recipe, workdir: Path, finish: bool = False) -> dict[str, Any] | None:
-    """Train (or go on training) the stage in `workdir/instruct`; its result, or None if `stop_after` ended it. With
-    `finish` it ends at the step that it has saved."""
-    return train_stage(setup_stage(recipe, "instruct", workdir), finish)
+def run(recipe: Recipe, workdir: Path, options: RunOptions = RunOptions()) -> dict[str, Any] | None:
+    """Train the stage in `workdir/instruct`, or resume it.
+
+    Returns its result, or None if `stop_after` ended the run before the stage.
+    """
+    return train_stage(setup_stage(recipe, "instruct", workdir), options)

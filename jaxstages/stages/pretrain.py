@@ -1,7 +1,7 @@
-"""Stage one, the rough sketch: a causal language model over raw text.
+"""Stage one, the rough sketch: a causal language model of raw text.
 
-What the model meets here is unlabelled: every token of every document is a target. Documents share rows, but no
-token sees another document. It starts from scratch.
+The data are unlabelled: every token of every document is a target. Documents share rows, but no token attends to
+another document. The stage starts from scratch, or from imported weights.
 """
 
 from pathlib import Path
@@ -11,14 +11,16 @@ from jaxstages.config import Recipe
 from jaxstages.generation.evaluate import unigram_perplexity
 from jaxstages.runtime.console import say
 from jaxstages.training.setup import setup_stage
-from jaxstages.training.stage import train_stage
+from jaxstages.training.stage import RunOptions, train_stage
 
 
-def run(recipe: Recipe, workdir: Path, finish: bool = False) -> dict[str, Any] | None:
-    """Train (or go on training) the stage in `workdir/pretrain`; its result, or None if `stop_after` ended it. With
-    `finish` it ends at the step that it has saved."""
+def run(recipe: Recipe, workdir: Path, options: RunOptions = RunOptions()) -> dict[str, Any] | None:
+    """Train the stage in `workdir/pretrain`, or resume it.
+
+    Returns its result, or None if `stop_after` ended the run before the stage.
+    """
     setup = setup_stage(recipe, "pretrain", workdir)
-    result = train_stage(setup, finish)
+    result = train_stage(setup, options)
     if result is not None:
         floor = unigram_perplexity(setup.data.train, setup.data.held_out)
         ours = result["best"]["perplexity"]

@@ -19,11 +19,13 @@ import numpy as np
 from jaxstages.checkpoint.manager import Checkpoints
 from jaxstages.config import StageConfig
 from jaxstages.data.prefetch import prefetch
+from jaxstages.runtime import multihost
 from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.cpu import freeze_gc_and_trim_heap, lower_thread_priority
 from jaxstages.runtime.signals import Stop
 from jaxstages.training.early_stopping import EarlyStopping, EarlyStoppingState
 from jaxstages.training.metric_writer import MetricsWriter, plain
+from jaxstages.training.profiling import Profiler, peak_memory
 from jaxstages.training.saved_items import to_items
 from jaxstages.types import Diverged, Interrupted, Metrics, Params, Report, Sums, TrainState
 
@@ -80,6 +82,7 @@ class Training(NamedTuple):
     allowed: `allowed(metrics, start)`, whether a step with these metrics may be the best one.
     schedule: optimizer step -> learning rate.
     meta: what every checkpoint of the stage records about itself.
+    utilization: MFU per token and second; 0 if it is not known.
     heartbeat: `heartbeat(factor)` tells the watchdog that the run goes on.
     """
 
@@ -97,6 +100,8 @@ class Training(NamedTuple):
     checkpoints: Checkpoints
     writer: MetricsWriter
     stopping: EarlyStopping
+    profiler: Profiler
+    utilization: float
     signals: Stop
     heartbeat: Callable[[float], None]
 
@@ -166,12 +171,14 @@ class Loop:
         batches = prefetch(training.batches.load, range(first, last), group=training.group, init=lower_thread_priority)
         for k, batch in enumerate(batches, start=first):
             try:
-                state, sums = train_step(state, *batch)
+                with training.profiler.step(k + 1):
+                    state, sums = train_step(state, *batch)
             except FloatingPointError:
                 with jax.disable_jit():
                     pure_step(state, *batch)  # raises again, at the operation
                 raise
             pending.append((k + 1, sums))
+            training.profiler.after(k + 1, sums)
 
             if k == first:  # compilation is not training time
                 jax.block_until_ready(sums)
@@ -330,6 +337,8 @@ class Loop:
         self.progress.next_batch = self._training.batches.digest(step)
         # asdict copies: the metadata is written while the loop goes on.
         meta = dict(self._training.meta) | {"carried": dataclasses.asdict(self.progress)}
+        memory = multihost.gather_floats(peak_memory())
+        self._training.writer.write(step, "event", {"event": "peak memory", **memory})
         self._training.writer.sync()
         items = to_items(state, self.stopping_state)
         self._training.checkpoints.save(step, items, meta, int(self.stopping_state.best_step))
@@ -355,13 +364,14 @@ class Loop:
             self._log_train(step, values)
 
     def _log_train(self, step: int, values: Mapping[str, float]) -> None:
+        training = self._training
         seconds = max(time.monotonic() - self._clock, 1e-9)
         self.progress.seconds += seconds
         interval = self.progress.interval
         weight = interval["weight"] or math.nan  # no step of the interval was applied: the loss is null
         loss, rate = interval["nll"] / weight, self._clock_tokens / seconds
         # A skipped step does not advance the optimizer's own count.
-        learning_rate = float(np.asarray(self._training.schedule(step - int(values["skipped"] + values["applied"]))))
+        learning_rate = float(np.asarray(training.schedule(step - int(values["skipped"] + values["applied"]))))
         line = {
             "loss": loss,
             "grad_norm": values["grad_norm"],
@@ -369,13 +379,17 @@ class Loop:
             "tokens": self.progress.tokens,
             "tokens_per_second": rate,
         }
+        if training.utilization:
+            line["mfu"] = rate * training.utilization
         if "correct" in values:
             line["token_accuracy"] = interval["correct"] / weight
         if "anchor" in values:
             line["anchor"] = values["anchor"]
-        self._training.writer.write(step, "train", line)
+        training.writer.write(step, "train", line)
         self.progress.interval = dict.fromkeys(SUMMED, 0.0)
         self._note = f"loss {loss:.3f}  {rate:,.0f} tok/s"
+        if training.utilization:
+            self._note += f"  MFU {line['mfu']:.1%}"
         self._restart_clock()
 
     def _report_skipped(self, step: int, values: Mapping[str, float]) -> None:

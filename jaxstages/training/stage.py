@@ -1,9 +1,10 @@
 """Train one stage: its initial state, the loop, and the result that makes the stage finished."""
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,14 +12,17 @@ import numpy as np
 from jaxstages import config as recipes
 from jaxstages.checkpoint.fingerprint import params_sha256
 from jaxstages.checkpoint.manager import Checkpoints, read_params
+from jaxstages.config import ModelConfig
 from jaxstages.config.metrics import higher_is_better
 from jaxstages.config.parts import metric_name
 from jaxstages.data.batches import batches_by_step
 from jaxstages.data.mixture import describe
 from jaxstages.data.stage_data import WATCH
 from jaxstages.generation.evaluate import unigram_perplexity
+from jaxstages.models.flops import flops_per_token
 from jaxstages.models.sharding import place_batch, rows_here
 from jaxstages.runtime import multihost
+from jaxstages.runtime.chips import chip_of
 from jaxstages.runtime.console import duration, say
 from jaxstages.runtime.files import write_json
 from jaxstages.runtime.signals import stop_signals, watchdog
@@ -29,6 +33,7 @@ from jaxstages.training.early_stopping import early_stopping
 from jaxstages.training.initial_state import InitialState, restore_or_init
 from jaxstages.training.loop import Batches, Loop, Training, check_weight
 from jaxstages.training.metric_writer import MetricsWriter, plain, read_metrics
+from jaxstages.training.profiling import Profiler
 from jaxstages.training.saved_items import AVERAGE
 from jaxstages.training.setup import StageSetup, make_stage_evaluate
 from jaxstages.types import Diverged, Metrics, Params, Report, TrainState
@@ -42,11 +47,19 @@ FEW_TOKENS, TOKEN_LOSS_SD = 4000, 2.0
 nats, which makes the mean of 4,000 uncertain by 0.03."""
 
 
-def train_stage(setup: StageSetup, finish: bool = False) -> dict[str, Any] | None:
-    """Train a stage from its initial state to its end, and write its result.
+class RunOptions(NamedTuple):
+    """How to run a stage. Nothing here changes what is trained, so it is no part of the recipe.
 
-    Args:
-        finish: end the stage at the step that it has saved.
+    finish: end the stage at the step that it has saved.
+    profile: first and last step of a profiler trace, counted from 1.
+    """
+
+    finish: bool = False
+    profile: tuple[int, int] | None = None
+
+
+def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[str, Any] | None:
+    """Train a stage from its initial state to its end, and write its result.
 
     Returns the result, or None if `stop_after` ended the run before the stage.
 
@@ -57,7 +70,7 @@ def train_stage(setup: StageSetup, finish: bool = False) -> dict[str, Any] | Non
         OSError: a save failed; those before it stand.
     """
     began = time.monotonic()
-    config, stop = setup.config.loop, setup.config.early_stopping
+    config, stop, finish = setup.config.loop, setup.config.early_stopping, options.finish
     stopping = early_stopping(mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta)
     with Checkpoints(setup.folder, config.keep) as checkpoints, stop_signals(multihost.preemption_poll()) as signals:
         initial = restore_or_init(setup, checkpoints, stopping)
@@ -90,6 +103,8 @@ def train_stage(setup: StageSetup, finish: bool = False) -> dict[str, Any] | Non
                 checkpoints=checkpoints,
                 writer=writer,
                 stopping=stopping,
+                profiler=Profiler(options.profile, setup.folder),
+                utilization=_utilization(setup),
                 signals=signals,
                 heartbeat=heartbeat,
             )
@@ -97,7 +112,8 @@ def train_stage(setup: StageSetup, finish: bool = False) -> dict[str, Any] | Non
             loop = Loop(training, step, last if finish else config.steps, initial.stopping, initial.progress)
             evaluate_params = make_stage_evaluate(setup, before_batch=loop.before_eval_batch)
 
-            state, step = loop.run(initial.state, step, last)
+            with contextlib.closing(training.profiler):
+                state, step = loop.run(initial.state, step, last)
             checkpoints.check_last(step)
             writer.sync()
             signals.unsaved = False
@@ -122,6 +138,16 @@ def _group_size(setup: StageSetup) -> int:
     params = sum(leaf.size for leaf in jax.tree.leaves(setup.program.abstract_params))
     flops = 6 * params * setup.config.loop.batch_size * setup.program.context
     return GROUP if flops < SMALL_STEP_FLOPS else 1
+
+
+def _utilization(setup: StageSetup) -> float:
+    """Return the share of all devices' peak that one token per second takes (model FLOPs utilization, PaLM, 2022), with
+    the causal half of attention, as `jaxstages plan` counts. 0 if the peak or the model's FLOPs are not known."""
+    chip, model = chip_of(jax.devices()[0]), setup.recipe.model
+    if chip is None or not isinstance(model, ModelConfig):
+        return 0.0
+    flops = flops_per_token(model, setup.data.tokenizer.vocab_size, setup.config.lora)
+    return flops.causal / (chip.flops * jax.device_count())
 
 
 def _batches(setup: StageSetup, initial: InitialState) -> Batches:

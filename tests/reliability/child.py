@@ -58,7 +58,7 @@ def tell_phases(slots: mmap.mmap) -> None:
     within(stage, "_finish", "finish", slots)
     within(checkpoint.Checkpoints, "save", "save", slots)
     within(checkpoint.Checkpoints, "_finalize", "commit", slots)
-    within(checkpoint.shutil, "rmtree", "cleanup", slots)
+    within(checkpoint, "remove_tree", "cleanup", slots)
     within(deleter.StandardCheckpointDeleter, "delete_steps", "cleanup", slots)
     within(train, "stage_matrix", "end", slots)
     read, run = loop.Loop._read_sums, loop.Loop.run

@@ -22,6 +22,7 @@ from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import read_meta
 from jaxstages.config import AnchorConfig, EarlyStoppingConfig, Recipe
 from jaxstages.models.sharding import make_mesh
+from jaxstages.runtime.bucket import is_bucket
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, steps_of
 from jaxstages.training import setup
@@ -94,7 +95,7 @@ class Home:
         log: Path | None = None,
         **environment: str,
     ) -> "Child":
-        log = log or work.with_name(f"{work.name}.log")
+        log = log or (self.folder if is_bucket(work) else work.parent) / f"{work.name}.log"
         phases = self.folder / f"{work.name}{'.'.join(more[2:])}.phases"
         phases.write_bytes(bytes(SLOTS))
         env = os.environ | {
@@ -180,7 +181,11 @@ def outcome(work: Path) -> dict[str, Any]:
                 for path, text in read_meta(checkpoint_folder(work / stage, last))["fingerprint"].items()
                 if not path.startswith("train/early_stopping")
             },
-            "lines": [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines],
+            "lines": [
+                {k: v for k, v in line.items() if k != "tokens_per_second"}
+                for line in lines
+                if line.get("event") != "peak memory"
+            ],
         }
     return found
 
@@ -208,14 +213,24 @@ def unlike(found: Any, expected: Any, path: str = "") -> list[str]:
 
 def garbage(work: Path) -> list[str]:
     """What a finished run must not leave: anything but what the design lists."""
-    known = {"recipe.json", "LOCK", "stage_matrix.json", "tokenizer", "tokenizer.json", "cache", *recipes.STAGES}
+    known = {
+        "recipe.json",
+        "LOCK",
+        "LEASE",
+        "stage_matrix.json",
+        "tokenizer",
+        "tokenizer.json",
+        "cache",
+        *recipes.STAGES,
+    }
     inner = {"checkpoints", "metrics.jsonl", "result.json", "tensorboard"}
     left = [str(path) for path in work.iterdir() if path.name not in known]
     left += [str(path) for path in (work / "tokenizer").iterdir() if path.name not in {*known, "made_from.json"}]
     for stage in recipes.STAGES:
         if (work / stage).exists():
             left += [str(path) for path in (work / stage).iterdir() if path.name not in inner]
-            left += [str(p) for p in checkpoints_folder(work / stage).iterdir() if not p.name.isdecimal()]
+            complete = {str(step) for step in steps_of(work / stage)}
+            left += [str(p) for p in checkpoints_folder(work / stage).iterdir() if p.name not in complete]
     return left
 
 

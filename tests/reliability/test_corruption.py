@@ -30,11 +30,11 @@ KINDS = ("flip", "truncate", "zero", "delete", "swap")
 class Kept:
     """A finished stage with three checkpoints, and what each of them must give."""
 
-    def __init__(self, folder: Path, min_delta: float = 0.0) -> None:
+    def __init__(self, folder: Path, min_delta: float = 0.0, work: Path | None = None) -> None:
         recipe = make_recipe(folder)
         recipe.pretrain.loop.keep = 3
         recipe.pretrain.early_stopping.min_delta = min_delta
-        self.work = folder / "work"
+        self.work = work or folder / "work"
         train(recipe, self.work, "pretrain")
         self.stage_dir = self.work / "pretrain"
         self.setup: StageSetup = setup_stage(recipe, "pretrain", self.work)

@@ -1,7 +1,4 @@
-"""Chips to plan for, and topologies of devices to compile for on a machine without them.
-
-Figures are from Google Cloud's pages on TPU v5e, v5p and v6e, and from NVIDIA's data sheets of H100 and H200 (SXM).
-"""
+"""Topologies of devices to plan for, and to compile for on a machine without them."""
 
 import os
 import re
@@ -9,28 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-
-class Chip(NamedTuple):
-    """flops: dense bfloat16 FLOPs per second.
-    memory: bytes.
-    bandwidth: memory bandwidth, bytes per second.
-    link: bytes per second that a chip sends to its neighbours along one mesh axis, both directions of a TPU's ring.
-    """
-
-    name: str
-    flops: float
-    memory: float
-    bandwidth: float
-    link: float
-
-
-CHIPS = {
-    "v5e": Chip("TPU v5e", 197e12, 16e9, 0.82e12, 2 * 45e9),
-    "v5p": Chip("TPU v5p", 459e12, 95e9, 2.77e12, 2 * 90e9),
-    "v6e": Chip("TPU v6e", 918e12, 32e9, 1.64e12, 2 * 90e9),
-    "h100": Chip("H100", 989e12, 80e9, 3.35e12, 450e9),
-    "h200": Chip("H200", 989e12, 141e9, 4.8e12, 450e9),
-}
+from jaxstages.runtime.chips import CHIPS, Chip, chip_of
 
 
 class Topology(NamedTuple):
@@ -55,7 +31,7 @@ def topology_of(name: str) -> Topology:
         ValueError: no such topology, libtpu is missing, or JAX has already started with other devices.
     """
     if name == "local":
-        return Topology(name, jax.devices(), _chip_of(jax.devices()[0]), jax.default_backend())
+        return Topology(name, jax.devices(), chip_of(jax.devices()[0]), jax.default_backend())
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not match or match.group(1) not in (*CHIPS, "cpu"):
         raise ValueError(
@@ -90,17 +66,3 @@ def _tpu(name: str) -> list[Any]:
             f"--topology={name}: {message}; it needs the extra `tpu` (pip install 'jaxstages[tpu]'), and a grid that "
             "exists: v5e and v6e 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; v5p 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ..."
         ) from error
-
-
-def _chip_of(device: Any) -> Chip | None:
-    kind = device.device_kind.lower()
-    names = {
-        "v5 lite": "v5e",
-        "v5e": "v5e",
-        "v5p": "v5p",
-        "v6 lite": "v6e",
-        "v6e": "v6e",
-        "h100": "h100",
-        "h200": "h200",
-    }
-    return next((CHIPS[key] for word, key in names.items() if word in kind), None)
