@@ -59,6 +59,7 @@ class Proxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize, disable_nagle_algorithm = -1, True  # an answer is one packet, and does not wait for another's ACK
     server: Proxy
 
     def _forward(self) -> None:
