@@ -1,0 +1,101 @@
+"""What a workdir says about its run: recipe, results, curves. Nothing here loads parameters."""
+
+import glob
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxstages.checkpoint.metadata import finished
+from jaxstages.runtime.bucket import is_bucket
+from jaxstages.runtime.files import parse_path, read_json
+from jaxstages.runtime.workdir import has_begun, result_file
+from jaxstages.training.metric_writer import METRICS, read_metrics
+
+
+class Run(NamedTuple):
+    """A run as its workdir records it.
+
+    recipe: the recipe as nested dicts, as in `recipe.json`; versions: of the packages that it was last run with.
+    results: the content of `result.json` of each finished stage.
+    metrics: the lines of `metrics.jsonl` of each stage that has begun.
+    matrix: the content of `stage_matrix.json`; None if there is none.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    results: dict[str, dict[str, Any]]
+    metrics: dict[str, list[dict[str, Any]]]
+    matrix: dict[str, Any] | None
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages that have begun, in the recipe's order."""
+        return list(self.metrics)
+
+    def curve(self, stage: str, kind: str, metric: str) -> list[tuple[int, float]]:
+        """Return (step, value) of a metric in the lines of a kind, "train" or "eval", where it is finite."""
+        lines = self.metrics.get(stage, [])
+        return [(line["step"], line[metric]) for line in lines if line["kind"] == kind and line.get(metric) is not None]
+
+
+def stage_names(recipe: dict[str, Any]) -> list[str]:
+    """List the stages of a recorded recipe, in order."""
+    names = [name for name in ("pretrain", "finetune", "instruct") if recipe.get(name) is not None]
+    return names + list(recipe.get("extra_stages") or {})
+
+
+def stage_config(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a stage of a recorded recipe."""
+    return recipe[name] if recipe.get(name) is not None else recipe["extra_stages"][name]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a workdir.
+
+    Raises:
+        ValueError: it is no workdir, or a file of it is damaged.
+    """
+    file = folder / "recipe.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no workdir: it has no recipe.json; name the folder of a run")
+    content = read_json(file, {"recipe": (dict,)})
+    names = [name for name in stage_names(content["recipe"]) if has_begun(folder / name)]
+    results = {name: finished(folder / name) for name in names if result_file(folder / name).exists()}
+    metrics = {name: read_metrics(folder / name / METRICS) for name in names}
+    matrix_file = folder / "stage_matrix.json"
+    matrix = read_json(matrix_file) if matrix_file.is_file() else None
+    return Run(folder, content["recipe"], content.get("versions", {}), results, metrics, matrix)
+
+
+def find_runs(patterns: list[str]) -> list[Path]:
+    """Return the workdirs that paths and patterns name, each once. A folder of workdirs, as of a sweep, stands for them.
+
+    Raises:
+        ValueError: a path or pattern names no workdir.
+    """
+    folders: dict[Path, None] = {}
+    for pattern in patterns:
+        path = parse_path(pattern, "a run")
+        candidates = [path] if is_bucket(path) or path.exists() else [*map(Path, sorted(glob.glob(pattern)))]
+        runs = [folder for candidate in candidates for folder in _workdirs(candidate)]
+        if not runs:
+            raise ValueError(f"{pattern} names no workdir; name the folder of a run or of a sweep, or a pattern")
+        folders |= dict.fromkeys(runs)
+    return list(folders)
+
+
+def _workdirs(folder: Path) -> list[Path]:
+    if (folder / "recipe.json").is_file():
+        return [folder]
+    if not folder.is_dir():
+        return []
+    return [path for path in sorted(folder.iterdir()) if (path / "recipe.json").is_file()]
+
+
+def flat_fields(recipe: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
+    """Map the path of each field of a recorded recipe, "config.seed", to its value."""
+    fields: dict[str, Any] = {}
+    for name, value in recipe.items():
+        inner = isinstance(value, dict)
+        fields |= flat_fields(value, f"{prefix}.{name}") if inner else {f"{prefix}.{name}": value}
+    return fields
