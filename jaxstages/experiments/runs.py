@@ -68,7 +68,7 @@ def read_run(folder: Path) -> Run:
 
 
 def find_runs(patterns: list[str]) -> list[Path]:
-    """Return the workdirs that paths and patterns name, each once. A folder of workdirs, as of a sweep, stands for them.
+    """Return the workdirs that paths and patterns name, each once. A folder of workdirs, as of a sweep, means them all.
 
     Raises:
         ValueError: a path or pattern names no workdir.
