@@ -148,6 +148,22 @@ COMMANDS = {
         "jaxstages check --config=demo --workdir=runs/check",
         "docs/extending.md",
     ),
+    "sweep": Command(
+        "Train a recipe with several values of some fields, each in a workdir of its own, and compare the runs.",
+        f"{WORKDIR} --config=RECIPE --sweep.FIELD=V1,V2",
+        "All combinations are trained; a recipe can also list them in its function sweep(). A trial is an ordinary run "
+        "in DIR/NAME. Stages before the swept ones are trained once. Started again, the sweep continues.",
+        "jaxstages sweep --config=demo --workdir=runs/rates --sweep.finetune.optim.schedule.peak_lr=1e-3,3e-3 "
+        "--sweep.seed=0,1,2",
+        "docs/experiments.md",
+    ),
+    "compare": Command(
+        "Compare runs: the fields that differ, what they reached, over seeds, with p-values.",
+        "DIR DIR ...",
+        "A folder of a sweep stands for its runs. Compares the last stage that all of them have begun.",
+        "jaxstages compare runs/rates --to=rates.md --plot=rates.svg",
+        "docs/experiments.md",
+    ),
     "plan": Command(
         "Compile a stage for a machine you do not have: does it fit, and how fast is it?",
         "--config=RECIPE",
@@ -163,12 +179,17 @@ SAMPLING = ("generate", "chat")
 CHECKPOINT = ("evaluate", *SAMPLING, "export")
 
 FLAGS = (
-    Flag("workdir", "DIR", "Folder of the run.", tuple(name for name in COMMANDS if name != "plan")),
+    Flag(
+        "workdir",
+        "DIR",
+        "Folder of the run, or gs://BUCKET/FOLDER.",
+        tuple(name for name in COMMANDS if name not in ("plan", "compare")),
+    ),
     Flag(
         "stage",
         "NAME",
         "Stage to use: pretrain, finetune, instruct, an extra stage of the recipe, or import for imported weights.",
-        ("train", "inspect", "checkpoints", "plan", *CHECKPOINT),
+        ("train", "inspect", "checkpoints", "plan", "compare", *CHECKPOINT),
     ),
     Flag(
         "step",
@@ -194,6 +215,29 @@ FLAGS = (
         "'--runner=DirectRunner --direct_num_workers=4'. The rows are the same, to the bit.",
         ("prepare",),
     ),
+    # Experiments
+    Flag("parallel", "N", "Trials at a time; with several GPUs, each has its own.", ("sweep",), int, 1, at_least=1),
+    Flag(
+        "index",
+        "I",
+        "Run only this trial, counted from 0, for arrays of a cluster: --index=$SLURM_ARRAY_TASK_ID.",
+        ("sweep",),
+        kind=int,
+        at_least=0,
+    ),
+    Flag(
+        "halving",
+        "FACTOR",
+        "Successive halving: at each rung, the best 1/FACTOR of the trials go on (ASHA, Li et al., 2020).",
+        ("sweep",),
+        kind=int,
+        default=0,
+        at_least=0,
+    ),
+    Flag("first_rung", "STEPS", "Steps of the swept stage up to the first rung.", ("sweep",), int, 0, at_least=0),
+    Flag("hours", "H", "Start no trial after H hours; those that run save and end.", ("sweep",), float, 0.0),
+    Flag("metric", "NAME", "Metric to compare; default: that of early stopping.", ("compare",)),
+    Flag("plot", "FILE.svg", "Draw the metric over the steps: .svg, .png or .pdf.", ("compare",)),
     # Generation
     Flag("prompt", "TEXT", "Prompt to answer.", ("generate",)),
     Flag("prompts", "FILE.jsonl", 'File of prompts, one {"prompt": TEXT} per line.', ("generate",)),
@@ -244,7 +288,12 @@ FLAGS = (
     Flag("seed", "S", "Seed of sampling; the same seed gives the same answers.", SAMPLING, kind=int, default=0),
     # Import, export and planning
     Flag("from", "DIR", "Hugging Face checkpoint folder to import.", ("import",)),
-    Flag("to", "DIR", "Folder to write.", ("export",)),
+    Flag(
+        "to",
+        "PATH",
+        "Folder to export to; for compare, the file of the table: .md, .csv, .tex or .html.",
+        ("export", "compare"),
+    ),
     Flag("dtype", "NAME", "Type of the exported weights: float32 or bfloat16.", ("export",), default="float32"),
     Flag("adapter", "", "Export only the LoRA adapters, for PEFT.", ("export",), kind=bool, default=False),
     Flag(

@@ -4,6 +4,7 @@ Commands import jax, and whatever else they need, only when they run. Help and m
 """
 
 import contextlib
+import dataclasses
 import difflib
 import os
 import re
@@ -41,14 +42,15 @@ def main(argv: list[str], before_jax: Callable[[], None] = lambda: None) -> int:
         before_jax: called before jax is imported, by commands that need it.
     """
     try:
-        help_shown = _help(argv)
+        help_shown, code = _help(argv), 0
         if help_shown is None:
-            _dispatch(argv, before_jax)
+            code = _dispatch(argv, before_jax)
     except Exception as error:
         return _failed(error)
 
-    if help_shown is not None:
-        print(help_shown)
+    if help_shown is None:
+        return code
+    print(help_shown)
     return 0 if len(argv) > 1 else 2
 
 
@@ -104,10 +106,48 @@ def _announce_to_other_processes(code: int, text: str) -> None:
         lost_host.announce_exit(code, text)
 
 
-def _dispatch(argv: list[str], before_jax: Callable[[], None]) -> None:
+def _dispatch(argv: list[str], before_jax: Callable[[], None]) -> int:
+    """Run a command. Returns the exit code of one that hands on another process's; errors are raised."""
     command = argv[1]
     check_command(command)
-    values, given, words = parse(command, argv)
+    if command == "sweep":
+        return _sweep(argv)
+    _run(command, *parse(command, argv), before_jax)
+    return 0
+
+
+def _sweep(argv: list[str]) -> int:
+    from jaxstages.cli.sweep import SweepOptions, sweep
+    from jaxstages.cli.sweep_flags import parse_sweep
+
+    line = parse_sweep(argv)
+    folder = _workdir("sweep", line.values)
+    options = SweepOptions(
+        **{field.name: getattr(line.values, field.name) for field in dataclasses.fields(SweepOptions)}
+    )
+    return sweep(line.recipe, folder, line.trials, line.config_flags, options)
+
+
+def _workdir(command: str, values: flags.FlagValues) -> Path:
+    if values.workdir is None:
+        raise ValueError(f"{command} needs --workdir=DIR, the folder of the run")
+    workdir = parse_path(values.workdir, "--workdir")
+    check_workdir(workdir)
+    return workdir
+
+
+def _run(
+    command: str,
+    values: flags.FlagValues,
+    given: Recipe | None,
+    words: list[str],
+    before_jax: Callable[[], None],
+) -> None:
+    if command == "compare":
+        from jaxstages.cli.compare import compare_runs
+
+        compare_runs(words, values.stage, values.metric, values.to, values.plot)
+        return
 
     if command == "plan":
         if given is None:
@@ -118,10 +158,7 @@ def _dispatch(argv: list[str], before_jax: Callable[[], None]) -> None:
         plan(given, values.stage, values.topology)
         return
 
-    if values.workdir is None:
-        raise ValueError(f"{command} needs --workdir=DIR, the folder of the run")
-    workdir = parse_path(values.workdir, "--workdir")
-    check_workdir(workdir)
+    workdir = _workdir(command, values)
     logging.set_verbosity(logging.FATAL)  # libraries log what we report in one line
 
     if command == "checkpoints":

@@ -4,6 +4,7 @@ import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import finished
 from jaxstages.runtime.bucket import is_bucket
 from jaxstages.runtime.files import parse_path, read_json
@@ -59,6 +60,10 @@ def read_run(folder: Path) -> Run:
     if not file.is_file():
         raise ValueError(f"{folder} is no workdir: it has no recipe.json; name the folder of a run")
     content = read_json(file, {"recipe": (dict,)})
+    try:  # fields that are younger than the run have their defaults
+        content["recipe"] = recipes.to_dict(recipes.from_dict(content["recipe"]))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     names = [name for name in stage_names(content["recipe"]) if has_begun(folder / name)]
     results = {name: finished(folder / name) for name in names if result_file(folder / name).exists()}
     metrics = {name: read_metrics(folder / name / METRICS) for name in names}

@@ -1,0 +1,335 @@
+"""`sweep`: train a recipe with several values of some fields, each in a workdir of its own, then compare the runs.
+
+The driver starts one process per trial and keeps no state of its own: the workdirs tell what is done, so a sweep that
+was killed goes on when it is started again.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxstages import config as recipes
+from jaxstages.config import Recipe
+from jaxstages.config.metrics import higher_is_better
+from jaxstages.experiments.runs import read_run
+from jaxstages.experiments.sweep import (
+    Halving,
+    Trial,
+    make_halving,
+    parent_trial,
+    promotable,
+    shared_stages,
+)
+from jaxstages.runtime.bucket import is_bucket
+from jaxstages.runtime.console import duration, say
+from jaxstages.runtime.files import acquire_lock, make_folder, write_json
+from jaxstages.runtime.signals import INTERRUPTED, Stop, stop_signals
+from jaxstages.runtime.workdir import has_begun, lock, result_file
+from jaxstages.types import Interrupted
+
+POLL_SECONDS = 0.2
+
+PARENTS = "parents"
+"""Folder of the runs that train shared stages."""
+
+PR_SET_PDEATHSIG = 1
+"""From Linux's prctl.h: the signal that a process gets when its parent dies."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """parallel: trials at a time. index: the only trial to run, for arrays of a cluster; None runs all.
+    halving, first_rung: factor and first rung of successive halving; a factor of 0 trains every trial to its end.
+    hours: no trial starts after this time, and those that run save and end; 0 is no limit.
+    """
+
+    parallel: int = 1
+    index: int | None = None
+    halving: int = 0
+    first_rung: int = 0
+    hours: float = 0.0
+
+
+class Sweep:
+    """A sweep in progress."""
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        trials: Sequence[Trial],
+        config_flags: Sequence[str],
+        options: SweepOptions,
+    ) -> None:
+        """
+        Args:
+            folder: folder of the sweep. Each trial has a workdir in it.
+            recipe: the recipe without the changes of a trial.
+            config_flags: `--config=...` and `--config.FIELD=...` of the command line, for the trials' processes.
+
+        Raises:
+            ValueError: the sweep's options do not fit the recipe.
+        """
+        self.folder, self.recipe, self.trials, self.options = folder, recipe, trials, options
+        self._config_flags = list(config_flags)
+        if not recipe.cache:
+            self._config_flags.append(f"--config.cache={folder / 'cache'}")
+        self._stages = list(recipes.stages(recipe))
+        self._shared = shared_stages(trials, recipe)
+        self._swept = self._stages[len(self._shared)]
+        self._halving: Halving | None = None
+        if options.halving:
+            steps = recipes.stages(recipe)[self._swept].loop.steps
+            self._halving = make_halving(options.halving, options.first_rung, steps)
+
+    # One trial ----------------------------------------------------------------------------------------------------
+
+    def _command(self, workdir: Path, trial: Trial, command: Sequence[str], more: Sequence[str] = ()) -> list[str]:
+        flags = [*self._config_flags, *trial.flags, *more]
+        return [sys.executable, "-m", "jaxstages", *command, f"--workdir={workdir}", *flags]
+
+    def is_done(self, trial: Trial) -> bool:
+        return all(result_file(self.folder / trial.name / name).exists() for name in self._stages)
+
+    def score(self, trial: Trial) -> float:
+        """Return the metric of early stopping in the swept stage, so that lower is better; NaN if there is none yet."""
+        run = read_run(self.folder / trial.name)
+        stop = recipes.stages(self.recipe)[self._swept].early_stopping
+        values = [value for _, value in run.curve(self._swept, "eval", stop.metric)]
+        if not values:
+            return math.nan
+        metrics = recipes.stages(self.recipe)[self._swept].evaluation.metrics
+        return -max(values) if higher_is_better(stop.metric, metrics) else min(values)
+
+    def prepare(self, trial: Trial, run: Callable[[list[str], Path], int]) -> int:
+        """Give a trial the stages that it shares with others: train them once, then copy them. Returns an exit code."""
+        workdir = self.folder / trial.name
+        if not self._shared or has_begun(workdir / self._shared[0]):
+            return 0
+        parent = parent_trial(trial, self.recipe)
+        parent_dir = self.folder / PARENTS / parent.name
+        make_folder(parent_dir.parent)
+        with acquire_lock(parent_dir.with_name(f"{parent.name}.lock"), wait=True):  # of several --index processes
+            for name in self._shared:
+                if not result_file(parent_dir / name).exists():
+                    command = [name] if name in recipes.STAGES else ["train", f"--stage={name}"]
+                    if code := run(
+                        self._command(parent_dir, parent, command), parent_dir.with_name(f"{parent.name}.log")
+                    ):
+                        return code
+        copy = workdir.with_name(f".{workdir.name}.tmp")
+        shutil.rmtree(copy, ignore_errors=True)
+        for name in ("tokenizer", recipes.IMPORT, *self._shared):
+            if (parent_dir / name).is_dir():
+                shutil.copytree(parent_dir / name, copy / name)
+        shutil.rmtree(workdir, ignore_errors=True)  # nothing has begun there
+        copy.rename(workdir)
+        return 0
+
+    def command_of(self, trial: Trial, rung: int | None = None) -> list[str]:
+        """Return the command that trains a trial, to its end or to a rung."""
+        workdir = self.folder / trial.name
+        if self._halving is None or rung is None or rung == len(self._halving.rungs) - 1:
+            stop = f"--config.{_field(self._swept)}.loop.stop_after=0"
+            return self._command(workdir, trial, ["run"], [stop] if self._halving else [])
+        stop = f"--config.{_field(self._swept)}.loop.stop_after={self._halving.rungs[rung]}"
+        return self._command(workdir, trial, ["run"], [stop])
+
+    # All trials -----------------------------------------------------------------------------------------------------
+
+    def run_all(self) -> None:
+        """Run all trials that are not done.
+
+        Raises:
+            ValueError: a trial failed; the others were run.
+            Interrupted: a signal asked to stop, or the time is over; every trial is resumable.
+        """
+        write_json(self.folder / "sweep.json", {"trials": [trial._asdict() for trial in self.trials]})
+        with stop_signals() as signals:
+            signals.unsaved = True  # the trials save; this process waits for them
+            failed = _Driver(self, signals).run()
+        if failed:
+            logs = ", ".join(str(self.folder / f"{name}.log") for name in failed)
+            raise ValueError(
+                f"{len(failed)} of {len(self.trials)} trials failed; see {logs}, and start the sweep again"
+            )
+
+    def run_one(self, index: int) -> int:
+        """Run one trial in the foreground, and return its exit code."""
+        if not 0 <= index < len(self.trials):
+            raise ValueError(f"--index={index}: the sweep has {len(self.trials)} trials, 0 to {len(self.trials) - 1}")
+        if self._halving is not None:
+            raise ValueError("--halving compares trials while they run, and does not go with --index; leave one out")
+        trial = self.trials[index]
+        say(f"trial {index + 1} of {len(self.trials)}: {trial.name}", "cyan")
+
+        def run(command: list[str], log: Path) -> int:
+            del log
+            return subprocess.run(command, check=False).returncode
+
+        return self.prepare(trial, run) or run(self.command_of(trial), self.folder)
+
+
+class _Driver:
+    """Runs trials in child processes, a few at a time."""
+
+    def __init__(self, sweep: Sweep, signals: Stop) -> None:
+        self._sweep, self._signals = sweep, signals
+        self._running: dict[str, tuple[subprocess.Popen, float]] = {}
+        self._seconds: list[float] = []
+        self._failed: dict[str, int] = {}
+        self._rung = dict.fromkeys((trial.name for trial in sweep.trials), 0)
+        self._scores: dict[str, dict[int, float]] = {trial.name: {} for trial in sweep.trials}
+        self._end = time.monotonic() + sweep.options.hours * 3600 if sweep.options.hours else math.inf
+        self._devices = _device_slots(sweep.options.parallel)
+
+    def run(self) -> list[str]:
+        """Run to the end, and return the names of the trials that failed."""
+        waiting = [trial for trial in self._sweep.trials if not self._sweep.is_done(trial)]
+        done = len(self._sweep.trials) - len(waiting)
+        say(
+            f"sweep: {len(self._sweep.trials)} trials, {done} of them done; {self._sweep.options.parallel} at a time",
+            "bold",
+        )
+        while True:
+            self._check_time()
+            while len(self._running) < self._sweep.options.parallel and (trial := self._next(waiting)) is not None:
+                self._start(trial)
+            if not self._running:
+                return list(self._failed)
+            time.sleep(POLL_SECONDS)
+            for name, (process, began) in list(self._running.items()):
+                if (code := process.poll()) is not None:
+                    del self._running[name]
+                    self._ended(name, code, time.monotonic() - began, len(waiting))
+
+    def _next(self, waiting: list[Trial]) -> Trial | None:
+        halving = self._sweep._halving
+        if halving is not None and (name := promotable(halving, self._rung, self._scores)) is not None:
+            self._rung[name] += 1
+            return next(trial for trial in self._sweep.trials if trial.name == name)
+        return waiting.pop(0) if waiting else None
+
+    def _start(self, trial: Trial) -> None:
+        workdir = self._sweep.folder / trial.name
+        if not is_bucket(workdir) and workdir.is_dir():
+            acquire_lock(workdir / "LOCK", wait=True).close()  # a trial of a sweep that was killed is saving
+        if code := self._sweep.prepare(trial, self._run_parent):
+            self._failed[trial.name] = code
+            say(f"{trial.name}: the stages before it failed with code {code}", "red")
+            return
+        rung = self._rung[trial.name] if self._sweep._halving else None
+        process = self._spawn(self._sweep.command_of(trial, rung), self._sweep.folder / f"{trial.name}.log")
+        self._running[trial.name] = (process, time.monotonic())
+        say(f"{trial.name}: started" + (f", to rung {rung + 1}" if rung is not None else ""))
+
+    def _run_parent(self, command: list[str], log: Path) -> int:
+        say(f"{log.stem}: {command[3]}, for all trials that start from it", "cyan")
+        process = self._spawn(command, log)
+        while process.poll() is None:
+            if self._signals.poll():
+                process.terminate()
+                process.wait()
+                self._interrupt("a signal asked to stop")
+            time.sleep(POLL_SECONDS)
+        return process.returncode
+
+    def _spawn(self, command: list[str], log: Path) -> subprocess.Popen:
+        make_folder(log.parent)
+        slot = len(self._running) % len(self._devices)
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                command,
+                env=os.environ | self._devices[slot],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C reaches it through this process, once
+                preexec_fn=_end_with_parent,
+            )
+
+    def _ended(self, name: str, code: int, seconds: float, waiting: int) -> None:
+        trial = next(trial for trial in self._sweep.trials if trial.name == name)
+        if code == INTERRUPTED:
+            self._interrupt(f"{name} was interrupted")
+        if code:
+            self._failed[name] = code
+            say(f"{name}: failed with code {code}; see {self._sweep.folder / f'{name}.log'}", "red")
+            return
+        self._seconds.append(seconds)
+        score = self._sweep.score(trial)
+        self._scores[name][self._rung[name]] = score
+        left = waiting + len(self._running)
+        eta = sum(self._seconds) / len(self._seconds) * left / self._sweep.options.parallel
+        say(f"{name}: done in {duration(seconds)}, {_shown(score)}; {left} to go, ETA {duration(eta)}", "green")
+
+    def _check_time(self) -> None:
+        if self._signals.poll():
+            self._interrupt("a signal asked to stop")
+        if time.monotonic() > self._end:
+            self._interrupt(f"--hours={self._sweep.options.hours:g} are over")
+
+    def _interrupt(self, reason: str) -> None:
+        for process, _ in self._running.values():
+            process.terminate()
+        for process, _ in self._running.values():
+            process.wait()
+        raise Interrupted(f"sweep: {reason}; its trials have saved, start it again to go on")
+
+
+def _shown(score: float) -> str:
+    return "no score" if math.isnan(score) else f"best {abs(score):.4g}"
+
+
+def _field(stage: str) -> str:
+    return stage if stage in recipes.STAGES else f"extra_stages.{stage}"
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to send SIGTERM to this process when its parent dies, so that no trial outlives a killed sweep."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _device_slots(parallel: int) -> list[dict[str, str]]:
+    """Return the environment of each slot: with several trials at a time on a machine with GPUs, a GPU each."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    numbers = visible.split(",") if visible else []
+    if not numbers and parallel > 1 and shutil.which("nvidia-smi"):
+        with contextlib.suppress(OSError):
+            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+            numbers = [str(number) for number in range(listed.count("GPU "))]
+    if parallel == 1 or len(numbers) < 2:
+        return [{}]
+    return [{"CUDA_VISIBLE_DEVICES": number} for number in numbers]
+
+
+def sweep(
+    recipe: Recipe, folder: Path, trials: Sequence[Trial], config_flags: Sequence[str], options: SweepOptions
+) -> int:
+    """Run a sweep, or the trial with an index, then compare the runs. Returns an exit code.
+
+    Raises:
+        ValueError: another sweep runs in the folder, or trials failed.
+        Interrupted: every trial is resumable.
+    """
+    running = Sweep(folder, recipe, trials, config_flags, options)
+    if options.index is not None:
+        return running.run_one(options.index)
+    with lock(folder):
+        running.run_all()
+    from jaxstages.cli.compare import compare_runs
+
+    begun = [str(folder / trial.name) for trial in trials if (folder / trial.name / "recipe.json").is_file()]
+    if len(begun) > 1:
+        compare_runs(begun, None, None, None, None)
+    return 0

@@ -1,0 +1,277 @@
+"""Compare runs: which fields differ, what they reached, over seeds, and whether a difference may be chance."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import scipy.stats
+from tabulate import tabulate
+
+from jaxstages.config.metrics import LOSSES, higher_is_better
+from jaxstages.experiments.runs import Run, flat_fields, stage_config
+from jaxstages.runtime.console import duration
+
+stats: Any = scipy.stats
+
+UNCOMPARED = ("config.name", "config.cache", "config.seed")
+"""Fields that do not make two runs different experiments: runs that differ in the seed alone are repetitions."""
+
+FORMATS = {".md": "github", ".tex": "latex_booktabs", ".html": "html", ".csv": "csv"}
+"""File types of `write_table`, and their names in tabulate."""
+
+
+class Summary(NamedTuple):
+    """Mean and standard deviation of a value over seeds. sd is NaN for one seed."""
+
+    mean: float
+    sd: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g}" if self.n == 1 else f"{self.mean:.4g} ± {self.sd:.2g}"
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Summarize finite values; those that are not finite make the mean NaN."""
+    sd = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+    return Summary(statistics.fmean(values), sd, len(values))
+
+
+class Difference(NamedTuple):
+    """How a row's metric differs from that of the first row.
+
+    p: two-sided p-value; NaN if it can't be computed. test: how it was computed, or why it was not.
+    """
+
+    p: float
+    test: str
+
+
+class Row(NamedTuple):
+    """Runs that differ in nothing but the seed.
+
+    fields: the fields in which the rows differ.
+    values: by metric, of the step that each run hands on.
+    status: statuses and verdicts of the runs, each once.
+    difference: from the first row, in the metric that decides; None for the first row itself.
+    """
+
+    runs: list[Run]
+    fields: dict[str, Any]
+    values: dict[str, Summary]
+    steps: Summary
+    tokens: Summary
+    seconds: Summary
+    status: list[str]
+    difference: Difference | None
+
+
+class Comparison(NamedTuple):
+    """stage, metric: what is compared, and the metric that decides. higher: whether higher values of it are better.
+    rows: in the order of the runs.
+    """
+
+    stage: str
+    metric: str
+    higher: bool
+    rows: list[Row]
+
+
+def compare(runs: Sequence[Run], stage: str | None = None, metric: str | None = None) -> Comparison:
+    """Compare runs in one stage.
+
+    Args:
+        stage: by default the last stage that all of them have begun.
+        metric: by default the metric of early stopping.
+
+    Raises:
+        ValueError: the runs have no stage in common, or do not measure the metric.
+    """
+    stage = stage or _last_common_stage(runs)
+    for run in runs:
+        if stage not in run.stages:
+            raise ValueError(f"{run.folder} has not begun {stage}; it has {', '.join(run.stages) or 'no stage'}")
+    config = stage_config(runs[0].recipe, stage)
+    metric = metric or str(config["early_stopping"]["metric"])
+    higher = higher_is_better(metric, config["evaluation"]["metrics"])
+
+    groups = _group_by_fields(runs)
+    differing = _differing_fields([fields for fields, _ in groups])
+    reached = {id(run): _reached(run, stage, metric, higher) for run in runs}
+    for run in runs:
+        if metric not in reached[id(run)]:
+            raise ValueError(
+                f"{run.folder}/{stage} does not measure {metric}; name one of "
+                f"{', '.join(name for name in reached[id(run)] if not name.endswith('_se'))} with --metric"
+            )
+
+    rows: list[Row] = []
+    for fields, members in groups:
+        best = [reached[id(run)] for run in members]
+        names = [name for name in best[0] if all(name in values for values in best) and not name.endswith("_se")]
+        results = [run.results.get(stage, {}) for run in members]
+        trained = [run.metrics[stage] for run in members]
+        rows.append(
+            Row(
+                runs=members,
+                fields={name: fields.get(name) for name in differing},
+                values={name: summarize([values[name] for values in best]) for name in names},
+                steps=summarize([lines[-1]["step"] if lines else 0 for lines in trained]),
+                tokens=summarize([result.get("tokens", math.nan) for result in results]),
+                seconds=summarize([result.get("seconds", math.nan) for result in results]),
+                status=list(dict.fromkeys(map(_status, results))),
+                difference=None,
+            )
+        )
+    for index, row in enumerate(rows[1:], start=1):
+        difference = _difference(rows[0].runs, row.runs, {key: values[metric] for key, values in reached.items()})
+        rows[index] = row._replace(difference=difference)
+    return Comparison(stage, metric, higher, rows)
+
+
+def _last_common_stage(runs: Sequence[Run]) -> str:
+    common = [name for name in runs[0].stages if all(name in run.stages for run in runs)]
+    if not common:
+        raise ValueError("the runs have begun no stage in common; name one with --stage, and runs that have it")
+    return common[-1]
+
+
+def _group_by_fields(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
+    """Group runs that differ in UNCOMPARED fields only, in their order."""
+    groups: list[tuple[dict[str, Any], list[Run]]] = []
+    for run in runs:
+        fields = {name: value for name, value in flat_fields(run.recipe).items() if name not in UNCOMPARED}
+        members = next((members for others, members in groups if others == fields), None)
+        if members is None:
+            groups.append((fields, [run]))
+        else:
+            members.append(run)
+    return groups
+
+
+def _differing_fields(recipes: Sequence[dict[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for fields in recipes for name in fields))
+    return [name for name in names if any(fields.get(name) != recipes[0].get(name) for fields in recipes)]
+
+
+def _reached(run: Run, stage: str, metric: str, higher: bool) -> dict[str, float]:
+    """Return the metrics of the step that a stage hands on; of an unfinished one, of its best evaluation so far."""
+    if stage in run.results:
+        best = run.results[stage]["best"]
+    else:
+        lines = [line for line in run.metrics[stage] if line["kind"] == "eval" and line.get(metric) is not None]
+        if not lines:
+            return {}
+        best = (max if higher else min)(lines, key=lambda line: line[metric])
+    hidden = ("step", "kind")
+    return {name: float(value) for name, value in best.items() if name not in hidden and value is not None}
+
+
+def _status(result: dict[str, Any]) -> str:
+    if not result:
+        return "unfinished"
+    verdict = result.get("verdict") or {}
+    return f"{result['status'].replace('_', ' ')}, {verdict['name']}" if verdict.get("name") else result["status"]
+
+
+def _difference(first: Sequence[Run], other: Sequence[Run], values: dict[int, float]) -> Difference:
+    """Test whether two rows differ: a paired t-test over their common seeds, or else Welch's."""
+    by_seed = [{run.recipe["seed"]: values[id(run)] for run in row} for row in (first, other)]
+    common = sorted(by_seed[0].keys() & by_seed[1].keys())
+    if len(common) > 1:
+        pairs = [[row[seed] for seed in common] for row in by_seed]
+        if pairs[0] == pairs[1]:
+            return Difference(1.0, f"equal in {len(common)} seeds")
+        return Difference(float(stats.ttest_rel(*pairs).pvalue), f"paired t-test, {len(common)} seeds")
+    if min(len(first), len(other)) > 1:
+        samples = [[values[id(run)] for run in row] for row in (first, other)]
+        return Difference(float(stats.ttest_ind(*samples, equal_var=False).pvalue), "Welch's t-test")
+    return Difference(math.nan, "one seed: the difference may be chance")
+
+
+# Tables and curves --------------------------------------------------------------------------------------------------
+
+
+def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return headings and cells: fields that differ, then metrics, cost, status, and the p-value."""
+    metric, rows = comparison.metric, comparison.rows
+    names = [name for name in rows[0].values if all(name in row.values for row in rows)]
+    shown = [metric, *(name for name in names if name != metric and _is_shown(name))]
+    fields = list(rows[0].fields)
+    headings = ["run", *(name.removeprefix("config.") for name in fields), "n", *shown]
+    headings += ["steps", "tokens", "time", "status", "p"]
+    cells = []
+    for row in rows:
+        label = row.runs[0].folder.name + (f" +{len(row.runs) - 1}" if len(row.runs) > 1 else "")
+        seconds = "-" if math.isnan(row.seconds.mean) else duration(row.seconds.mean)
+        tokens = "-" if math.isnan(row.tokens.mean) else f"{row.tokens.mean:,.0f}"
+        p = "" if row.difference is None else "-" if math.isnan(row.difference.p) else f"{row.difference.p:.3g}"
+        line = [label, *(_cell(row.fields[name]) for name in fields), str(len(row.runs))]
+        line += [str(row.values[name]) for name in shown]
+        cells.append([*line, f"{row.steps.mean:,.0f}", tokens, seconds, "; ".join(row.status), p])
+    return headings, cells
+
+
+def _is_shown(name: str) -> bool:
+    """Whether a metric has a column: those of the stage itself, and the loss of what it watches. The loss stands for
+    the metrics that follow from it."""
+    return name not in LOSSES[1:] if "/" not in name else name.startswith("watch/") and name.endswith("/loss")
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def notes_of(comparison: Comparison) -> list[str]:
+    """Return what a reader of the table must know: how p-values were computed, and where there are none."""
+    direction = "higher" if comparison.higher else "lower"
+    notes = [
+        f"{comparison.stage}: {comparison.metric} decides, {direction} is better; mean ± standard deviation over n"
+    ]
+    tests = [row.difference.test for row in comparison.rows if row.difference is not None]
+    return notes + [f"p: {test}" for test in dict.fromkeys(tests)]
+
+
+def format_table(headings: Sequence[str], cells: Sequence[Sequence[str]], suffix: str) -> str:
+    """Format a table as Markdown, LaTeX, HTML or CSV.
+
+    Args:
+        suffix: a key of FORMATS.
+    """
+    if suffix == ".csv":
+        content = io.StringIO()
+        csv.writer(content, lineterminator="\n").writerows([headings, *cells])
+        return content.getvalue()
+    return str(tabulate(cells, headings, tablefmt=FORMATS[suffix], disable_numparse=True)) + "\n"
+
+
+def plot_curves(comparison: Comparison, file: Path) -> None:
+    """Plot the metric over the steps: a line per row, the mean over its seeds, and their range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for row in comparison.rows:
+        by_step: dict[int, list[float]] = {}
+        for run in row.runs:
+            for step, value in run.curve(comparison.stage, "eval", comparison.metric):
+                by_step.setdefault(step, []).append(value)
+        steps = sorted(by_step)
+        fields = ", ".join(f"{name.rpartition('.')[2]}={_cell(value)}" for name, value in row.fields.items())
+        (line,) = axes.plot(
+            steps,
+            [statistics.fmean(by_step[step]) for step in steps],
+            label=fields if 0 < len(fields) < 60 else row.runs[0].folder.name,
+        )
+        if len(row.runs) > 1:
+            low, high = ([limit(by_step[step]) for step in steps] for limit in (min, max))
+            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"{comparison.stage}: {comparison.metric}")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    figure.savefig(file)
