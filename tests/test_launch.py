@@ -67,6 +67,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("launch/gpu_vm.sh", {}),
         ("launch/gpu_vm.sh start", {"HOSTS": "me@10.0.0.2 10.0.0.3"}),
         ("launch/slurm.sbatch", {}),
+        ("launch/slurm_array.sbatch", {"SLURM_ARRAY_TASK_ID": "2"}),
         ("launch/again.sh .venv/bin/jaxstages run", {}),
     ],
 )

@@ -149,7 +149,7 @@ COMMANDS = {
         "docs/extending.md",
     ),
     "sweep": Command(
-        "Train a recipe with several values of some fields, each in a workdir of its own, and compare the runs.",
+        "Train a recipe with several values of some fields, and compare the runs.",
         f"{WORKDIR} --config=RECIPE --sweep.FIELD=V1,V2",
         "All combinations are trained; a recipe can also list them in its function sweep(). A trial is an ordinary run "
         "in DIR/NAME. Stages before the swept ones are trained once. Started again, the sweep continues.",

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -206,7 +207,9 @@ def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     headings += ["steps", "tokens", "time", "status", "p"]
     cells = []
     for row in rows:
-        label = row.runs[0].folder.name + (f" +{len(row.runs) - 1}" if len(row.runs) > 1 else "")
+        label = row.runs[0].folder.name
+        if len(row.runs) > 1:
+            label = re.sub(r",?seed=[^,]+", "", label).strip(",") or label
         seconds = "-" if math.isnan(row.seconds.mean) else duration(row.seconds.mean)
         tokens = "-" if math.isnan(row.tokens.mean) else f"{row.tokens.mean:,.0f}"
         p = "" if row.difference is None else "-" if math.isnan(row.difference.p) else f"{row.difference.p:.3g}"

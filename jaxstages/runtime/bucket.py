@@ -214,10 +214,16 @@ def remove(folder: Path, first: Sequence[str] = ()) -> None:
                 raise
 
 
+def copy(folder: Path, target: Path) -> None:
+    """Copy all objects under a folder, within the bucket."""
+    names = list_objects(folder)
+    if names:
+        file_system(folder).copy([str(folder / name) for name in names], [str(target / name) for name in names])
+
+
 def move(folder: Path, target: Path, first: Sequence[str] = ()) -> None:
     """Copy all objects under a folder, then delete the originals, those named `first` before the others."""
-    for name in list_objects(folder):
-        file_system(folder).cp_file(str(folder / name), str(target / name))
+    copy(folder, target)
     remove(folder, first)
 
 

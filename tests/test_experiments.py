@@ -1,0 +1,400 @@
+"""Sweeps and comparisons: trials, shared parents, successive halving, p-values, tables."""
+
+import copy
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.stats
+
+from jaxstages import config as recipes
+from jaxstages.cli import sweep as driver
+from jaxstages.cli.main import main
+from jaxstages.cli.sweep import Sweep, SweepOptions
+from jaxstages.cli.sweep_flags import parse_sweep
+from jaxstages.config import Recipe
+from jaxstages.experiments.compare import compare, format_table, notes_of, table_of
+from jaxstages.experiments.runs import Run, find_runs, read_run
+from jaxstages.experiments.sweep import (
+    Trial,
+    make_halving,
+    make_trials,
+    parent_trial,
+    promotable,
+    shared_stages,
+    split_values,
+)
+from jaxstages.types import Interrupted
+from tests.tiny import recipe as tiny_recipe
+
+LR = "finetune.optim.schedule.peak_lr"
+
+
+def write_run(folder: Path, recipe: Recipe, loss: float, **result: Any) -> Path:
+    """A workdir as a finished fine-tuning leaves it, without parameters."""
+    content = {"recipe": recipes.to_dict(recipe), "versions": {}}
+    stage = folder / "finetune"
+    stage.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(content))
+    lines = [{"step": step, "kind": "eval", "loss": loss + 1 / step} for step in (2, 4)] + [
+        {"step": 6, "kind": "eval", "loss": loss, "bleu": 10.0}
+    ]
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    best = {"loss": loss, "loss_se": 0.1, "perplexity": math.exp(loss), "bleu": 10.0, "watch/pretrain/loss": 2.0}
+    values = {"status": "completed", "steps": 6, "best_step": 6, "params_sha256": "", "parent": None, "best": best}
+    values |= {"tokens": 100, "seconds": 2.0, "verdict": {"name": "healthy", "evidence": "", "remedy": ""}} | result
+    (stage / "result.json").write_text(json.dumps(values))
+    return folder
+
+
+def changed(recipe: Recipe, seed: int, rate: float) -> Recipe:
+    recipe = copy.deepcopy(recipe)
+    recipe.seed, recipe.finetune.optim.schedule.peak_lr = seed, rate
+    recipe.name, recipe.cache = f"any{seed}", f"/any/{rate}"
+    return recipe
+
+
+LOSSES = {1e-3: [2.0, 2.1, 2.2], 2e-3: [1.5, 1.7, 1.65]}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Run]:
+    recipe = tiny_recipe(tmp_path / "data")
+    return [
+        read_run(write_run(tmp_path / f"sweep/peak_lr={rate},seed={seed}", changed(recipe, seed, rate), loss))
+        for rate, losses in LOSSES.items()
+        for seed, loss in enumerate(losses)
+    ]
+
+
+# Compare ----------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_folded_and_only_fields_that_differ_are_shown(runs: list[Run]) -> None:
+    comparison = compare(runs)
+    assert (comparison.stage, comparison.metric, comparison.higher) == ("finetune", "loss", False)
+    assert [row.fields for row in comparison.rows] == [{f"config.{LR}": 1e-3}, {f"config.{LR}": 2e-3}]
+    for row, losses in zip(comparison.rows, LOSSES.values(), strict=True):
+        assert row.values["loss"].mean == pytest.approx(sum(losses) / 3) and row.values["loss"].n == 3
+        assert row.values["loss"].sd == pytest.approx(scipy.stats.tstd(losses))
+    headings, cells = table_of(comparison)
+    assert headings[:4] == ["run", LR, "n", "loss"] and "perplexity" not in headings
+    assert cells[1][:4] == ["peak_lr=0.002", "0.002", "3", "1.617 ± 0.1"]
+
+
+def test_the_p_value_is_scipys(runs: list[Run]) -> None:
+    first, second = LOSSES.values()
+    difference = compare(runs).rows[1].difference
+    assert difference is not None and difference.test == "paired t-test, 3 seeds"
+    assert difference.p == pytest.approx(scipy.stats.ttest_rel(first, second).pvalue)
+    # Other seeds: no pairs.
+    others = [run._replace(recipe=run.recipe | {"seed": run.recipe["seed"] + 10}) for run in runs[3:]]
+    difference = compare([*runs[:3], *others]).rows[1].difference
+    assert difference is not None and difference.test == "Welch's t-test"
+    assert difference.p == pytest.approx(scipy.stats.ttest_ind(first, second, equal_var=False).pvalue)
+
+
+def test_one_seed_has_no_p_value_and_says_so(runs: list[Run]) -> None:
+    comparison = compare([runs[0], runs[3]])
+    assert comparison.rows[1].difference is not None and math.isnan(comparison.rows[1].difference.p)
+    assert any("one seed: the difference may be chance" in note for note in notes_of(comparison))
+
+
+def test_an_unfinished_run_is_compared_by_its_best_evaluation_so_far(runs: list[Run]) -> None:
+    unfinished = runs[3]._replace(results={})
+    comparison = compare([runs[0], unfinished])
+    assert comparison.rows[1].values["loss"].mean == 1.5 and comparison.rows[1].status == ["unfinished"]
+    assert math.isnan(comparison.rows[1].tokens.mean)
+
+
+def test_what_can_t_be_compared_is_one_line(runs: list[Run], tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(ValueError, match="has not begun instruct; it has finetune"):
+        compare(runs, stage="instruct")
+    with pytest.raises(ValueError, match="does not measure chrf; name one of loss, perplexity, bleu"):
+        compare(runs, metric="chrf")
+    for words, line in (
+        (["compare"], "needs two runs or more"),
+        (["compare", str(tmp_path / "none")], "names no workdir"),
+        (["compare", str(runs[0].folder), str(runs[1].folder), "--to=a.xls"], "end its name with .md"),
+        (["compare", str(runs[0].folder), str(runs[1].folder), "--plot=a.txt"], ".svg, .png or .pdf"),
+    ):
+        assert main(["jaxstages", *words]) == 2
+        assert line in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [(".md", "| run"), (".csv", "run,"), (".tex", r"\begin{tabular}"), (".html", "<table>")]
+)
+def test_a_sweeps_folder_becomes_a_table_and_curves(
+    runs: list[Run], tmp_path: Path, suffix: str, start: str, capfd: pytest.CaptureFixture
+) -> None:
+    assert find_runs([str(tmp_path / "sweep")]) == find_runs([str(tmp_path / "sweep" / "*")])
+    table, plot = tmp_path / f"table{suffix}", tmp_path / "curves.svg"
+    assert main(["jaxstages", "compare", str(tmp_path / "sweep"), f"--to={table}", f"--plot={plot}"]) == 0
+    assert table.read_text().startswith(start) and "paired t-test" in capfd.readouterr().out
+    assert "<svg" in plot.read_text()
+    headings, cells = table_of(compare(runs))
+    assert format_table(headings, cells, suffix) == table.read_text()
+
+
+def test_a_field_that_is_younger_than_a_run_has_its_default(runs: list[Run]) -> None:
+    file = runs[3].folder / "recipe.json"
+    content = json.loads(file.read_text())
+    del content["recipe"]["pretrain"]["optim"]["average"]
+    file.write_text(json.dumps(content))
+    assert compare([*runs[:3], read_run(runs[3].folder)]).rows[1].fields.keys() == {f"config.{LR}"}
+
+
+# Trials -----------------------------------------------------------------------------------------------------------
+
+
+def test_trials_are_all_combinations_with_short_names() -> None:
+    trials = make_trials({LR: ["1e-3", "3e-3"], "seed": ["0", "1"]}, [])
+    assert [trial.name for trial in trials] == [
+        f"peak_lr={rate},seed={seed}" for rate in ("1e-3", "3e-3") for seed in "01"
+    ]
+    assert trials[3].flags == [f"--config.{LR}=3e-3", "--config.seed=1"]
+    names = [trial.name for trial in make_trials({LR: ["1"], "instruct.optim.schedule.peak_lr": ["2"]}, [])]
+    assert names == ["finetune.peak_lr=1,instruct.peak_lr=2"]
+    listed = make_trials({"seed": ["0", "1"]}, [{"model.layers": 2}, {"model.layers": 3}])
+    assert [trial.name for trial in listed] == [f"layers={n},seed={s}" for n in (2, 3) for s in (0, 1)]
+    assert split_values("(1,2);(3,4)") == ["(1,2)", "(3,4)"]
+    odd = make_trials({"pretrain.data.train": ["('a/b.txt',)", "('c.txt',)"]}, [])
+    assert all("/" not in trial.name and "'" not in trial.name for trial in odd) and odd[0].name != odd[1].name
+
+
+@pytest.mark.parametrize(
+    ("product", "listed", "words"),
+    [
+        ({}, [], "nothing is swept"),
+        ({"seed": ["0"]}, [{"seed": 1}], "sets this field too"),
+        ({}, [{"seed": 1}, {"seed": 1}], "the same values"),
+    ],
+)
+def test_wrong_trials(product: dict[str, list[str]], listed: list[dict[str, Any]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_trials(product, listed)
+
+
+@pytest.mark.parametrize(("text", "words"), [("1,,2", "empty value"), ("1,1", "value twice")])
+def test_wrong_values(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        split_values(text)
+
+
+def test_stages_before_the_swept_one_are_shared_by_trials_with_equal_seeds(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    trials = make_trials({LR: ["1e-3", "3e-3"], "seed": ["0", "1"]}, [])
+    assert shared_stages(trials, recipe) == ["pretrain"]
+    assert [parent_trial(trial, recipe).name for trial in trials] == ["seed=0", "seed=1", "seed=0", "seed=1"]
+    assert parent_trial(make_trials({LR: ["1"]}, [])[0], recipe) == Trial("all", {})
+    assert shared_stages(make_trials({"pretrain.loop.steps": ["1"]}, []), recipe) == []
+    assert shared_stages(make_trials({"seed": ["0", "1"]}, []), recipe) == []
+    late = make_trials({"instruct.optim.schedule.peak_lr": ["1"]}, [])
+    assert shared_stages(late, recipe) == ["pretrain", "finetune"]
+
+
+CONFIG = """
+from pathlib import Path
+from tests.tiny import recipe
+
+def get_config(variant=""):
+    return recipe(Path(__file__).parent)
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    (tmp_path / "recipe.py").write_text(CONFIG)
+    return f"--config={tmp_path}/recipe.py"
+
+
+def test_the_recipe_of_every_trial_is_checked_before_any_is_run(config: str, tmp_path: Path) -> None:
+    argv = ["jaxstages", "sweep", config, f"--workdir={tmp_path}/sweep"]
+    line = parse_sweep([*argv, f"--sweep.{LR}=1e-3,2e-3", "--config.seed=3"])
+    assert len(line.trials) == 2 and line.config_flags == [config, "--config.seed=3"] and line.recipe.seed == 3
+    for words, message in (
+        ([f"--sweep.{LR}=1e-3,-1"], r"trial peak_lr=-1: .*peak_lr"),
+        (["--sweep.finetune.optim.schedule.peak=1"], r"trial peak=1: .*unknown field.*did you mean"),
+        (["--sweep.seed"], "has no values"),
+        (["--sweep.seed=1", "--sweep.seed=2"], "given twice"),
+        ([], "nothing is swept"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_sweep([*argv, *words])
+    (tmp_path / "recipe.py").write_text(CONFIG + '\n\ndef sweep():\n    return [{"seed": 5}, {"seed": 6}]\n')
+    assert [trial.name for trial in parse_sweep(argv).trials] == ["seed=5", "seed=6"]
+    (tmp_path / "recipe.py").write_text(CONFIG + "\n\ndef sweep():\n    return 5\n")
+    with pytest.raises(ValueError, match="must return a list of dicts"):
+        parse_sweep(argv)
+
+
+# The driver -------------------------------------------------------------------------------------------------------
+
+FAKE = """
+import json, sys, time
+from pathlib import Path
+flags = dict(word.lstrip("-").split("=", 1) for word in sys.argv[1:] if "=" in word)
+work, rate = Path(flags["workdir"]), float(flags.get("config.finetune.optim.schedule.peak_lr", 0))
+stop = int(flags.get("config.finetune.loop.stop_after", 0)) or 81
+time.sleep({seconds})
+if rate == 1300 and not (work / "retry").exists():
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "retry").write_text("")
+    sys.exit(70)
+stages = ["pretrain"] if sys.argv[1] == "pretrain" else ["pretrain", "finetune", "instruct"]
+(work / "LOCK").parent.mkdir(parents=True, exist_ok=True)
+(work / "recipe.json").write_text({recipe!r})
+for stage in stages:
+    (work / stage).mkdir(exist_ok=True)
+    if stage == "pretrain" and (work / stage / "result.json").exists():
+        continue
+    with (work / stage / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({{"step": stop, "kind": "eval", "loss": abs(rate - 5) + 1 / stop}}) + "\\n")
+    (work / stage / "log").write_text(str(time.time()))
+    (work / stage / "checkpoints" / str(stop)).mkdir(parents=True)
+    if stop == 81:
+        result = {{"status": "completed", "steps": stop, "best_step": stop, "params_sha256": "", "parent": None}}
+        (work / stage / "result.json").write_text(json.dumps(result))
+with (work.parent / "calls").open("a") as file:
+    file.write(work.name + " " + str(stop) + "\\n")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns a maker of sweeps whose trials are a small script: its loss is the distance of the rate from 5."""
+    monkeypatch.setattr(driver, "POLL_SECONDS", 0.01)
+    recipe = tiny_recipe(tmp_path)
+    recipe.finetune.loop.steps = 81
+
+    def make(values: list[str], seconds: float = 0.0, **options: Any) -> Sweep:
+        script = tmp_path / "fake.py"
+        content = json.dumps({"recipe": recipes.to_dict(recipe)})
+        script.write_text(FAKE.format(seconds=seconds, recipe=content))
+        (tmp_path / "sweep").mkdir(exist_ok=True)
+        sweep = Sweep(tmp_path / "sweep", recipe, make_trials({LR: values}, []), [], SweepOptions(**options))
+
+        def command(workdir: Path, trial: Trial, words: Any, more: Any = ()) -> list[str]:
+            return [sys.executable, str(script), *words, f"--workdir={workdir}", *trial.flags, *more]
+
+        monkeypatch.setattr(sweep, "_command", command)
+        return sweep
+
+    return make
+
+
+def calls(sweep: Sweep) -> list[str]:
+    return (sweep.folder / "calls").read_text().splitlines()
+
+
+def test_a_sweep_trains_the_parent_once_and_skips_what_is_done(fake: Any) -> None:
+    sweep = fake(["1", "2", "3"], parallel=2)
+    sweep.run_all()
+    assert sorted(calls(sweep)) == ["peak_lr=1 81", "peak_lr=2 81", "peak_lr=3 81"]
+    assert (sweep.folder / "parents" / "calls").read_text() == "all 81\n"
+    times = {(sweep.folder / f"peak_lr={rate}" / "pretrain" / "log").read_text() for rate in (1, 2, 3)}
+    assert len(times) == 1, "a copy of the parent's"
+    again = fake(["1", "2", "3", "4"])
+    again.run_all()
+    assert calls(again)[3:] == ["peak_lr=4 81"]
+
+
+def test_a_failed_trial_is_named_and_the_others_go_on(fake: Any) -> None:
+    sweep = fake(["1", "1300", "3"])
+    with pytest.raises(ValueError, match=r"1 of 3 trials failed; see \S+peak_lr=1300.log, and start the sweep again"):
+        sweep.run_all()
+    assert [sweep.is_done(trial) for trial in sweep.trials] == [True, False, True]
+    fake(["1", "1300", "3"]).run_all()
+    assert all(sweep.is_done(trial) for trial in sweep.trials)
+
+
+def test_a_signal_or_the_end_of_the_time_ends_trials_and_the_sweep_goes_on(fake: Any) -> None:
+    sweep = fake(["1", "2"], seconds=0.4, hours=1e-6)
+    with pytest.raises(Interrupted, match="are over; its trials have saved, start it again"):
+        sweep.run_all()
+    sweep = fake(["1", "2"], seconds=0.4)
+    timer = subprocess.Popen([sys.executable, "-c", f"import time, os; time.sleep(0.8); os.kill({os.getpid()}, 15)"])
+    with pytest.raises(Interrupted, match="a signal asked to stop"):
+        sweep.run_all()
+    timer.wait()
+    fake(["1", "2"]).run_all()
+    assert all(sweep.is_done(trial) for trial in sweep.trials)
+
+
+def test_one_trial_by_its_index(fake: Any) -> None:
+    sweep = fake(["1", "2"])
+    assert sweep.run_one(1) == 0 and calls(sweep) == ["peak_lr=2 81"]
+    with pytest.raises(ValueError, match=r"--index=2: the sweep has 2 trials, 0 to 1"):
+        sweep.run_one(2)
+
+
+def test_halving_ends_with_the_best_at_a_part_of_the_cost(fake: Any) -> None:
+    """27 trials, and the loss at a rung tells which is best: the best is trained to its end."""
+    rates = [str(rate) for rate in random.Random(0).sample(range(-30, 30), 27)]
+    sweep = fake(rates, halving=3, first_rung=3, parallel=2)
+    sweep.run_all()
+    best = min(rates, key=lambda rate: abs(int(rate) - 5))
+    done = [trial.changes[LR] for trial in sweep.trials if sweep.is_done(trial)]
+    assert best in done
+    steps = {
+        name: [int(line.split()[1]) for line in calls(sweep) if line.split()[0] == name]
+        for name in {line.split()[0] for line in calls(sweep)}
+    }
+    cost = sum(max(values) for values in steps.values())
+    assert all(values == sorted(values) for values in steps.values()) and len(steps) == 27
+    assert cost <= 0.45 * 27 * 81
+
+
+def test_rungs_and_promotions() -> None:
+    assert make_halving(3, 3, 81).rungs == [3, 9, 27, 81] and make_halving(4, 10, 100).rungs == [10, 40, 100]
+    for factor, first in ((1, 3), (3, 0), (3, 81)):
+        with pytest.raises(ValueError, match="--halving"):
+            make_halving(factor, first, 81)
+    halving = make_halving(2, 1, 4)
+    scores = {"a": {0: 1.0}, "b": {0: 2.0}, "c": {0: math.nan}}
+    assert promotable(halving, {"a": 0, "b": 0, "c": 0}, scores) == "a"
+    assert promotable(halving, {"a": 1, "b": 0, "c": 0}, scores) is None, "one of three is the best half so far"
+    assert promotable(halving, {"c": 0, "d": 0}, {"c": {0: math.nan}, "d": {0: math.nan}}) is None
+    scores |= {"d": {0: 0.5}}
+    assert promotable(halving, {"a": 1, "b": 0, "c": 0, "d": 0}, scores) == "d"
+
+
+def test_two_sweeps_in_one_folder_are_refused(config: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    from jaxstages.runtime.workdir import lock
+
+    with lock(tmp_path / "sweep"):
+        assert main(["jaxstages", "sweep", config, f"--workdir={tmp_path}/sweep", "--sweep.seed=0,1"]) == 2
+    assert "is in use by" in capfd.readouterr().err
+
+
+def test_a_trial_ends_when_its_sweep_is_killed(fake: Any, tmp_path: Path) -> None:
+    """The kernel tells it; else it would train on beside the next sweep."""
+    child = tmp_path / "child"
+    code = f"""
+import subprocess, sys, time
+from jaxstages.cli.sweep import _end_with_parent
+process = subprocess.Popen(["sleep", "60"], preexec_fn=_end_with_parent)
+open({str(child)!r}, "w").write(str(process.pid))
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    while not child.exists() or not child.read_text():
+        time.sleep(0.02)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child.read_text()}").exists() and time.monotonic() < end:
+        state = Path(f"/proc/{child.read_text()}/stat").read_text().split()[2]
+        if state == "Z":
+            break
+        time.sleep(0.02)
+    assert time.monotonic() < end
