@@ -153,8 +153,7 @@ COMMANDS = {
         f"{WORKDIR} --config=RECIPE --sweep.FIELD=V1,V2",
         "All combinations are trained; a recipe can also list them in its function sweep(). A trial is an ordinary run "
         "in DIR/NAME. Stages before the swept ones are trained once. Started again, the sweep continues.",
-        "jaxstages sweep --config=demo --workdir=runs/rates --sweep.finetune.optim.schedule.peak_lr=1e-3,3e-3 "
-        "--sweep.seed=0,1,2",
+        "jaxstages sweep --config=demo --workdir=runs/sizes --sweep.model.layers=1,2 --sweep.seed=0,1,2",
         "docs/experiments.md",
     ),
     "compare": Command(
