@@ -12,6 +12,7 @@ import pytest
 from jaxstages.cli.flags import COMMANDS, FLAGS, flags_of
 from jaxstages.cli.main import main
 from jaxstages.cli.parse import parse
+from jaxstages.cli.sweep_flags import parse_sweep
 from jaxstages.cli.recipe_files import recipe_path, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def test_each_command_explains_its_flags_and_shows_an_example(
     words = shlex.split(COMMANDS[command].example)
     if not any(word.startswith("--config=") for word in words):
         words.insert(2, "--config=demo")  # the example takes the recipe of a workdir, and there is no workdir here
-    parse(command, words)
+    parse_sweep(words) if command == "sweep" else parse(command, words)
 
 
 def test_a_shipped_recipe_has_a_name_unless_a_file_is_called_so(
