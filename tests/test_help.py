@@ -12,8 +12,8 @@ import pytest
 from jaxstages.cli.flags import COMMANDS, FLAGS, flags_of
 from jaxstages.cli.main import main
 from jaxstages.cli.parse import parse
-from jaxstages.cli.sweep_flags import parse_sweep
 from jaxstages.cli.recipe_files import recipe_path, shipped_recipes
+from jaxstages.cli.sweep_flags import parse_sweep
 
 ROOT = Path(__file__).parents[1]
 
