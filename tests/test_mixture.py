@@ -209,7 +209,7 @@ def pairs(folder: Path) -> DatasetConfig:
     ("change", "complaint"),
     [
         ({"finetune.replay": (("instruct", 0.1),)}, r"'instruct' is not a stage of this recipe before finetune"),
-        ({"pretrain.replay": (("finetune", 0.1),)}, r"before pretrain; there is none"),
+        ({"pretrain.replay": (("finetune", 0.1),)}, r"before pretrain; known: none"),
         ({"instruct.replay": (("import", 0.1),)}, r"come without their data; set config.instruct.anchor.weight"),
         ({"instruct.replay": (("pretrain", 0.6), ("finetune", 0.4))}, r"take 100% of the rows, and leave none"),
         ({"instruct.replay": (("pretrain", 0.1), ("pretrain", 0.1))}, r"names pretrain twice"),
