@@ -1,4 +1,4 @@
-"""The recipe: typed dataclasses, with bounds beside their fields, and their form as JSON."""
+"""Recipes as typed dataclasses, with the bounds of each field next to it, and their conversion to JSON."""
 
 from jaxstages.config.data import TASKS, CleanConfig, DataConfig, DuplicatesConfig, TokenizerConfig
 from jaxstages.config.mesh import MeshConfig, RulesConfig

@@ -215,7 +215,7 @@ def _check_metrics(metrics: tuple[Any, ...], task: str, where: str) -> None:
         raise ValueError(f"{where}: {repeated[0]!r} is already reported; name each metric once")
     for metric in metrics:
         if isinstance(metric, str) and metric not in FITS[task]:
-            raise ValueError(f"{where}: {metric!r} does not apply to task {task!r}; known there: {FITS[task]}")
+            raise ValueError(f"{where}: {metric!r} does not apply to task {task!r}; known for it: {FITS[task]}")
 
 
 def _check_replay(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> None:

@@ -29,7 +29,7 @@ EARLIER = "earlier"
 
 @dataclass(kw_only=True, slots=True)
 class LoopConfig:
-    """The length of a stage is set by one of `steps`, `epochs` and `tokens`; the other two are 0."""
+    """Training loop. One of `steps`, `epochs` and `tokens` sets the length of the stage; the other two must be 0."""
 
     steps: int = setting(1000, at_least=0)
     """Optimizer steps."""

@@ -108,7 +108,11 @@ def _from_dict(kind: Any, value: Any, path: str) -> Any:
 
 
 def from_dict(value: Any) -> Recipe:
-    """Return the Recipe that `to_dict` converted. Raises ValueError for an unknown field or a wrong type."""
+    """Return the Recipe that `to_dict` converted.
+
+    Raises:
+        ValueError: a field is unknown, or has a wrong type.
+    """
     return _from_dict(Recipe, value, "recipe")
 
 

@@ -124,5 +124,5 @@ def _at(train: list[tuple[int, float]], step: int) -> float:
     """Return the mean training loss around a step; NaN without training losses."""
     if not train:
         return math.nan
-    near = [loss for other, loss in train if abs(other - step) <= max(0.05 * train[-1][0], 1)]
+    near = [loss for at_step, loss in train if abs(at_step - step) <= max(0.05 * train[-1][0], 1)]
     return sum(near) / len(near) if near else min(train, key=lambda point: abs(point[0] - step))[1]
