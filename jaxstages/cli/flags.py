@@ -199,6 +199,7 @@ FLAGS = (
         at_least=0,
     ),
     # Data
+    Flag("batch", "K", "Batch to show; batch K is trained on at step K + 1.", ("inspect",), int, 0, at_least=0),
     Flag(
         "data",
         "SOURCE",

@@ -21,8 +21,10 @@ ROWS = 4
 """Rows to show."""
 
 
-def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
-    """Print rows of batch 0, and statistics of packing, truncation and masking, for a stage (by default the first).
+def inspect(recipe: Recipe, workdir: Path, stage: str | None, number: int = 0) -> None:
+    """Print rows of a batch, and statistics of packing, truncation and masking, for a stage (by default the first).
+
+    Batch k is what step k + 1 of the log trains on.
 
     A token is green if the model is trained to produce it, and dim if it is only context. Without colour (in a file),
     trained-on spans stand in ⟦double brackets⟧. `¦` begins a new example, `·` is padding.
@@ -38,13 +40,17 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
     batches = batches_by_step(
         mixed.sources, batch_size=loop.batch_size, seed=recipe.seed, weights=mixed.weights, late=mixed.late
     )
-    batch = batches.batch(0)
+    batch = batches.batch(number)
     total = len(batch.tokens_BL)
-    console.print(f"{setup.name}: batch 0, {min(ROWS, total)} of its {total} rows", style="bold")
+    console.print(f"{setup.name}: batch {number}, {min(ROWS, total)} of its {total} rows", style="bold")
     for row in range(min(ROWS, total)):
         console.print(_row(setup, batch, row, console.is_terminal))
     masked = 100 * (1 - float(np.sum(batch.weights_BL > 0)) / float(np.sum(batch.segments_BL > 0)))
-    console.print(f"  batch 0: {masked:.1f} % of its tokens are masked (read, not trained on)")
+    console.print(f"  batch {number}: {masked:.1f} % of its tokens are masked (read, not trained on)")
+    records = batches.where(number)
+    console.print(
+        f"  its records: {', '.join(records[:ROWS])}" + (f" and {len(records) - ROWS} more" * (len(records) > ROWS))
+    )
     for line in describe(setup.data.datasets, loop.steps, loop.batch_size, setup.config.late_from):
         console.print(f"  {line}")
     held_out = [source for each in setup.data.evaluation_sets for source in each.held_out]

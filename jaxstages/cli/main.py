@@ -207,7 +207,7 @@ def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, wor
         case "inspect":
             from jaxstages.cli.inspect import inspect
 
-            inspect(recipe, workdir, values.stage)
+            inspect(recipe, workdir, values.stage, values.batch)
         case "evaluate":
             from jaxstages.cli.evaluate import evaluate
 

@@ -70,6 +70,11 @@ class EvaluationConfig:
     """Held-out rows to compute the loss on; 0 means all."""
     max_new_tokens: int = setting(64, at_least=1, at_most=2**20)
     batch_size: int = setting(64, at_least=1, at_most=2**20)
+    choice: tuple[str, ...] = ()
+    """Sources of multiple-choice questions, `{"query", "choices", "gold"}`, measured at each evaluation as
+    `choice/NAME/accuracy` and `choice/NAME/accuracy_norm` (by the likelihood per character)."""
+    choice_max_questions: int = setting(0, at_least=0)
+    """Questions of each of these sources, evenly spaced; 0 means all."""
     watch: tuple[str, ...] = (EARLIER,)
     """Stages whose held-out data are also measured at each evaluation, as `watch/STAGE/METRIC`, to show what the model
     forgets. "earlier" stands for all stages before this one in the workdir; () watches none."""
