@@ -208,15 +208,15 @@ def pairs(folder: Path) -> DatasetConfig:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"finetune.replay": (("instruct", 0.1),)}, r"'instruct' is no stage of this recipe before finetune"),
-        ({"pretrain.replay": (("finetune", 0.1),)}, r"before pretrain; there is none"),
+        ({"finetune.replay": (("instruct", 0.1),)}, r"'instruct' is not a stage of this recipe before finetune"),
+        ({"pretrain.replay": (("finetune", 0.1),)}, r"before pretrain; known: none"),
         ({"instruct.replay": (("import", 0.1),)}, r"come without their data; set config.instruct.anchor.weight"),
         ({"instruct.replay": (("pretrain", 0.6), ("finetune", 0.4))}, r"take 100% of the rows, and leave none"),
         ({"instruct.replay": (("pretrain", 0.1), ("pretrain", 0.1))}, r"names pretrain twice"),
         ({"instruct.replay": (("pretrain", 1.0),)}, r"is 1.0; it must be at least 0, and below 1"),
         ({"instruct.replay": ("pretrain", 0.1)}, r"must be a tuple of pairs, such as \(\('name', 0.5\),\)"),
         ({"instruct.late_from": 0.5}, r"late_from=0.5 .* set both or neither"),
-        ({"instruct.evaluation.watch": ("later",)}, r"'later' is no stage .* known: earlier, pretrain, finetune"),
+        ({"instruct.evaluation.watch": ("later",)}, r"'later' is not a stage .* known: earlier, pretrain, finetune"),
         ({"instruct.loop.epochs": 1.0}, r"steps=6, epochs=1.0, tokens=0; set one of them, and the others to 0"),
         ({"instruct.loop.steps": 0}, r"steps=0, epochs=0.0, tokens=0; set one of them"),
         ({"pretrain.anchor.weight": 1.0}, r"an anchor needs a parent, and pretrain starts from scratch"),

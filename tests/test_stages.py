@@ -386,7 +386,7 @@ def test_conditions_on_the_best_step(finished: tuple[Recipe, Path], tmp_path: Pa
             train(recipe, work, "finetune")
     recipe.finetune.early_stopping.within = (("watch/pretain/loss", 1.0),)
     shutil.rmtree(work / "finetune")
-    with pytest.raises(ValueError, match=r"'watch/pretain/loss' is not measured here; there are .*watch/pretrain/loss"):
+    with pytest.raises(ValueError, match=r"'watch/pretain/loss' is not measured here; known: .*watch/pretrain/loss"):
         train(recipe, work, "finetune")
 
 

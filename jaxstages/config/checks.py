@@ -1,7 +1,7 @@
-"""`validate`: refuse a recipe that cannot run, in one line that names the field, its value and the remedy.
+"""Check a recipe: `validate` refuses one that cannot run, in one line with the field, its value and the remedy.
 
-The first part walks over the recipe and applies the rules declared beside its fields (`config.setting`). The second
-part holds the rules that involve several fields.
+The first part of this file walks over the recipe and applies the rules declared beside the fields (`config.setting`).
+The second part contains the rules that involve several fields.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from jaxstages.config.parts import Makes, ModelSpec, is_part, metric_name
 from jaxstages.config.setting import Rules, rules_of
 
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3e38
-"""Limits of int32 and float32, the types that numbers have on the device."""
+"""Limits of int32 and float32, the dtypes of numbers on the device."""
 
 
 # Rules of single fields -------------------------------------------------------------------------------------------
@@ -129,13 +129,13 @@ def _check_number(value: int | float, rules: Rules, limit: float, where: str) ->
 
 
 TASKS_OF_STAGE = {"pretrain": ("lm", "own"), "finetune": ("seq2seq", "classify", "own"), "instruct": ("chat", "own")}
-"""Tasks of the three stages; an extra stage can have any."""
+"""Tasks that each of the three stages accepts; an extra stage accepts any task."""
 
 FOLDERS = ("cache", "tokenizer")
-"""Folders of a workdir that are no stage."""
+"""Folders of a workdir that are not stages."""
 
 RESERVED_NAMES = (*CHECKPOINTED_STAGES, "watch", "average", "loss")
-"""Words with a meaning in metric names, which the data sets of a mixture cannot use."""
+"""Names with a meaning in metric names, which the data sets of a mixture cannot have."""
 
 
 def _check_stage(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> None:
@@ -168,7 +168,7 @@ def _check_stage(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> Non
 
 
 def _check_own(choice: str, own: Any, where: str, field: str) -> None:
-    """Raise ValueError where an own part is chosen but not there."""
+    """Raise ValueError if a custom part is selected but missing."""
     if choice == "own" and own is None:
         raise ValueError(f"{where}.{field}='own' needs {where}.own, which only the recipe's file can set")
 
@@ -204,7 +204,7 @@ def _check_data(data: DataConfig, where: str) -> None:
 
 
 def _check_unchanged(default: Any, config: Any, where: str, switch: str) -> None:
-    """Raise ValueError for a field that was set although its feature is switched off."""
+    """Raise ValueError if a field is set although its feature is off."""
     for change in differences(default, config, where):
         raise ValueError(f"{change} does not apply to {where}.{switch}")
 
@@ -212,7 +212,7 @@ def _check_unchanged(default: Any, config: Any, where: str, switch: str) -> None
 def _check_metrics(metrics: tuple[Any, ...], task: str, where: str) -> None:
     names = [metric_name(metric) for metric in metrics]
     if repeated := [name for name in names if names.count(name) > 1 or (name in LOSSES)]:
-        raise ValueError(f"{where}: {repeated[0]!r} is there already; name each metric once")
+        raise ValueError(f"{where}: {repeated[0]!r} is already reported; name each metric once")
     for metric in metrics:
         if isinstance(metric, str) and metric not in FITS[task]:
             raise ValueError(f"{where}: {metric!r} does not apply to task {task!r}; known there: {FITS[task]}")
@@ -225,8 +225,8 @@ def _check_replay(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> No
             raise ValueError(f"{where}: imported weights come without their data; set config.{name}.anchor.weight")
         if replayed not in earlier:
             raise ValueError(
-                f"{where}: {replayed!r} is no stage of this recipe before {name}; there "
-                f"{'are ' + ', '.join(earlier) if earlier else 'is none'}"
+                f"{where}: {replayed!r} is not a stage of this recipe before {name}; known: "
+                f"{', '.join(earlier) or 'none'}"
             )
         if not 0 <= share < 1:
             raise ValueError(f"{where}: the share of {replayed} is {share}; it must be at least 0, and below 1")
@@ -251,7 +251,7 @@ def _check_mixture(name: str, stage: StageConfig) -> None:
     for phase in (0, -1):
         total = sum(share for _, share in stage.replay) + sum(dataset.share[phase] for dataset in datasets)
         if total >= 1:
-            raise ValueError(f"{where}: replay and mixture take {total:.0%} of the rows, and leave none to data")
+            raise ValueError(f"{where}: replay and mixture take {total:.0%} of the rows, and leave none for data")
 
     changes = any(len(set(dataset.share)) == 2 for dataset in datasets)
     if changes == (stage.late_from == 1):
@@ -265,7 +265,7 @@ def _check_watch(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> Non
     for watched in stage.evaluation.watch:
         if watched not in (EARLIER, *earlier):
             raise ValueError(
-                f"config.{name}.evaluation.watch: {watched!r} is no stage of this recipe before {name}; known: "
+                f"config.{name}.evaluation.watch: {watched!r} is not a stage of this recipe before {name}; known: "
                 f"{', '.join((EARLIER, *earlier))}"
             )
 
@@ -295,7 +295,7 @@ def _check_extra_stages(recipe: Recipe) -> None:
 def _check_model(model: ModelSpec) -> None:
     if not isinstance(model, ModelConfig):
         if not isinstance(model, Makes):
-            raise ValueError(f"config.model={model!r} has no make(vocab_size); see docs/extending.md")
+            raise ValueError(f"config.model={model!r} has no method make(vocab_size); see docs/extending.md")
         return
     _check_attention(model)
     where = "config.model.experts"
@@ -383,10 +383,10 @@ def validate(recipe: Recipe, imported: bool = False) -> None:
     """Check a recipe before anything runs.
 
     Args:
-        imported: the workdir has imported weights, so the recipe may have no stage.
+        imported: whether the workdir has imported weights, so that a recipe without stages is valid.
 
     Raises:
-        ValueError: the recipe cannot run. The message is one line that names the field, its value and the remedy.
+        ValueError: the recipe cannot run. The message is one line with the field, its value and the remedy.
     """
     _check_tree(recipe, "config")
     names = tuple(stages(recipe))

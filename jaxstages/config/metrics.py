@@ -6,7 +6,7 @@ from typing import Any
 from jaxstages.config.parts import as_metric
 
 LOSSES = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
-"""Metrics of held-out rows; every stage has them."""
+"""Metrics of held-out rows, which every stage reports."""
 
 FITS = {
     "lm": (),
@@ -25,12 +25,13 @@ def higher_is_better(name: str, metrics: Sequence[Any] = ()) -> bool:
     """Return whether a metric is better when it is higher.
 
     Args:
-        name: of a metric, such as "loss" or "watch/finetune/bleu", or of a part of one, "exact_match/fact".
-        metrics: `evaluation.metrics`, which may have own ones.
+        name: name of a metric, such as "loss" or "watch/finetune/bleu", or of a part of one, such as
+            "exact_match/fact".
+        metrics: `evaluation.metrics`, which may contain custom metrics.
     """
-    own = {
+    custom = {
         as_metric(metric).name
         for metric in metrics
         if not isinstance(metric, str) and as_metric(metric).better == "max"
     }
-    return any(part in HIGHER or part in own for part in name.split("/"))
+    return any(part in HIGHER or part in custom for part in name.split("/"))

@@ -1,8 +1,8 @@
-"""Own parts of a recipe: models, losses, metrics, tasks, sources, optimizers and schedules from the user's own file.
+"""Custom parts of a recipe: models, losses, metrics, tasks, sources, optimizers and schedules from the user's own file.
 
-A part is a Python value: a function, a `functools.partial` of one, or an object with a method `make`. In `recipe.json`
-it is recorded as its name, its fields, and the SHA-256 of its source. It is never imported from there: code comes only
-from the recipe that `--config` names.
+A part is a Python value: a function, a `functools.partial` of a function, or an object with a method `make`.
+`recipe.json` records its name, its fields, and the SHA-256 of its source. Nothing is ever imported from there: code
+comes only from the recipe that `--config` names.
 """
 
 import ast
@@ -18,14 +18,14 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class ModelSpec(Protocol):
-    """What `Recipe.model` can be: `ModelConfig`, or an object that also has `make(vocab_size) -> Model`."""
+    """Interface of `Recipe.model`: a `ModelConfig`, or an object that also has `make(vocab_size) -> Model`."""
 
     context: int
 
 
 @runtime_checkable
 class Makes(Protocol):
-    """An own part with fields: `make` returns what the recipe's field describes."""
+    """A custom part with fields. `make` returns the function or object that the recipe's field describes."""
 
     @property
     def make(self) -> Callable[..., Any]: ...
@@ -33,10 +33,10 @@ class Makes(Protocol):
 
 @runtime_checkable
 class TaskSpec(Makes, Protocol):
-    """An own data task.
+    """A custom data task.
 
-    texts: `texts(record)`, the texts of a record: what tokenizers and near-duplicates are made from. The first one
-        decides whether the record is held out.
+    texts: `texts(record)` returns the texts of a record, which train the tokenizer and identify near-duplicates. The
+        first text decides whether the record is held out.
     make: `make(tokenizer, context)` returns `encode(record) -> Encoded`, whose examples have at most context + 1 ids.
     """
 
@@ -46,11 +46,11 @@ class TaskSpec(Makes, Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """An own part as `recipe.json` records it.
+    """A custom part as `recipe.json` records it.
 
     part: `file:name`, such as "mine:Mamba".
-    fields: of the object, or the keywords of the partial.
-    sha256: of its definition, and of everything in the same file that the definition uses.
+    fields: fields of the object, or keyword arguments of the partial.
+    sha256: digest of the definition and of everything in the same file that the definition uses.
     """
 
     part: str
@@ -63,7 +63,7 @@ class Part:
 
 
 def is_part(value: Any) -> bool:
-    """Whether a value in a recipe is an own part."""
+    """Return whether a value in a recipe is a custom part."""
     if isinstance(value, Part):
         return True
     ours = type(value).__module__.startswith("jaxstages.")
@@ -71,13 +71,13 @@ def is_part(value: Any) -> bool:
 
 
 def describe(value: Any, to_plain: Callable[[Any], Any] = lambda field: field) -> Part:
-    """Return what `recipe.json` records about a part.
+    """Return the description of a part for `recipe.json`.
 
     Args:
-        to_plain: converts its fields to what JSON holds.
+        to_plain: converts a field of the part to a JSON value.
 
     Raises:
-        ValueError: its source is not at the top level of a file.
+        ValueError: the part is not defined at the top level of a file.
     """
     if isinstance(value, Part):
         return value
@@ -107,9 +107,9 @@ def _location(definition: Any) -> tuple[str, Path]:
 
 
 def source_sha256(file: Path, name: str) -> str:
-    """Return the SHA-256 of a definition and of everything that it uses in the same file, directly or not.
+    """Return the SHA-256 of a definition and of everything in the same file that it uses, directly or indirectly.
 
-    Comments and formatting do not count, nor does what the definition does not use, such as `get_config`.
+    Comments, formatting and unused definitions, such as `get_config`, do not change it.
 
     Raises:
         ValueError: the file has no such definition at its top level.
@@ -153,10 +153,10 @@ def _definitions(file: Path) -> dict[str, list[ast.stmt]]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metric:
-    """An own metric of generated answers; a plain function is one that is better when it is higher.
+    """A custom metric of generated answers. A plain function is a metric that is better when it is higher.
 
     score: `score(predictions, references) -> float`.
-    better: "max" or "min".
+    better: "max" if higher is better, "min" if lower is.
     """
 
     score: Callable[..., float] | Part
@@ -171,10 +171,10 @@ class Metric:
 
 
 def metric_name(metric: Any) -> str:
-    """Return the name of a metric in `evaluation.metrics`: a built-in one's, a function's or a `Metric`'s."""
+    """Return the name of an item of `evaluation.metrics`: a built-in name, a function or a `Metric`."""
     return metric if isinstance(metric, str) else as_metric(metric).name
 
 
 def as_metric(metric: Any) -> Metric:
-    """Return an own metric as a `Metric`."""
+    """Return a custom metric as a `Metric`."""
     return metric if isinstance(metric, Metric) else Metric(metric)

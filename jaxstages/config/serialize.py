@@ -1,4 +1,4 @@
-"""Recipes as JSON: writing, reading with checks of names and types, and comparison."""
+"""Conversion of recipes to and from JSON, with checks of names and types, and comparison of recipes."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ from jaxstages.config.recipe import LoraConfig, Recipe
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return a config as JSON holds it: dicts, lists and scalars. An own part becomes its description (`Part`)."""
+    """Return a config as JSON values: dicts, lists and scalars. A custom part becomes its description (`Part`)."""
     return json.loads(json.dumps(_to_plain(config)))
 
 
@@ -40,8 +40,8 @@ def _from_plain(value: Any) -> Any:
 
 
 def _item_types(kind: Any, length: int) -> tuple[Any, ...] | None:
-    """Return the types of a tuple's items: any number for `tuple[str, ...]`, two for `tuple[str, float]`; None if the
-    length does not fit."""
+    """Return the type of each item of a tuple of type `kind`, such as `tuple[str, ...]` or `tuple[str, float]`; None if
+    the type does not allow this length."""
     options = typing.get_args(kind)
     if options[-1] is Ellipsis:
         return options[:1] * length
@@ -59,7 +59,7 @@ def _has_type(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is tuple:
         types = _item_types(kind, len(value)) if isinstance(value, tuple) else None
         return types is not None and all(map(_has_type, value, types))
-    if options:  # a stage, or None
+    if options:  # a union, such as StageConfig | None
         return any(_has_type(value, option) for option in options)
     if kind in (int, float):
         return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
@@ -104,21 +104,25 @@ def _from_dict(kind: Any, value: Any, path: str) -> Any:
     if types is not None:
         return tuple(_from_dict(item_type, item, path) for item_type, item in zip(types, value, strict=True))
     check_type(value, kind, path)
-    return float(str(value)) if kind is float else value  # an integer of any size becomes a float by way of its text
+    return float(str(value)) if kind is float else value  # float(value) overflows for a very large integer
 
 
 def from_dict(value: Any) -> Recipe:
-    """Return the Recipe that `to_dict` wrote. Raises ValueError for an unknown field or a wrong type."""
+    """Return the Recipe that `to_dict` converted. Raises ValueError for an unknown field or a wrong type."""
     return _from_dict(Recipe, value, "recipe")
 
 
 def lora_from(value: dict[str, Any] | None) -> LoraConfig | None:
-    """Return the LoRA config of a checkpoint, None if all parameters were trained. Raises ValueError as above."""
+    """Return the LoRA config in a checkpoint's metadata, None if all parameters were trained.
+
+    Raises:
+        ValueError: a field is unknown, or has a wrong type.
+    """
     return None if value is None else _from_dict(LoraConfig, value, "lora")
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
-    """Return the fields in which two configs differ, each as `path: old -> new`."""
+    """Return one line, `path: old -> new`, for each field in which two configs differ."""
     if is_part(old) and is_part(new):
         parts = [describe(part, _to_plain) for part in (old, new)]
         return [] if parts[0] == parts[1] else [f"{path}: {parts[0]} -> {parts[1]}"]
@@ -137,7 +141,7 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
 
 
 def own_parts(config: Any, path: str = "config") -> dict[str, Part]:
-    """Return the own parts of a recipe by the path of their field."""
+    """Return the custom parts of a recipe by the path of their field."""
     if is_part(config):
         return {path: describe(config, _to_plain)}
     if dataclasses.is_dataclass(config):

@@ -1,7 +1,7 @@
-"""`setting`: a field of a config dataclass together with the values it accepts.
+"""Config fields that declare the values they accept.
 
-The rules are data in the field's metadata; `config.checks` reads them. (`typing.Literal` and `Annotated` would say the
-same, but ml_collections' `config_flags` cannot override fields of these types.)
+`setting` stores the rules in the field's metadata, where `config.checks` reads them. (`typing.Literal` and `Annotated`
+could express the same, but ml_collections' `config_flags` cannot override fields of these types.)
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Rules(NamedTuple):
-    """Which values a field accepts; for a tuple, which items. None means that a rule is not set."""
+    """The values that a field accepts, or the items that a tuple accepts; see `setting`. None means no such rule."""
 
     at_least: float | None = None
     above: float | None = None
@@ -39,18 +39,19 @@ def setting(
     """Declare a dataclass field with a default and the values it accepts.
 
     Args:
-        default: must be immutable, and is always accepted.
+        default: default value, which must be immutable and is always accepted.
         at_least: smallest number; `above` is the same with the bound excluded.
         at_most: largest number; `below` is the same with the bound excluded.
         special: a number outside the bounds that has a meaning of its own, such as -1 for "all that is left".
-        choices: the strings that the field can be.
+        choices: the strings that the field accepts.
         syntax: "regex" (a regular expression) or "format" (a format string, as for `str.format`).
-        only_for: a neighbouring field, and its values for which this field has an effect. For its other values this
-            field must stay at its default.
+        only_for: maps a field of the same dataclass to those of its values for which this field has an effect. For
+            other values this field must keep its default.
     """
     rules = Rules(at_least, above, at_most, below, special, choices, syntax, only_for or {})
     return dataclasses.field(default=default, metadata={"rules": rules})
 
 
 def rules_of(field: dataclasses.Field[Any]) -> Rules:
+    """Return the rules that `setting` stored in a field."""
     return field.metadata.get("rules", Rules())

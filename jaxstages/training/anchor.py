@@ -1,7 +1,7 @@
-"""The anchor: rows that a stage's parent generates, on which the stage is kept close to it.
+"""The anchor: a penalty that keeps a stage close to its parent, on rows that the parent generates.
 
-For weights whose training data are not at hand, text that the model itself generates stands in for them: a penalty on
-KL(parent || model) over such rows forgets as little as replay of the real ones (Marek et al. 2026).
+If the training data of the parent are not available, text that the parent itself generates replaces them: a penalty on
+KL(parent || model) over such rows prevents forgetting as well as replay of the real rows (Marek et al. 2026).
 """
 
 from typing import NamedTuple
@@ -20,24 +20,28 @@ from jaxstages.types import Params
 
 
 class Anchor(NamedTuple):
-    """rows: what the parent generated. reference: the parent's parameters, with adapters their base."""
+    """Data of the penalty.
+
+    rows: prepared rows of generated text.
+    reference: parameters of the parent; for a stage with adapters, their base.
+    """
 
     rows: Prepared
     reference: Params
 
 
 def open_anchor(setup: StageSetup, parent: Params, parent_sha256: str) -> Prepared:
-    """The rows that a stage is anchored on, from the cache; generated on first use by all processes together.
+    """Return the anchor rows of a stage from the cache. On first use all processes generate them together.
 
     Args:
-        parent: its parameters.
-        parent_sha256: their digest, by which the rows are found again.
+        parent: parameters of the parent.
+        parent_sha256: their digest, part of the cache key.
     """
     config, context, seed = setup.config.anchor, setup.recipe.model.context, setup.recipe.seed
     key = [parent_sha256, setup.data.tokenizer.sha256, context, config.texts, seed]
     folder = generated_folder(cache_folder(setup.recipe, setup.workdir), key)
     if not multihost.broadcast_from_zero(int(multihost.is_process_zero() and open_prepared(folder) is not None)):
-        say(f"{setup.name}: the parent generates {config.texts} texts of up to {context} tokens, to anchor on", "cyan")
+        say(f"{setup.name}: the parent generates {config.texts} texts of up to {context} tokens for the anchor", "cyan")
         examples = generate_texts(setup, parent)
         if multihost.is_process_zero():
             write_generated(folder, f"{setup.name}/anchor", examples, setup.data.tokenizer, context)
@@ -48,16 +52,16 @@ def open_anchor(setup: StageSetup, parent: Params, parent_sha256: str) -> Prepar
 
 
 def generate_texts(setup: StageSetup, params: Params) -> list[Example]:
-    """Texts sampled at temperature 1 from the token that a text begins with, up to the end of the text or of a row.
+    """Sample texts at temperature 1 from the begin token, each up to the end of the text or of a row.
 
-    A model whose texts begin with no token of their own starts from the end of a text, as between two documents.
+    If the tokenizer has no begin token, sampling starts from the end-of-text token, as between two documents.
     """
     end = setup.data.tokenizer.specials.end_of_text
     start = list(setup.data.tokenizer.begin) or [end]
-    room = setup.recipe.model.context - len(start)
+    max_new_tokens = setup.recipe.model.context - len(start)
     answers = make_answers(
         setup.program.model,
-        Sampling(max_new_tokens=room, temperature=1.0, stop=(end,)),
+        Sampling(max_new_tokens=max_new_tokens, temperature=1.0, stop=(end,)),
         context=setup.recipe.model.context,
         batch_size=setup.config.evaluation.batch_size,
         rows=setup.program.row_sharding,
@@ -66,6 +70,6 @@ def generate_texts(setup: StageSetup, params: Params) -> list[Example]:
     examples = []
     for batch in answers(params, [start] * setup.config.anchor.texts, 0):
         for tokens in batch:
-            ids = np.asarray([*start, *tokens, *([end] if len(tokens) < room else [])], np.int32)
+            ids = np.asarray([*start, *tokens, *([end] if len(tokens) < max_new_tokens else [])], np.int32)
             examples.append(Example(ids, (np.arange(len(ids)) > 0).astype(np.float32)))
     return examples

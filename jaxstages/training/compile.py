@@ -1,6 +1,6 @@
 """Compile the train step of a stage for its mesh, with the compiler options and rematerialization of the recipe.
 
-| `loop.remat` | saved of each layer for the backward pass    | cost                               |
+| `loop.remat` | saved in each layer for the backward pass    | cost                               |
 | none         | everything                                   | memory                             |
 | dots         | outputs of matrix products                   | elementwise operations recomputed  |
 | offload      | the same, in host memory                     | copies to the host and back        |
@@ -26,19 +26,20 @@ from jaxstages.training.step import TrainStep, make_train_step
 from jaxstages.types import Batch, LossFn, Model, Params, Sums, TrainState
 
 REMAT_ORDER = ("none", "dots", "full")
-"""Policies that "auto" tries: each saves more memory than the one before, and takes more time."""
+"""Policies that "auto" tries. Each needs less memory and more time than the one before."""
 
 MEMORY_FRACTION = 0.92
-"""Share of a device's memory that a step may take. The compiler's count leaves some allocations out."""
+"""Fraction of a device's memory that a step may take. The compiler's count omits some allocations."""
 
 
 def compile_step(program: Program, base: Any = (), reference: Params | None = None) -> tuple[TrainStep, Any]:
-    """Return the stage's step as a pure function and jitted, `step(state, batch)`, with its state donated; with an
-    anchor `step(state, batch, anchor_batch)`.
+    """Return the stage's step as a pure function, and as a jitted function that donates its state.
+
+    Both are called as `step(state, batch)`, or with an anchor as `step(state, batch, anchor_batch)`.
 
     Args:
-        base: frozen parameters next to the stage's adapters.
-        reference: the parent's parameters, for the anchor.
+        base: frozen parameters beside the stage's adapters.
+        reference: parameters of the parent, for the anchor.
     """
     device, remat = program.mesh.devices.flat[0], program.config.loop.remat
     policies, limit = (REMAT_ORDER, _memory_limit(device)) if remat == "auto" else ((remat,), 0)
@@ -59,7 +60,10 @@ def _report_memory(name: str, policy: str, needed: int, limit: int) -> None:
 
 
 def first_that_fits(program: Program, policies: Sequence[str], limit: float) -> tuple[str, tuple[Any, Any], Any]:
-    """Find the first rematerialization policy with which a step takes at most `limit` bytes of a device, else the last.
+    """Compile the step with the first of `policies` that needs at most `limit` bytes per device, or else the last one.
+
+    Args:
+        policies: rematerialization policies in the order to try them.
 
     Returns:
         The policy, the result of `jit_step`, and the compiled step.
@@ -75,9 +79,9 @@ def first_that_fits(program: Program, policies: Sequence[str], limit: float) -> 
 
 
 def make_loss(program: Program, model: Model) -> LossFn:
-    """Return the loss of a stage on the model's parameters, `loss(params, batch, dropout_key) -> sums`."""
+    """Return the loss of a stage, `loss(params, batch, dropout_key) -> sums`, on the parameters of the model."""
     if program.config.loss is not None:
-        return _own_loss(program, model)
+        return _custom_loss(program, model)
     optim = program.config.optim
     return cross_entropy_loss(
         model.outputs,
@@ -89,13 +93,13 @@ def make_loss(program: Program, model: Model) -> LossFn:
     )
 
 
-def _own_loss(program: Program, model: Model) -> LossFn:
-    """Return the recipe's own loss. Its "nll" is what is reported as the loss; by default the objective is."""
-    own = program.config.loss
-    assert own is not None
+def _custom_loss(program: Program, model: Model) -> LossFn:
+    """Return the recipe's custom loss. The sum "nll" is reported as the loss; it defaults to the objective."""
+    custom = program.config.loss
+    assert custom is not None
 
     def loss(params: Params, batch: Batch, dropout_key: Any) -> Sums:
-        sums = dict(own(model, params, batch, dropout_key))
+        sums = dict(custom(model, params, batch, dropout_key))
         if missing := {"objective", "weight"} - sums.keys():
             raise ValueError(f"config.{program.name}.loss returns no {', '.join(sorted(missing))}; it has {[*sums]}")
         return {"nll": jax.lax.stop_gradient(sums["objective"])} | sums
@@ -106,7 +110,8 @@ def _own_loss(program: Program, model: Model) -> LossFn:
 def jit_step(program: Program, remat: str) -> tuple[Any, Any]:
     """Return the step and the jitted step, `step(state, batch, anchor_batch, base=, reference=)`.
 
-    Base and reference are arguments so that they are not constants of the program. They get no gradient.
+    Base and reference are arguments, so that the compiled program does not contain them as constants. They get no
+    gradient.
     """
     config, optim, neftune = program.config.loop, program.config.optim, program.config.neftune_alpha
     model = program.remake(remat=remat, neftune=neftune) if remat != "none" or neftune else program.model
@@ -146,7 +151,7 @@ def jit_step(program: Program, remat: str) -> tuple[Any, Any]:
     debug = jax.config.values["jax_debug_nans"]
     jitted = jax.jit(
         step,
-        donate_argnums=() if debug else 0,  # debugging runs the step again to find the operation
+        donate_argnums=() if debug else 0,  # with --debug_nans the loop runs the step again to find the operation
         out_shardings=(shardings_of(program.abstract_state), None),
         compiler_options=_compiler_options(program),
     )
@@ -154,10 +159,10 @@ def jit_step(program: Program, remat: str) -> tuple[Any, Any]:
 
 
 def _compiler_options(program: Program) -> dict[str, str | bool]:
-    """Parse `loop.compiler_options`, and try them on a program of one operation.
+    """Parse `loop.compiler_options`, and compile a small program with them.
 
     Raises:
-        ValueError: XLA does not have an option, or refuses its value.
+        ValueError: XLA does not know an option, or refuses its value.
     """
     words, booleans = program.config.loop.compiler_options, {"true": True, "false": False}
     options = {name: booleans.get(value, value) for name, _, value in (word.partition("=") for word in words)}
@@ -170,7 +175,7 @@ def _compiler_options(program: Program) -> dict[str, str | bool]:
 
 
 def abstract_step_arguments(program: Program) -> tuple[Any, ...]:
-    """Return the arguments of a step as shapes: state, batch and, with an anchor, its batch."""
+    """Return the abstract arguments of a step: state, batch and, with an anchor, its batch."""
     state, batch = program.abstract_state, abstract_batch(program, program.config.loop.batch_size)
     if program.abstract_reference is None:
         return state, batch
@@ -178,21 +183,21 @@ def abstract_step_arguments(program: Program) -> tuple[Any, ...]:
 
 
 def abstract_batch(program: Program, batch_size: int) -> Batch:
-    """Return a batch of the stage as shapes."""
+    """Return an abstract batch of the stage, [batch_size, context]."""
     field = functools.partial(jax.ShapeDtypeStruct, (batch_size, program.context), sharding=program.row_sharding)
     fields: Any = map(field, (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32))
     return Batch(*fields)
 
 
 def memory_bytes(compiled: Any) -> int:
-    """Bytes of a device that a program needs: arguments, results and temporary memory, donated buffers counted once."""
+    """Return the bytes per device of a program: arguments, results and temporaries, counting donated buffers once."""
     stats = compiled.memory_analysis()
     arguments_and_results = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     return arguments_and_results + stats.temp_size_in_bytes
 
 
 def _memory_limit(device: Any) -> int:
-    """Bytes of the device that this process may use; without a limit of the device, the machine's available memory."""
+    """Return the bytes of device memory that this process may use; for CPU, the available memory of the machine."""
     if stats := device.memory_stats():
         return stats["bytes_limit"]
     lines = Path("/proc/meminfo").read_text().splitlines()

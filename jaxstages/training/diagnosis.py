@@ -1,32 +1,38 @@
-"""A verdict on a finished stage: underfit, overfit, forgetting, healthy, diverging or undecided, with evidence and a
-remedy."""
+"""Diagnosis of a finished stage from its loss curves, with evidence and a remedy: healthy, underfit, overfit,
+forgetting, diverging or undecided."""
 
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 OVERFIT_RISE = 0.02
-"""Held-out loss this share above its best, while the training loss went on falling, is overfitting."""
+"""Relative rise of the held-out loss above its best that counts as overfitting if the training loss kept falling."""
 
 STILL_FALLING = 0.01
-"""Held-out loss that fell by more than this share in a quarter of the stage, up to its end, was not done."""
+"""Relative fall of the held-out loss in the last quarter of a stage above which it was still falling."""
 
 TOO_LONG = 0.5
-"""Where the evaluation before the last quarter lies further back than this share of the stage, there were too few to
-say what the loss did at the end."""
+"""Fraction of the stage from the last evaluation before the final quarter to the end. If it is larger, there are too
+few evaluations to tell the trend at the end."""
 
 GAP, GAP_NATS = 0.2, 0.1
-"""Held-out loss above the training loss by more than this share of it, and by more than so many nats, has learned its
-training data rather than what they have in common with others."""
+"""Gap between held-out and training loss, relative and in nats, beyond which (both) the training data is memorized."""
 
 LONGER = "a larger loop.steps with --lengthen"
-"""How a finished stage is trained further."""
+"""Remedy that trains a finished stage further."""
 
 FORGOT = 0.1
-"""Nats by which the held-out loss of an earlier stage may rise; above, the stage has forgotten what it started with."""
+"""Rise of the held-out loss of an earlier stage, in nats, beyond which the stage has forgotten it."""
 
 
 class Verdict(NamedTuple):
+    """A diagnosis.
+
+    name: "healthy", "underfit", "overfit", "forgetting", "diverging" or "undecided".
+    evidence: the losses and steps that decide it.
+    remedy: what to change.
+    """
+
     name: str
     evidence: str
     remedy: str
@@ -42,13 +48,14 @@ def judge(
     watched: Mapping[str, tuple[float, float]] | None = None,
     comparable: bool = True,
 ) -> Verdict:
-    """Judge the curves of one stage.
+    """Diagnose a stage from its loss curves.
 
     Args:
-        train, held_out: (step, loss) in the order of the steps; NaN where it was not finite.
-        baseline: loss of the unigram model on the held-out text; what is not below it is underfit.
-        watched: earlier stage -> its held-out loss at this stage's start, and at the step that is handed on.
-        comparable: both losses are of the same kind of data, so that the gap between them means something.
+        train: training losses as (step, loss), in the order of the steps; NaN for a loss that was not finite.
+        held_out: held-out losses, likewise.
+        baseline: loss of a unigram model on the held-out text, in nats; a model that is no better is underfit.
+        watched: maps each earlier stage to its held-out loss at the start of this stage and at the handed-on step.
+        comparable: whether both losses are of the same kind of data, so that the gap between them is meaningful.
     """
     finite = [(step, loss) for step, loss in held_out if math.isfinite(loss)]
     if not finite or not math.isfinite(held_out[-1][1]):
@@ -114,8 +121,8 @@ def judge(
 
 
 def _at(train: list[tuple[int, float]], step: int) -> float:
-    """Mean training loss around a step."""
+    """Return the mean training loss around a step; NaN without training losses."""
     if not train:
         return math.nan
-    near = [loss for found, loss in train if abs(found - step) <= max(0.05 * train[-1][0], 1)]
+    near = [loss for other, loss in train if abs(other - step) <= max(0.05 * train[-1][0], 1)]
     return sum(near) / len(near) if near else min(train, key=lambda point: abs(point[0] - step))[1]

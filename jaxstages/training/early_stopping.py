@@ -1,7 +1,7 @@
-"""Early stopping as a pure pytree: patience and min-delta against the best so far, safe against NaN.
+"""Early stopping with a pytree as state: patience and min-delta relative to the best value, safe against NaN.
 
-Two traps of other implementations that this one is tested against: comparing with the value before instead of the
-best (an oscillating plateau then never stops), and letting a NaN become "the best" (nothing can beat it afterwards).
+It avoids two traps of other implementations: comparing with the previous value instead of the best one (an oscillating
+plateau then never stops), and letting a NaN become the best (no value can beat it afterwards).
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import numpy as np
 
 
 class EarlyStoppingState(NamedTuple):
-    """Arrays only, so that it is saved and restored with the rest of the training state.
+    """State of early stopping. All fields are arrays, so that a checkpoint can save it with the train state.
 
-    best: the best finite value so far; +inf (mode "min") or -inf ("max") before the first.
-    best_step: the step of `best`; -1 before the first.
-    bad: evaluations in a row that did not improve on `best`.
+    best: the best finite value so far; initially +inf (mode "min") or -inf ("max").
+    best_step: the step of `best`; initially -1.
+    bad: number of evaluations in a row that did not improve on `best`.
     """
 
     best: np.float64
@@ -24,7 +24,7 @@ class EarlyStoppingState(NamedTuple):
 
 
 class EarlyStopping(NamedTuple):
-    """`init() -> state`, `update(state, value, step) -> state`, `should_stop(state) -> bool`."""
+    """Functions of a state: `init() -> state`, `update(state, value, step) -> state`, `should_stop(state) -> bool`."""
 
     init: Callable[[], EarlyStoppingState]
     update: Callable[[EarlyStoppingState, float, int], EarlyStoppingState]
@@ -32,10 +32,10 @@ class EarlyStopping(NamedTuple):
 
 
 def early_stopping(*, mode: str = "min", patience: int = 0, min_delta: float = 0.0) -> EarlyStopping:
-    """Stop after `patience` evaluations in a row without an improvement of more than `min_delta` on the best.
+    """Stop after `patience` evaluations in a row that do not improve on the best value by more than `min_delta`.
 
-    A value that is not finite counts as no improvement and never becomes the best. With patience 0 it only keeps
-    book of the best. The very first finite value is always an improvement.
+    A value that is not finite is not an improvement and never becomes the best. The first finite value is always an
+    improvement. With patience 0 the best value is tracked, and training never stops.
 
     | value, mode "min", patience 2, min_delta 0.1 | 3.0 | 2.5 | 2.45 | nan  |
     | best                                         | 3.0 | 2.5 | 2.5  | 2.5  |

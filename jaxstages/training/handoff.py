@@ -1,8 +1,8 @@
-"""What a finished stage hands on: its result, its best parameters, and the contract under which another takes them.
+"""Hand-over between stages: reading the best parameters of a finished stage under a contract.
 
-The contract: tokenizer, control tokens, architecture and chat template are the parent's, its result is complete, and
-its parameters are those that its result names. A stage that trained adapters hands on its base, with the adapters
-merged into it.
+By the contract, tokenizer, control tokens, architecture and chat template equal the parent's, the parent's result is
+complete, and its parameters have the digest in that result. A stage that trained adapters hands on its base with the
+adapters merged into it.
 """
 
 from pathlib import Path
@@ -27,21 +27,21 @@ from jaxstages.training.program import Program, freeze
 from jaxstages.types import Params
 
 CONTRACT = ("tokenizer_sha256", "vocab_size", "special_ids", "model", "chat_template")
-"""What a stage's metadata must have in common with its parent's."""
+"""Metadata fields of a stage that must equal those of its parent."""
 
 OVERRIDABLE_MODEL_FIELDS = ("dtype", "dropout", "unroll")
-"""Fields of the model in which a stage may differ from its parent: they make no other parameters. From an import it may
-also differ in its context."""
+"""Model fields in which a stage may differ from its parent, because they do not change the parameters. It may also
+differ from an import in its context."""
 
 SAME_STEPS = ("unroll",)
-"""Fields of the model in which a stage may differ from its own checkpoints: they change no number of its steps."""
+"""Model fields in which a stage may differ from its own checkpoints, because they do not change its steps."""
 
 Contract = dict[str, Any]
-"""The fields of `CONTRACT`, of a recipe and its tokenizer."""
+"""The fields in `CONTRACT`, with the values of a recipe and its tokenizer."""
 
 
 def contract_of(recipe: Recipe, tokenizer: Tokenizer) -> Contract:
-    """Return what every checkpoint of a run records about itself, and the next stage checks."""
+    """Return the contract of a run, which every checkpoint records and the next stage checks."""
     return {
         "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
@@ -54,20 +54,21 @@ def contract_of(recipe: Recipe, tokenizer: Tokenizer) -> Contract:
 def read_parent(
     folder: Path, program: Program, contract: Contract, result: dict[str, Any] | None = None
 ) -> tuple[Params, dict[str, Any]]:
-    """Read the best parameters of a finished stage, and its lineage: path, step and params_sha256.
+    """Read the best parameters of a finished stage, and their lineage: path, step and params_sha256.
 
-    Adapters are merged into their base; the digest is then that of the adapters.
+    Adapters are merged into their base; params_sha256 is then the digest of the adapters.
 
     Args:
-        result: the stage's result, where it is not finished, or another step is meant.
+        folder: folder of the stage.
+        result: result to use instead of the stage's own, for an unfinished stage or another step.
 
     Raises:
-        ValueError: the stage, or the base of its adapters, is missing, unfinished, damaged or made for something else.
+        ValueError: the stage, or the base of its adapters, is missing, unfinished, damaged or breaks the contract.
     """
     params, meta, lineage = read_trained(folder, program, contract, result)
     if not meta["lora"]:
         return params, lineage
-    # A program of its own: fused with the merge, the compiler may skip a rounding to bfloat16 and back.
+    # `freeze` and the merge are separate programs: in one, the compiler may skip a rounding to bfloat16 and back.
     trainable = trainable_of(meta, program)
     base = freeze(program, read_base(folder, meta, program, contract), trainable)
     merge = jax.jit(trainable.export, out_shardings=shardings_of(program.abstract_params))
@@ -75,10 +76,14 @@ def read_parent(
 
 
 def read_base(stage_dir: Path, meta: dict[str, Any], program: Program, contract: Contract) -> Params:
-    """Read the float32 parameters that `stage_dir`, whose checkpoint has the metadata `meta`, began from.
+    """Read the float32 parameters that a stage began from.
+
+    Args:
+        stage_dir: folder of the stage.
+        meta: metadata of the stage's checkpoint.
 
     Raises:
-        ValueError: they are neither where they were, nor beside the stage; or as of `read_parent`.
+        ValueError: they are neither at the recorded path nor beside the stage, or `read_parent` refuses them.
     """
     parent = meta["parent"]
     for folder in _parent_folders(stage_dir, parent):
@@ -92,21 +97,25 @@ def read_base(stage_dir: Path, meta: dict[str, Any], program: Program, contract:
 
 
 def lora_of(meta: dict[str, Any]) -> LoraConfig:
-    """Return the configuration of a checkpoint's adapters; its rank is 0 where all parameters were trained."""
+    """Return the LoRA config of a checkpoint; its rank is 0 if all parameters were trained."""
     return recipes.lora_from(meta["lora"]) or LoraConfig()
 
 
 def trainable_of(meta: dict[str, Any], program: Program) -> Trainable:
-    """Return what a checkpoint has trained, all parameters or adapters."""
+    """Return the `Trainable` of a checkpoint: all parameters, or adapters."""
     return make_trainable(program.model.axes, lora_of(meta))
 
 
 def read_trained(
     folder: Path, program: Program, contract: Contract, result: dict[str, Any] | None = None
 ) -> tuple[Params, dict[str, Any], dict[str, Any]]:
-    """Read what a finished stage has trained, all parameters or adapters, at its best step.
+    """Read the trained parameters of a finished stage, or its adapters, at its best step.
 
-    Returns these, the checkpoint's metadata, and the lineage. Raises as `read_parent`.
+    Returns:
+        The parameters or adapters, the metadata of the checkpoint, and the lineage.
+
+    Raises:
+        ValueError: as for `read_parent`.
     """
     result = result or finished(folder)
     step = result["best_step"]
@@ -130,26 +139,28 @@ def read_trained(
 
 
 def lineage_break(stage_dir: Path, parent: dict[str, Any] | None, stage: StageConfig | None) -> str:
-    """What to say where the parent that a stage began from has been trained anew since; else "".
+    """Describe how a stage's parent has changed since the stage began; "" if it has not.
 
     Args:
-        stage: as the recipe has it, which says whether its parent is a stage of the same run.
+        parent: lineage of the stage: path, step and params_sha256 of its parent; None if it began from scratch.
+        stage: config of the stage, which tells whether its parent is a stage of the same run.
     """
     if parent is None:
         return ""
-    now = [finished(f)["params_sha256"] for f in _parent_folders(stage_dir, parent, stage) if _is_finished(f)]
-    if not now or parent["params_sha256"] in now:
+    folders = [folder for folder in _parent_folders(stage_dir, parent, stage) if _is_finished(folder)]
+    digests = [finished(folder)["params_sha256"] for folder in folders]
+    if not digests or parent["params_sha256"] in digests:
         return ""
     return (
         f"{stage_dir} began from {parent['path']} with params_sha256 {parent['params_sha256'][:12]}…, which is now "
-        f"{now[0][:12]}…"
+        f"{digests[0][:12]}…"
     )
 
 
 def check_lineage(stage_dir: Path, parent: dict[str, Any] | None, stage: StageConfig | None = None) -> None:
-    """Raises ValueError if the parent that a stage began from has been trained anew since."""
-    if why := lineage_break(stage_dir, parent, stage):
-        raise ValueError(f"{why}; remove {stage_dir} to train it on from there")
+    """Raise ValueError if a stage's parent has been trained again since the stage began."""
+    if change := lineage_break(stage_dir, parent, stage):
+        raise ValueError(f"{change}; remove {stage_dir} to train it from the new parameters")
 
 
 def _is_finished(folder: Path) -> bool:
@@ -157,8 +168,11 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _parent_folders(stage_dir: Path, parent: dict[str, Any], stage: StageConfig | None = None) -> tuple[Path, ...]:
-    """Where a stage's parent may lie. A run may be moved or copied, and its own stages go with it: they are its
-    lineage, and not what the original has at the recorded path. A parent in another run stays where it is."""
+    """Return the folders that may contain a stage's parent.
+
+    A run may be moved or copied with all its stages. A parent in the same run is therefore beside the stage, not at the
+    recorded path, where the original run may have changed since. For a parent in another run that path comes first.
+    """
     recorded = parse_path(parent["path"], "the parent's path")
     beside = stage_dir.parent / recorded.name
     if beside.is_dir() and stage is not None and (stage.init_from == "parent" or stage.init_from.startswith("hf:")):
@@ -167,7 +181,7 @@ def _parent_folders(stage_dir: Path, parent: dict[str, Any], stage: StageConfig 
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"attention": {"heads": 4}} -> {"attention.heads": 4}."""
+    """Flatten nested dicts: {"attention": {"heads": 4}} becomes {"attention.heads": 4}."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
@@ -177,13 +191,18 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_contract(
     folder: Path, theirs: dict[str, Any], ours: dict[str, Any], free: tuple[str, ...] = OVERRIDABLE_MODEL_FIELDS
 ) -> None:
-    """Raises ValueError, with both values, where a checkpoint was made for something else than this recipe.
+    """Check a checkpoint's metadata against the contract of this recipe.
 
     Args:
-        theirs: the metadata of a checkpoint in `folder`.
-        free: fields of the model that may differ.
+        folder: folder of the stage, for the message.
+        theirs: metadata of the checkpoint.
+        ours: contract of this recipe.
+        free: model fields that may differ.
+
+    Raises:
+        ValueError: a field differs; the message has both values.
     """
-    # A field of the model that the checkpoint's version did not have yet: it did what is the default now.
+    # A model field that did not exist yet when the checkpoint was written had the effect of today's default.
     defaults = {} if "part" in theirs["model"] else _flat(recipes.to_dict(recipes.ModelConfig()))
     theirs = theirs | {"model": defaults | _flat(theirs["model"])}
     ours = ours | {"model": _flat(ours["model"])}
@@ -192,15 +211,15 @@ def check_contract(
     for name in CONTRACT:
         old, new = theirs[name], ours[name]
         if old != new:
-            what = f"{name} is {old!r} there, {new!r} here"
+            difference = f"{name} is {old!r} there, {new!r} here"
             if isinstance(new, dict):
                 parts = [
                     f"{key} {old.get(key)!r} there, {new.get(key)!r} here"
                     for key in old | new
                     if old.get(key) != new.get(key)
                 ]
-                what = f"{name} differs: {'; '.join(parts)}"
+                difference = f"{name} differs: {'; '.join(parts)}"
             raise ValueError(
-                f"{folder} does not fit this recipe: {what}; use the recipe that it was trained with, or another "
+                f"{folder} does not fit this recipe: {difference}; use the recipe that it was trained with, or another "
                 "--workdir for a new run"
             )

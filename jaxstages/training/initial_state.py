@@ -1,12 +1,11 @@
-"""Where a stage starts, by rules in this order:
+"""The initial state of a stage, by the first rule that applies:
 
-1. its own checkpoints: resume everything, parameters, optimizer, step and early stopping;
-2. a parent (by default the stage before, at its best step): parameters and metadata only, under the contract of
-   `parent.py`;
-3. scratch, only where the recipe says so (`init_from="scratch"`; the first stage of a recipe has no parent).
+1. The stage has checkpoints: resume everything, that is parameters, optimizer, step and early stopping.
+2. It has a parent (by default the best step of the previous stage): take parameters and metadata only, under the
+   contract of `handoff.py`.
+3. It starts from scratch, only if the recipe says so (`init_from="scratch"`) or for the first stage, "pretrain".
 
-Anything else raises. Of a stage that trains adapters (`lora.rank`), the parent's parameters are the base, which it
-reads anew at each start.
+Otherwise it raises. A stage that trains adapters (`lora.rank`) reads its parent's parameters, the base, at every start.
 """
 
 from pathlib import Path
@@ -42,12 +41,14 @@ from jaxstages.types import Params, TrainState
 
 
 class InitialState(NamedTuple):
-    """Where a stage starts or goes on.
+    """State in which a stage starts or resumes.
 
-    parent: path, step and params_sha256 of the stage that it began from; None from scratch.
-    progress: of the loop that is resumed; None at step 0.
-    base: the frozen parameters beside adapters; () in full training.
-    anchor: the rows and parameters that the stage is kept close to.
+    state: train state.
+    stopping: state of early stopping.
+    parent: lineage of the stage: path, step and params_sha256 of its parent; None from scratch.
+    progress: counters of a resumed loop; None at step 0.
+    base: frozen parameters beside the adapters; () in full training.
+    anchor: rows and parameters of the anchor; None without one.
     """
 
     state: TrainState
@@ -59,10 +60,10 @@ class InitialState(NamedTuple):
 
 
 def restore_or_init(setup: StageSetup, checkpoints: Checkpoints, stopping: EarlyStopping) -> InitialState:
-    """Return the initial state of a stage, by the rules above.
+    """Return the initial state of a stage, by the rules at the top of this file.
 
     Raises:
-        ValueError: no rule applies, or the contract is broken; the message says what to do.
+        ValueError: no rule applies, or the contract is broken; the message names the remedy.
     """
     restored = checkpoints.restore_newest(to_items(setup.program.abstract_state, stopping.init()))
     if restored is not None:
@@ -72,7 +73,7 @@ def restore_or_init(setup: StageSetup, checkpoints: Checkpoints, stopping: Early
         return _from_parent(setup, parent, stopping)
     assert not setup.config.lora.rank and not setup.config.anchor.weight, "`validate` refuses both without a parent"
     params = _init_params(setup)
-    say(f"{setup.name}: starts from scratch, {_millions(params)} parameters new", "cyan")
+    say(f"{setup.name}: starts from scratch with {_millions(params)} parameters", "cyan")
     return InitialState(_fresh_state(setup, params), stopping.init(), None)
 
 
@@ -91,7 +92,7 @@ def _resume(setup: StageSetup, restored: Restored, stopping: EarlyStopping) -> I
     say(f"{setup.name}: resumes at step {meta['step']} of {setup.config.loop.steps}", "cyan")
     state, stopping_state = from_items(restored.items)
     progress = LoopProgress(**meta["carried"])
-    if restored.best_lost:  # the newest step may be the best that is left: it is evaluated again
+    if restored.best_lost:  # the newest step may be the best one left, so evaluate it again
         stopping_state = stopping.init()
         progress.best, progress.handed_on, progress.evaluated = {}, "params", meta["step"] - 1
     return InitialState(state, stopping_state, meta["parent"], progress, base, anchor)
@@ -105,7 +106,7 @@ def _from_parent(setup: StageSetup, parent: Path, stopping: EarlyStopping) -> In
     base = freeze(setup.program, params)
     reference = base
     if setup.config.anchor.weight and not base:
-        reference = jax.tree.map(jnp.copy, params)  # the train state takes the memory of `params`
+        reference = jax.tree.map(jnp.copy, params)  # `_fresh_state` donates `params`
     anchor = _anchor(setup, reference, lineage)
     state = _fresh_state(setup, _trained(setup, params, base))
     return InitialState(state, stopping.init(), lineage, base=base, anchor=anchor)
@@ -121,7 +122,7 @@ def parent_folder(setup: StageSetup) -> Path | None:
     """Return the folder of the stage that this one starts from; None means scratch.
 
     Raises:
-        ValueError: the recipe's first stage has no parent, or a stage is to start from itself or from a later one.
+        ValueError: the recipe's first stage has no parent, or `init_from` is the stage itself or a later stage.
     """
     where, init_from = f"config.{setup.name}.init_from", setup.config.init_from
     names = list(recipes.stages(setup.recipe))
@@ -140,7 +141,7 @@ def parent_folder(setup: StageSetup) -> Path | None:
     later = [(setup.workdir / name).resolve() for name in order[order.index(setup.name) :]]
     if folder.resolve() in later or init_from in names:
         raise ValueError(
-            f"{where}={init_from!r} is {setup.name} itself, or a stage after it; name a stage before it, or "
+            f"{where}={init_from!r} is {setup.name} itself or a later stage; name an earlier stage, or "
             "WORKDIR/STAGE of another run"
         )
     return folder
@@ -161,16 +162,16 @@ def _previous_stage(setup: StageSetup, names: list[str]) -> Path | None:
 
 
 def _check_data(setup: StageSetup, meta: dict[str, Any]) -> None:
-    here = setup.data.fingerprints
-    if meta["data"] != here:
+    fingerprints = setup.data.fingerprints
+    if meta["data"] != fingerprints:
         raise ValueError(
-            f"{setup.folder} was begun with other data: {meta['data']} there, {here} here (fingerprints of prepared "
-            "rows); put the files, and the version of jaxstages, back, or take another --workdir"
+            f"{setup.folder} was begun with other data: {meta['data']} there, {fingerprints} here (fingerprints of "
+            "prepared rows); restore the files and the version of jaxstages, or use another --workdir"
         )
 
 
 def _init_params(setup: StageSetup) -> Params:
-    # Each device initializes its own part: no host ever holds the whole.
+    # Each device initializes its own shards, so no host ever holds all parameters.
     shardings = shardings_of(setup.program.abstract_params)
     return jax.jit(setup.program.model.init, out_shardings=shardings)(jax.random.key(setup.recipe.seed))
 
@@ -186,7 +187,7 @@ def _fresh_state(setup: StageSetup, params: Params) -> TrainState:
 
 
 def _trained(setup: StageSetup, params: Params, base: Any) -> Params:
-    """Return the parameters that the stage trains: its parent's, or fresh adapters."""
+    """Return the initial trained parameters: those of the parent, or fresh adapters."""
     if not base:
         return params
     key = jax.random.fold_in(jax.random.key(setup.recipe.seed), recipes.stage_number(setup.recipe, setup.name))
@@ -199,7 +200,7 @@ def _millions(params: Params) -> str:
 
 
 def _report(setup: StageSetup, parent: Path, lineage: dict[str, Any], params: Params) -> None:
-    """Report what is inherited, and of each parameter whether it is restored, new or dropped."""
+    """Print what the stage inherits, and whether each parameter is restored, new or dropped."""
     meta, leaves = read_meta(checkpoint_folder(parent, lineage["step"])), named_leaves(params)
     stored = {path: kind_of(leaf) for path, leaf in leaves.items()} if meta["lora"] else stored_shapes(meta)
     tokenizer, model = setup.data.tokenizer, setup.recipe.model
@@ -218,4 +219,4 @@ def _report(setup: StageSetup, parent: Path, lineage: dict[str, Any], params: Pa
             say(f"  new      {path}  {kind_of(leaf)}")
         trained, total = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (adapters, (params, adapters)))
         say(f"  trains {trained:,} of {total:,} parameters ({trained / total:.2%}); the base is stored in {base}")
-    say(f"  new: the optimizer's state, step 0; {_millions(params)} parameters restored")
+    say(f"  new: the optimizer state, step 0; {_millions(params)} parameters restored")

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluation, early stopping, checkpoints.
 
-The loop never waits for the device unless it must: the sums of step k are read after step k + 1 is dispatched, or later
-where steps are cheap. Everything that a resumed run needs to write the same numbers is in the checkpoint.
+The loop waits for the device as little as possible: it reads the sums of step k after it has dispatched step k + 1, or
+later if steps are cheap. A checkpoint contains everything that a resumed run needs to log the same numbers.
 """
 
 import collections
@@ -30,21 +30,24 @@ from jaxstages.training.saved_items import to_items
 from jaxstages.types import Diverged, Interrupted, Metrics, Params, Report, Sums, TrainState
 
 SUMMED = ("nll", "weight", "correct")
-"""Sums that are added up between two train lines."""
+"""Sums that the loop accumulates between two training lines."""
 
 COMPILING = 10.0
-"""Factor of the watchdog's limit for work that compiles."""
+"""Factor on the watchdog's time limit for work that includes compilation."""
 
 
 @dataclasses.dataclass(slots=True)
 class LoopProgress:
-    """Counters that make the log lines and totals of a resumed run equal those of an unbroken one.
+    """Counters that make the log lines and totals of a resumed run equal those of an uninterrupted run.
 
-    interval: sums of the steps since the last train line.
-    best, start: metrics of the best evaluation, and of the one at step 0.
-    handed_on: the item that the next stage starts from, "params" or "average".
-    evaluated: the last step with an evaluation.
-    next_batch: digest of the rows that come next.
+    tokens: tokens trained on so far.
+    seconds: seconds spent on training steps so far.
+    interval: sums of the steps since the last training line.
+    best: metrics of the best evaluation.
+    start: metrics of the evaluation at step 0.
+    handed_on: checkpoint item that the next stage starts from, "params" or "average".
+    evaluated: last step with an evaluation.
+    next_batch: SHA-256 of the next batch.
     """
 
     tokens: int = 0
@@ -58,11 +61,11 @@ class LoopProgress:
 
 
 class Batches(NamedTuple):
-    """The rows of each step.
+    """Functions of the batch number k.
 
-    load: `load(k)`, batch k on the devices, as the arguments of the step that follow the state.
-    digest: `digest(k)`, SHA-256 of batch k.
-    records: `records(k)`, the source and number of each record in batch k.
+    load: `load(k)` returns batch k on the devices, as the arguments of the step after the state.
+    digest: `digest(k)` returns the SHA-256 of batch k.
+    records: `records(k)` returns the source and number of each record in batch k.
     """
 
     load: Callable[[int], tuple[Any, ...]]
@@ -71,19 +74,21 @@ class Batches(NamedTuple):
 
 
 class Training(NamedTuple):
-    """Everything that the loop calls; `stage.py` makes it.
+    """Settings, functions and services that the loop uses; `stage.py` makes them.
 
-    name, folder: of the stage, and where its checkpoints and metrics lie.
-    config: its part of the recipe.
-    compile_step: returns the pure step, and the jitted one that donates its state.
-    group: steps that are dispatched between two reads of their sums.
-    evaluate: `evaluate(trained, scores)`, held-out metrics of the trained parameters.
-    scores: prefix of each held-out set, the stage's own first -> the names of its scores.
-    allowed: `allowed(metrics, start)`, whether a step with these metrics may be the best one.
-    schedule: optimizer step -> learning rate.
-    meta: what every checkpoint of the stage records about itself.
-    utilization: MFU per token and second; 0 if it is not known.
-    heartbeat: `heartbeat(factor)` tells the watchdog that the run goes on.
+    name: name of the stage.
+    folder: folder of the stage's checkpoints and metrics.
+    config: the stage's part of the recipe.
+    compile_step: returns the pure step, and the jitted step, which donates its state.
+    group: number of steps to dispatch between two reads of their sums.
+    evaluate: `evaluate(trained, scores)` returns held-out metrics of the trained parameters.
+    scores: maps the prefix of each held-out set, the stage's own first, to the names of its scores.
+    allowed: `allowed(metrics, start)` returns whether a step with these metrics may become the best one.
+    schedule: maps an optimizer step to a learning rate.
+    meta: metadata that every checkpoint of the stage records.
+    utilization: MFU at one token per second; 0 if the device's peak is not known.
+    heartbeat: `heartbeat(factor)` tells the watchdog that the run is alive; the next call must come within `factor`
+        times its limit.
     """
 
     name: str
@@ -107,11 +112,11 @@ class Training(NamedTuple):
 
 
 class EvaluationInterrupted(Exception):
-    """A signal to stop has ended an evaluation; it is made again when the run goes on."""
+    """A signal to stop has interrupted an evaluation, which is repeated when the run resumes."""
 
 
 class Loop:
-    """A stage in progress: what changes from step to step beside the train state."""
+    """A stage in progress, with everything that changes from step to step except the train state."""
 
     def __init__(
         self,
@@ -123,12 +128,13 @@ class Loop:
     ) -> None:
         """
         Args:
-            step: the step that the stage starts or resumes at.
-            ends_at: the step of its last evaluation.
-            progress: of a resumed stage.
+            step: step at which the stage starts or resumes.
+            ends_at: step of the last evaluation.
+            stopping_state: state of early stopping at `step`.
+            progress: counters of a resumed stage; None at step 0.
 
         Raises:
-            ValueError: the next batch is not the one that the checkpoint was to go on with.
+            ValueError: the next batch differs from the one that the checkpoint expects.
         """
         self._training, self._config = training, training.config.loop
         self._ends_at = ends_at
@@ -138,8 +144,8 @@ class Loop:
         self.progress = progress or LoopProgress(interval=dict.fromkeys(SUMMED, 0.0), next_batch=next_batch)
         if self.progress.next_batch != next_batch:
             raise ValueError(
-                f"{training.folder}: batch {step} is not the one that its checkpoint was to go on with: the order of "
-                "the data has changed, with a version of grain for one. Install the versions of recipe.json, or take "
+                f"{training.folder}: batch {step} differs from the one that its checkpoint expects: the order of the "
+                "data has changed, perhaps with the version of grain. Install the versions in recipe.json, or use "
                 "another --workdir"
             )
         self._saved_step = step
@@ -147,11 +153,14 @@ class Loop:
         self._eval_patience = COMPILING  # the first evaluation compiles
 
     def run(self, state: TrainState, first: int, last: int) -> tuple[TrainState, int]:
-        """Run steps first .. last - 1, or fewer if early stopping acts; return the state and the step that it is at.
+        """Run steps `first` to `last - 1`, or fewer with early stopping.
+
+        Returns:
+            The train state and its step.
 
         Raises:
             Diverged: too many steps in a row were not finite.
-            Interrupted: a signal asked to stop; everything is saved.
+            Interrupted: a signal requested a stop; everything is saved.
         """
         training = self._training
         pure_step, train_step = training.compile_step()
@@ -175,18 +184,18 @@ class Loop:
                     state, sums = train_step(state, *batch)
             except FloatingPointError:
                 with jax.disable_jit():
-                    pure_step(state, *batch)  # raises again, at the operation
+                    pure_step(state, *batch)  # raises at the operation that makes the NaN
                 raise
             pending.append((k + 1, sums))
             training.profiler.after(k + 1, sums)
 
-            if k == first:  # compilation is not training time
+            if k == first:  # compilation does not count as training time
                 jax.block_until_ready(sums)
                 training.checkpoints.compile_for(to_items(state, self.stopping_state))
                 training.signals.unsaved = True
                 self._restart_clock()
 
-            if len(pending) > training.group or k % self._config.log_every == 0:  # a train line must not come late
+            if len(pending) > training.group or k % self._config.log_every == 0:  # training lines must be on time
                 while len(pending) > 1:
                     self._read_sums(*pending.popleft())
 
@@ -197,7 +206,7 @@ class Loop:
             if not (training.signals.poll() or self._is_due(step, last)):
                 continue
 
-            while pending:  # a state is saved only if its sums are known to be finite
+            while pending:  # only a state with finite sums may be saved
                 self._read_sums(*pending.popleft())
             paused = time.monotonic()
             bar.clear()
@@ -207,29 +216,29 @@ class Loop:
         return state, max(first, last)
 
     def should_stop(self) -> bool:
-        """Whether early stopping has ended the stage."""
+        """Return whether early stopping ends the stage."""
         return bool(self._training.stopping.should_stop(self.stopping_state))
 
     def before_eval_batch(self) -> None:
-        """Keep the watchdog quiet, and listen to signals; evaluation calls it before each batch."""
+        """Tell the watchdog that the run is alive, and poll for signals, before each batch of an evaluation."""
         self._training.heartbeat(self._eval_patience)
         if self._training.signals.poll():
             raise EvaluationInterrupted
 
-    # Evaluation, early stopping and saving, between two steps.
+    # Evaluation, early stopping and saving between two steps.
 
     def _evaluation_is_due(self, step: int) -> bool:
-        at_its_turn = step % self._config.eval_every == 0 or step == self._ends_at
-        return at_its_turn and self.progress.evaluated < step
+        scheduled = step % self._config.eval_every == 0 or step == self._ends_at
+        return scheduled and self.progress.evaluated < step
 
     def _is_due(self, step: int, last: int) -> bool:
         return self._evaluation_is_due(step) or step % self._config.save_every == 0 or step == last
 
     def _evaluate_and_save(self, step: int, state: TrainState, last: int) -> bool:
-        """Do what is due at a step; return whether early stopping acts.
+        """Evaluate and save if due at this step; return whether early stopping ends the stage.
 
         Raises:
-            Interrupted: a signal asked to stop; everything is saved.
+            Interrupted: a signal requested a stop; everything is saved.
         """
         training = self._training
         improved = False
@@ -247,7 +256,7 @@ class Loop:
         return stops
 
     def _evaluate_start(self, state: TrainState) -> None:
-        """Evaluate the parameters that the stage starts from."""
+        """Evaluate the initial parameters of the stage."""
         try:
             report = self._report(state.params, False)
         except EvaluationInterrupted:
@@ -257,15 +266,15 @@ class Loop:
         self._check_names(report)
 
     def _check_names(self, report: Report) -> None:
-        """Raises ValueError where early stopping names a metric that is not measured."""
+        """Raise ValueError if early stopping uses a metric that this stage does not measure."""
         stop = self._training.config.early_stopping
-        known = {name for name in report.metrics if not name.endswith("_se")}
-        known |= {prefix + name for prefix, names in self._training.scores.items() for name in names}
+        measured = {name for name in report.metrics if not name.endswith("_se")}
+        measured |= {prefix + name for prefix, names in self._training.scores.items() for name in names}
         for field, name in [("metric", stop.metric), *(("within", name) for name, _ in stop.within)]:
-            if name not in known:
+            if name not in measured:
                 raise ValueError(
-                    f"config.{self._training.name}.early_stopping.{field}: {name!r} is not measured here; there are "
-                    f"{', '.join(sorted(known))}"
+                    f"config.{self._training.name}.early_stopping.{field}: {name!r} is not measured here; known: "
+                    f"{', '.join(sorted(measured))}"
                 )
 
     def _report(self, trained: Params, scores: bool) -> Report:
@@ -273,11 +282,11 @@ class Loop:
             return self._training.evaluate(trained, scores)
         except FloatingPointError:
             with jax.disable_jit():
-                self._training.evaluate(trained, scores)  # raises again, at the operation
+                self._training.evaluate(trained, scores)  # raises at the operation that makes the NaN
             raise
 
     def _evaluate(self, step: int, state: TrainState) -> bool:
-        """Evaluate the parameters, and their average if there is one; return whether this step is the best so far."""
+        """Evaluate the parameters, and their average if any; return whether this step is the best so far."""
         training, stop = self._training, self._training.config.early_stopping
         reports = {"params": self._report(state.params, True)}
         if state.average:
@@ -288,7 +297,7 @@ class Loop:
             item: report.metrics[stop.metric] if training.allowed(report.metrics, self.progress.start) else math.nan
             for item, report in reports.items()
         }
-        chosen = _better(values, stop.mode)
+        chosen = _best_item(values, stop.mode)
         self.progress.evaluated = step
         self.stopping_state = training.stopping.update(self.stopping_state, values[chosen], step)
         improved = int(self.stopping_state.best_step) == step
@@ -338,7 +347,7 @@ class Loop:
 
     def _save(self, step: int, state: TrainState) -> None:
         self.progress.next_batch = self._training.batches.digest(step)
-        # asdict copies: the metadata is written while the loop goes on.
+        # asdict copies, because the metadata is written while the loop continues.
         meta = dict(self._training.meta) | {"carried": dataclasses.asdict(self.progress)}
         memory = multihost.gather_floats(peak_memory())
         self._training.writer.write(step, "event", {"event": "peak memory", **memory})
@@ -347,14 +356,14 @@ class Loop:
         self._training.checkpoints.save(step, items, meta, int(self.stopping_state.best_step))
         self._saved_step = step
 
-    # The sums of a step, and the train line.
+    # The sums of a step, and the training line.
 
     def _restart_clock(self) -> None:
         self._clock, self._clock_tokens = time.monotonic(), 0
 
     def _read_sums(self, step: int, sums: Sums) -> None:
-        """Account for the sums of one step; raises Diverged where too many in a row are not finite."""
-        values = {name: float(np.asarray(value)) for name, value in sums.items()}  # a tenth of the time of device_get
+        """Add up the sums of one step; raise Diverged if too many steps in a row are not finite."""
+        values = {name: float(np.asarray(value)) for name, value in sums.items()}  # ten times as fast as device_get
         check_weight(self._training.name, step - 1, values["weight"])
         if values["applied"]:
             for name in SUMMED:
@@ -371,9 +380,9 @@ class Loop:
         seconds = max(time.monotonic() - self._clock, 1e-9)
         self.progress.seconds += seconds
         interval = self.progress.interval
-        weight = interval["weight"] or math.nan  # no step of the interval was applied: the loss is null
+        weight = interval["weight"] or math.nan  # NaN, logged as null, if no step of the interval was applied
         loss, rate = interval["nll"] / weight, self._clock_tokens / seconds
-        # A skipped step does not advance the optimizer's own count.
+        # A skipped step does not advance the step count of the optimizer.
         learning_rate = float(np.asarray(training.schedule(step - int(values["skipped"] + values["applied"]))))
         line = {
             "loss": loss,
@@ -396,37 +405,37 @@ class Loop:
         self._restart_clock()
 
     def _report_skipped(self, step: int, values: Mapping[str, float]) -> None:
-        """Name the batch whose update was not applied; raises Diverged where it was one too many."""
+        """Report the batch of a skipped step; raise Diverged if too many steps in a row are not finite."""
         training, streak = self._training, int(values["streak"])
         loss = values["objective"] / values["weight"]
         norms = {name: values[name] for name in ("grad_norm", "update_norm")}
         numbers = f"loss {loss:.4g}, gradient {norms['grad_norm']:.4g}, update {norms['update_norm']:.4g}"
-        why = f"not finite, {streak} in a row" if streak else "a spike"
+        reason = f"not finite, {streak} in a row" if streak else "a spike"
 
         records = training.batches.records(step - 1)
-        event = {"event": "step skipped", "why": why, "loss": loss, **norms, "records": records}
+        event = {"event": "step skipped", "why": reason, "loss": loss, **norms, "records": records}
         training.writer.write(step, "event", event)
         say(
-            f"{training.name}: step {step} skipped: {numbers} ({why}); batch {step - 1} "
+            f"{training.name}: step {step} skipped: {numbers} ({reason}); batch {step - 1} "
             f"is {', '.join(records[:3])} and {max(len(records) - 3, 0)} more, see metrics.jsonl",
             "yellow",
         )
 
         if streak >= training.config.optim.max_bad_steps:
             saved = self._saved_step
-            stands = f"the checkpoint at step {saved} stands" if saved else "nothing was saved yet"
-            way = f" (after removing {training.folder}, or in another --workdir)" if saved else ""
+            saved_note = f"the checkpoint at step {saved} stands" if saved else "nothing was saved yet"
+            where = f" (after removing {training.folder}, or in another --workdir)" if saved else ""
             raise Diverged(
                 f"{training.name}: {streak} steps in a row, up to step {step}, are not finite ({numbers}); "
-                f"{stands}. Halve peak_lr or lengthen the warm-up{way}, or find the operation with --debug_nans"
+                f"{saved_note}. Halve peak_lr or lengthen the warm-up{where}, or find the operation with --debug_nans"
             )
 
 
 def check_weight(name: str, k: int, weight: Any) -> None:
-    """Raises ValueError where batch k of a stage scores no token."""
+    """Raise ValueError if no token of batch k has a loss weight."""
     if not weight:
         raise ValueError(
-            f"batch {k} has no trained-on token; look at the data with `jaxstages inspect`, or raise "
+            f"batch {k} has no token to train on; look at the data with `jaxstages inspect`, or raise "
             f"config.{name}.loop.batch_size"
         )
 
@@ -438,7 +447,7 @@ def with_error(metrics: Metrics, name: str, prefix: str = "") -> str:
     return f"{name} {metrics[prefix + name]:.4g}{suffix}"
 
 
-def _better(values: Mapping[str, float], mode: str) -> str:
-    """Name the best value; NaN is never better."""
+def _best_item(values: Mapping[str, float], mode: str) -> str:
+    """Return the key of the best value; NaN counts as the worst."""
     sign = -1.0 if mode == "min" else 1.0
     return max(values, key=lambda item: -math.inf if math.isnan(values[item]) else sign * values[item])

@@ -1,17 +1,18 @@
-"""Learning-rate schedules and optimizers, composed from optax. Parameters are decayed, scaled or frozen by their path.
+"""Learning-rate schedules and optimizers, composed from optax. Weight decay, rates and freezing go by parameter path.
 
-Whatever the optimizer, an update is `-lr * rate * (direction + weight_decay * param)`:
+Every optimizer's update is `-lr * rate * (direction + weight_decay * param)`:
 
 | name      | direction                                                                                         |
 | --------- | ------------------------------------------------------------------------------------------------- |
 | adamw     | m / (sqrt(v) + 1e-8), bias-corrected (Loshchilov & Hutter 2019)                                   |
 | adafactor | rms(param) * clip(g / sqrt(v)), v factored over each matrix (Shazeer & Stern 2018)                |
 | lion      | sign(beta1 * m + (1 - beta1) * g) (Chen et al. 2023)                                              |
-| muon      | muon_lr_factor * orthogonalized momentum of each matrix (Jordan et al. 2024); AdamW for the rest  |
+| muon      | muon_lr_factor * orthogonalized momentum of each matrix (Jordan et al. 2024); otherwise as adamw  |
 | sgd       | beta1 * m + g                                                                                     |
 
-`lr` is the schedule's value (times the plateau's factor), `rate` comes from `optim.rates` and is 0 where `optim.freeze`
-matches, and `weight_decay` is 0 where `optim.no_decay` matches. Decay is decoupled: it never enters a moment.
+`lr` is the value of the schedule (times the factor of the plateau schedule), `rate` comes from `optim.rates` and is 0
+where `optim.freeze` matches, and `weight_decay` is 0 where `optim.no_decay` matches. Weight decay is decoupled: it
+never enters a moment.
 """
 
 import functools
@@ -33,34 +34,38 @@ from jaxstages.types import Params
 
 
 def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
-    """Learning rate at a step, of `steps` in all: linear warm-up to `peak_lr`, then what the name says.
+    """Return the learning-rate schedule of a stage with `steps` steps: linear warm-up to `peak_lr`, then by name.
 
-    "constant" and "plateau" stay (plateau is cut by `reduce_on_plateau` inside the optimizer); "linear" and "cosine"
-    (Loshchilov & Hutter 2017) fall to `peak_lr * end_factor`; "wsd" stays, and falls linearly over the last
-    `decay_share` (Hu et al. 2024); "rsqrt" falls as `sqrt(warmup / step)` (Vaswani et al. 2017).
+    "constant" and "plateau" stay at the peak (`reduce_on_plateau` in the optimizer reduces the latter); "linear" and
+    "cosine" (Loshchilov & Hutter 2017) decay to `peak_lr * end_factor`; "wsd" stays at the peak, then decays linearly
+    over the last `decay_share` of the steps (Hu et al. 2024); "rsqrt" decays as `sqrt(warmup / step)` (Vaswani et al.
+    2017).
+
+    Raises:
+        ValueError: the name is not known.
     """
     if config.own is not None:
         return config.own(steps)
     peak, end, warmup = config.peak_lr, config.peak_lr * config.end_factor, min(config.warmup_steps, steps)
-    rest = max(steps - warmup, 1)
+    remaining = max(steps - warmup, 1)
     after: optax.Schedule
     match config.name:
         case "constant" | "plateau":
             after = optax.constant_schedule(peak)
         case "linear":
-            after = optax.linear_schedule(peak, end, rest)
+            after = optax.linear_schedule(peak, end, remaining)
         case "cosine":
-            after = optax.cosine_decay_schedule(peak, rest, alpha=config.end_factor)
+            after = optax.cosine_decay_schedule(peak, remaining, alpha=config.end_factor)
         case "wsd":
-            decay = min(max(round(steps * config.decay_share), 1), rest)
+            decay = min(max(round(steps * config.decay_share), 1), remaining)
             after = optax.join_schedules(
-                [optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)], [rest - decay]
+                [optax.constant_schedule(peak), optax.linear_schedule(peak, end, decay)], [remaining - decay]
             )
         case "rsqrt":
             anchor = max(warmup, 1)
 
             def rsqrt(step: jax.typing.ArrayLike) -> Any:
-                # join_schedules also asks for steps before its boundary.
+                # join_schedules evaluates this schedule before its boundary too.
                 return peak * (anchor / (anchor + jnp.maximum(step, 0))) ** 0.5
 
             after = rsqrt
@@ -68,18 +73,18 @@ def make_schedule(config: ScheduleConfig, steps: int) -> optax.Schedule:
             raise ValueError(f"schedule.name={config.name!r}; known: constant, linear, cosine, wsd, rsqrt, plateau")
     if not warmup:
         return after
-    # (step + 1) / warmup: the first step already learns, and the last of the warm-up is at the peak.
+    # (step + 1) / warmup: the first step already learns, and the last warm-up step uses the peak.
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([rise, after], [warmup])
 
 
 def path_of(path: Any) -> str:
-    """A parameter's path in a tree, such as `layers/attention/query/kernel`."""
+    """Return the path of a parameter in its tree, such as `layers/attention/query/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def path_matches(patterns: tuple[str, ...], params: Params) -> Params:
-    """Tree of bools: does the parameter's path (`layers/attention/query/kernel`) contain one of the patterns?"""
+    """Return a tree of bools: whether the path of each parameter contains a match of one of the regular expressions."""
 
     def matches(path: Any, _: Any) -> bool:
         return any(re.search(pattern, path_of(path)) for pattern in patterns)
@@ -88,7 +93,7 @@ def path_matches(patterns: tuple[str, ...], params: Params) -> Params:
 
 
 def check_patterns(name: str, patterns: Iterable[str], params: Params) -> None:
-    """Raises ValueError for a pattern that matches no parameter, so that a typo never goes unnoticed."""
+    """Raise ValueError for a pattern that matches no parameter, so that a typo does not go unnoticed."""
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in paths):
@@ -96,7 +101,7 @@ def check_patterns(name: str, patterns: Iterable[str], params: Params) -> None:
 
 
 def check_optimizer_paths(config: OptimConfig, params: Params) -> None:
-    """Check the path patterns of the recipe. The defaults of `no_decay` need not match: not every model has biases.
+    """Check the path patterns of a recipe. The defaults of `no_decay` need not match: not every model has biases.
 
     Raises:
         ValueError: a pattern of `freeze`, `rates` or `no_decay` matches no parameter.
@@ -108,8 +113,12 @@ def check_optimizer_paths(config: OptimConfig, params: Params) -> None:
 
 
 class MatrixDims(NamedTuple):
-    """Dims of a kernel as a batch of matrices: `batch` ("layers", "expert"), `rows` (the residual stream, "embed") and
-    `columns` (the others, flattened: heads x head_dim, or ff)."""
+    """Dims of a kernel, seen as a batch of matrices.
+
+    batch: the dims "layers" and "expert".
+    rows: the dim of the residual stream, "embed".
+    columns: all other dims, flattened, such as heads x head_dim, or ff.
+    """
 
     batch: tuple[int, ...]
     rows: int
@@ -117,7 +126,7 @@ class MatrixDims(NamedTuple):
 
 
 def matrix_dims(names: tuple[str, ...]) -> MatrixDims | None:
-    """How a parameter with these logical axes is read as matrices; None for vectors and scalars."""
+    """Return the matrix dims of a parameter with these logical axes; None for vectors and scalars."""
     if "embed" not in names:
         return None
     batch = tuple(dim for dim, name in enumerate(names) if name in ("layers", "expert"))
@@ -131,16 +140,16 @@ def _map_axes(function: Callable[..., Any], axes: Params, *trees: Any) -> Any:
 
 
 def _muon(config: OptimConfig, axes: Params) -> optax.GradientTransformation:
-    """Muon's direction for the matrices inside the layers; Adam's for embeddings, head, routers and vectors.
+    """Return Muon's direction for the matrices inside the layers, and Adam's for embeddings, head, routers and vectors.
 
-    It is composed here because `optax.contrib.muon` has no decay mask for its inner AdamW, and gives that Nesterov
-    momentum too.
+    `optax.contrib.muon` has no decay mask for its inner AdamW, which it also gives Nesterov momentum, so its parts are
+    composed here.
     """
 
     def in_layers(names: tuple[str, ...]) -> MatrixDims | None:
         return matrix_dims(names) if names[:1] == ("layers",) else None
 
-    def numbers(names: tuple[str, ...]) -> Any:
+    def dimension_numbers_of(names: tuple[str, ...]) -> Any:
         dims = in_layers(names)
         if dims is None:
             return optax.MaskedNode()
@@ -149,7 +158,7 @@ def _muon(config: OptimConfig, axes: Params) -> optax.GradientTransformation:
         return contrib.MuonDimensionNumbers(reduction_axis=dims.columns, output_axis=dims.rows)
 
     def scale_by_shape(names: tuple[str, ...], update: Array) -> Array:
-        """By sqrt(max(1, fan_out / fan_in)), which makes the rate independent of the width (Bernstein et al. 2024)."""
+        """Multiply by sqrt(max(1, fan_out / fan_in)), so that one rate fits every width (Bernstein et al. 2024)."""
         dims = in_layers(names)
         assert dims is not None
         rows, columns = update.shape[dims.rows], math.prod(update.shape[dim] for dim in dims.columns)
@@ -160,23 +169,22 @@ def _muon(config: OptimConfig, axes: Params) -> optax.GradientTransformation:
         del params
         return _map_axes(lambda n, u: u if isinstance(u, optax.MaskedNode) else scale_by_shape(n, u), axes, updates)
 
-    dimension_numbers = _map_axes(numbers, axes)
+    dimension_numbers = _map_axes(dimension_numbers_of, axes)
     labels = _map_axes(lambda names: "adam" if in_layers(names) is None else "muon", axes)
     matrices = optax.chain(
         contrib.scale_by_muon(mu_dtype=config.moment_dtype, weight_dimension_numbers=lambda _: dimension_numbers),
         optax.stateless(scale_all),
         optax.scale(config.muon_lr_factor),
     )
-    rest = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype)
-    return optax.partition({"muon": matrices, "adam": rest}, labels)
+    adam = optax.scale_by_adam(config.beta1, config.beta2, mu_dtype=config.moment_dtype)
+    return optax.partition({"muon": matrices, "adam": adam}, labels)
 
 
 def _adafactor(axes: Params) -> optax.GradientTransformation:
-    """Adafactor's direction, for each matrix by itself.
+    """Return Adafactor's direction, computed for each matrix separately.
 
-    `optax.adafactor` factors the two largest dims of an array, whatever they are, so kernels that are stacked over
-    layers and split into heads are not factored as matrices. T5X declares which dims are rows, columns and batches; so
-    do the logical axes here.
+    `optax.adafactor` factors the two largest dims of an array, so it does not see kernels as matrices that are stacked
+    over layers and split into heads. T5X declares which dims are rows, columns and batches; here the logical axes do.
     """
     direction = optax.chain(
         optax.scale_by_factored_rms(min_dim_size_to_factor=1),
@@ -185,7 +193,7 @@ def _adafactor(axes: Params) -> optax.GradientTransformation:
     )
 
     def as_matrices(names: tuple[str, ...], x: Array) -> Array:
-        """[batch, rows, columns]; a vector is [batch, size]."""
+        """Reshape to [batch, rows, columns]; a vector to [batch, size]."""
         dims = matrix_dims(names)
         if dims is None:
             return x.reshape(x.shape[0] if names[:1] == ("layers",) else 1, -1)
@@ -193,12 +201,13 @@ def _adafactor(axes: Params) -> optax.GradientTransformation:
         return x.transpose(*dims.batch, dims.rows, *dims.columns).reshape(batch, x.shape[dims.rows], -1)
 
     def from_matrices(names: tuple[str, ...], matrices: Array, x: Array) -> Array:
+        """Invert `as_matrices`, for an array like `x`."""
         dims = matrix_dims(names)
         if dims is None:
             return matrices.reshape(x.shape)
         order = (*dims.batch, dims.rows, *dims.columns)
-        back = matrices.reshape([x.shape[dim] for dim in order])
-        return back.transpose([order.index(dim) for dim in range(x.ndim)])
+        ordered = matrices.reshape([x.shape[dim] for dim in order])
+        return ordered.transpose([order.index(dim) for dim in range(x.ndim)])
 
     def init(params: Any) -> Any:
         return _map_axes(lambda names, p: jax.vmap(direction.init)(as_matrices(names, p)), axes, params)
@@ -214,19 +223,23 @@ def _adafactor(axes: Params) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a recipe: clipping, direction, decoupled decay, schedule, then factors by path.
+    """Return the optimizer of a stage: clipping, direction, decoupled decay, schedule, then factors by path.
+
+    Its update takes `value=loss`, which only the plateau schedule reads, and optionally `grad_norm`, the global norm of
+    the gradient, if it is already computed.
 
     Args:
-        steps: length of the stage, for the schedule.
-        axes: the logical axes of the trained parameters, which tell Muon and Adafactor where the matrices are.
+        steps: length of the stage in optimizer steps, for the schedule.
+        axes: logical axes of the trained parameters, which tell Muon and Adafactor where the matrices are.
 
-    The update takes `value=loss`, which only the plateau schedule reads, and may take the `grad_norm` to clip by.
+    Raises:
+        ValueError: the name of the optimizer or of the schedule is not known.
     """
     schedule, dtype = make_schedule(config.schedule, steps), config.moment_dtype
 
     def decayed(params: Params) -> Params:
-        # DoRA's magnitudes are lengths, as a norm's scale is.
-        return jax.tree.map(lambda excepted: not excepted, path_matches((*config.no_decay, "magnitude$"), params))
+        # DoRA's magnitudes are scales like those of a norm, so they do not decay either.
+        return jax.tree.map(lambda excluded: not excluded, path_matches((*config.no_decay, "magnitude$"), params))
 
     match config.name:
         case "own":
@@ -251,7 +264,7 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
             optax.add_decayed_weights(config.weight_decay, decayed),
             optax.scale_by_learning_rate(schedule),
         )
-    # Clipping is in `update`, below; in the state its place stays, for checkpoints have it.
+    # `update` below clips. The empty state of the identity keeps the structure that checkpoints have.
     parts = [optax.identity()] if config.clip_norm else []
     parts.append(core)
     if config.schedule.name == "plateau":
@@ -263,7 +276,7 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
             )
         )
     if config.freeze:
-        # Last, so that neither decay nor momentum can move what is frozen.
+        # Freezing comes last, so that neither decay nor momentum moves a frozen parameter.
         parts.append(optax.masked(optax.set_to_zero(), functools.partial(path_matches, config.freeze)))
     chain = optax.with_extra_args_support(optax.chain(*parts))
 
@@ -271,7 +284,7 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
         if config.clip_norm:  # by global norm (Pascanu et al. 2013)
             scale = jnp.minimum(1.0, config.clip_norm / (global_norm(updates) if grad_norm is None else grad_norm))
             updates = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), updates)
-        # optax's own arithmetic mixes int counts with floats, and ranks; ours stays strict under test.
+        # optax mixes int counts with floats, and ranks. The tests run our own arithmetic with strict promotion.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, state = chain.update(updates, state, params, **extra)
         if config.rates:
@@ -282,7 +295,7 @@ def make_optimizer(config: OptimConfig, steps: int, axes: Params) -> optax.Gradi
 
 
 def _rates(config: OptimConfig, params: Params) -> Params:
-    """Tree of floats: of each parameter's learning rate, the factor of the first of `config.rates` that matches."""
+    """Return a tree of floats, the learning-rate factor of each parameter: the first match in `config.rates`, or 1."""
 
     def rate(path: Any, _: Any) -> float:
         return next((float(factor) for pattern, factor in config.rates if re.search(pattern, path_of(path))), 1.0)

@@ -1,4 +1,4 @@
-"""The program of a stage: mesh, model, optimizer, and the abstract state that its step is compiled for."""
+"""The program of a stage: mesh, model, optimizer, and the abstract state for which its step is compiled."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,17 +36,24 @@ from jaxstages.types import Model, Params, ShardingHooks, TrainState
 
 @dataclass(frozen=True)
 class Program:
-    """Everything that a stage's step is compiled from. No array is allocated for it.
+    """Everything that determines the compiled step of a stage. It contains no arrays.
 
-    name, config, seed, context: of the stage, and of its recipe.
-    mesh, rules: the devices, and which logical axes they split.
-    hooks: how the model annotates shardings.
-    remake: `remake(remat=..., neftune=...)`, the model with other values of these.
-    schedule: optimizer step -> learning rate, before a plateau's factor.
-    trainable: all parameters, or adapters beside a base.
-    row_sharding: of a batch [B, L].
-    abstract_params, abstract_base, abstract_state: shapes, dtypes and shardings of the model's parameters, of the base
-        that adapters lie beside (() without adapters), and of the train state.
+    name: name of the stage.
+    config: the stage's part of the recipe.
+    seed: seed of the recipe.
+    context: tokens per row, L.
+    mesh: device mesh.
+    rules: mesh axes that split each logical axis.
+    hooks: sharding annotations for the model.
+    remake: `remake(remat=..., neftune=...)` returns the model with other values of these options.
+    model: the model, without rematerialization and NEFTune.
+    tx: the optimizer.
+    schedule: maps an optimizer step to a learning rate, without the factor of the plateau schedule.
+    trainable: which parameters are trained: all of them, or adapters beside a frozen base.
+    row_sharding: sharding of a batch [B, L].
+    abstract_params: shapes, dtypes and shardings of the model's parameters.
+    abstract_base: the same for the frozen base of adapters; () in full training.
+    abstract_state: the same for the train state.
     """
 
     name: str
@@ -68,7 +75,7 @@ class Program:
 
     @property
     def abstract_reference(self) -> Params | None:
-        """The parent's parameters that the anchor keeps to; with adapters their base, and None without an anchor."""
+        """Abstract parameters of the anchor's reference, the parent or the base of adapters; None without anchor."""
         if not self.config.anchor.weight:
             return None
         return self.abstract_base or self.abstract_params
@@ -83,11 +90,14 @@ def make_program(
     attend: Attend | None = None,
     platform: str | None = None,
 ) -> Program:
-    """Return the program of a stage on a mesh, whose devices need not be attached to this machine.
+    """Return the program of a stage on a mesh. The devices of the mesh need not be attached to this machine.
 
     Args:
-        attend: attention over packed rows; by default the model's own.
-        platform: of the mesh's devices; by default JAX's.
+        name: name of the stage.
+        config: the stage's part of the recipe.
+        vocab_size: number of tokens of the tokenizer.
+        attend: attention over packed rows; by default that of the model.
+        platform: platform of the mesh's devices; by default that of JAX.
 
     Raises:
         ValueError: a dim of a parameter can't be split over the mesh.
@@ -109,7 +119,7 @@ def make_program(
 
     base = jax.eval_shape(trainable.freeze, params)
     state = jax.eval_shape(lambda key: fresh_state(_init(key, model, trainable), tx, config.optim), jax.random.key(0))
-    # Patterns may also name parameters of the base, which are not trained anyway.
+    # Patterns may also match parameters of the base, although they are not trained.
     check_optimizer_paths(config.optim, named_leaves(params) | named_leaves(state.params))
 
     state_shardings = param_shardings(state.params, trainable.axes, mesh, rules)
@@ -155,10 +165,11 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def freeze(program: Program, params: Params, trainable: Trainable | None = None) -> Any:
-    """Return the base that a stage's adapters lie beside, in its storage dtype; () for full training.
+    """Return the frozen base of a stage's adapters in its storage dtype; () in full training.
 
     Args:
-        trainable: of another stage; by default the program's own.
+        params: parameters of the parent, in float32.
+        trainable: trainable of another stage; by default that of the program.
     """
     trainable = trainable or program.trainable
     base = jax.eval_shape(trainable.freeze, params)
@@ -167,12 +178,12 @@ def freeze(program: Program, params: Params, trainable: Trainable | None = None)
 
 
 def fresh_state(params: Params, tx: optax.GradientTransformation, optim: OptimConfig) -> TrainState:
-    """Return the train state at step 0 of a stage."""
+    """Return the train state of a stage at step 0."""
     return init_state(params, tx, optim.spike_window, average=optim.average > 0)
 
 
 def check_fit(recipe: Recipe, name: str, stage: StageConfig, mesh: Mesh) -> None:
-    """Raises ValueError unless batches and rows can be split evenly over the mesh."""
+    """Raise ValueError unless batches and rows can be split evenly over the mesh."""
     rules = recipe.mesh.rules
     check_batch(f"config.{name}.loop.batch_size", stage.loop.batch_size, stage.loop.accumulate, mesh, rules)
     check_batch(f"config.{name}.evaluation.batch_size", stage.evaluation.batch_size, 1, mesh, rules)
@@ -182,27 +193,31 @@ def check_fit(recipe: Recipe, name: str, stage: StageConfig, mesh: Mesh) -> None
 
 
 def choose_attention(config: ModelSpec, parts: int, rows: list[Prepared]) -> Attend | None:
-    """Return the fastest attention for these rows on this machine, and say which it is.
+    """Return the fastest attention for these rows on this machine, and print which one it is.
 
-    None is the model's own: for a platform without kernels, for rows split over several `parts`, and without rows, when
-    nothing attends over them.
+    None stands for the attention of the model. It is returned on a platform without kernels, if rows are split over the
+    mesh, and if there are no rows.
+
+    Args:
+        parts: number of devices that split a row.
+        rows: all prepared rows of the stage.
     """
     machine = machine_of(jax.local_devices()[0])
     if not isinstance(config, ModelConfig) or not rows or not has_kernels(machine):
         return None
     if parts > 1:
-        say(f"attention: the formula, {QUERY_BLOCK} queries at a time, for mesh.context={parts} splits the rows")
+        say(f"attention: the formula, {QUERY_BLOCK} queries at a time, because mesh.context={parts} splits the rows")
         return None
-    part = config.attention
+    attention = config.attention
     shape = Shape(
         length=config.context,
-        heads=part.heads,
-        kv_heads=part.kv_heads,
-        head_dim=part.head_dim,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
         dtype=config.dtype,
-        runs=max(prepared.max_segments() for prepared in rows) + 1,  # and padding
+        runs=max(prepared.max_segments() for prepared in rows) + 1,  # the last run is padding
     )
-    # Layers that see differently far may need different kernels.
+    # Layers with different windows may need different kernels.
     choices = {spec: choose_attend(shape._replace(spec=spec), machine) for spec in attention_specs(config)}
     reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices.values()))
     multihost.assert_same_on_all_hosts({"attention": reasons})

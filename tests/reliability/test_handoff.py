@@ -265,7 +265,7 @@ CASES = [
     Case(
         "init_from: a later stage",
         starts_from_a_later_stage,
-        r"finetune.init_from='\S+/instruct' is .* a stage after it",
+        r"finetune.init_from='\S+/instruct' is .* a later stage",
         Pair.train,
     ),
     # result.json.
