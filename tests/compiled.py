@@ -31,6 +31,19 @@ def folder() -> Path:
     return Path(os.environ[NAME])
 
 
+def environment() -> dict[str, str]:
+    """The variables of a child process that has one device and compiles as the tests do.
+
+    The child should call `write_whole_files` as well.
+    """
+    return {
+        "XLA_FLAGS": QUICK,
+        "JAX_COMPILATION_CACHE_DIR": str(folder()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def write_whole_files() -> None:
     """JAX writes an entry in place: a process that reads meanwhile, or after a kill, would get half of it, and warn."""
     from jax._src.lru_cache import LRUCache

@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -28,7 +29,8 @@ jaxtyping.install_import_hook(
 )
 
 import jaxstages  # noqa: E402, F401  (sets the XLA flags that it needs)
-from jaxstages.training import program  # noqa: E402
+from jaxstages.models.sharding import make_mesh  # noqa: E402
+from jaxstages.training import program, setup  # noqa: E402
 
 # Child processes keep what they compile here, not in the home of who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxstages-")
@@ -50,6 +52,20 @@ hypothesis.settings.register_profile(
     "steady", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _single_device() -> Iterator[None]:
+    """Train stages on the first of the eight devices: programs for all of them take several times as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture
+def all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train stages on all eight devices, laid out as `recipe.mesh` says."""
+    monkeypatch.setattr(setup, "make_mesh", make_mesh)
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ import pytest
 
 from jaxstages.cli.train import run_stages
 from jaxstages.config import Recipe
-from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, quick_runs, unlike
+from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, unlike
 
 CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync")
 
@@ -60,12 +60,6 @@ def short(home: Path) -> Recipe:
     return recipe
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_runs():
-        yield
-
-
 def copy_if_there(source: str, target: str) -> None:
     """Native threads go on while the tree is copied: a file of theirs may be gone meanwhile."""
     with contextlib.suppress(FileNotFoundError):
@@ -82,7 +76,7 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def test_a_kill_at_each_call_of_python(quick: None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_kill_at_each_call_of_python(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     home, states = tmp_path / "home", tmp_path / "states"
     recipe, work = short(home), home / "work"
     kept: dict[str, tuple[str, Path]] = {}
@@ -114,9 +108,7 @@ def test_a_kill_at_each_call_of_python(quick: None, tmp_path: Path, request: pyt
 # Orbax's own threads find their event loop closed after some errors; what becomes of the run is asserted below.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_an_error_at_each_call_of_python(
-    quick: None, tmp_path: Path, request: pytest.FixtureRequest, number: int
-) -> None:
+def test_an_error_at_each_call_of_python(tmp_path: Path, request: pytest.FixtureRequest, number: int) -> None:
     """An OSError (code 74) or, in what Orbax does on its own account, success; the same bits when it is gone."""
     home = tmp_path / "home"
     recipe, work = short(home), home / "work"

@@ -36,7 +36,7 @@ from jaxstages.training.saved_items import from_items, to_items
 from jaxstages.training.setup import setup_stage
 from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch, Diverged, Model, Params, TrainState
-from tests.reliability.harness import make_recipe, outcome, quick_runs, unlike
+from tests.reliability.harness import make_recipe, outcome, unlike
 from tests.tiny import VOCAB, mixed_batch
 
 # The step alone: two parameters, and faults that a token brings about.
@@ -311,7 +311,7 @@ class Lab:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, pytest.MonkeyPatch]]:
     folder = tmp_path_factory.mktemp("lab")
-    with quick_runs(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         yield folder, patch
 
 

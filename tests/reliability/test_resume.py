@@ -22,7 +22,7 @@ from jaxstages.runtime.workdir import checkpoint_folder, steps_of
 from jaxstages.training import program, stage
 from jaxstages.training.setup import make_stage_evaluate
 from jaxstages.types import Batch, Interrupted, Params
-from tests.reliability.harness import make_recipe, outcome, quick_runs
+from tests.reliability.harness import make_recipe, outcome
 from tests.reliability.test_nonfinite import small_model
 
 
@@ -36,7 +36,7 @@ def dropout(x_BLD: jax.Array, batch: Batch, key: jax.Array | None) -> jax.Array:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Data, prepared rows and compiled functions, for a small model with dropout."""
     folder = tmp_path_factory.mktemp("home")
-    with quick_runs(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "make_model", lambda config, vocab, **_: small_model(vocab, dropout))
         yield folder
 
