@@ -1,6 +1,7 @@
 """Strict numbers for every test: eight virtual devices, dtype and rank promotion raise, warnings are errors."""
 
 import atexit
+import itertools
 import os
 import re
 
@@ -29,8 +30,10 @@ jaxtyping.install_import_hook(
 )
 
 import jaxstages  # noqa: E402, F401  (sets the XLA flags that it needs)
+from jaxstages.generation import decode  # noqa: E402
 from jaxstages.models.sharding import make_mesh  # noqa: E402
-from jaxstages.training import program, setup  # noqa: E402
+from jaxstages.training import compile as compilation  # noqa: E402
+from jaxstages.training import loop, program, setup  # noqa: E402
 
 # Child processes keep what they compile here, not in the home of who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxstages-")
@@ -46,6 +49,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 program.make_model = compiled.traced_once(program.make_model)
+decode.compile_decode = compiled.made_once(decode.compile_decode)
+compilation.jit_step = compiled.made_once(compilation.jit_step, compiled.step_key)
+
+# A full collection of the heap that the tests share takes half a second: at one stage in eight it is soon enough.
+collect, stages = loop.freeze_gc_and_trim_heap, itertools.count()
+loop.freeze_gc_and_trim_heap = lambda: None if next(stages) % 8 else collect()
 
 # The same examples each time, and no deadline: a slow machine is no failure.
 hypothesis.settings.register_profile(

@@ -285,12 +285,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run: tuple[Recipe, Path], tmp_pa
     assert losses(moved_to, "finetune") == losses(tmp_path / "whole", "finetune")
 
 
-@pytest.mark.usefixtures("all_devices")
-def test_any_mesh_has_the_same_losses(run: tuple[Recipe, Path], tmp_path: Path) -> None:
+def test_any_mesh_has_the_same_losses(run: tuple[Recipe, Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     recipe, work = fresh(run)
     recipe.finetune.lora = LoraConfig(rank=4, base="int8", dora=True, targets=("/kernel$", "embedding"))
     shutil.copytree(work, tmp_path / "split")
     train(recipe, work, "finetune")
+    request.getfixturevalue("all_devices")
     recipe.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     train(recipe, tmp_path / "split", "finetune")
     np.testing.assert_allclose(losses(tmp_path / "split", "finetune"), losses(work, "finetune"), rtol=1e-4)

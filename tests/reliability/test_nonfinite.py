@@ -292,7 +292,8 @@ class Lab:
 
     def ready(self, name: str, bad: set[int], most: int = 10) -> tuple[Recipe, Path]:
         """A recipe and a new workdir in which the batches `bad` give NaN, and `most` of them in a row are too many."""
-        self._patch.setattr(program, "make_model", lambda config, vocab, **_: self.model(bad))
+        model = self.model(bad)
+        self._patch.setattr(program, "make_model", lambda config, vocab, **_: model)
         recipe, work = copy.deepcopy(self.recipe), self.folder / name
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(self.folder / "setup" / "tokenizer", work / "tokenizer")

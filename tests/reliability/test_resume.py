@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,8 +37,9 @@ def dropout(x_BLD: jax.Array, batch: Batch, key: jax.Array | None) -> jax.Array:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Data, prepared rows and compiled functions, for a small model with dropout."""
     folder = tmp_path_factory.mktemp("home")
+    model = functools.cache(lambda vocab: small_model(vocab, dropout))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "make_model", lambda config, vocab, **_: small_model(vocab, dropout))
+        patch.setattr(program, "make_model", lambda config, vocab, **_: model(vocab))
         yield folder
 
 
