@@ -130,6 +130,13 @@ def _dispatch(argv: list[str], before_jax: Callable[[], None]) -> None:
         checkpoints(workdir, values.stage, words)
         return
 
+    if command == "report":
+        before_jax()
+        from jaxstages.cli.report import report
+
+        report(given, workdir)
+        return
+
     if command == "import":
         before_jax()
         from jaxstages.cli.transfer import import_model

@@ -27,6 +27,9 @@ MAX_POINTS = 300
 MAX_MARKS = 200
 """Most skipped steps that are marked."""
 
+ROUND_STEPS = (1, 2, 2.5, 5, 10)
+"""Distances between ticks, times a power of ten."""
+
 LOG_RATIO = 20.0
 """Losses and norms are drawn on a logarithmic axis if the largest is this many times the smallest."""
 
@@ -205,8 +208,8 @@ def _label_ticks(axes: Any, is_log: bool) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS, integer=True))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value)))
 

@@ -19,7 +19,7 @@ from jaxstages.experiments.report_matrix import matrix_sections
 from jaxstages.experiments.report_stage import Reason, best_of, describe_stage, status_of, verdict_name
 from jaxstages.experiments.report_tables import cost_section, lineage_section, recipe_section, versions_section
 from jaxstages.experiments.runs import Run, read_run, stage_names
-from jaxstages.experiments.training_rows import read_training_rows
+from jaxstages.experiments.training_rows import checkpoint_meta, read_training_rows
 from jaxstages.runtime.files import write_text
 
 REPORT = "report.html"
@@ -62,7 +62,8 @@ def report_page(run: Run, recipe: Recipe | None = None) -> str:
         rows = _value_or_reason(lambda name=name: read_training_rows(recipe, run.folder, name))
         confusion = _confusion(run, recipe, name, has_code)
         sections.append(Section(f"stage-{names.index(name)}", name, describe_stage(run, recipe, name, rows, confusion)))
-    sections += [cost_section(run), recipe_section(recipe), lineage_section(run), versions_section(run)]
+    metas = {name: _value_or_reason(lambda name=name: checkpoint_meta(run.folder, name)) for name in run.stages}
+    sections += [cost_section(run), recipe_section(recipe), lineage_section(run, metas), versions_section(run)]
 
     head = [
         Markup('<meta charset="utf-8">'),

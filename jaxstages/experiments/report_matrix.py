@@ -85,9 +85,8 @@ def _last_against_best(
     if metric != "perplexity":
         return Cell(text, "worse")
     nats = goods[best] - goods[last]
-    return Cell(
-        f"{text}, {nats:.2f} nats" + (": forgotten" if nats > FORGOT else ""), "forgot" if nats > FORGOT else "worse"
-    )
+    text = f"{text}, by {nats:.2f} nats"
+    return Cell(f"{text}: forgotten", "forgot") if nats > FORGOT else Cell(text, "worse")
 
 
 def _samples(matrix: dict[str, Any]) -> Section:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,9 +12,7 @@ from jaxstages.config import STAGES, DatasetConfig, Recipe, StageConfig
 from jaxstages.config.parts import Part
 from jaxstages.experiments.markup import Markup, Section, percent, short_digest, table, tag
 from jaxstages.experiments.runs import Run, flat_fields
-from jaxstages.experiments.training_rows import checkpoint_meta
 from jaxstages.runtime.console import duration
-from jaxstages.runtime.workdir import steps_of
 
 
 def cost_section(run: Run) -> Section:
@@ -28,13 +26,9 @@ def cost_section(run: Run) -> Section:
         memory = [_peak_memory(run, name, kind) for kind in ("host_gb", "device_gb")]
         utilization = percent(spent.utilization) if spent.utilization is not None else "–"
         steps = result.get("steps", run.last_step(name))
-        rows.append(
-            [name, f"{steps:,}", f"{tokens:,}", duration(seconds), _rate(tokens, seconds), utilization, *memory]
-        )
+        rows.append([name, f"{steps:,}", *_tokens_and_time(tokens, seconds), utilization, *memory])
     if len(rows) > 1:
-        rows.append(
-            ["all", "", f"{total_tokens:,}", duration(total_seconds), _rate(total_tokens, total_seconds), "", "", ""]
-        )
+        rows.append(["all", "", *_tokens_and_time(total_tokens, total_seconds), "", "", ""])
     heads = ["stage", "steps", "tokens", "time", "tokens/s", "MFU", "host memory", "device memory"]
     text = (
         "Time is training alone, without evaluation, saving and compilation. MFU, model FLOPs utilization, is known "
@@ -64,8 +58,8 @@ def _spent(lines: list[dict[str, Any]]) -> Spent:
     return Spent(tokens, seconds, used / seconds if used is not None and seconds else None)
 
 
-def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens / seconds:,.0f}" if seconds else "–"
+def _tokens_and_time(tokens: int, seconds: float) -> list[str]:
+    return [f"{tokens:,}", duration(seconds), f"{tokens / seconds:,.0f}" if seconds else "–"]
 
 
 def _peak_memory(run: Run, name: str, kind: str) -> str:
@@ -154,17 +148,22 @@ def _literal(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def lineage_section(run: Run) -> Section:
+def lineage_section(run: Run, metas: Mapping[str, dict[str, Any] | str]) -> Section:
+    """Return what each stage began from.
+
+    Args:
+        metas: metadata of each stage's checkpoint, or why it can't be read.
+    """
     rows = []
     for name in run.stages:
-        meta = checkpoint_meta(run.folder, name) if steps_of(run.folder / name) else None
+        meta = metas[name]
         result = run.results.get(name, {})
-        parent = result.get("parent", meta["parent"] if meta is not None else None)
+        parent = result.get("parent") if result or isinstance(meta, str) else meta["parent"]
         origin = "scratch"
         if parent is not None:
             origin = f"{parent['path']}, step {parent['step']:,}, {short_digest(parent['params_sha256'])}"
         size, tokenizer = "–", "–"
-        if meta is not None:
+        if not isinstance(meta, str):
             size, tokenizer = f"{_parameters(meta):,}", short_digest(meta["tokenizer_sha256"])
         rows.append([name, origin, short_digest(result.get("params_sha256", "")), size, tokenizer])
     heads = ["stage", "began from", "params_sha256", "trained parameters", "tokenizer_sha256"]
@@ -179,6 +178,5 @@ def _parameters(meta: dict[str, Any]) -> int:
 
 def versions_section(run: Run) -> Section:
     rows = [[name, version] for name, version in run.versions.items()]
-    return Section(
-        "versions", "Versions", [table("Packages of the last start", ["package", "version"], rows, numbers=False)]
-    )
+    packages = table("Packages that the run was last started with", ["package", "version"], rows, numbers=False)
+    return Section("versions", "Versions", [packages])
