@@ -32,6 +32,7 @@ HOMES = {
     "tensorflow_datasets": {"data.sources", "world"},
     "array_record": {"data"},
     "apache_beam": {"data.beam"},
+    "matplotlib": {"experiments.figures"},
     "absl": {"cli"},
     "ml_collections": {"cli"},
 }

@@ -104,6 +104,14 @@ COMMANDS = {
         "jaxstages evaluate --workdir=runs/demo --stage=finetune",
         "docs/stages.md",
     ),
+    "report": Command(
+        "Write the report of a run, DIR/report.html: stage matrix, curves, samples, cost.",
+        WORKDIR,
+        "One file without scripts that needs no network. `jaxstages run` writes it at its end; this command also "
+        "reports a run that is not finished.",
+        "jaxstages report --workdir=runs/demo",
+        "docs/report.md",
+    ),
     "checkpoints": Command(
         "List, verify or compare the checkpoints of a run.",
         f"(list | verify | diff STAGE/STEP STAGE/STEP) {WORKDIR}",

@@ -1,7 +1,6 @@
 """`inspect`: show a batch as text, with the trained-on tokens in colour, and statistics of the data."""
 
 import contextlib
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from jaxstages.cli.resolve import keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.data.batches import batches_by_step
 from jaxstages.data.mixture import describe
+from jaxstages.data.row_text import spans_of
 from jaxstages.runtime.workdir import begun_stages, lock, writable
 from jaxstages.training.setup import StageSetup, setup_stage
 from jaxstages.types import Batch
@@ -66,20 +66,11 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None, number: int = 0) -
 
 
 def _row(setup: StageSetup, batch: Batch, row: int, colour: bool) -> Text:
-    """Format one row. Each slot shows its target, so that every id appears once, in the colour of its own weight. The
-    first token of an example, which nothing predicts, is added."""
-    slots: list[tuple[int, bool, str]] = []  # id, whether it is trained on, and a mark before it
-    for slot in range(batch.tokens_BL.shape[1]):
-        if not batch.segments_BL[row, slot]:
-            break
-        if batch.positions_BL[row, slot] == 0:
-            slots.append((int(batch.tokens_BL[row, slot]), False, "¦"))
-        slots.append((int(batch.targets_BL[row, slot]), bool(batch.weights_BL[row, slot] > 0), ""))
+    """Format one row, each token in the colour of its own loss weight."""
     text = Text()
-    for (trained, _), group in itertools.groupby(slots, key=lambda entry: (entry[1], entry[2])):
-        entries = list(group)
-        piece = entries[0][2] + setup.data.tokenizer.show([token for token, _, _ in entries])
-        marked = f"⟦{piece}⟧" if trained and not colour else piece
-        text.append(marked, style="bold green" if trained else "dim")
+    for span in spans_of(batch, row, setup.data.tokenizer):
+        piece = f"¦{span.text}" if span.begins else span.text
+        marked = f"⟦{piece}⟧" if span.trained and not colour else piece
+        text.append(marked, style="bold green" if span.trained else "dim")
     padded = not batch.segments_BL[row, -1]
     return text.append("·", style="dim") if padded else text

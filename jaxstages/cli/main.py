@@ -167,6 +167,13 @@ def _run(
         checkpoints(workdir, values.stage, words)
         return
 
+    if command == "report":
+        before_jax()
+        from jaxstages.cli.report import report
+
+        report(given, workdir)
+        return
+
     if command == "import":
         before_jax()
         from jaxstages.cli.transfer import import_model

@@ -216,6 +216,7 @@ def garbage(work: Path) -> list[str]:
         "LOCK",
         "LEASE",
         "stage_matrix.json",
+        "report.html",
         "tokenizer",
         "tokenizer.json",
         "cache",
