@@ -1,6 +1,7 @@
 """How tests compile: quickly, and into one folder for all processes; what one has compiled, the others load."""
 
 import atexit
+import copy
 import os
 import shutil
 import tempfile
@@ -29,6 +30,19 @@ def folder() -> Path:
         os.environ[NAME] = tempfile.mkdtemp(prefix="jaxstages-compiled-")
         atexit.register(shutil.rmtree, os.environ[NAME], ignore_errors=True)
     return Path(os.environ[NAME])
+
+
+def environment() -> dict[str, str]:
+    """The variables of a child process that has one device and compiles as the tests do.
+
+    The child should call `write_whole_files` as well.
+    """
+    return {
+        "XLA_FLAGS": QUICK,
+        "JAX_COMPILATION_CACHE_DIR": str(folder()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 def write_whole_files() -> None:
@@ -63,3 +77,33 @@ def traced_once(make_model: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return make
+
+
+def made_once(make: Callable[..., Any], key: Callable[..., Any] = lambda *arguments: arguments) -> Callable[..., Any]:
+    """The same, but calls with equal keys share the result, and so what was compiled of it."""
+    results: list[tuple[Any, Any]] = []  # not a dict: models and recipes can't be hashed
+
+    def make_or_share(*arguments: Any) -> Any:
+        new = key(*arguments)
+        for earlier, result in results:
+            if earlier == new:
+                return result
+        result = make(*arguments)
+        results.append((new, result))
+        del results[:-MODELS]
+        return result
+
+    return make_or_share
+
+
+def step_key(program: Any, remat: str) -> Any:
+    """All that `jit_step` depends on: model, mesh and recipe determine the rest of the program.
+
+    The recipe is copied, since tests change theirs between runs; where a run stops is no part of its step.
+    """
+    import jax
+
+    config = copy.deepcopy(program.config)
+    config.loop.stop_after = 0
+    debug = jax.config.values["jax_debug_nans"]
+    return program.model, program.mesh, program.rules, program.seed, program.context, config, program.name, remat, debug

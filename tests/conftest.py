@@ -1,6 +1,7 @@
 """Strict numbers for every test: eight virtual devices, dtype and rank promotion raise, warnings are errors."""
 
 import atexit
+import itertools
 import os
 import re
 
@@ -11,6 +12,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -28,7 +30,10 @@ jaxtyping.install_import_hook(
 )
 
 import jaxstages  # noqa: E402, F401  (sets the XLA flags that it needs)
-from jaxstages.training import program  # noqa: E402
+from jaxstages.generation import decode  # noqa: E402
+from jaxstages.models.sharding import make_mesh  # noqa: E402
+from jaxstages.training import compile as compilation  # noqa: E402
+from jaxstages.training import loop, program, setup  # noqa: E402
 
 # Child processes keep what they compile here, not in the home of who runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxstages-")
@@ -44,12 +49,32 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 program.make_model = compiled.traced_once(program.make_model)
+decode.compile_decode = compiled.made_once(decode.compile_decode)
+compilation.jit_step = compiled.made_once(compilation.jit_step, compiled.step_key)
+
+# A full collection of the heap that the tests share takes half a second: at one stage in eight it is soon enough.
+collect, stages = loop.freeze_gc_and_trim_heap, itertools.count()
+loop.freeze_gc_and_trim_heap = lambda: None if next(stages) % 8 else collect()
 
 # The same examples each time, and no deadline: a slow machine is no failure.
 hypothesis.settings.register_profile(
     "steady", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _single_device() -> Iterator[None]:
+    """Train stages on the first of the eight devices: programs for all of them take several times as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture
+def all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train stages on all eight devices, laid out as `recipe.mesh` says."""
+    monkeypatch.setattr(setup, "make_mesh", make_mesh)
 
 
 @pytest.fixture(autouse=True)

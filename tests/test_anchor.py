@@ -26,7 +26,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     recipe.instruct = None
     assert recipe.finetune
     recipe.finetune.anchor = AnchorConfig(weight=2.0, batch_size=8, texts=5)
-    recipe.finetune.loop.log_every = 1
+    recipe.finetune.loop.log_every, recipe.finetune.evaluation.metrics = 1, ()
     train(recipe, root / "work", "pretrain")
     return recipe, root / "work"
 

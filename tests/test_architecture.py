@@ -32,6 +32,8 @@ HOMES = {
     "tensorflow_datasets": {"data.sources", "world"},
     "array_record": {"data"},
     "apache_beam": {"data.beam"},
+    "matplotlib": {"experiments"},
+    "tabulate": {"experiments.compare"},
     "absl": {"cli"},
     "ml_collections": {"cli"},
 }

@@ -113,8 +113,9 @@ def test_the_readme_stays_short() -> None:
 def run_python(code: str, folder: Path) -> str:
     """Run code in a process of its own, as a user would, and return what it prints."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", code]
-    env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": compiled.QUICK}  # a single device
+    setup = "import jaxstages\nfrom tests import compiled\ncompiled.write_whole_files()\n"
+    command = [sys.executable, "-c", setup + code]
+    env = os.environ | compiled.environment() | {"PYTHONPATH": path}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

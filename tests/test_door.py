@@ -1,13 +1,11 @@
-"""The command line as a user meets it: exit codes, one-line errors, help, generate, inspect, a kill."""
+"""The command line as a user meets it: exit codes, one-line errors, help, generate, inspect."""
 
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from jaxstages.cli.main import main
 from jaxstages.config.checks import validate
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoint_folder, steps_of
-from jaxstages.training.metric_writer import read_metrics
+from tests import compiled
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -61,6 +59,7 @@ GENERATE = ("generate", "--workdir={}/work")
 LONG = "--prompt=" + "red " * 60
 
 
+@pytest.mark.usefixtures("all_devices")
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -141,7 +140,7 @@ def test_the_flags_are_frozen() -> None:
         *("workdir", "stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
         *("top_k", "top_p", "min_p", "repetition_penalty", "stop", "from", "to", "dtype", "adapter", "lengthen"),
         *("debug_nans", "coordinator", "process_count", "process_id", "beam_options", "topology"),
-        *("step", "data", "finish"),
+        *("step", "data", "finish", "profile"),
     }
 
 
@@ -245,56 +244,10 @@ def test_recipe_json_is_the_recipe(home: Path) -> None:
         recipes.from_dict({"name": "x", "modle": {}})
 
 
-def start(home: Path, work: Path) -> subprocess.Popen:
-    words = [sys.executable, "-m", "jaxstages", "run", f"--config={home}/tiny.py:30", f"--workdir={work}"]
-    env = os.environ | {"XLA_FLAGS": ""}  # one device, as most users have
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_checkpoint(process: subprocess.Popen, stage_dir: Path, step: int) -> None:
-    for _ in range(6000):
-        folder = stage_dir / "checkpoints"
-        if folder.exists() and any(p.name.isdecimal() and int(p.name) >= step for p in folder.iterdir()):
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    raise AssertionError(f"no checkpoint {step} of {stage_dir.name} in five minutes")
-
-
-def test_killed_and_terminated_it_ends_in_the_same_bits(home: Path, tmp_path: Path) -> None:
-    """At other instants, and in each stage: `reliability/test_stops.py`."""
-    whole, work = start(home, tmp_path / "whole"), tmp_path / "killed"
-    process = start(home, work)
-    wait_for_checkpoint(process, work / "finetune", 8)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (work / "finetune" / "result.json").exists(), "the kill came too late to test anything"
-    process = start(home, work)
-    line = ""
-    while "resumes at step" not in line:
-        line = process.stdout.readline()
-        assert line, "it did not resume"
-    wait_for_checkpoint(process, work / "instruct", int(line.split()[4]) + 2)
-    process.send_signal(signal.SIGTERM)
-    out = process.communicate()[0]
-    assert process.returncode == 75 and "interrupted" in out, out
-    process = start(home, work)
-    assert "instruct: resumes at step" in process.communicate()[0] and process.returncode == 0
-    assert whole.communicate() and whole.returncode == 0
-    for stage in recipes.STAGES:
-        one, two = (read_json(tmp_path / name / stage / "result.json") for name in ("whole", "killed"))
-        for name in ("params_sha256", "last_params_sha256", "best", "best_step", "tokens"):
-            assert one[name] == two[name], (stage, name)
-        curves = [read_metrics(tmp_path / name / stage / "metrics.jsonl") for name in ("whole", "killed")]
-        losses = [[(line["step"], line["kind"], line.get("loss")) for line in curve] for curve in curves]
-        assert losses[0] == losses[1], stage
-
-
 def test_the_second_process_finds_what_the_first_has_compiled(home: Path, tmp_path: Path) -> None:
     def call_door(command: str, work: str) -> str:
         words = (command, f"--config={home}/tiny.py:2", f"--workdir={tmp_path / work}")
-        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+        env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": compiled.QUICK}
         door = [sys.executable, "-m", "jaxstages", *words]
         return subprocess.run(door, env=env, stderr=subprocess.PIPE, text=True, check=True).stderr
 

@@ -77,7 +77,7 @@ def test_a_wheel_contains_the_recipes(tmp_path: Path) -> None:
         names = file.namelist()
         assert {f"jaxstages/recipes/{name}.py" for name in shipped_recipes()} <= set(names)
         assert {name.split("/")[0] for name in names} == {"jaxstages", wheel.name.rsplit("-py3", 1)[0] + ".dist-info"}
-        assert "jaxstages/py.typed" in names
+        assert {"jaxstages/py.typed", "jaxstages/experiments/report.css"} <= set(names)
         assert set(names) >= {str(path.relative_to(ROOT)) for path in (ROOT / "jaxstages").rglob("*.py")}
         file.extractall(tmp_path / "installed")
 

@@ -38,6 +38,7 @@ from jaxstages.interop.layout import shape_of, tensor_slots
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.workdir import checkpoint_folder
+from tests import compiled
 from tests.tiny import model_config, recipe, sentencepiece_model, write_data
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -576,7 +577,7 @@ def test_imported_weights_start_a_stage_of_another_context(home: Path, llama: Pa
 def test_a_killed_import_leaves_nothing_half_believed(llama: Path, tmp_path: Path, seconds: float) -> None:
     work = tmp_path / "work"
     words = [sys.executable, "-m", "jaxstages", "import", f"--from={llama}", f"--workdir={work}"]
-    process = subprocess.Popen(words, env=os.environ | {"XLA_FLAGS": ""})
+    process = subprocess.Popen(words, env=os.environ | {"XLA_FLAGS": compiled.QUICK})
     while not (work / "import").exists():
         assert process.poll() is None
         time.sleep(0.005)

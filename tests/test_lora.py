@@ -285,16 +285,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run: tuple[Recipe, Path], tmp_pa
     assert losses(moved_to, "finetune") == losses(tmp_path / "whole", "finetune")
 
 
-def test_any_mesh_has_the_same_losses(run: tuple[Recipe, Path], tmp_path: Path) -> None:
+def test_any_mesh_has_the_same_losses(run: tuple[Recipe, Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:
     recipe, work = fresh(run)
     recipe.finetune.lora = LoraConfig(rank=4, base="int8", dora=True, targets=("/kernel$", "embedding"))
     shutil.copytree(work, tmp_path / "split")
     train(recipe, work, "finetune")
+    request.getfixturevalue("all_devices")
     recipe.mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     train(recipe, tmp_path / "split", "finetune")
     np.testing.assert_allclose(losses(tmp_path / "split", "finetune"), losses(work, "finetune"), rtol=1e-4)
 
 
+@pytest.mark.usefixtures("all_devices")
 def test_adapters_are_split_as_their_matrices_are(finished: tuple[Recipe, Path]) -> None:
     recipe, work = finished
     recipe = copy.deepcopy(recipe)
@@ -313,7 +315,7 @@ def test_nothing_is_differentiated_by_the_base(finished: tuple[Recipe, Path]) ->
     for rank in (0, 2):
         recipe = copy.deepcopy(recipe)
         recipe.finetune.lora, recipe.model.unroll = LoraConfig(rank=rank), True
-        recipe.model.width, recipe.model.ff_width, recipe.mesh = 64, 256, MeshConfig(data=8)
+        recipe.model.width, recipe.model.ff_width = 64, 256
         setup = setup_stage(recipe, "finetune", work)
         step = compile_step(setup.program, setup.program.abstract_base)[1]
         compiled = step.func.lower(*abstract_step_arguments(setup.program), base=setup.program.abstract_base).compile()

@@ -33,6 +33,7 @@ def test_own_parts_train_resume_to_the_bit_and_hand_over(variant: str, tmp_path:
 
     stopped = module.get_config(variant)
     stopped.finetune.loop.stop_after = 3
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped", ignore=shutil.ignore_patterns("finetune", "polish"))
     api.train(stopped, tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "finetune" / "result.json").exists()
     resumed = api.train(module.get_config(variant), tmp_path / "stopped")

@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ from jaxstages.runtime.signals import stop_signals
 from jaxstages.runtime.workdir import tokenizer_file
 from jaxstages.training.loop import with_error
 from jaxstages.training.metric_writer import MetricsWriter
-from tests.reliability.harness import quick_runs
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -106,7 +104,7 @@ def test_a_file_that_has_a_patterns_name_is_meant_itself(tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Recipe, Path, str]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path, str]:
     """A fine-tuning from scratch of two steps, most of whose prompts do not fit the context, and what it printed."""
     root = tmp_path_factory.mktemp("said")
     write_data(root / "data")
@@ -120,13 +118,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Recipe, Pat
     recipe.finetune.evaluation.max_new_tokens = recipe.instruct.evaluation.max_new_tokens = 4
     recipe.finetune.evaluation.metrics = ()
     out, before = io.StringIO(), sys.stdout
-    with quick_runs():
-        sys.stdout = out
-        try:
-            train(recipe, root / "work", "finetune")
-        finally:
-            sys.stdout = before
-        yield recipe, root / "work", out.getvalue()
+    sys.stdout = out
+    try:
+        train(recipe, root / "work", "finetune")
+    finally:
+        sys.stdout = before
+    return recipe, root / "work", out.getvalue()
 
 
 def test_what_the_context_cuts_off_is_said_at_the_start(made: tuple[Recipe, Path, str]) -> None:

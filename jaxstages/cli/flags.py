@@ -104,6 +104,14 @@ COMMANDS = {
         "jaxstages evaluate --workdir=runs/demo --stage=finetune",
         "docs/stages.md",
     ),
+    "report": Command(
+        "Write the report of a run, DIR/report.html: stage matrix, curves, samples, cost.",
+        WORKDIR,
+        "One file without scripts that needs no network. `jaxstages run` writes it at its end; this command also "
+        "reports a run that is not finished.",
+        "jaxstages report --workdir=runs/demo",
+        "docs/report.md",
+    ),
     "checkpoints": Command(
         "List, verify or compare the checkpoints of a run.",
         f"(list | verify | diff STAGE/STEP STAGE/STEP) {WORKDIR}",
@@ -199,6 +207,7 @@ FLAGS = (
         at_least=0,
     ),
     # Data
+    Flag("batch", "K", "Batch to show; batch K is trained on at step K + 1.", ("inspect",), int, 0, at_least=0),
     Flag(
         "data",
         "SOURCE",

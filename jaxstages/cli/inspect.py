@@ -1,7 +1,6 @@
 """`inspect`: show a batch as text, with the trained-on tokens in colour, and statistics of the data."""
 
 import contextlib
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from jaxstages.cli.resolve import keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.data.batches import batches_by_step
 from jaxstages.data.mixture import describe
+from jaxstages.data.row_text import spans_of
 from jaxstages.runtime.workdir import begun_stages, lock, writable
 from jaxstages.training.setup import StageSetup, setup_stage
 from jaxstages.types import Batch
@@ -21,8 +21,10 @@ ROWS = 4
 """Rows to show."""
 
 
-def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
-    """Print rows of batch 0, and statistics of packing, truncation and masking, for a stage (by default the first).
+def inspect(recipe: Recipe, workdir: Path, stage: str | None, number: int = 0) -> None:
+    """Print rows of a batch, and statistics of packing, truncation and masking, for a stage (by default the first).
+
+    Batch k is what step k + 1 of the log trains on.
 
     A token is green if the model is trained to produce it, and dim if it is only context. Without colour (in a file),
     trained-on spans stand in ⟦double brackets⟧. `¦` begins a new example, `·` is padding.
@@ -38,13 +40,17 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
     batches = batches_by_step(
         mixed.sources, batch_size=loop.batch_size, seed=recipe.seed, weights=mixed.weights, late=mixed.late
     )
-    batch = batches.batch(0)
+    batch = batches.batch(number)
     total = len(batch.tokens_BL)
-    console.print(f"{setup.name}: batch 0, {min(ROWS, total)} of its {total} rows", style="bold")
+    console.print(f"{setup.name}: batch {number}, {min(ROWS, total)} of its {total} rows", style="bold")
     for row in range(min(ROWS, total)):
         console.print(_row(setup, batch, row, console.is_terminal))
     masked = 100 * (1 - float(np.sum(batch.weights_BL > 0)) / float(np.sum(batch.segments_BL > 0)))
-    console.print(f"  batch 0: {masked:.1f} % of its tokens are masked (read, not trained on)")
+    console.print(f"  batch {number}: {masked:.1f} % of its tokens are masked (read, not trained on)")
+    records = batches.where(number)
+    console.print(
+        f"  its records: {', '.join(records[:ROWS])}" + (f" and {len(records) - ROWS} more" * (len(records) > ROWS))
+    )
     for line in describe(setup.data.datasets, loop.steps, loop.batch_size, setup.config.late_from):
         console.print(f"  {line}")
     held_out = [source for each in setup.data.evaluation_sets for source in each.held_out]
@@ -60,20 +66,11 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None) -> None:
 
 
 def _row(setup: StageSetup, batch: Batch, row: int, colour: bool) -> Text:
-    """Format one row. Each slot shows its target, so that every id appears once, in the colour of its own weight. The
-    first token of an example, which nothing predicts, is added."""
-    slots: list[tuple[int, bool, str]] = []  # id, whether it is trained on, and a mark before it
-    for slot in range(batch.tokens_BL.shape[1]):
-        if not batch.segments_BL[row, slot]:
-            break
-        if batch.positions_BL[row, slot] == 0:
-            slots.append((int(batch.tokens_BL[row, slot]), False, "¦"))
-        slots.append((int(batch.targets_BL[row, slot]), bool(batch.weights_BL[row, slot] > 0), ""))
+    """Format one row, each token in the colour of its own loss weight."""
     text = Text()
-    for (trained, _), group in itertools.groupby(slots, key=lambda entry: (entry[1], entry[2])):
-        entries = list(group)
-        piece = entries[0][2] + setup.data.tokenizer.show([token for token, _, _ in entries])
-        marked = f"⟦{piece}⟧" if trained and not colour else piece
-        text.append(marked, style="bold green" if trained else "dim")
+    for span in spans_of(batch, row, setup.data.tokenizer):
+        piece = f"¦{span.text}" if span.begins else span.text
+        marked = f"⟦{piece}⟧" if span.trained and not colour else piece
+        text.append(marked, style="bold green" if span.trained else "dim")
     padded = not batch.segments_BL[row, -1]
     return text.append("·", style="dim") if padded else text

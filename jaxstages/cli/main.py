@@ -167,6 +167,13 @@ def _run(
         checkpoints(workdir, values.stage, words)
         return
 
+    if command == "report":
+        before_jax()
+        from jaxstages.cli.report import report
+
+        report(given, workdir)
+        return
+
     if command == "import":
         before_jax()
         from jaxstages.cli.transfer import import_model
@@ -207,7 +214,7 @@ def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, wor
         case "inspect":
             from jaxstages.cli.inspect import inspect
 
-            inspect(recipe, workdir, values.stage)
+            inspect(recipe, workdir, values.stage, values.batch)
         case "evaluate":
             from jaxstages.cli.evaluate import evaluate
 

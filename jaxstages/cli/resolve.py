@@ -1,6 +1,7 @@
 """The recipe of a command: the given one or the workdir's own, and whether it may differ from what was trained."""
 
 import importlib.metadata
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def _check_change(kept: Recipe, given: Recipe, workdir: Path, lengthen: str) -> 
 
     moved = set()
     for line in recipes.differences(kept, given):
-        path = line.split(":")[0]
+        path = re.sub(r"\[\d+\]$", "", line.split(":")[0])  # an entry of a tuple stands for the tuple
         name = path.removeprefix("config.extra_stages.").removeprefix("config.").split(".")[0]
         if not _is_within(path, fixed) or path.endswith(mutable) or _is_within(path, evaluated):
             continue

@@ -11,9 +11,10 @@ from jaxstages.cli.resolve import flatten_fields, keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.config.checks import validate
 from jaxstages.data.stage_data import prepare_stages
+from jaxstages.experiments.report import write_report
 from jaxstages.experiments.stage_matrix import stage_matrix
 from jaxstages.interop.hf_import import import_folder, source_of
-from jaxstages.runtime import lost_host, multihost
+from jaxstages.runtime import bucket, lost_host, multihost
 from jaxstages.runtime.cluster import ProcessInfo
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import read_json
@@ -62,13 +63,25 @@ def train(
 def run_stages(
     recipe: Recipe, workdir: Path, process: ProcessInfo | None = None, options: RunOptions = RunOptions()
 ) -> None:
-    """Train all stages of the recipe, one after the other, then print the stage matrix."""
+    """Train all stages of the recipe, one after the other, then print the stage matrix and write the report."""
     names = list(recipes.stages(recipe))
     if not names:
         raise ValueError("the recipe has no stage to run; name one that has with --config=RECIPE")
     with _prepared(recipe, workdir, names, process):
         if all(_train(recipe, workdir, name, options) for name in names):
             stage_matrix(recipe, workdir)
+            if multihost.is_process_zero():
+                _report(recipe, workdir)
+
+
+def _report(recipe: Recipe, workdir: Path) -> None:
+    """Write the report. The run is finished by then: what keeps the report from being written does not fail it."""
+    try:
+        say(f"report: {write_report(workdir, recipe)}")
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError) and not bucket.explain(error):
+            raise
+        say(f"no report was written: {error}; `jaxstages report --workdir={workdir}` writes it", "yellow")
 
 
 def _train(recipe: Recipe, workdir: Path, name: str, options: RunOptions) -> bool:

@@ -274,6 +274,7 @@ def _check_early_stopping(name: str, stage: StageConfig, earlier: tuple[str, ...
     metric, where = stage.early_stopping.metric, f"config.{name}.early_stopping"
     evaluated = (*LOSSES, *map(metric_name, stage.evaluation.metrics))
     prefixes = tuple(f"{key}/" for key in stage.mixture) + tuple(f"watch/{key}/" for key in earlier)
+    prefixes += ("choice/",) if stage.evaluation.choice else ()
     if metric not in evaluated and not metric.startswith(prefixes):
         raise ValueError(
             f"{where}.metric={metric!r} is not evaluated in this stage; known: {', '.join(evaluated)} (or add it to "

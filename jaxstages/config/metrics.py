@@ -17,7 +17,7 @@ FITS = {
 }
 """Metrics of generated answers or of labels, by task."""
 
-HIGHER = ("token_accuracy", "bleu", "chrf", "exact_match", "accuracy", "macro_f1")
+HIGHER = ("token_accuracy", "bleu", "chrf", "exact_match", "accuracy", "accuracy_norm", "macro_f1")
 """Metrics that are better when higher."""
 
 

@@ -130,7 +130,8 @@ def source_sha256(file: Path, name: str) -> str:
 
 
 def _definitions(file: Path) -> dict[str, list[ast.stmt]]:
-    """Return the statements at the top level of a file that bind each name."""
+    """Return the statements at the top level of a file that bind each name. A compound statement, such as `if` or
+    `try`, binds all names in it."""
     definitions: dict[str, list[ast.stmt]] = {}
     for statement in ast.parse(file.read_text(encoding="utf-8")).body:
         match statement:
@@ -142,7 +143,9 @@ def _definitions(file: Path) -> dict[str, list[ast.stmt]]:
                 nodes = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
                 names = [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
             case _:
-                names = []
+                nodes = list(ast.walk(statement))
+                names = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+                names += [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
         for name in names:
             definitions.setdefault(name, []).append(statement)
     return definitions
@@ -163,7 +166,8 @@ class Metric:
     def name(self) -> str:
         if isinstance(self.score, Part):
             return self.score.part.partition(":")[2]
-        return inspect.unwrap(self.score).__name__
+        function = self.score.func if isinstance(self.score, functools.partial) else self.score
+        return inspect.unwrap(function).__name__
 
 
 def metric_name(metric: Any) -> str:

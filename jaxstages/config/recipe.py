@@ -79,6 +79,11 @@ class EvaluationConfig:
     """Longest generated answer, in tokens."""
     batch_size: int = setting(64, at_least=1, at_most=2**20)
     """Held-out rows, or prompts to answer, in one batch, over all devices and hosts."""
+    choice: tuple[str, ...] = ()
+    """Sources of multiple-choice questions, `{"query", "choices", "gold"}`, measured at each evaluation as
+    `choice/NAME/accuracy` and `choice/NAME/accuracy_norm` (by the likelihood per character)."""
+    choice_max_questions: int = setting(0, at_least=0)
+    """Questions of each of these sources, evenly spaced; 0 means all."""
     watch: tuple[str, ...] = (EARLIER,)
     """Stages whose held-out data are also measured at each evaluation, as `watch/STAGE/METRIC`, to show what the model
     forgets. "earlier" stands for all stages before this one in the workdir; () watches none."""

@@ -1,6 +1,7 @@
 """The data of a stage: the rows that it trains on, and the held-out sets that it is measured on."""
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -8,10 +9,11 @@ from typing import NamedTuple
 from jaxstages import config as recipes
 from jaxstages.config import DataConfig, EvaluationConfig, LoopConfig, Recipe, StageConfig
 from jaxstages.data.mixture import Dataset, Mixed, mix, steps_for
-from jaxstages.data.prepare import Engine, Prepared, prepare, rows_folder
+from jaxstages.data.prepare import Engine, Prepared, open_prepared, prepare, rows_folder
 from jaxstages.data.run_tokenizer import cache_folder, open_tokenizer
 from jaxstages.data.sources import open_source
 from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.runtime.bucket import local_copy
 from jaxstages.runtime.workdir import result_file
 
 WATCH = "watch/"
@@ -108,6 +110,41 @@ def data_names(
         "train": [each for data in trained for each in names(data, "train", data.train)],
         "held_out": [each for data in selecting for each in names(data, "validation", data.validation or data.train)],
     }
+
+
+def open_recorded(
+    recipe: Recipe, name: str, stage: StageConfig, names: Mapping[str, list[str]], workdir: Path
+) -> tuple[list[Dataset], list[Prepared]]:
+    """Open the rows that a checkpoint records: the data sets it was trained on, and the stage's own held-out rows.
+
+    No source is opened. Nothing is prepared or downloaded.
+
+    Args:
+        names: "data" of the checkpoint's metadata, as of `data_names`.
+
+    Raises:
+        ValueError: the cache on this machine does not have them.
+    """
+    shares = shares_of(recipe, name, stage)
+    if sum(len(data.train) for data, _, _ in shares.values()) != len(names["train"]):
+        raise ValueError(f"the recipe names other data than the checkpoint of {name}")
+
+    cache = local_copy(cache_folder(recipe, workdir))
+
+    def opened(rows_name: str) -> Prepared:
+        prepared = open_prepared(cache / rows_name)
+        if prepared is None:
+            raise ValueError(f"the prepared rows of {name}, {cache / rows_name}, are not on this machine")
+        return prepared
+
+    trained = iter([opened(rows_name) for rows_name in names["train"]])
+    datasets = []
+    for key, (data, share, late) in shares.items():
+        train = list(itertools.islice(trained, len(data.train)))
+        weights = data.weights or tuple(source.index["rows"] for source in train)
+        datasets.append(Dataset(key, train, weights, share, late))
+    own_held_out = names["held_out"][: len(stage.data.validation or stage.data.train)]
+    return datasets, [opened(rows_name) for rows_name in own_held_out]
 
 
 def shares_of(recipe: Recipe, name: str, stage: StageConfig) -> dict[str, tuple[DataConfig, float, float]]:

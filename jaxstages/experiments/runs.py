@@ -38,6 +38,14 @@ class Run(NamedTuple):
         lines = self.metrics.get(stage, [])
         return [(line["step"], line[metric]) for line in lines if line["kind"] == kind and line.get(metric) is not None]
 
+    def events(self, stage: str, event: str) -> list[dict[str, Any]]:
+        """Return the event lines of a stage with this name, such as "step skipped"."""
+        return [line for line in self.metrics.get(stage, []) if line["kind"] == "event" and line["event"] == event]
+
+    def last_step(self, stage: str) -> int:
+        """Return the last step that a stage has logged."""
+        return max((line["step"] for line in self.metrics.get(stage, [])), default=0)
+
 
 def stage_names(recipe: dict[str, Any]) -> list[str]:
     """List the stages of a recorded recipe, in order."""
@@ -98,9 +106,9 @@ def _workdirs(folder: Path) -> list[Path]:
 
 
 def flat_fields(recipe: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
-    """Map the path of each field of a recorded recipe, "config.seed", to its value."""
+    """Map the path of each field of a recorded recipe, "config.seed", to its value. An own part is one value."""
     fields: dict[str, Any] = {}
     for name, value in recipe.items():
-        inner = isinstance(value, dict)
+        inner = isinstance(value, dict) and "part" not in value
         fields |= flat_fields(value, f"{prefix}.{name}") if inner else {f"{prefix}.{name}": value}
     return fields

@@ -133,13 +133,13 @@ def make_scorer(
     Args:
         answer_with: `answer_with(max_new_tokens)` returns a function that answers prompts.
     """
-    questions = subsample_evenly([q for source in each.held_out for q in source.questions()], each.config.max_examples)
+    questions = held_out_questions(each.held_out, each.config.max_examples)
     if not each.config.metrics or not questions:
         return None
     references = [question.reference for question in questions]
     prompts = [question.prompt for question in questions]
     if each.task == "classify":
-        labels = sorted({q.reference for source in (*each.train, *each.held_out) for q in source.questions()})
+        labels = labels_of([*each.train, *each.held_out])
         classify = make_classify(text_model, labels, batch_size, before_batch)
         own = [metric for metric in each.config.metrics if not isinstance(metric, str)]
 
@@ -158,6 +158,16 @@ def make_scorer(
         return metrics, signatures
 
     return scorer
+
+
+def held_out_questions(held_out: Sequence[Prepared], limit: int) -> Sequence[Question]:
+    """Return the questions that a held-out set is scored on, evenly spaced; all of them if `limit` is 0."""
+    return subsample_evenly([question for source in held_out for question in source.questions()], limit)
+
+
+def labels_of(sources: Sequence[Prepared]) -> list[str]:
+    """List the labels of a task `classify`, which are those of its training and held-out records."""
+    return sorted({question.reference for source in sources for question in source.questions()})
 
 
 def make_texts(

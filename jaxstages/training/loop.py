@@ -337,6 +337,9 @@ class Loop:
         metric = training.config.early_stopping.metric
         if (average := metrics.get(f"average/{metric}")) is not None:
             say(f"  average: {metric} {average:.4g}", "green")
+        if choices := [name for name in metrics if name.startswith("choice/") and name.endswith("/accuracy")]:
+            parts = [f"{name.split('/')[1]} {with_error(metrics, name).partition(' ')[2]}" for name in choices]
+            say(f"  choice accuracy: {'  '.join(parts)}", "green")
         for prefix, scores in [*training.scores.items()][1:]:
             measured = [name for name in scores if prefix + name in metrics]
             parts = [with_error(metrics, name, prefix) for name in ("loss", "perplexity", *measured)]

@@ -16,15 +16,18 @@ from jaxstages.config import (
     Recipe,
     StageConfig,
 )
-from jaxstages.data.run_tokenizer import open_tokenizer
+from jaxstages.data.choices import open_choices
+from jaxstages.data.run_tokenizer import cache_folder, open_tokenizer
 from jaxstages.data.stage_data import EvaluationSet, StageData, prepare_stage, with_steps
 from jaxstages.data.tokenizer import Tokenizer
+from jaxstages.generation.choices import make_choice_scorer
 from jaxstages.generation.evaluate import Evaluate, TextModel, make_evaluate
 from jaxstages.models.sharding import make_mesh
 from jaxstages.runtime.cpu import check_sums
 from jaxstages.training.compile import make_loss
 from jaxstages.training.handoff import Contract, contract_of
 from jaxstages.training.program import Program, check_fit, choose_attention, make_program
+from jaxstages.types import Params, Report
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,31 @@ def make_stage_evaluate(
     sets: Sequence[EvaluationSet] | None = None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluate:
-    """Return the `make_evaluate` of a stage.
+    """Return the `make_evaluate` of a stage, with its multiple-choice questions.
 
     Args:
-        sets: by default all of the stage's.
-        before_batch: called before each batch; what it raises ends the evaluation.
+        sets: by default all of the stage's, and the questions of `evaluation.choice`.
+        before_batch: called before each batch; an exception in it ends the evaluation.
     """
-    return make_evaluate(
-        setup.text_model,
-        setup.data.evaluation_sets if sets is None else sets,
-        setup.config.evaluation,
-        setup.config.loop.loss_tile,
-        before_batch,
+    config, tile = setup.config.evaluation, setup.config.loop.loss_tile
+    on_sets = make_evaluate(
+        setup.text_model, setup.data.evaluation_sets if sets is None else sets, config, tile, before_batch
     )
+    if sets is not None or not config.choice:
+        return on_sets
+
+    context, cache = setup.program.context, cache_folder(setup.recipe, setup.workdir)
+    questions = [
+        open_choices(source, setup.data.tokenizer, context, config.choice_max_questions, cache)
+        for source in config.choice
+    ]
+    score = make_choice_scorer(setup.text_model, questions, config.batch_size, tile, before_batch)
+
+    def evaluate(params: Params, scores: bool) -> Report:
+        report = on_sets(params, scores)
+        return report._replace(metrics=report.metrics | score(params))
+
+    return evaluate
 
 
 def setup_stage(recipe: Recipe, name: str, workdir: Path, with_data: bool = True) -> StageSetup:

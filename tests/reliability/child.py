@@ -95,15 +95,17 @@ def main() -> None:
         slots[0] = PHASES.index("import")
         sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would load what only tests/interop needs
         import jaxstages.cli.main  # noqa: F401
+        from jaxstages.generation import decode
         from jaxstages.runtime import lost_host
         from jaxstages.training import program
-        from tests.compiled import traced_once, write_whole_files
+        from tests.compiled import made_once, traced_once, write_whole_files
 
         default = lost_host.LOST_AFTER_SECONDS
         lost_host.LOST_AFTER_SECONDS = int(os.environ.get("JAXSTAGES_TEST_LOST_AFTER", default))
         tell_phases(slots)
         write_whole_files()
         program.make_model = traced_once(program.make_model)
+        decode.compile_decode = made_once(decode.compile_decode)
         door.cli()
 
 

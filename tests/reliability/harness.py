@@ -104,9 +104,7 @@ class Home:
             "COLUMNS": "300",
             "PYTHONFAULTHANDLER": "1",
         }
-        env["XLA_FLAGS"] = compiled.QUICK  # one device, as most users have
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(compiled.folder())}
-        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
+        env |= compiled.environment()
         output = log.open("ab")
         words = (*self.command, f"--config={self.folder}/recipe.py", f"--workdir={work}", *self.more, *more)
         process = subprocess.Popen(
@@ -192,7 +190,7 @@ def outcome(work: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quick_runs() -> Iterator[None]:
-    """On one device, where a run takes seconds."""
+    """On one device, as all tests are by `tests/conftest.py`; only test_buckets.py still asks for it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         yield
@@ -218,6 +216,7 @@ def garbage(work: Path) -> list[str]:
         "LOCK",
         "LEASE",
         "stage_matrix.json",
+        "report.html",
         "tokenizer",
         "tokenizer.json",
         "cache",

@@ -1,6 +1,5 @@
 """A run that lives in a bucket ends in the same bits as on a disk, whatever the network and the machine do."""
 
-import os
 import random
 import re
 import signal
@@ -33,6 +32,9 @@ from tests.reliability.test_corruption import KINDS, Kept
 
 LEASE_SECONDS = "3"
 
+# Orbax's event loops are closed before the last futures of gcsfs are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_leases() -> Iterator[None]:
@@ -43,12 +45,23 @@ def _quick_leases() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     """The rows are in the workdir, and so in the bucket."""
-    home = Home(tmp_path_factory.mktemp("home"))
-    home.more = ("--config.cache=",)
-    os.environ["XDG_CACHE_HOME"] = str(home.folder / "xdg")
-    return home
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "xdg"))
+        yield Home(folder, more=("--config.cache=",))
+
+
+@pytest.fixture(scope="module")
+def short(home: Home, request: pytest.FixtureRequest) -> Home:
+    """All three stages in `make soak`; the first alone costs a third."""
+    return home if request.config.getoption("--kills") >= 100 else Home(home.folder, ("pretrain",), home.more)
+
+
+@pytest.fixture(scope="module")
+def whole_of_short(home: Home, short: Home, whole: dict[str, Any]) -> dict[str, Any]:
+    return whole if short is home else {"pretrain": whole["pretrain"]}
 
 
 @pytest.fixture(scope="module")
@@ -79,26 +92,30 @@ def test_three_stages_end_in_the_same_bits_as_on_a_disk(home: Home, whole: dict[
 
 
 def test_killed_at_random_instants(
-    home: Home, whole: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+    short: Home, whole_of_short: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     count, dice, tally, sent, runs = request.config.getoption("--kills"), random.Random(1), Tally(), 0, 0
     while sent < count:
         work = in_bucket(tmp_path / f"kill{runs}")
-        sent += torment(home, work, signal.SIGKILL, dice, tally, min(count - sent, dice.randint(3, 12)))
-        assert unlike(outcome(work), whole) == [] and garbage(work) == []
+        sent += torment(short, work, signal.SIGKILL, dice, tally, min(count - sent, dice.randint(3, 12)))
+        assert unlike(outcome(work), whole_of_short) == [] and garbage(work) == []
         runs += 1
     print_table(f"{sent} kills of runs in a bucket", {"phases": dict(tally.hits), "steps redone": max(tally.redone)})
     since = [redone - unsaved for redone, unsaved in zip(tally.redone, tally.unsaved, strict=True)]
     assert max(tally.unsaved, default=0) <= SAVE_EVERY and max(since, default=0) <= SAVE_EVERY
 
 
-@pytest.mark.parametrize("rate", [0.01, 0.1])
-def test_requests_that_fail(home: Home, whole: dict[str, Any], tmp_path: Path, rate: float) -> None:
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.5])
+def test_requests_that_fail(
+    short: Home, whole_of_short: dict[str, Any], tmp_path: Path, rate: float, request: pytest.FixtureRequest
+) -> None:
     """The run ends in the same bits; or with code 74, and when started again in the same bits."""
+    if rate > 0.02 and request.config.getoption("--faults") < 100:
+        pytest.skip("each retry waits for seconds; `make soak` has it")
     work, proxy, codes = in_bucket(tmp_path / f"rate{rate}"), emulator.start(), Counter()
     with emulator.failing(proxy, rate, seed=round(100 * rate)):
         for _ in range(20):
-            child = home.start(work)
+            child = short.start(work)
             code = child.wait(600)
             codes[code] += 1
             if code == 0:
@@ -107,20 +124,20 @@ def test_requests_that_fail(home: Home, whole: dict[str, Any], tmp_path: Path, r
         faults = {kind: proxy.counts[kind] for kind in emulator.FAULTS}
     print_table(f"faults at a rate of {rate}", {"codes": dict(codes), **faults})
     assert sum(faults.values()) > 100 * rate
-    assert code == 0 and unlike(outcome(work), whole) == [] and garbage(work) == []
+    assert code == 0 and unlike(outcome(work), whole_of_short) == [] and garbage(work) == []
 
 
 def test_of_two_runs_at_once_one_is_refused(
-    home: Home, whole: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+    short: Home, whole_of_short: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     for race in range(request.config.getoption("--races")):
         work = in_bucket(tmp_path / f"race{race}")
-        pair = [home.start(work, log=tmp_path / f"{race}.{number}.log") for number in range(2)]
+        pair = [short.start(work, log=tmp_path / f"{race}.{number}.log") for number in range(2)]
         codes = [child.wait() for child in pair]
         assert sorted(codes) == [0, 2], [child.log() for child in pair]
         winner, loser = pair[codes.index(0)], pair[codes.index(2)]
         assert re.search(rf"in use by \S+ pid {winner.process.pid}; wait for it", loser.log())
-        assert unlike(outcome(work), whole) == []
+        assert unlike(outcome(work), whole_of_short) == []
 
 
 def test_hosts_without_a_shared_disk(home: Home, tmp_path: Path) -> None:
@@ -164,10 +181,11 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeptInBucket]:
 def test_each_object_of_the_newest_checkpoint(
     kept: KeptInBucket, tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    if kind not in ("flip", "delete") and request.config.getoption("--faults") < 100:
+    every = 1 if request.config.getoption("--faults") >= 100 else 5
+    if kind not in ("flip", "delete") and every > 1:
         pytest.skip("half a minute each; `make soak` has them")
     dice, ends, newest = random.Random(2), Counter(), kept.steps[-1]
-    for number, file in enumerate(kept.files(newest)):
+    for number, file in enumerate(kept.files(newest)[::every]):
         stage_dir = kept.copy(in_bucket(tmp_path / f"{kind}{number}"))
         path = checkpoint_folder(stage_dir, newest) / file
         content = bytearray(path.read_bytes())
@@ -197,7 +215,7 @@ def test_each_object_of_the_newest_checkpoint(
         elif not (kind == "delete" and file.name in UNLISTED[2:]):
             assert any(quarantine_folder(stage_dir).glob(f"{newest}.*.reason")), file
     print_table(f"{kind}: each object in a bucket", dict(ends))
-    assert ends["fell back"] > 10
+    assert ends["fell back"] >= 20 // every
 
 
 def test_a_save_takes_few_requests(kept: KeptInBucket, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from jaxstages.training.early_stopping import early_stopping
 from jaxstages.training.handoff import read_parent
 from jaxstages.training.saved_items import to_items
 from jaxstages.training.setup import StageSetup, setup_stage
-from tests.reliability.harness import damage, make_recipe, print_table, quick_runs
+from tests.reliability.harness import damage, make_recipe, print_table
 
 KINDS = ("flip", "truncate", "zero", "delete", "swap")
 
@@ -63,9 +62,8 @@ class Kept:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
-    with quick_runs():
-        yield Kept(tmp_path_factory.mktemp("kept"))
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    return Kept(tmp_path_factory.mktemp("kept"))
 
 
 def harm(kept: Kept, stage_dir: Path, step: int, file: Path, kind: str, dice: random.Random) -> bool:

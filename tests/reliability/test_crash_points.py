@@ -8,6 +8,7 @@ import contextlib
 import errno
 import gc
 import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ import pytest
 
 from jaxstages.cli.train import run_stages
 from jaxstages.config import Recipe
-from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, quick_runs, unlike
+from tests.reliability.harness import Home, garbage, make_recipe, outcome, print_table, unlike
 
 CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync")
 
@@ -60,12 +61,6 @@ def short(home: Path) -> Recipe:
     return recipe
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with quick_runs():
-        yield
-
-
 def copy_if_there(source: str, target: str) -> None:
     """Native threads go on while the tree is copied: a file of theirs may be gone meanwhile."""
     with contextlib.suppress(FileNotFoundError):
@@ -82,54 +77,58 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def test_a_kill_at_each_call_of_python(quick: None, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_kill_at_each_call_of_python(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     home, states = tmp_path / "home", tmp_path / "states"
     recipe, work = short(home), home / "work"
-    kept: dict[str, tuple[str, Path]] = {}
+    every = request.config.getoption("--every")
+    seen: set[str] = set()
+    chosen: list[tuple[str, Path]] = []
     calls = Counter()
 
     def keep(name: str, args: tuple[Any, ...]) -> None:
         calls[name] += 1
         before = digest(home)
-        if before not in kept:
-            folder = states / str(len(kept))
+        if before in seen:
+            return
+        if len(seen) % every == 0:
+            folder = states / str(len(seen))
             shutil.copytree(home, folder, symlinks=True, copy_function=copy_if_there)
-            kept[before] = (f"{name} {' '.join(map(str, args))}", folder)
+            chosen.append((f"{name} {' '.join(map(str, args))}", folder))
+        seen.add(before)
 
     with before_each_call(keep):
         run_stages(recipe, work)
     expected = outcome(work)
-    every = request.config.getoption("--every")
-    tried = list(kept.values())[::every]
-    for what, folder in tried:
+    for what, folder in chosen:
         shutil.rmtree(home)
         shutil.copytree(folder, home, symlinks=True)
         run_stages(recipe, work)
         assert unlike(outcome(work), expected) == [], f"killed before {what}"
         assert garbage(work) == [], f"killed before {what}"
         assert [p for p in (home / "cache").rglob("*.tmp*") if p.is_file()] == [], f"killed before {what}"
-    print_table(f"{sum(calls.values())} calls, {len(kept)} different states, {len(tried)} gone on from", dict(calls))
+    print_table(f"{sum(calls.values())} calls, {len(seen)} different states, {len(chosen)} gone on from", dict(calls))
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, dict[str, Any]]:
+    """A folder, how many calls a run in it makes, and what the run comes to."""
+    home = tmp_path_factory.mktemp("errors") / "home"
+    recipe, count = short(home), itertools.count()
+    with before_each_call(lambda name, args: next(count)):
+        run_stages(recipe, home / "work")
+    return home, next(count), outcome(home / "work")
 
 
 # Orbax's own threads find their event loop closed after some errors; what becomes of the run is asserted below.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_an_error_at_each_call_of_python(
-    quick: None, tmp_path: Path, request: pytest.FixtureRequest, number: int
+    counted: tuple[Path, int, dict[str, Any]], request: pytest.FixtureRequest, number: int
 ) -> None:
     """An OSError (code 74) or, in what Orbax does on its own account, success; the same bits when it is gone."""
-    home = tmp_path / "home"
+    home, total, expected = counted
     recipe, work = short(home), home / "work"
-    count = 0
-
-    def note(name: str, args: tuple[Any, ...]) -> None:
-        nonlocal count
-        count += 1
-
-    with before_each_call(note):
-        run_stages(recipe, work)
-    expected, ends = outcome(work), Counter()
-    every, total = request.config.getoption("--errors"), count
+    ends, every = Counter(), request.config.getoption("--errors")
     first = 1 + (number + request.config.getoption("--seed")) % every  # so that all can be had in parts
     for chosen in range(first, total + 1, every):
         shutil.rmtree(home)
@@ -160,13 +159,21 @@ def test_an_error_at_each_call_of_python(
 STRACE = shutil.which("strace")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, dict[str, Any]]:
+    """A recipe of one stage, and what comes of it."""
+    home = Home(tmp_path_factory.mktemp("native"), command=("pretrain",), more=("--config.pretrain.loop.steps=6",))
+    assert home.run(home.folder / "whole") == 0
+    return home, outcome(home.folder / "whole")
+
+
 @pytest.mark.skipif(STRACE is None, reason="strace is not installed")
 @pytest.mark.parametrize("fault", ["signal=KILL", "error=ENOSPC", "error=EIO"])
-def test_native_calls(tmp_path: Path, request: pytest.FixtureRequest, fault: str) -> None:
+def test_native_calls(
+    whole: tuple[Home, dict[str, Any]], tmp_path: Path, request: pytest.FixtureRequest, fault: str
+) -> None:
     """The K-th fsync, write or rename of a thread, whoever makes it, kills the run or fails."""
-    home = Home(tmp_path / "home", command=("pretrain",), more=("--config.pretrain.loop.steps=6",))
-    assert home.run(home.folder / "whole") == 0
-    expected, ends = outcome(home.folder / "whole"), Counter()
+    (home, expected), ends = whole, Counter()
     points = [(call, k) for call in ("fsync", "writev", "rename") for k in range(1, 41)]
     chosen = points[:: max(1, len(points) * 3 // request.config.getoption("--native"))]
     for call, k in chosen:

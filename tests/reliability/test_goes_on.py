@@ -23,17 +23,10 @@ from jaxstages.runtime import manifest
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, steps_of, tokenizer_file
 from jaxstages.training.metric_writer import read_metrics
-from tests.reliability.harness import quick_runs
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
 SAVED = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _on_one_device() -> Iterator[None]:
-    with quick_runs():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from tests.reliability.harness import ROOT, Home, free_port, outcome
 SCRIPT = """
 import hashlib
 import os
+import sys
 import time
 
 from jaxstages import __main__ as door
@@ -45,6 +46,10 @@ with stop_signals():  # as the door itself does, before the slow imports
     import jaxstages.training.loop as loop
     import jaxstages.training.stage as stage
     import jaxstages.cli.main
+    from tests import compiled as shared
+
+    sys.modules["torch"] = None  # tensorboardX would load what only tests/interop needs
+    shared.write_whole_files()
 
     make_batches, read, compile_any = stage._batches, loop.Loop._read_sums, compiler.compile_or_get_cached
 
@@ -112,10 +117,7 @@ class Lab:
         """In workdir `name`; the statements are put where SCRIPT says."""
         script, log = self.folder / f"{name}.py", self.folder / f"{name}.log"
         script.write_text(SCRIPT.replace("LOAD", load).replace("READ", read).replace("COMPILE", comp))
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
-        environment["XLA_FLAGS"] = compiled.QUICK
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
-        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environment = os.environ | compiled.environment() | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
         words = (f"--config={self.folder}/recipe.py", f"--workdir={self.folder / name}")
         more = f"--config.pretrain.loop.hang_seconds={hang}"
         with log.open("wb") as file:

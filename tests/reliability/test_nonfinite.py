@@ -36,7 +36,7 @@ from jaxstages.training.saved_items import from_items, to_items
 from jaxstages.training.setup import setup_stage
 from jaxstages.training.step import init_state, make_train_step
 from jaxstages.types import Batch, Diverged, Model, Params, TrainState
-from tests.reliability.harness import make_recipe, outcome, quick_runs, unlike
+from tests.reliability.harness import make_recipe, outcome, unlike
 from tests.tiny import VOCAB, mixed_batch
 
 # The step alone: two parameters, and faults that a token brings about.
@@ -292,7 +292,8 @@ class Lab:
 
     def ready(self, name: str, bad: set[int], most: int = 10) -> tuple[Recipe, Path]:
         """A recipe and a new workdir in which the batches `bad` give NaN, and `most` of them in a row are too many."""
-        self._patch.setattr(program, "make_model", lambda config, vocab, **_: self.model(bad))
+        model = self.model(bad)
+        self._patch.setattr(program, "make_model", lambda config, vocab, **_: model)
         recipe, work = copy.deepcopy(self.recipe), self.folder / name
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(self.folder / "setup" / "tokenizer", work / "tokenizer")
@@ -311,7 +312,7 @@ class Lab:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, pytest.MonkeyPatch]]:
     folder = tmp_path_factory.mktemp("lab")
-    with quick_runs(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         yield folder, patch
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from jaxstages.runtime.workdir import checkpoint_folder, steps_of
 from jaxstages.training import program, stage
 from jaxstages.training.setup import make_stage_evaluate
 from jaxstages.types import Batch, Interrupted, Params
-from tests.reliability.harness import make_recipe, outcome, quick_runs
+from tests.reliability.harness import make_recipe, outcome
 from tests.reliability.test_nonfinite import small_model
 
 
@@ -36,8 +37,9 @@ def dropout(x_BLD: jax.Array, batch: Batch, key: jax.Array | None) -> jax.Array:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Data, prepared rows and compiled functions, for a small model with dropout."""
     folder = tmp_path_factory.mktemp("home")
-    with quick_runs(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "make_model", lambda config, vocab, **_: small_model(vocab, dropout))
+    model = functools.cache(lambda vocab: small_model(vocab, dropout))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "make_model", lambda config, vocab, **_: model(vocab))
         yield folder
 
 
