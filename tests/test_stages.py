@@ -15,9 +15,10 @@ from jaxstages import config as recipes
 from jaxstages.checkpoint.fingerprint import fingerprint, params_sha256
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.cli.train import run_stages, train
-from jaxstages.config import EarlyStoppingConfig, Recipe, ScheduleConfig
+from jaxstages.config import AnchorConfig, EarlyStoppingConfig, MeshConfig, Recipe, ScheduleConfig
 from jaxstages.config.checks import validate
 from jaxstages.generation.evaluate import Evaluate
+from jaxstages.models.sharding import make_mesh
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.training import loop, stage
 from jaxstages.training.handoff import read_parent
@@ -95,6 +96,25 @@ def test_matrix_has_the_form_of_the_design(finished: tuple[Recipe, Path]) -> Non
     assert np.asarray(matrix["values"], float).shape == (3, len(matrix["columns"]))
     assert set(matrix["prompts"][0]["answers"]) == set(recipes.STAGES)
     assert any(signature.startswith("nrefs:1|case:mixed") for signature in matrix["signatures"])
+
+
+def test_a_stage_on_two_devices_comes_to_the_same(
+    finished: tuple[Recipe, Path], run: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hand-over, training with an anchor, answers and the matrix on a mesh. More meshes: `test_sharding.py`."""
+    recipe, work = again(run, "instruct")
+    monkeypatch.setattr("jaxstages.training.setup.make_mesh", lambda config: make_mesh(config, jax.devices()[:2]))
+    assert recipe.instruct
+    recipe.mesh = MeshConfig(data=1, fsdp=2)
+    recipe.instruct.anchor = AnchorConfig(weight=1e-6, batch_size=8, texts=2)  # its penalty is lost in rounding
+    run_stages(recipe, work)
+
+    expected = [*losses(finished[1], "instruct").values()]
+    np.testing.assert_allclose([*losses(work, "instruct").values()], expected, rtol=1e-4)
+    here, there = (read_json(folder / "stage_matrix.json") for folder in (work, finished[1]))
+    perplexities = [column for column, name in enumerate(there["columns"]) if name.endswith("perplexity")]
+    values = (np.asarray(matrix["values"], float)[:, perplexities] for matrix in (here, there))
+    np.testing.assert_allclose(*values, rtol=1e-4)
 
 
 def test_a_finished_stage_is_not_trained_again(run: tuple[Recipe, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from jaxstages.runtime import manifest
 from jaxstages.runtime.files import read_json, write_json
 from jaxstages.runtime.manifest import UNLISTED
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder, steps_of
+from jaxstages.training import program
 from jaxstages.training.early_stopping import early_stopping
 from jaxstages.training.handoff import read_parent
 from jaxstages.training.saved_items import to_items
 from jaxstages.training.setup import StageSetup, setup_stage
 from tests.reliability.harness import damage, make_recipe, print_table
+from tests.reliability.test_nonfinite import small_model
 
 KINDS = ("flip", "truncate", "zero", "delete", "swap")
 
@@ -62,8 +65,11 @@ class Kept:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
-    return Kept(tmp_path_factory.mktemp("kept"))
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    """Of a model of few parameters, which is restored hundreds of times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "make_model", lambda config, vocab, **_: small_model(vocab, lambda x, batch, key: x))
+        yield Kept(tmp_path_factory.mktemp("kept"))
 
 
 def harm(kept: Kept, stage_dir: Path, step: int, file: Path, kind: str, dice: random.Random) -> bool:
