@@ -335,7 +335,7 @@ def test_lines_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> N
     ]
     page = report(write_run(tmp_path / "work", Recipe(name="nan", pretrain=StageConfig()), lines, best_step=3))
     assert "3 lines without a finite loss are left out, the first at step 0." in page.text
-    assert "1 skipped steps" in page.text and "a spike" in page.text
+    assert "skipped steps: 1" in page.text and "a spike" in page.text
     nothing = [eval_line(0, None), train_line(1, None)]
     page = report(write_run(tmp_path / "nothing", Recipe(name="nan", pretrain=StageConfig()), nothing))
     assert "No finite loss was logged yet." in page.text
@@ -404,7 +404,7 @@ def test_a_long_run_makes_a_small_file(tmp_path: Path) -> None:
     lines += [eval_line(step, 2.5, **{"watch/x/loss": 1.0}) for step in range(0, 200_000, 10)]
     page = report(write_run(tmp_path / "work", Recipe(name="long", pretrain=StageConfig()), lines, best_step=10))
     assert len(page.raw) < 300_000
-    assert "A point is the mean of 667 logged values" in page.text
+    assert "a point is the mean of up to 667" in page.text
 
 
 def test_a_workdir_is_required(tmp_path: Path) -> None:
@@ -467,8 +467,8 @@ def test_a_chart_refers_to_colors_of_the_page_and_has_ids_of_its_own() -> None:
 
 
 def test_ticks_are_short() -> None:
-    values = [0.0, 0.003, 0.5, 25.0, 1200.0, 40_000.0, 1.5e6, 2e-5]
-    assert [*map(tick_label, values)] == ["0", "0.003", "0.5", "25", "1,200", "40k", "1.5M", "2e-5"]
+    values = [0.0, 0.003, 0.5, 25.0, 1200.0, 40_000.0, 1.5e6, 2e-5, 7.5e-4]
+    assert [*map(tick_label, values)] == ["0", "0.003", "0.5", "25", "1,200", "40k", "1.5M", "2e-5", "7.5e-4"]
 
 
 def test_numbers_have_the_digits_that_a_reader_needs() -> None:

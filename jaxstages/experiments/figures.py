@@ -157,7 +157,7 @@ def dot_matrix(name: str, counts: np.ndarray, description: str) -> Markup:
     with _drawing(WIDTH) as (axes, finish):
         colors = [SENTINELS["held-out" if row == column else "bad"] for row, column in zip(rows, columns, strict=True)]
         diameter = 0.8 * WIDTH / size
-        axes.scatter(columns, rows, s=(diameter * (0.4 + 0.6 * shares)) ** 2, c=colors, linewidths=0)
+        axes.scatter(columns, rows, s=(diameter * (0.5 + 0.5 * shares)) ** 2, c=colors, linewidths=0)
         axes.set_xlim(-0.5, size - 0.5)
         axes.set_ylim(size - 0.5, -0.5)
         axes.set_position((0.01, 0.01, 0.98, 0.98))
@@ -220,7 +220,7 @@ def _label_ticks(axes: Any, is_log: bool) -> None:
 
 
 def tick_label(value: float) -> str:
-    """Format a tick: 0.003, 25, 1,200, 40k, 1.5M."""
+    """Format a tick: 7.5e-4, 0.003, 25, 1,200, 40k, 1.5M."""
     size = abs(value)
     if size >= 1e6:
         return f"{value / 1e6:g}M"
@@ -228,7 +228,10 @@ def tick_label(value: float) -> str:
         return f"{value / 1e3:g}k"
     if size >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.6g}" if size >= 0.001 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+    if size >= 0.001 or value == 0:
+        return f"{value:.6g}"
+    mantissa, _, exponent = f"{value:.3e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _to_markup(svg: str, name: str, description: str) -> Markup:

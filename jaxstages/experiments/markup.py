@@ -48,7 +48,7 @@ class Section(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell of a table that has a class or a style."""
+    """A cell of a table that has a class or a style. The class "text" aligns it to the left."""
 
     content: str
     class_: str | None = None
@@ -57,7 +57,7 @@ class Cell(NamedTuple):
 
 def table(
     caption: str,
-    heads: Sequence[str],
+    heads: Sequence[str | Cell],
     rows: Iterable[Sequence[str | Cell]],
     *,
     numbers: bool = True,
@@ -69,7 +69,8 @@ def table(
         rows: the first cell of each is its heading.
         numbers: right-align all columns but the first.
     """
-    head = tag("tr", *(tag("th", text, scope="col") for text in heads))
+    columns = [head if isinstance(head, Cell) else Cell(head) for head in heads]
+    head = tag("tr", *(tag("th", cell.content, scope="col", class_=cell.class_) for cell in columns))
     body = [_row(row) for row in rows]
     classes = " ".join(filter(None, ["numbers" if numbers else None, class_]))
     element = tag(

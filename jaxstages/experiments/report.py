@@ -7,18 +7,18 @@ sentence says why they are missing.
 import importlib.resources
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from jaxstages import config as recipes
-from jaxstages.config import Recipe, StageConfig
+from jaxstages.config import Recipe
 from jaxstages.experiments.confusion import Confusion, measure_confusion
 from jaxstages.experiments.markup import Markup, Section, number, short_digest, tag
 from jaxstages.experiments.report_matrix import matrix_sections
 from jaxstages.experiments.report_stage import Reason, best_of, describe_stage, status_of, verdict_name
 from jaxstages.experiments.report_tables import cost_section, lineage_section, recipe_section, versions_section
-from jaxstages.experiments.runs import Run, read_run, stage_names
+from jaxstages.experiments.runs import Run, read_run
 from jaxstages.experiments.training_rows import checkpoint_meta, read_training_rows
 from jaxstages.runtime.files import write_text
 
@@ -142,21 +142,31 @@ def _card(run: Run, recipe: Recipe, name: str) -> Markup:
     verdict = run.results.get(name, {}).get("verdict")
     outcome = [tag("p", tag("strong", verdict_name(verdict)))] if verdict is not None else []
     card = tag("div", tag("h3", name), *(tag("p", line) for line in lines), *outcome, class_="card")
-    origin = _origin(run, name, stage)
-    is_child = not origin.startswith("from scratch")
-    return tag("li", tag("p", origin, class_="origin"), card, class_="child" if is_child else None)
+    origin = _origin(run, recipe, name)
+    return tag("li", tag("p", origin.text, class_="origin"), card, class_="child" if origin.is_stage_before else None)
 
 
-def _origin(run: Run, name: str, stage: StageConfig) -> str:
-    """Describe what a stage began from."""
-    if name not in run.results:
-        is_first = name == next(iter(stage_names(run.recipe)))
-        scratch = stage.init_from == "scratch" or (is_first and stage.init_from == "parent")
-        return "from scratch" if scratch else f"from {stage.init_from}"
-    parent = run.results[name]["parent"]
-    if parent is None:
-        return "from scratch"
-    return f"from {_parent_name(run, parent)}, step {parent['step']:,}, {short_digest(parent['params_sha256'])}"
+class Origin(NamedTuple):
+    """What a stage began from, or will begin from."""
+
+    text: str
+    is_stage_before: bool
+
+
+def _origin(run: Run, recipe: Recipe, name: str) -> Origin:
+    names, init_from = list(recipes.stages(recipe)), recipes.stages(recipe)[name].init_from
+    before = names[names.index(name) - 1] if names.index(name) else None
+    if name in run.results:
+        parent = run.results[name]["parent"]
+        if parent is None:
+            return Origin("from scratch", False)
+        parent_name = _parent_name(run, parent)
+        text = f"from {parent_name}, step {parent['step']:,}, {short_digest(parent['params_sha256'])}"
+        return Origin(text, parent_name == before)
+    if init_from == "scratch" or (init_from == "parent" and before is None):
+        return Origin("from scratch", False)
+    parent_name = before if init_from == "parent" and before is not None else init_from
+    return Origin(f"from {parent_name}", parent_name == before)
 
 
 def _parent_name(run: Run, parent: dict[str, Any]) -> str:

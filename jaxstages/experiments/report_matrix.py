@@ -11,8 +11,8 @@ from jaxstages.experiments.markup import Cell, Markup, Section, heat, number, ta
 from jaxstages.experiments.runs import Run
 from jaxstages.training.diagnosis import FORGOT
 
-MAX_ANSWER = 2000
-"""Characters of a prompt or an answer that are shown."""
+MAX_PROMPT, MAX_ANSWER = 300, 2000
+"""Characters of a prompt and of an answer that are shown."""
 
 MAX_PROMPTS = 50
 """Prompts that are shown."""
@@ -39,7 +39,7 @@ def _matrix(matrix: dict[str, Any], recipe: Recipe) -> Section:
         "colour is better. ● marks the best checkpoint, and ▼ one that is worse than an earlier one."
     )
     caption = "The best checkpoint of each stage (columns) on the held-out data of every stage (lines)"
-    heads = ["held-out data", *checkpoints, "last against best"]
+    heads = ["held-out data", *checkpoints, Cell("last against best", "text")]
     signatures = [tag("p", f"sacreBLEU: {'; '.join(matrix['signatures'])}", class_="note")]
     parts = [tag("p", text), table(caption, heads, rows), *(signatures if matrix["signatures"] else [])]
     return Section("matrix", "Stage matrix", parts)
@@ -78,15 +78,15 @@ def _last_against_best(
     last = len(values) - 1
     last_value, best_value = values[last], values[best]
     if last_value is None or best_value is None:
-        return Cell("✗ not finite", "forgot")
+        return Cell("✗ not finite", "text bad")
     if goods[last] >= goods[best]:
-        return Cell("● best")
+        return Cell("● best", "text")
     text = f"▼ {number(abs(last_value - best_value))} worse than {checkpoints[best]}"
     if metric != "perplexity":
-        return Cell(text, "worse")
+        return Cell(text, "text")
     nats = goods[best] - goods[last]
     text = f"{text}, by {nats:.2f} nats"
-    return Cell(f"{text}: forgotten", "forgot") if nats > FORGOT else Cell(text, "worse")
+    return Cell(f"{text}: forgotten", "text bad") if nats > FORGOT else Cell(text, "text")
 
 
 def _samples(matrix: dict[str, Any]) -> Section:
@@ -97,7 +97,7 @@ def _samples(matrix: dict[str, Any]) -> Section:
             tag("div", tag("dt", name), tag("dd", text.strip()[:MAX_ANSWER] or "(empty)", dir="auto"))
             for name, text in entry["answers"].items()
         ]
-        parts += [tag("h3", entry["prompt"][:MAX_ANSWER], dir="auto"), tag("dl", *answers, class_="answers")]
+        parts += [tag("h3", entry["prompt"][:MAX_PROMPT], dir="auto"), tag("dl", *answers, class_="answers")]
     text = "The same prompts, answered by the best checkpoint of each stage, always with the likeliest token."
     if len(entries) < len(matrix["prompts"]):
         text += f" The first {len(entries)} of {len(matrix['prompts'])} prompts."

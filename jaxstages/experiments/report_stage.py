@@ -13,7 +13,7 @@ from jaxstages.config.parts import metric_name
 from jaxstages.data.row_text import Span
 from jaxstages.data.stage_data import WATCH
 from jaxstages.experiments.confusion import Confusion
-from jaxstages.experiments.figures import Line, dot_matrix, line_chart
+from jaxstages.experiments.figures import MAX_POINTS, Line, dot_matrix, line_chart
 from jaxstages.experiments.markup import Cell, Markup, heat, number, percent, table, tag
 from jaxstages.experiments.runs import Run
 from jaxstages.experiments.training_rows import TrainingRows
@@ -110,7 +110,7 @@ def describe_stage(
         _verdict(run, recipe, name),
         tag("div", _loss_figure(run, recipe, name, best), _scores(run, recipe, name, best), class_="halves"),
         tag("h3", "Curves"),
-        tag("div", *_panels(run, recipe, name), class_="panels"),
+        *_panels(run, recipe, name),
         *_parts_of_scores(recipe, name, best),
         *_confusion_section(name, f"confusion-{_number(recipe, name)}", confusion),
         *_training_rows(name, rows),
@@ -167,7 +167,7 @@ def _loss_figure(run: Run, recipe: Recipe, name: str, best: Best | None) -> Mark
             mark = (best.step, losses[best.step])
         keys.append(_best_key(recipe, name, best))
     if skipped:
-        keys.append(tag("li", tag("span", "×", class_="symbol bad"), f"{len(skipped):,} skipped steps"))
+        keys.append(tag("li", tag("span", "×", class_="symbol bad"), f"skipped steps: {len(skipped):,}"))
     title = f"Loss of {name}, nats per scored token"
     chart = line_chart(
         f"loss-{_number(recipe, name)}",
@@ -193,14 +193,15 @@ def _notes(run: Run, name: str, lines: dict[str, Line]) -> str:
     missing = [line["step"] for line in run.metrics[name] if line["kind"] != "event" and line.get("loss", 0) is None]
     if missing:
         notes.append(f"{len(missing):,} lines without a finite loss are left out, the first at step {missing[0]:,}.")
-    return " ".join([*notes, _decimation_note(lines)]).strip()
+    largest = max(line.bucket_size for line in lines.values())
+    return " ".join([*notes, *([_decimation_note(largest)] if largest > 1 else [])])
 
 
-def _decimation_note(lines: dict[str, Line]) -> str:
-    longest = max(line.bucket_size for line in lines.values())
-    if longest == 1:
-        return ""
-    return f"A point is the mean of {longest:,} logged values; the band reaches from the smallest to the largest."
+def _decimation_note(bucket_size: int) -> str:
+    return (
+        f"Of curves with more than {MAX_POINTS} logged values, a point is the mean of up to {bucket_size:,}, and the "
+        "band reaches from the smallest to the largest of them."
+    )
 
 
 def _other_lines(run: Run, recipe: Recipe, name: str, metric: str) -> dict[str, Line]:
@@ -215,7 +216,7 @@ def _other_lines(run: Run, recipe: Recipe, name: str, metric: str) -> dict[str, 
 
 
 def _panels(run: Run, recipe: Recipe, name: str) -> list[Markup]:
-    """Return small charts: how the optimizer fared, and each metric of held-out data."""
+    """Return small charts of what the optimizer did, and of each metric of held-out data."""
     train_charts = {
         "Learning rate": "learning_rate",
         GRADIENT_NORM: "grad_norm",
@@ -228,7 +229,7 @@ def _panels(run: Run, recipe: Recipe, name: str) -> list[Markup]:
         own = {"held-out": Line(run.curve(name, "eval", metric), "held-out", marked=True)}
         charts[f"{metric} of held-out data"] = own | _other_lines(run, recipe, name, metric)
 
-    figures = []
+    figures, largest = [], 1
     for title, lines in charts.items():
         lines = {label: line for label, line in lines.items() if line.points}
         if not lines:
@@ -237,8 +238,10 @@ def _panels(run: Run, recipe: Recipe, name: str) -> list[Markup]:
         description = f"{title}. {_describe(lines)}"
         chart = line_chart(chart_name, [*lines.values()], description, may_be_log=title == GRADIENT_NORM)
         keys = _keys(lines) if set(lines) - {"held-out"} and len(charts[title]) > 1 else []
-        figures.append(_figure(title, chart, keys, _decimation_note(lines)))
-    return figures
+        figures.append(_figure(title, chart, keys, ""))
+        largest = max(largest, *(line.bucket_size for line in lines.values()))
+    note = [tag("p", _decimation_note(largest), class_="note")] if largest > 1 else []
+    return [tag("div", *figures, class_="panels"), *note]
 
 
 def _figure(title: str, chart: Markup, keys: list[Markup], note: str) -> Markup:
@@ -381,10 +384,10 @@ def _confused_pairs(confusion: Confusion) -> Markup:
     wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_CONFUSIONS]
     pairs = [divmod(int(index), len(labels)) for index in order]
-    rows = [[labels[i], labels[j], f"{wrong[i, j]}"] for i, j in pairs if wrong[i, j]]
+    rows = [[labels[i], Cell(labels[j], "text"), f"{wrong[i, j]}"] for i, j in pairs if wrong[i, j]]
     if not rows:
         return tag("p", "No label is taken for another.")
-    return table("Labels that are confused most often", ["true label", "predicted as", "records"], rows)
+    return table("Labels that are confused most often", ["true label", Cell("predicted as", "text"), "records"], rows)
 
 
 # Training rows and events ------------------------------------------------------------------------------------------
