@@ -13,8 +13,8 @@ from jaxstages import config as recipes
 from jaxstages.cli.train import run_stages
 from jaxstages.config import DatasetConfig, EvaluationConfig, Recipe
 from jaxstages.config.checks import validate
-from jaxstages.data.batches import Late, batches_by_step, interleave
-from jaxstages.data.mixture import Dataset, describe, mix, steps_for, uses
+from jaxstages.data.batches import WeightChange, batches_by_step, interleave
+from jaxstages.data.mixture import Dataset, dataset_usage, describe, mix, steps_for
 from jaxstages.runtime.files import read_json
 from jaxstages.training.metric_writer import read_metrics
 from jaxstages.training.setup import open_tokenizer, prepare_stage, setup_stage
@@ -41,7 +41,7 @@ def test_sources_go_on_where_they_were_when_the_weights_change(
     early: tuple[float, ...], late: tuple[float, ...]
 ) -> None:
     change = 300
-    position = interleave(early, Late(change, late))
+    position = interleave(early, WeightChange(change, late))
     counts: Counter[int] = Counter()
     at_change: Counter[int] = Counter()
     for i in range(900):
@@ -72,7 +72,7 @@ def test_shares_of_rows_tokens_and_passes() -> None:
     """Chats that score half of what text scores have a smaller share of the loss than of the rows."""
     chats = dataset("instruct", [Rows(100, 1000, 500)], 0.75)
     text = dataset("pretrain", [Rows(40, 400, 400), Rows(10, 100, 100)], 0.25)
-    found = uses([chats, text], rows=400, late_from=1.0)
+    found = dataset_usage([chats, text], rows=400, late_from=1.0)
     assert [use.rows for use in found] == [0.75, 0.25]
     assert found[0].scored == pytest.approx(0.75 * 5 / (0.75 * 5 + 0.25 * 10))
     assert [use.passes for use in found] == [pytest.approx(3.0), pytest.approx(2.0)]

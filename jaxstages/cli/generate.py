@@ -13,7 +13,7 @@ from jaxstages.data.sources import open_source
 from jaxstages.experiments.stage_matrix import prompt_ids
 from jaxstages.generation.evaluate import make_texts
 from jaxstages.runtime.console import Progress
-from jaxstages.runtime.files import local_path, make_folder, put
+from jaxstages.runtime.files import local_path, make_folder, rename_durably
 
 
 class Request(NamedTuple):
@@ -58,7 +58,7 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
     _, answers = part.read_text(encoding="utf-8").split("\n", 1)
     fresh = out.with_name(f"{out.name}.tmp")
     fresh.write_text(answers, encoding="utf-8")
-    put(fresh, out)
+    rename_durably(fresh, out)
     part.unlink()
 
 
@@ -116,7 +116,8 @@ def _header(loaded: LoadedModel, flags: SamplingFlags) -> dict[str, Any]:
 
 
 def _resume(part: Path, header: str, prompts: list[str]) -> int:
-    """Return the number of prompts that `part` already answers. A file of other flags is started afresh."""
+    """Return the number of prompts that `part` already answers. A file that was written with other flags is
+    overwritten."""
     # A line without its newline was cut off when the process was killed.
     lines = part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if part.exists() else []
     done = 0

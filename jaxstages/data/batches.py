@@ -58,8 +58,8 @@ def to_batch(rows: Sequence[np.ndarray]) -> Batch:
     return Batch(tokens, targets, weights.view(np.float32), segments, positions)
 
 
-class Late(NamedTuple):
-    """Weights of the sources from a row of the stream on."""
+class WeightChange(NamedTuple):
+    """New mixing weights, which take effect at row `row` of the stream."""
 
     row: int
     weights: Sequence[float]
@@ -69,7 +69,7 @@ Position = tuple[int, int]
 """The number of a source, and the number of its rows that came before."""
 
 
-def interleave(weights: Sequence[float], late: Late | None = None) -> Callable[[int], Position]:
+def interleave(weights: Sequence[float], late: WeightChange | None = None) -> Callable[[int], Position]:
     """Interleave endless sources by weight: `position(i)` is the source of row i of the stream, and the row in it.
 
     Among the first n rows, source j has `n * weights[j] / sum(weights)`, to within as many rows as there are sources.
@@ -115,7 +115,7 @@ def batches_by_step(
     batch_size: int,
     seed: int,
     weights: Sequence[float] = (),
-    late: Late | None = None,
+    late: WeightChange | None = None,
     local_rows: range | None = None,
 ) -> Batches:
     """Batches k = 0, 1, ... of the training rows.

@@ -56,7 +56,7 @@ from jaxstages.data.shards import (
 from jaxstages.data.sources import Part, Source
 from jaxstages.data.tasks import make_task
 from jaxstages.runtime.console import say
-from jaxstages.runtime.files import make_folder, put, read_json, write_json
+from jaxstages.runtime.files import make_folder, read_json, rename_durably, write_json
 
 DROPPED, SIZES = "dropped", "sizes"
 """Names of additional outputs."""
@@ -121,7 +121,7 @@ def _write(folder: Path, write: Callable[[Path], None], files: Callable[[Path], 
     make_folder(attempt)
     write(attempt)
     for temporary, path in zip(files(attempt), files(folder), strict=True):
-        put(temporary, path)
+        rename_durably(temporary, path)
 
 
 def _parts(pipeline: Any, source: Source) -> Any:
@@ -300,7 +300,7 @@ def shard_begins(sizes_of_parts: Iterable[tuple[int, bytes]], limits: ShardLimit
 def write_begins(sizes_of_parts: Iterable[tuple[int, bytes]], limits: ShardLimits, folder: Path) -> list[int]:
     begins, attempt = shard_begins(sizes_of_parts, limits), _scratch(folder) / uuid.uuid4().hex
     write_json(attempt, begins)
-    put(attempt, _scratch(folder) / BEGINS)
+    rename_durably(attempt, _scratch(folder) / BEGINS)
     return begins
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxstages.data.batches import Late
+from jaxstages.data.batches import WeightChange
 from jaxstages.data.prepare import Prepared
 
 
@@ -47,10 +47,10 @@ class Mixed(NamedTuple):
 
     sources: list[Prepared]
     weights: list[float]
-    late: Late | None
+    late: WeightChange | None
 
 
-class Use(NamedTuple):
+class DatasetUsage(NamedTuple):
     """How much a stage uses a data set.
 
     rows: share of the stage's rows.
@@ -76,7 +76,7 @@ def mix(datasets: Sequence[Dataset], late_row: int) -> Mixed:
 
     early = [dataset.share * fraction for dataset in datasets for fraction in dataset.fractions]
     late = [dataset.late_share * fraction for dataset in datasets for fraction in dataset.fractions]
-    return Mixed(sources, early, Late(late_row, late) if late != early else None)
+    return Mixed(sources, early, WeightChange(late_row, late) if late != early else None)
 
 
 def row_shares(datasets: Sequence[Dataset], late_from: float) -> list[float]:
@@ -88,12 +88,12 @@ def row_shares(datasets: Sequence[Dataset], late_from: float) -> list[float]:
     return [dataset.share * late_from + dataset.late_share * (1 - late_from) for dataset in datasets]
 
 
-def uses(datasets: Sequence[Dataset], rows: int, late_from: float) -> list[Use]:
+def dataset_usage(datasets: Sequence[Dataset], rows: int, late_from: float) -> list[DatasetUsage]:
     """Return how much a stage of `rows` rows uses each data set."""
     shares = row_shares(datasets, late_from)
     scored = [share * dataset.mean("scored") for share, dataset in zip(shares, datasets, strict=True)]
     return [
-        Use(dataset.name, share, scored_tokens / sum(scored), share * rows / dataset.rows)
+        DatasetUsage(dataset.name, share, scored_tokens / sum(scored), share * rows / dataset.rows)
         for dataset, share, scored_tokens in zip(datasets, shares, scored, strict=True)
     ]
 
@@ -113,7 +113,7 @@ def steps_for(
 def describe(datasets: Sequence[Dataset], steps: int, batch_size: int, late_from: float) -> list[str]:
     """Describe each data set in a line: passes over it and, if there are several, its shares of rows and loss."""
     lines = []
-    for use in uses(datasets, steps * batch_size, late_from):
+    for use in dataset_usage(datasets, steps * batch_size, late_from):
         passes = f"{use.passes:.2f} passes over its training rows in {steps:,} steps"
         shares = f"{use.rows:.1%} of the rows, {use.scored:.1%} of the scored tokens"
         name = "own data" if not lines else use.name

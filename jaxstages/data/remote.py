@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxstages.runtime.bucket import cache_base, check_free_space, open_file_system
 from jaxstages.runtime.console import say
-from jaxstages.runtime.files import acquire_lock, make_folder, put, read_json, write_json
+from jaxstages.runtime.files import acquire_lock, make_folder, read_json, rename_durably, write_json
 
 VERSION_KEYS = ("generation", "ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified")
 """Entries of fsspec's file descriptions that change with the content."""
@@ -68,5 +68,5 @@ def _download(fs: Any, path: str, copy: Path, info: dict[str, Any]) -> None:
         fs.get_file(path, str(part))
         if info.get("size") and part.stat().st_size != info["size"]:
             raise OSError(f"{path} has {info['size']} bytes, and {part.stat().st_size} came; start again")
-        put(part, copy)
+        rename_durably(part, copy)
         write_json(_version_file(copy), _version(info))

@@ -26,7 +26,7 @@ from jaxstages.data.packing import pack
 from jaxstages.data.sources import Item, Part, Source
 from jaxstages.data.tasks import Example, Task, holdout_key, is_held_out
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.runtime.files import put, write_json, write_text
+from jaxstages.runtime.files import rename_durably, write_json, write_text
 
 MAX_REPORTED = 5
 """Malformed records that are reported with their fault; all of them are counted."""
@@ -234,7 +234,7 @@ def write_examples(
     for row in rows:
         writer.write(row.tobytes())
     writer.close()
-    put(temporary, rows_file(folder, shard))
+    rename_durably(temporary, rows_file(folder, shard))
     write_text(where_file(folder, shard), "".join("\t".join(origins[i] for i in group) + "\n" for group in groups))
 
     targets = np.concatenate([np.zeros(0, np.int32), *(example.ids[1:] for example in examples)])
@@ -250,7 +250,7 @@ def write_examples(
 def save_array(path: Path, array: np.ndarray) -> None:
     temporary = path.with_suffix(".tmp.npy")
     np.save(temporary, array)
-    put(temporary, path)
+    rename_durably(temporary, path)
 
 
 def load_array(path: Path) -> np.ndarray:

@@ -9,7 +9,7 @@ from jaxstages.data.batches import to_batch
 from jaxstages.data.choices import ChoiceSet, split_by_question
 from jaxstages.generation.eval_step import make_eval_step
 from jaxstages.generation.evaluate import TextModel
-from jaxstages.models.sharding import place_batch, rows_here
+from jaxstages.models.sharding import local_row_range, place_batch
 from jaxstages.runtime.multihost import gather_to_host
 from jaxstages.types import Metrics, Params
 
@@ -27,7 +27,7 @@ def make_log_likelihoods(
     """
     step = jax.jit(make_eval_step(text_model.model.outputs, loss_tile=loss_tile))
     sharding = text_model.row_sharding
-    local = rows_here(batch_size, sharding)
+    local = local_row_range(batch_size, sharding)
 
     def log_likelihoods(params: Params, rows: np.ndarray) -> np.ndarray:
         sums = []

@@ -22,7 +22,7 @@ from jaxstages.generation.label_scores import make_likeliest
 from jaxstages.generation.metrics import from_sums, score_labels, score_text
 from jaxstages.generation.sampling import Sampling
 from jaxstages.generation.text_stream import TextStream
-from jaxstages.models.sharding import place_batch, rows_here
+from jaxstages.models.sharding import local_row_range, place_batch
 from jaxstages.types import LossFn, Metrics, Model, Params, Report, Sums
 
 
@@ -78,7 +78,7 @@ def make_evaluate(
         for number, source in enumerate(each.held_out):
             rows = [row for owner, row in sample if owner == number]
             total: Sums = {}
-            for batch in batches_once(source, rows, batch_size=size, local_rows=rows_here(size, sharding)):
+            for batch in batches_once(source, rows, batch_size=size, local_rows=local_row_range(size, sharding)):
                 before_batch()
                 sums = eval_step(params, place_batch(batch, size, sharding))
                 # Sums stay on the device, so that no batch waits for the one before.

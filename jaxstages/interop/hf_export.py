@@ -252,7 +252,7 @@ def _write_tokenizer(setup: StageSetup, stage: str, folder: Path) -> None:
 
 
 def _with_begin_tokens(before: dict[str, Any] | None, setup: StageSetup) -> dict[str, Any]:
-    """Return a post-processor that also puts the tokens in front of a text that training texts begin with."""
+    """Return a post-processor that also prepends the begin tokens of training."""
     begin = setup.data.tokenizer.begin
     names = [setup.data.tokenizer.backend.id_to_token(i) for i in begin]
 

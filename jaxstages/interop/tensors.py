@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxstages.runtime.files import put, read_json, sync, write_json
+from jaxstages.runtime.files import read_json, rename_durably, sync, write_json
 
 CHUNK_BYTES = 2**24
 """Bytes read or written at a time."""
@@ -211,5 +211,5 @@ def write_file(path: Path, shard: list[Entry], dtype: str, done: int, progress: 
                 file.write(np.ascontiguousarray(values.astype(DTYPES[dtype], copy=False)).view(np.uint8).data)
                 progress(done + file.tell() - 8 - len(text))
             assert file.tell() - before == math.prod(entry.shape) * DTYPES[dtype].itemsize, entry.name
-    put(fresh, path)
+    rename_durably(fresh, path)
     return done + offset

@@ -172,7 +172,7 @@ def check_context(context: int, mesh: Mesh, rules: RulesConfig = RULES) -> None:
         raise ValueError(f"model.context={context} can't be split over mesh.context={mesh.shape['context']}")
 
 
-def rows_here(batch_size: int, sharding: NamedSharding) -> range:
+def local_row_range(batch_size: int, sharding: NamedSharding) -> range:
     """Return the rows of a batch that this process's devices hold. Other processes may hold other parts of them."""
     held = sharding.addressable_devices_indices_map((batch_size, sharding.mesh.size)).values()
     spans = [index[0].indices(batch_size) for index in held if index is not None]
@@ -180,8 +180,8 @@ def rows_here(batch_size: int, sharding: NamedSharding) -> range:
 
 
 def place_batch(batch: Batch, batch_size: int, sharding: NamedSharding) -> Batch:
-    """Turn the rows of `rows_here` (numpy) into one global array per field."""
-    first = rows_here(batch_size, sharding).start
+    """Turn the rows of `local_row_range` (numpy) into one global array per field."""
+    first = local_row_range(batch_size, sharding).start
 
     def one(field: Any) -> Array:
         rows = np.asarray(field)

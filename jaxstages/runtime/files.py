@@ -59,7 +59,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def put(temporary: Path, path: Path) -> None:
+def rename_durably(temporary: Path, path: Path) -> None:
     """Rename a complete file to its final name, durably."""
     sync(temporary)
     temporary.replace(path)
@@ -83,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
     make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    put(temporary, path)
+    rename_durably(temporary, path)
 
 
 def remove_tree(folder: Path) -> None:
@@ -101,7 +101,7 @@ def copy_file(source: Path, target: Path) -> None:
         return
     temporary = target.with_name(f"{target.name}.tmp")
     shutil.copyfile(source, temporary)
-    put(temporary, target)
+    rename_durably(temporary, target)
 
 
 def write_json(path: Path, value: Any) -> None:

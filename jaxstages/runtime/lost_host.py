@@ -82,7 +82,7 @@ def announce_exit(code: int, text: str) -> None:
 
 
 def wait_for_lost_peer(error: BaseException) -> None:
-    """Wait whether an error comes from the loss of a host; if so, this does not return.
+    """Block until the loss of a host would have been detected. Returns only if no host was lost.
 
     When a host is lost, its peers get connection errors in whatever they compute, save or wait for, long before the
     heartbeats time out. So an error from outside this package is raised only if no loss is reported in the meantime.

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxstages.runtime import bucket
 from jaxstages.runtime.bucket import is_bucket
-from jaxstages.runtime.files import make_folder, put, sync
+from jaxstages.runtime.files import make_folder, rename_durably, sync
 
 MANIFEST = "MANIFEST.json"
 
@@ -51,7 +51,7 @@ def write_manifest(folder: Path) -> None:
         sync(path)
     temporary = folder / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps(listed), encoding="utf-8")
-    put(temporary, folder / MANIFEST)
+    rename_durably(temporary, folder / MANIFEST)
 
 
 def check(folder: Path, hash_up_to: int | None = None) -> None:

@@ -140,7 +140,7 @@ def leave() -> None:
 
 
 def is_process_zero() -> bool:
-    """Return whether this process writes what is written once."""
+    """Return whether this is process 0, the only one that writes shared files."""
     return jax.process_index() == 0
 
 

@@ -20,7 +20,7 @@ from jaxstages.data.mixture import describe
 from jaxstages.data.stage_data import WATCH
 from jaxstages.generation.evaluate import unigram_perplexity
 from jaxstages.models.flops import flops_per_token
-from jaxstages.models.sharding import place_batch, rows_here
+from jaxstages.models.sharding import local_row_range, place_batch
 from jaxstages.runtime import multihost
 from jaxstages.runtime.chips import chip_of
 from jaxstages.runtime.console import duration, say
@@ -160,12 +160,12 @@ def _batches(setup: StageSetup, initial: InitialState) -> Batches:
         seed=seed,
         weights=mixed.weights,
         late=mixed.late,
-        local_rows=rows_here(size, sharding),
+        local_rows=local_row_range(size, sharding),
     )
     anchored = None
     if initial.anchor is not None:
         anchor_size = setup.config.anchor.batch_size
-        local_rows = rows_here(anchor_size, sharding)
+        local_rows = local_row_range(anchor_size, sharding)
         anchored = batches_by_step([initial.anchor.rows], batch_size=anchor_size, seed=seed, local_rows=local_rows)
 
     def load(k: int) -> tuple[Any, ...]:
