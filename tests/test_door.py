@@ -170,6 +170,15 @@ def test_generate_counts_the_tokens_that_were_made(home: Path, capsys: pytest.Ca
     assert cut["text"] == free["text"].partition(stop)[0] and 0 < cut["tokens"] < 20
 
 
+def test_inspect_shows_any_batch(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for number in (0, 1000, 1000):
+        assert call("inspect", f"--workdir={home}/work", "--stage=pretrain", f"--batch={number}") == 0
+        shown.append(capsys.readouterr().out)
+    assert "pretrain: batch 1000, 4 of its 8 rows" in shown[1] and "its records: " in shown[1]
+    assert shown[0] != shown[1] == shown[2]
+
+
 def test_inspect_marks_what_is_trained_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("inspect", f"--workdir={home}/work", "--stage=instruct") == 0
     out = capsys.readouterr().out

@@ -10,6 +10,9 @@ import pytest
 
 from jaxstages import api
 from jaxstages.cli.resolve import resolve_recipe
+from jaxstages.config import EvaluationConfig, Metric
+from jaxstages.config.parts import Part, source_sha256
+from jaxstages.config.serialize import differences
 from jaxstages.runtime.workdir import has_begun
 
 SOURCE = Path(__file__).with_name("own_parts.py")
@@ -100,3 +103,25 @@ def test_comments_and_what_a_part_does_not_use_may_change(half_trained: Path, tm
     recipe = load(changed).get_config()
     recipe.finetune.loop.stop_after = 3
     resolve_recipe(recipe, half_trained)
+
+
+@pytest.mark.parametrize("opening", ["if True:", "try:"])
+def test_a_definition_in_a_compound_statement_is_part_of_the_source(tmp_path: Path, opening: str) -> None:
+    file, end = tmp_path / "parts.py", "except ImportError:\n    pass\n" if opening == "try:" else ""
+    digests = []
+    for value in (1, 2):
+        helper = f"{opening}\n    def helper():\n        return {value}\n{end}"
+        file.write_text(f"{helper}\n\ndef score(predictions, references):\n    return helper()\n")
+        digests.append(source_sha256(file, "score"))
+    assert digests[0] != digests[1]
+
+
+def test_a_changed_metric_is_named_with_both_digests() -> None:
+    """Metrics stand in a tuple beside built-in ones."""
+    old, new = (Part("mine:score", {}, digest * 64) for digest in "ab")
+    (line,) = differences(
+        EvaluationConfig(metrics=("bleu", Metric(old))), EvaluationConfig(metrics=("bleu", Metric(new))), "evaluation"
+    )
+    assert line.startswith(
+        "evaluation.metrics[1].score: mine:score(), source aaaaaaaaaaaa… -> mine:score(), source bbbb"
+    )

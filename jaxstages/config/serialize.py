@@ -138,7 +138,7 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
         ]
     if isinstance(old, dict) and isinstance(new, dict):
         return [line for name in old | new for line in differences(old.get(name), new.get(name), f"{path}.{name}")]
-    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new) and any(map(is_part, (*old, *new))):
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new) and own_parts((old, new)):
         pairs = enumerate(zip(old, new, strict=True))
         return [line for index, pair in pairs for line in differences(*pair, f"{path}[{index}]")]
     return [] if _to_plain(old) == _to_plain(new) else [f"{path}: {old!r} -> {new!r}"]
