@@ -7,7 +7,7 @@ import sys
 
 from jaxstages.runtime.compilation_cache import enable_compilation_cache
 from jaxstages.runtime.cpu import disable_malloc_trim
-from jaxstages.runtime.signals import stop_signals
+from jaxstages.runtime.signals import end_with_parent, stop_signals
 
 
 def _enable_compilation_cache() -> None:
@@ -19,6 +19,7 @@ def cli() -> None:
     """The console script."""
     faulthandler.enable()
     disable_malloc_trim()
+    end_with_parent()
     with stop_signals():
         from jaxstages.cli.main import main
 

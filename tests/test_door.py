@@ -140,7 +140,8 @@ def test_the_flags_are_frozen() -> None:
         *("workdir", "stage", "prompt", "prompts", "max_new_tokens", "temperature", "seed", "out"),
         *("top_k", "top_p", "min_p", "repetition_penalty", "stop", "from", "to", "dtype", "adapter", "lengthen"),
         *("debug_nans", "coordinator", "process_count", "process_id", "beam_options", "topology"),
-        *("step", "data", "finish", "profile"),
+        *("step", "data", "finish", "profile", "batch"),
+        *("parallel", "index", "halving", "first_rung", "hours", "metric", "plot"),
     }
 
 

@@ -380,9 +380,11 @@ def test_a_trial_ends_when_its_sweep_is_killed(fake: Any, tmp_path: Path) -> Non
     """The kernel tells it; else it would train on beside the next sweep."""
     child = tmp_path / "child"
     code = f"""
-import subprocess, sys, time
-from jaxstages.cli.sweep import _end_with_parent
-process = subprocess.Popen(["sleep", "60"], preexec_fn=_end_with_parent)
+import os, subprocess, sys, time
+code = "from jaxstages.runtime.signals import end_with_parent; end_with_parent(); import time; time.sleep(60)"
+environment = os.environ | {{"JAXSTAGES_END_WITH_PARENT": str(os.getpid())}}
+process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+time.sleep(2)
 open({str(child)!r}, "w").write(str(process.pid))
 time.sleep(60)
 """

@@ -35,10 +35,13 @@ from tests.tiny import write_data
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("gs://bucket/run", "--workdir=gs://bucket/run: runs and files live on a local or mounted file system"),
-        ("s3://bucket/run", "and s3: is none"),
-        ("file:///tmp/run", "and file: is none"),
-        ("hdfs:/run", "name a local path"),
+        (
+            "s3://bucket/run",
+            "--workdir: s3://bucket/run is no local path, and no folder in a bucket",
+        ),
+        ("file:///tmp/run", "file:///tmp/run is no local path"),
+        ("hdfs:/run", "name one, or a mounted path"),
+        ("gs://bucket", "names no folder in a bucket"),
         ("", "--workdir is empty; name a path"),
         ("~no-such-user-at-all/run", "--workdir=~no-such-user-at-all/run: "),
         ("runs/a [1]", "has [ in its path, and checkpoints could not be read back from there"),
@@ -66,15 +69,18 @@ def test_a_path_where_no_run_can_live_is_refused_before_anything_is_written(
 def test_python_refuses_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "data")
-    for path, words in ((Path("gs://bucket/run"), "and gs: is none"), (tmp_path / "a [1]", "has \\[ in its path")):
+    for path, words in (
+        (Path("gs://bucket/run"), "gs:/bucket/run is no local path"),
+        (tmp_path / "a [1]", "has \\[ in its path"),
+    ):
         with pytest.raises(ValueError, match=words):
             train(tiny_recipe(tmp_path / "data"), path, "pretrain")
     recipe = tiny_recipe(tmp_path / "data")
-    recipe.cache = "gs://bucket/cache"
-    with pytest.raises(ValueError, match="config.cache=gs://bucket/cache: runs and files live on"):
+    recipe.cache = "s3://bucket/cache"
+    with pytest.raises(ValueError, match="config.cache: s3://bucket/cache is no local path"):
         train(recipe, tmp_path / "work", "pretrain")
-    recipe.cache, recipe.pretrain, recipe.finetune.init_from = "", None, "gs://bucket/run/pretrain"
-    with pytest.raises(ValueError, match="init_from=gs://bucket/run/pretrain: runs and files live on"):
+    recipe.cache, recipe.pretrain, recipe.finetune.init_from = "", None, "s3://bucket/run/pretrain"
+    with pytest.raises(ValueError, match="init_from: s3://bucket/run/pretrain is no local path"):
         train(recipe, tmp_path / "work", "finetune")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "work"]
 

@@ -291,7 +291,7 @@ def test_a_child_of_a_parent_that_was_trained_anew_is_refused(run: tuple[Recipe,
     write_json(work / "finetune" / "result.json", result)
     recipe.seed = 1
     train(recipe, work, "pretrain")
-    with pytest.raises(ValueError, match=r"finetune began from .*pretrain .* remove .*finetune to train it on"):
+    with pytest.raises(ValueError, match=r"finetune began from .*pretrain .* remove .*finetune to train it from"):
         train(recipe, work, "finetune")
 
 

@@ -28,7 +28,7 @@ sys.exit(code)
         (("run", "--workdri=x"), 2),
         (("run", "--workdir=new", "--config=configs/demo.py", "--config.pretrain.optim.clip_nrom=1"), 2),
         (("run", "--workdir=new", "--config=configs/demo.py", "--config.pretrain.optim.name=adam"), 2),
-        (("run", "--workdir=gs://bucket/run", "--config=configs/demo.py"), 2),
+        (("run", "--workdir=s3://bucket/run", "--config=configs/demo.py"), 2),
         (("checkpoints", "list", "--workdir=tests/reliability/golden/run"), 0),
         (("checkpoints", "verify", "--workdir=tests/reliability/golden/run"), 0),
     ],

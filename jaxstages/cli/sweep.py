@@ -5,11 +5,9 @@ was killed goes on when it is started again.
 """
 
 import contextlib
-import ctypes
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -32,7 +30,7 @@ from jaxstages.experiments.sweep import (
 from jaxstages.runtime.bucket import is_bucket
 from jaxstages.runtime.console import duration, say
 from jaxstages.runtime.files import acquire_lock, make_folder, write_json
-from jaxstages.runtime.signals import INTERRUPTED, Stop, stop_signals
+from jaxstages.runtime.signals import END_WITH_PARENT, INTERRUPTED, Stop, stop_signals
 from jaxstages.runtime.workdir import has_begun, lock, result_file
 from jaxstages.types import Interrupted
 
@@ -40,9 +38,6 @@ POLL_SECONDS = 0.2
 
 PARENTS = "parents"
 """Folder of the runs that train shared stages."""
-
-PR_SET_PDEATHSIG = 1
-"""From Linux's prctl.h: the signal that a process gets when its parent dies."""
 
 
 @dataclass(frozen=True)
@@ -249,12 +244,11 @@ class _Driver:
         with log.open("ab") as output:
             return subprocess.Popen(
                 command,
-                env=os.environ | self._devices[slot],
+                env=os.environ | self._devices[slot] | {END_WITH_PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's Ctrl-C reaches it through this process, once
-                preexec_fn=_end_with_parent,
             )
 
     def _ended(self, name: str, code: int, seconds: float, waiting: int) -> None:
@@ -292,12 +286,6 @@ def _shown(score: float) -> str:
 
 def _field(stage: str) -> str:
     return stage if stage in recipes.STAGES else f"extra_stages.{stage}"
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to send SIGTERM to this process when its parent dies, so that no trial outlives a killed sweep."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _device_slots(parallel: int) -> list[dict[str, str]]:

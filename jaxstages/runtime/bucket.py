@@ -12,6 +12,7 @@ import base64
 import fnmatch
 import functools
 import importlib
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -144,12 +145,10 @@ def open_file_system(scheme: str) -> Any:
     os.environ.setdefault("EPATH_USE_TF", "false")  # Orbax's paths: fsspec, also where TensorFlow is installed
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
-    try:
-        fsspec = importlib.import_module("fsspec")
-        importlib.import_module(PACKAGES[scheme])
-    except ImportError as error:
+    if importlib.util.find_spec(PACKAGES[scheme]) is None or importlib.util.find_spec("fsspec") is None:
         extra = "hf" if scheme == "hf" else "bucket"
-        raise ValueError(f"{scheme}:// needs {PACKAGES[scheme]}: pip install 'jaxstages[{extra}]'") from error
+        raise ValueError(f"{scheme}:// needs {PACKAGES[scheme]}: pip install 'jaxstages[{extra}]'")
+    fsspec = importlib.import_module("fsspec")
     # Listings that are kept would hide what another process, or Orbax, has written. Orbax's own file system is another
     # instance, so the default is changed.
     fsspec.config.conf.setdefault({"gs": "gcs"}.get(scheme, scheme), {})["use_listings_cache"] = False

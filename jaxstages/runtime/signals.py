@@ -7,6 +7,7 @@ period.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -23,6 +24,26 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 REPEAT_SECONDS = 1.0
 """A second signal within this time is a copy of the first: launchers forward what the whole process group got."""
+
+
+END_WITH_PARENT = "JAXSTAGES_END_WITH_PARENT"
+"""Environment variable with the process ID of a parent that this process must not outlive."""
+
+_PR_SET_PDEATHSIG = 1
+"""From Linux's prctl.h: the signal that a process gets when its parent dies."""
+
+
+def end_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent named by END_WITH_PARENT dies: no trial outlives a killed sweep.
+
+    The process asks for itself, since a parent with JAX's threads must not run code between fork and exec.
+    """
+    parent = os.environ.get(END_WITH_PARENT)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it has died before that
+        end_at_once("its sweep has ended")
 
 
 def end_at_once(reason: str) -> None:

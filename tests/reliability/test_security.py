@@ -266,7 +266,7 @@ def test_strays_among_the_steps_are_never_restored(run: Path) -> None:
 # What is installed.
 
 ALLOWED = ("Apache-2.0", "MIT", "MIT-CMU", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "PSF-2.0", "ISC", "MPL-2.0", "Zlib")
-ALLOWED += ("CC0-1.0", "CNRI-Python")
+ALLOWED += ("CC0-1.0", "CNRI-Python", "MIT-0")
 SPELLINGS = {
     "Apache Software License": "Apache-2.0",
     "Apache 2.0": "Apache-2.0",
