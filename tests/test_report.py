@@ -461,6 +461,7 @@ def test_a_chart_refers_to_colors_of_the_page_and_has_ids_of_its_own() -> None:
     first, second = (line_chart(name, lines, "a", may_be_log=True, best=(10, 0.1)) for name in ("one", "two"))
     assert "#" not in re.sub(r"#one-\w+", "", first), "a fixed color"
     assert first.replace("one-", "two-") == second
+    assert all(identifier.startswith("one-") for identifier in re.findall(r' id="([^"]+)"', first))
     assert "var(--held-out)" in first and "var(--train)" in first
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", first)
     assert "step" in texts and "10" in texts and "0.1" in texts
