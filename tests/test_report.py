@@ -423,8 +423,14 @@ def test_the_command_writes_the_report(work: Path, capsys: pytest.CaptureFixture
     assert (work / "report.html").exists()
 
 
-def test_a_run_ends_with_its_report(trained: tuple[Recipe, Path]) -> None:
-    assert (trained[1] / "report.html").exists()
+def test_a_run_ends_with_its_report(
+    trained: tuple[Recipe, Path], work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "report.html").unlink()
+    monkeypatch.setattr(jaxstages.cli.train, "stage_matrix", lambda recipe, workdir: None)
+    run_stages(copy.deepcopy(trained[0]), work)
+    assert capsys.readouterr().out.endswith(f"report: {work / 'report.html'}\n")
+    assert (work / "report.html").exists()
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is full"), ValueError("a file is damaged")])
