@@ -423,8 +423,14 @@ def test_the_command_writes_the_report(work: Path, capsys: pytest.CaptureFixture
     assert (work / "report.html").exists()
 
 
-def test_a_run_ends_with_its_report(trained: tuple[Recipe, Path]) -> None:
-    assert (trained[1] / "report.html").exists()
+def test_a_run_ends_with_its_report(
+    trained: tuple[Recipe, Path], work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "report.html").unlink()
+    monkeypatch.setattr(jaxstages.cli.train, "stage_matrix", lambda recipe, workdir: None)
+    run_stages(copy.deepcopy(trained[0]), work)
+    assert capsys.readouterr().out.endswith(f"report: {work / 'report.html'}\n")
+    assert (work / "report.html").exists()
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is full"), ValueError("a file is damaged")])
@@ -461,6 +467,7 @@ def test_a_chart_refers_to_colors_of_the_page_and_has_ids_of_its_own() -> None:
     first, second = (line_chart(name, lines, "a", may_be_log=True, best=(10, 0.1)) for name in ("one", "two"))
     assert "#" not in re.sub(r"#one-\w+", "", first), "a fixed color"
     assert first.replace("one-", "two-") == second
+    assert all(identifier.startswith("one-") for identifier in re.findall(r' id="([^"]+)"', first))
     assert "var(--held-out)" in first and "var(--train)" in first
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", first)
     assert "step" in texts and "10" in texts and "0.1" in texts
