@@ -83,12 +83,13 @@ def _no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LONGEST = (
-    *("reliability/test_stops.py", "interop/test_parity.py", "reliability/test_crash_points.py", "test_lora.py"),
-    *("test_stages.py", "test_door.py", "test_sharding.py", "reliability/test_resume.py", "reliability/test_hang.py"),
-    *("reliability/test_fuzz.py", "test_interop.py", "reliability/test_disk_full.py", "reliability/test_hosts_lost.py"),
+    *("interop/test_parity.py", "reliability/test_stops.py", "reliability/test_crash_points.py", "test_stages.py"),
+    *("test_lora.py", "test_sharding.py", "reliability/test_hosts_lost.py", "reliability/test_hang.py"),
+    *("test_interop.py", "reliability/test_disk_full.py", "reliability/test_goes_on.py", "test_own_parts.py"),
+    *("test_docs.py", "reliability/test_resume.py", "reliability/test_fuzz.py", "test_anchor.py", "test_door.py"),
     *("reliability/test_nonfinite.py", "reliability/test_lock.py", "reliability/test_corruption.py", "test_model.py"),
-    *("reliability/test_goes_on.py", "interop/test_folders.py", "test_anchor.py", "test_mixture.py"),
-    *("test_compilation.py", "test_generate.py", "test_kernels.py", "reliability/test_durability.py", "test_world.py"),
+    *("reliability/test_durability.py", "interop/test_folders.py", "test_compilation.py", "test_generate.py"),
+    *("test_mixture.py", "test_kernels.py", "reliability/test_security.py", "test_world.py"),
 )
 """The files that take long, in about this order: were one begun last, a worker would wait for the other."""
 
