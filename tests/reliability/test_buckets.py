@@ -86,7 +86,7 @@ def test_three_stages_end_in_the_same_bits_as_on_a_disk(home: Home, whole: dict[
     assert child.wait() == 0, child.log()
     assert unlike(outcome(work), whole) == []
     assert garbage(work) == []
-    assert (work / "stage_matrix.json").exists()
+    assert (work / "stage_matrix.json").exists() and (work / "report.html").exists()
     assert any((work / "pretrain" / "tensorboard").iterdir())
     print_table("a run in a bucket", {**proxy.counts, "MB sent": proxy.sent / 1e6, "MB received": proxy.received / 1e6})
 
