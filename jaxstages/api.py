@@ -11,7 +11,7 @@ from jaxstages.cli.select_checkpoint import choose, last_finished
 from jaxstages.cli.train import run_stages
 from jaxstages.cli.train import train as train_one
 from jaxstages.config import Recipe, stages
-from jaxstages.experiments.stage_matrix import prompt_ids
+from jaxstages.data.prompts import encode_prompts
 from jaxstages.generation.evaluate import make_texts
 from jaxstages.runtime.files import parse_path, read_json
 from jaxstages.runtime.workdir import result_file
@@ -99,7 +99,7 @@ def generate(
     loaded = load_model(recipe, folder, stage, sampling, step)
     setup, rows = loaded.setup, loaded.setup.config.evaluation.batch_size
     texts = make_texts(setup.text_model, loaded.sampling, rows, stops=loaded.stops, seed=seed)
-    batches = texts(loaded.params, prompt_ids(setup, list(prompts)), 0)
+    batches = texts(loaded.params, encode_prompts(setup.config.data.task, setup.data.tokenizer, list(prompts)), 0)
     return [stream.text for batch in batches for stream in batch]
 
 

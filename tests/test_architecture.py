@@ -14,7 +14,7 @@ LEVELS = (
     {"generation"},
     {"training"},
     {"stages"},
-    {"interop", "plan", "experiments"},
+    {"interop", "plan", "experiments", "serving"},
     {"cli"},
 )
 """A package imports only from lower levels. `__init__`, `__main__` and `testing` are the public entry points."""
@@ -35,6 +35,9 @@ HOMES = {
     "matplotlib": {"experiments"},
     "tabulate": {"experiments.compare"},
     "absl": {"cli"},
+    "starlette": {"serving"},
+    "uvicorn": {"cli.serve"},
+    "prometheus_client": {"serving.metrics"},
     "ml_collections": {"cli"},
 }
 

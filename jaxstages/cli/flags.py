@@ -135,6 +135,14 @@ COMMANDS = {
         "jaxstages chat --workdir=runs/demo",
         "README.md",
     ),
+    "serve": Command(
+        "Serve the stages of a run: OpenAI's API, and a page to talk to them.",
+        WORKDIR,
+        "Serves all finished stages side by side, each as the `model` of its name, unless --stage names one. Clients "
+        "send the key in JAXSTAGES_API_KEY, if it is set. Ctrl-C or SIGTERM ends it after the answers under way.",
+        "jaxstages serve --workdir=runs/demo --port=8000",
+        "docs/serving.md",
+    ),
     "import": Command(
         "Import a Hugging Face checkpoint folder as the starting point of a run.",
         f"{WORKDIR} --from=DIR",
@@ -183,7 +191,7 @@ COMMANDS = {
 TRAIN_ONE = (*STAGES, "train")
 TRAINING = ("run", *TRAIN_ONE)
 SAMPLING = ("generate", "chat")
-CHECKPOINT = ("evaluate", *SAMPLING, "export")
+CHECKPOINT = ("evaluate", *SAMPLING, "serve", "export")
 
 FLAGS = (
     Flag(
@@ -294,6 +302,21 @@ FLAGS = (
         default=[],
     ),
     Flag("seed", "S", "Seed of sampling; the same seed gives the same answers.", SAMPLING, kind=int, default=0),
+    # Serving
+    Flag("host", "ADDRESS", "Address to listen on; 0.0.0.0 is open to the network.", ("serve",), default="127.0.0.1"),
+    Flag("port", "N", "Port to listen on; 0 takes a free one.", ("serve",), int, 8000, at_least=0),
+    Flag("slots", "N", "Answers at a time, for each stage.", ("serve",), int, 8, at_least=1),
+    Flag("queue", "N", "Answers that may wait for a slot; more are refused with status 429.", ("serve",), int, 64, 0),
+    Flag(
+        "drafts",
+        "N",
+        "Tokens to draft for a single answer by looking up its last ones in its text; 0 is off. It changes no answer.",
+        ("serve",),
+        int,
+        8,
+        at_least=0,
+    ),
+    Flag("timeout", "SECONDS", "Longest time of a request, waiting included.", ("serve",), float, 300.0),
     # Import, export and planning
     Flag("from", "DIR", "Hugging Face checkpoint folder to import.", ("import",)),
     Flag(

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from jaxstages.cli.loaded_model import LoadedModel, load_model
 from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.config import Recipe
+from jaxstages.data.prompts import encode_prompts
 from jaxstages.data.sources import open_source
-from jaxstages.experiments.stage_matrix import prompt_ids
 from jaxstages.generation.evaluate import make_texts
 from jaxstages.runtime.console import Progress
 from jaxstages.runtime.files import local_path, make_folder, rename_durably
@@ -96,7 +96,7 @@ def _read_prompts(file: Path) -> list[str]:
 def _encode(loaded: LoadedModel, prompts: list[str]) -> list[list[int]]:
     """Tokenize the prompts. Raises ValueError for one that leaves too little room for an answer."""
     context, max_new_tokens = loaded.setup.recipe.model.context, loaded.sampling.max_new_tokens
-    ids = prompt_ids(loaded.setup, prompts)
+    ids = encode_prompts(loaded.setup.config.data.task, loaded.setup.data.tokenizer, prompts)
     for number, prompt in enumerate(ids, start=1):
         if len(prompt) > context - max_new_tokens:
             raise ValueError(

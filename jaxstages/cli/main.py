@@ -228,6 +228,13 @@ def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, wor
             from jaxstages.cli.chat import chat
 
             chat(recipe, workdir, values.stage, _sampling_flags(values), values.step)
+        case "serve":
+            from jaxstages.cli.serve import ServeOptions, serve
+
+            options = ServeOptions(
+                **{field.name: getattr(values, field.name) for field in dataclasses.fields(ServeOptions)}
+            )
+            serve(recipe, workdir, values.stage, values.step, options)
         case "export":
             from jaxstages.cli.transfer import export_model
 

@@ -102,6 +102,22 @@ def read_conversation(record: Record, answers: str = "all") -> Conversation:
     return Conversation(messages[: last + 1], _tools(record), trained, keys)
 
 
+def read_prompt(turns: list[Any], tools: Any = None) -> tuple[Messages, Tools]:
+    """Read the messages that an assistant has to answer, in any format of a record's messages, and the tools.
+
+    Raises:
+        ValueError: there is no message, an unknown role, a message without text, or nothing to answer.
+    """
+    turns, _ = _turns({"messages": turns})
+    messages = []
+    for number, message in enumerate(_messages(turns), start=1):
+        _check(message, number)
+        messages.append(message)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's; end with the message that it has to answer")
+    return messages, _tools({"tools": tools})
+
+
 def is_trained_on(message: dict[str, Any]) -> bool:
     """Return whether to train on an assistant's message; not with `"weight": 0` (OpenAI's format) or `"train": false`.
 

@@ -44,6 +44,12 @@ ENCODE_CHARACTERS = 2**20
 """Characters encoded per call: the library takes more than 100 bytes of memory for each."""
 
 
+_PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
+_OTHER_BYTES = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHER_BYTES)}
+"""The byte that each character of a byte-level vocabulary stands for."""
+
+
 class Tokenizer(NamedTuple):
     """The tokenizer of a run.
 
@@ -103,20 +109,33 @@ class Tokenizer(NamedTuple):
 
     def token_bytes(self) -> np.ndarray:
         """Count the UTF-8 bytes of text that each token stands for, float32 [V]; 0 for control tokens."""
-        byte_level = '"ByteLevel"' in json.dumps(json.loads(self.backend.to_str())["decoder"])
-        sizes = np.zeros(self.vocab_size, np.float32)
+        return np.asarray([len(text) for text in self.token_texts()], np.float32)
+
+    def token_texts(self) -> list[bytes]:
+        """Return the UTF-8 bytes that each token stands for, in order of ids; none for control tokens."""
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self.backend.to_str())["decoder"])
+        texts = [b""] * self.vocab_size
         control = {*special_tokens(self.backend), UNKNOWN}
 
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
             if token in control:
                 continue
-            if byte_level:  # the vocabulary spells each byte as one character
-                sizes[i] = len(token)
+            if is_byte_level:
+                texts[i] = _byte_level_text(token)
             elif ONE_BYTE.fullmatch(token):
-                sizes[i] = 1
+                texts[i] = bytes([int(token[1:-1], 16)])
             else:  # SentencePiece marks spaces by U+2581
-                sizes[i] = len(token.replace("\u2581", " ").encode())
-        return sizes
+                texts[i] = token.replace("\u2581", " ").encode()
+        return texts
+
+
+def _byte_level_text(token: str) -> bytes:
+    """Undo GPT-2's spelling of bytes (Radford et al. 2019): printable Latin-1 characters stand for themselves, the
+    other bytes for U+0100, U+0101, ... in order. Tokens that were added later are plain text."""
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:
+        return token.encode()
 
 
 @contextmanager

@@ -13,8 +13,7 @@ from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import finished
 from jaxstages.config import Recipe
 from jaxstages.config.parts import metric_name
-from jaxstages.data.chat import make_chat
-from jaxstages.data.tasks import pair_prompt
+from jaxstages.data.prompts import encode_prompts
 from jaxstages.generation.evaluate import make_answer
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
@@ -24,17 +23,6 @@ from jaxstages.training.handoff import read_parent
 from jaxstages.training.metric_writer import plain
 from jaxstages.training.setup import StageSetup, make_stage_evaluate, setup_stage
 from jaxstages.types import Params
-
-
-def prompt_ids(setup: StageSetup, texts: list[str]) -> list[list[int]]:
-    """Tokenize texts in the format of the stage's task: text to continue, a prompt, or a user's message."""
-    if setup.config.data.task == "chat":
-        chat = make_chat(setup.data.tokenizer)
-        return [chat.prompt([{"role": "user", "content": text}], None) for text in texts]
-    encoded = setup.data.tokenizer.encode_batch(texts)
-    if setup.config.data.task == "lm":
-        return [[*setup.data.tokenizer.begin, *ids.tolist()] for ids in encoded]
-    return [pair_prompt(ids, setup.data.tokenizer) for ids in encoded]
 
 
 def columns_of(setup: StageSetup) -> list[str]:
@@ -47,7 +35,7 @@ def _answers(setup: StageSetup, params: Params, prompts: list[str]) -> list[str]
         return []
     config = setup.config.evaluation
     answer = make_answer(setup.text_model, config.max_new_tokens, config.batch_size)
-    return answer(params, prompt_ids(setup, prompts))
+    return answer(params, encode_prompts(setup.config.data.task, setup.data.tokenizer, prompts))
 
 
 def stage_matrix(recipe: Recipe, workdir: Path, keep: bool = True) -> dict[str, Any]:

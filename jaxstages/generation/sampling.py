@@ -59,20 +59,34 @@ def check_sampling(sampling: Sampling) -> None:
 _DEFAULTS = Sampling._field_defaults
 
 
-def penalize(logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
+def penalize(
+    logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty: float | Float[Array, "B 1"]
+) -> Float[Array, "B V"]:
     """Divide positive logits of seen tokens by the penalty, and multiply negative ones by it (CTRL, Keskar et al.
     2019)."""
     penalized_BV = jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
     return jnp.where(seen_BV, penalized_BV, logits_BV)
 
 
-def keep_top_k(logits_BV: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Keep the k largest logits, and those equal to the smallest of them (Fan et al. 2018)."""
-    threshold_B1 = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[1]))[0][:, -1:]
-    return _keep_from(logits_BV, threshold_B1)
+def keep_top_k(logits_BV: Float[Array, "B V"], k: int | Int[Array, "B 1"]) -> Float[Array, "B V"]:
+    """Keep the k largest logits, and those equal to the smallest of them (Fan et al. 2018).
+
+    Finds the k-th largest bit by bit, in 32 sums: k may differ from row to row, and sorting takes many times as long.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(jnp.where(logits_BV == 0, 0.0, logits_BV), jnp.uint32)  # -0.0 equals 0.0
+    is_negative_BV = bits_BV >> 31 == 1
+    order_BV = jnp.where(is_negative_BV, ~bits_BV, bits_BV | jnp.uint32(1 << 31))  # ordered like the floats
+
+    def try_bit(i: Array, threshold_B1: Array) -> Array:
+        higher_B1 = threshold_B1 | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        is_enough_B1 = jnp.sum(order_BV >= higher_B1, axis=-1, keepdims=True) >= k
+        return jnp.where(is_enough_B1, higher_B1, threshold_B1)
+
+    threshold_B1 = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros((len(logits_BV), 1), jnp.uint32))
+    return jnp.where(order_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 
-def keep_top_p(logits_BV: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+def keep_top_p(logits_BV: Float[Array, "B V"], p: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
     """Keep the nucleus: tokens for which all likelier tokens together have a probability below p, and at least one
     (Holtzman et al. 2020). Equally likely tokens stay together.
 
@@ -101,10 +115,11 @@ def _mass_above(probs_BV: Array, threshold_B1: Array) -> Array:
 
 def keep_min_p(logits_BV: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     """Keep tokens at least p times as probable as the likeliest (Nguyen et al. 2024)."""
-    return _keep_from(logits_BV, jnp.max(logits_BV, axis=-1, keepdims=True) + math.log(p))
+    return keep_from(logits_BV, jnp.max(logits_BV, axis=-1, keepdims=True) + math.log(p))
 
 
-def _keep_from(logits_BV: Array, threshold_B1: Array) -> Array:
+def keep_from(logits_BV: Float[Array, "B V"], threshold_B1: Float[Array, "B 1"]) -> Float[Array, "B V"]:
+    """Keep the logits that are at least the threshold."""
     return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 

@@ -1,0 +1,143 @@
+"""`serve`: OpenAI's API and a page to talk to the stages of a run."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxstages import config as recipes
+from jaxstages.cli.loaded_model import load_model
+from jaxstages.cli.sampling_flags import SamplingFlags
+from jaxstages.config import Recipe
+from jaxstages.data.chat import make_chat
+from jaxstages.runtime.console import say, warn
+from jaxstages.runtime.workdir import result_file
+from jaxstages.serving.engine import Engine
+from jaxstages.serving.scheduler import Scheduler
+from jaxstages.serving.served_model import ServedModel
+
+KEY = "JAXSTAGES_API_KEY"
+"""Environment variable with the key that clients have to send; command lines are seen by every user of a machine."""
+
+LOOPBACK = ("127.0.0.1", "localhost")
+
+CONNECTIONS = 512
+"""Most connections; more are answered by 503."""
+
+DRAIN_SECONDS = 30
+"""Longest time that a server waits for answers under way when it is asked to end."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Flags of the command.
+
+    slots: answers at a time, for each model.
+    queue: answers that may wait for a slot.
+    drafts: see `Engine`.
+    timeout: seconds for a request, waiting included.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    slots: int = 8
+    queue: int = 64
+    drafts: int = 8
+    timeout: float = 300.0
+
+
+def serve(recipe: Recipe, workdir: Path, stage: str | None, step: int | None, options: ServeOptions) -> None:
+    """Serve one stage, or all finished ones, until SIGTERM or Ctrl-C; then finish the answers under way.
+
+    Raises:
+        ValueError: there is no such checkpoint, the port is in use, or a package is missing.
+    """
+    try:
+        import uvicorn
+
+        from jaxstages.serving.app import Limits, make_app
+    except ImportError as error:
+        raise ValueError(f"serve needs {error.name}: pip install 'jaxstages[serve]'") from error
+
+    listener = _listen(options)
+    models = {name: _load(recipe, workdir, name, step, options) for name in _stages(recipe, workdir, stage)}
+    scheduler = Scheduler({name: model.engine for name, model in models.items()}, options.queue)
+    key = os.environ.get(KEY, "")
+    if options.host not in LOOPBACK and not key:
+        warn(f"--host={options.host} is open to the network without a key; set {KEY}")
+
+    hosts = [*LOOPBACK] if options.host in LOOPBACK else None
+    app = make_app(models, scheduler, key=key, hosts=hosts, limits=Limits(answer_seconds=options.timeout))
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        lifespan="off",
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+    address = f"http://{options.host}:{listener.getsockname()[1]}"
+    scheduler.start()
+    say(f"{address} has a page to talk to {', '.join(models)}; {address}/v1 is OpenAI's API; Ctrl-C ends", "bold")
+
+    # uvicorn raises the signal again when it has drained. This handler makes that a normal end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    scheduler.close()
+
+
+def _listen(options: ServeOptions) -> socket.socket:
+    """Listen before the models are loaded, so that a port in use is found at once."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server((options.host, options.port), family=family, backlog=CONNECTIONS)
+    except OSError as error:
+        raise ValueError(
+            f"--host={options.host} --port={options.port}: {error.strerror or error}; give another --port"
+        ) from error
+
+
+def _stages(recipe: Recipe, workdir: Path, stage: str | None) -> list[str]:
+    names = [recipes.IMPORT, *recipes.stages(recipe)]
+    finished = [name for name in names if result_file(workdir / name).exists()]
+    if stage is not None or not finished:
+        return [stage or names[-1]]
+    trained = [name for name in finished if name != recipes.IMPORT]
+    return trained or finished
+
+
+def _load(recipe: Recipe, workdir: Path, name: str, step: int | None, options: ServeOptions) -> ServedModel:
+    loaded = load_model(recipe, workdir, name, SamplingFlags(), step)
+    setup, started = loaded.setup, time.monotonic()
+    engine = Engine(
+        setup.program.model,
+        loaded.params,
+        context=recipe.model.context,
+        num_slots=options.slots,
+        num_drafts=options.drafts,
+    )
+    engine.warm_up()
+    say(f"{name}: {options.slots} slots, compiled in {time.monotonic() - started:.1f} s", "cyan")
+
+    tokenizer, task = setup.data.tokenizer, setup.config.data.task
+    is_chat = task == "chat" or bool(tokenizer.template)
+    return ServedModel(
+        name=name,
+        engine=engine,
+        tokenizer=tokenizer,
+        task=task,
+        chat=make_chat(tokenizer) if is_chat else None,
+        created=int(time.time()),
+        fingerprint=loaded.params_sha256[:12],
+        facts={
+            "task": task,
+            "chat": is_chat,
+            "context": recipe.model.context,
+            "max_new_tokens": loaded.sampling.max_new_tokens,
+            "params_sha256": loaded.params_sha256,
+        },
+    )

@@ -1,0 +1,91 @@
+"""The thread that runs the engines: answers wait in a bounded queue for a slot of their model's engine."""
+
+import threading
+from collections import deque
+from collections.abc import Mapping
+
+from jaxstages.runtime.console import warn
+from jaxstages.serving.engine import Answer, Engine
+
+
+class QueueFull(Exception):
+    """As many answers wait as the scheduler accepts."""
+
+
+class Scheduler:
+    """Runs engines, in turns, in one thread.
+
+    Args:
+        engines: an engine for each model's name.
+        max_waiting: most answers that wait for a slot, over all engines.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], max_waiting: int) -> None:
+        self.engines, self._max_waiting = engines, max_waiting
+        self._waiting: dict[str, deque[Answer]] = {name: deque() for name in engines}
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread after the call under way. Answers that have not ended get no more tokens."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def num_busy(self) -> int:
+        return sum(len(engine.answers) for engine in self.engines.values())
+
+    def submit(self, name: str, answers: list[Answer]) -> None:
+        """Queue answers for an engine, all or none. Raises QueueFull if there are too many."""
+        engine = self.engines[name]
+        with self._changed:
+            for waiting in self._waiting.values():
+                for answer in [answer for answer in waiting if answer.cancelled]:
+                    waiting.remove(answer)
+            free = engine.num_slots - len(engine.answers)
+            if self.num_waiting + len(answers) > self._max_waiting + free:
+                raise QueueFull
+            self._waiting[name].extend(answers)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self.num_waiting or self.num_busy)
+                if self._closing:
+                    return
+            for name, engine in self.engines.items():
+                self._admit(self._waiting[name], engine)
+                if engine.answers:
+                    self._step(name, engine)
+
+    def _admit(self, waiting: deque[Answer], engine: Engine) -> None:
+        while waiting and engine.has_room:
+            with self._changed:
+                answer = waiting.popleft()
+                if not answer.cancelled:
+                    engine.add(answer)
+
+    def _step(self, name: str, engine: Engine) -> None:
+        try:
+            engine.step()
+        except Exception as error:  # out of memory, for example: the answers under way fail, the server goes on
+            warn(f"{name}: {type(error).__name__}: {error}")
+            failed = engine.answers
+            engine.reset()
+            for answer in failed:
+                answer.on_tokens([], "error")
