@@ -5,5 +5,9 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["jaxstages", "jaxstages.*"]), "jaxstages.recipes"],
     package_dir={"jaxstages.recipes": "configs"},
-    package_data={"jaxstages": ["py.typed"], "jaxstages.experiments": ["report.css"]},
+    package_data={
+        "jaxstages": ["py.typed"],
+        "jaxstages.experiments": ["report.css"],
+        "jaxstages.generation.serving": ["page/*"],
+    },
 )

@@ -14,7 +14,7 @@ LEVELS = (
     {"generation"},
     {"training"},
     {"stages"},
-    {"interop", "plan", "experiments", "serving"},
+    {"interop", "plan", "experiments"},
     {"cli"},
 )
 """A package imports only from lower levels. `__init__`, `__main__` and `testing` are the public entry points."""
@@ -35,9 +35,9 @@ HOMES = {
     "matplotlib": {"experiments"},
     "tabulate": {"experiments.compare"},
     "absl": {"cli"},
-    "starlette": {"serving"},
+    "starlette": {"generation.serving"},
     "uvicorn": {"cli.serve"},
-    "prometheus_client": {"serving.metrics"},
+    "prometheus_client": {"generation.serving.metrics"},
     "ml_collections": {"cli"},
 }
 

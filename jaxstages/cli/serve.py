@@ -13,11 +13,11 @@ from jaxstages.cli.loaded_model import load_model
 from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.config import Recipe
 from jaxstages.data.chat import make_chat
+from jaxstages.generation.serving.engine import Engine
+from jaxstages.generation.serving.scheduler import Scheduler
+from jaxstages.generation.serving.served_model import ServedModel
 from jaxstages.runtime.console import say, warn
 from jaxstages.runtime.workdir import result_file
-from jaxstages.serving.engine import Engine
-from jaxstages.serving.scheduler import Scheduler
-from jaxstages.serving.served_model import ServedModel
 
 KEY = "JAXSTAGES_API_KEY"
 """Environment variable with the key that clients have to send; command lines are seen by every user of a machine."""
@@ -58,7 +58,7 @@ def serve(recipe: Recipe, workdir: Path, stage: str | None, step: int | None, op
     try:
         import uvicorn
 
-        from jaxstages.serving.app import Limits, make_app
+        from jaxstages.generation.serving.app import Limits, make_app
     except ImportError as error:
         raise ValueError(f"serve needs {error.name}: pip install 'jaxstages[serve]'") from error
 

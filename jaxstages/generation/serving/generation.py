@@ -9,11 +9,11 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from jaxstages.serving.choices import Choice, Piece, chat_logprobs, completion_logprobs
-from jaxstages.serving.engine import Answer, NewToken
-from jaxstages.serving.metrics import ServerMetrics
-from jaxstages.serving.protocol import ApiError, Request
-from jaxstages.serving.scheduler import QueueFull, Scheduler
+from jaxstages.generation.serving.choices import Choice, Piece, chat_logprobs, completion_logprobs
+from jaxstages.generation.serving.engine import Answer, NewToken
+from jaxstages.generation.serving.metrics import ServerMetrics
+from jaxstages.generation.serving.protocol import ApiError, Request
+from jaxstages.generation.serving.scheduler import QueueFull, Scheduler
 
 CLIENT_CLOSED = 499
 """Status by which a request is counted whose client went away (nginx's)."""

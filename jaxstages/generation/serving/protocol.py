@@ -15,9 +15,9 @@ from typing import Any
 from jaxstages.data.conversation import read_prompt
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.generation.sampling import Sampling, check_sampling
-from jaxstages.serving.decode import MAX_ALTERNATIVES
-from jaxstages.serving.engine import MAX_STOPS
-from jaxstages.serving.served_model import ServedModel
+from jaxstages.generation.serving.decode import MAX_ALTERNATIVES
+from jaxstages.generation.serving.engine import MAX_STOPS
+from jaxstages.generation.serving.served_model import ServedModel
 
 COMPLETION_TOKENS = 16
 """Default `max_tokens` of a completion; a chat answer may fill the context."""

@@ -7,7 +7,7 @@ from typing import Any
 from jaxstages.data.chat import Chat
 from jaxstages.data.prompts import encode_prompts
 from jaxstages.data.tokenizer import Tokenizer
-from jaxstages.serving.engine import Engine
+from jaxstages.generation.serving.engine import Engine
 
 
 @dataclass(frozen=True)

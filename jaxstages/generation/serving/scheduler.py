@@ -4,8 +4,8 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 
+from jaxstages.generation.serving.engine import Answer, Engine
 from jaxstages.runtime.console import warn
-from jaxstages.serving.engine import Answer, Engine
 
 
 class QueueFull(Exception):

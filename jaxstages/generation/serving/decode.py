@@ -228,7 +228,7 @@ def make_choose_for_rows(rows: Rows) -> Callable[[Array, Extended], Int[Array, "
         x = _if_any(rows.top_p_R < NO_TOP_P, lambda x: keep_top_p(x, jnp.asarray(rows.top_p_R)[:, None]), x)
         x = keep_from(x, jnp.max(x, axis=-1, keepdims=True) + rows.log_min_p_R[:, None])
 
-        def draw_row(seed: Array, choice: Array, number: Array, logits: Array) -> Array:
+        def draw_row(seed: Any, choice: Any, number: Array, logits: Array) -> Array:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), choice), number)
             return jax.random.categorical(key, logits)
 
@@ -237,7 +237,7 @@ def make_choose_for_rows(rows: Rows) -> Callable[[Array, Extended], Int[Array, "
     return choose
 
 
-def _if_any(flags_R: Array, function: Callable[[Array], Array], x: Array) -> Array:
+def _if_any(flags_R: Any, function: Callable[[Array], Array], x: Array) -> Array:
     return jax.lax.cond(jnp.any(flags_R), function, lambda x: x, x)
 
 

@@ -18,11 +18,11 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from jaxstages.serving.generation import Generation
-from jaxstages.serving.metrics import ServerMetrics
-from jaxstages.serving.protocol import ApiError, Request, parse_chat, parse_completion, parse_json
-from jaxstages.serving.scheduler import Scheduler
-from jaxstages.serving.served_model import ServedModel
+from jaxstages.generation.serving.generation import Generation
+from jaxstages.generation.serving.metrics import ServerMetrics
+from jaxstages.generation.serving.protocol import ApiError, Request, parse_chat, parse_completion, parse_json
+from jaxstages.generation.serving.scheduler import Scheduler
+from jaxstages.generation.serving.served_model import ServedModel
 
 PAGE = Path(__file__).parent / "page"
 

@@ -5,10 +5,10 @@ import re
 import uuid
 from typing import Any, NamedTuple
 
+from jaxstages.generation.serving.engine import NewToken
+from jaxstages.generation.serving.protocol import Request
+from jaxstages.generation.serving.served_model import ServedModel
 from jaxstages.generation.text_stream import TextStream
-from jaxstages.serving.engine import NewToken
-from jaxstages.serving.protocol import Request
-from jaxstages.serving.served_model import ServedModel
 
 TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 """How Hermes and Qwen write calls."""

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from jaxstages.generation.sampling import Sampling
-from jaxstages.serving.decode import NO_TOP_P, Extended, LogProbs, Rows, make_serving_decode
-from jaxstages.serving.drafts import look_up_draft
+from jaxstages.generation.serving.decode import NO_TOP_P, Extended, LogProbs, Rows, make_serving_decode
+from jaxstages.generation.serving.drafts import look_up_draft
 from jaxstages.types import Model, Params
 
 CHUNKS = (32, 128, 512)
