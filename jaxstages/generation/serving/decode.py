@@ -130,12 +130,18 @@ def make_serving_decode(model: Model, num_slots: int) -> ServingDecode:
             output, cache = decode_step(params, tokens_RL, positions_RL, loop.cache)
             logits_RLV = output.logits() if isinstance(output, HiddenAndHead) else output.astype(jnp.float32)
 
-            goes_on_R = ~is_ended(texts)
-            for draft in range(tokens_RL.shape[1]):
-                chosen_R = choose(logits_RLV[:, draft], texts)
-                texts = append(texts, chosen_R, logits_RLV[:, draft], goes_on_R)
-                if draft < drafts_RD.shape[1]:
-                    goes_on_R &= (chosen_R == drafts_RD[:, draft]) & ~is_ended(texts)
+            # A token is appended as long as those before it were drafted rightly; after the last draft follows none.
+            drafts_RL = jnp.pad(drafts_RD, ((0, 0), (0, 1)), constant_values=-1)
+
+            def choose_next(position: Array, state: tuple[Extended, Array]) -> tuple[Extended, Array]:
+                texts, goes_on_R = state
+                logits_RV = jax.lax.dynamic_index_in_dim(logits_RLV, position, axis=1, keepdims=False)
+                chosen_R = choose(logits_RV, texts)
+                texts = append(texts, chosen_R, logits_RV, goes_on_R)
+                draft_R = jax.lax.dynamic_index_in_dim(drafts_RL, position, axis=1, keepdims=False)
+                return texts, goes_on_R & (chosen_R == draft_R) & ~is_ended(texts)
+
+            texts, _ = jax.lax.fori_loop(0, drafts_RL.shape[1], choose_next, (texts, ~is_ended(texts)))
             return _Loop(loop.step + 1, texts, cache)
 
         def append(texts: Extended, chosen_R: Array, logits_RV: Array, goes_on_R: Array) -> Extended:
@@ -153,7 +159,7 @@ def make_serving_decode(model: Model, num_slots: int) -> ServingDecode:
                 lambda: texts.log_probs,
             )
             text_RT = texts.text_RT.at[row, at_R].set(chosen_R, mode="drop")
-            return Extended(text_RT, texts.length_R + goes_on_R, log_probs)
+            return Extended(text_RT, texts.length_R + goes_on_R.astype(jnp.int32), log_probs)
 
         most = most_steps + num_drafts
         log_probs = LogProbs(
@@ -165,7 +171,9 @@ def make_serving_decode(model: Model, num_slots: int) -> ServingDecode:
         is_whole_cache = num_rows == num_slots
         part = cache if is_whole_cache else jax.tree.map(lambda leaf: leaf[slots_R], cache)
 
-        loop = advance(_Loop(jnp.int32(0), texts, part), drafts_RD)
+        loop = _Loop(jnp.int32(0), texts, part)
+        if num_drafts:
+            loop = advance(loop, drafts_RD)
         loop = jax.lax.while_loop(
             lambda loop: (loop.step < steps) & ~jnp.all(is_ended(loop.rows)),
             lambda loop: advance(loop, jnp.zeros((num_rows, 0), jnp.int32)),
