@@ -133,7 +133,7 @@ def test_nothing_is_left_out_in_silence(tmp_path: Path, template: str, record: d
 def test_our_template_refuses_tools(tmp_path: Path) -> None:
     task = make_task(DataConfig(task="chat"), ours(tmp_path), 99)
     for more in ({"tools": [{"name": "look"}]}, {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}):
-        with pytest.raises(ValueError, match="our chat template has no tools"):
+        with pytest.raises(ValueError, match="built-in chat template has no tools"):
             task.draft({"messages": [USER, ANSWER]} | more)
     task.draft({"messages": [USER, ANSWER], "tools": []})
 

@@ -17,6 +17,7 @@ from jaxstages.generation.serving.engine import Engine
 from jaxstages.generation.serving.scheduler import Scheduler
 from jaxstages.generation.serving.served_model import ServedModel
 from jaxstages.runtime.console import say, warn
+from jaxstages.runtime.signals import python_signals
 from jaxstages.runtime.workdir import result_file
 
 KEY = "JAXSTAGES_API_KEY"
@@ -63,7 +64,7 @@ def serve(recipe: Recipe, workdir: Path, stage: str | None, step: int | None, op
         raise ValueError(f"serve needs {error.name}: pip install 'jaxstages[serve]'") from error
 
     listener = _listen(options)
-    models = {name: _load(recipe, workdir, name, step, options) for name in _stages(recipe, workdir, stage)}
+    models = {name: load_served_model(recipe, workdir, name, step, options) for name in _stages(recipe, workdir, stage)}
     scheduler = Scheduler({name: model.engine for name, model in models.items()}, options.queue)
     key = os.environ.get(KEY, "")
     if options.host not in LOOPBACK and not key:
@@ -80,13 +81,17 @@ def serve(recipe: Recipe, workdir: Path, stage: str | None, step: int | None, op
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
     address = f"http://{options.host}:{listener.getsockname()[1]}"
+    server = uvicorn.Server(config)
     scheduler.start()
     say(f"{address} has a page to talk to {', '.join(models)}; {address}/v1 is OpenAI's API; Ctrl-C ends", "bold")
 
-    # uvicorn raises the signal again when it has drained. This handler makes that a normal end.
+    # uvicorn handles these signals, and raises them again when it has drained. Then they are ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, server.handle_exit)
+    with python_signals():
+        asyncio.run(server.serve(sockets=[listener]))
     scheduler.close()
 
 
@@ -110,7 +115,8 @@ def _stages(recipe: Recipe, workdir: Path, stage: str | None) -> list[str]:
     return trained or finished
 
 
-def _load(recipe: Recipe, workdir: Path, name: str, step: int | None, options: ServeOptions) -> ServedModel:
+def load_served_model(recipe: Recipe, workdir: Path, name: str, step: int | None, options: ServeOptions) -> ServedModel:
+    """Load the checkpoint of a stage, and compile its engine."""
     loaded = load_model(recipe, workdir, name, SamplingFlags(), step)
     setup, started = loaded.setup, time.monotonic()
     engine = Engine(

@@ -105,12 +105,14 @@ def keep_trained_answers(examples: Sequence[ChatExample], trained: Sequence[bool
 def _builtin_template(tokenizer: Tokenizer) -> Chat:
     special = tokenizer.specials
 
-    def draft(messages: Messages, tools: Tools) -> Draft:
+    def check(messages: Messages, tools: Tools) -> None:
         if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
             raise ValueError(
-                "our chat template has no tools; take a tokenizer whose template writes them, or remove them from the "
-                "record"
+                "the built-in chat template has no tools; leave them out, or take a tokenizer with a template of its own"
             )
+
+    def draft(messages: Messages, tools: Tools) -> Draft:
+        check(messages, tools)
         return Draft(messages, [message["content"] for message in messages], [])
 
     def finish(drafts: Sequence[Draft]) -> list[EncodedChat]:
@@ -119,6 +121,7 @@ def _builtin_template(tokenizer: Tokenizer) -> Chat:
         return [_encoded_chat([example], None, tokenizer) for example in examples]
 
     def prompt(messages: Messages, tools: Tools) -> list[int]:
+        check(messages, tools)
         contents = tokenizer.encode_batch([message["content"] for message in messages])
         return [*write_turns(messages, contents, special).ids.tolist(), special.assistant]
 

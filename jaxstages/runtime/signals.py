@@ -101,11 +101,8 @@ def stop_signals(
     """
     stop = Stop(agree)
     if agree is not None:
-        outer = signal.set_wakeup_fd(-1)
-        try:
+        with python_signals():
             yield stop
-        finally:
-            signal.set_wakeup_fd(outer)
         return
 
     reader, writer = os.pipe()
@@ -133,6 +130,16 @@ def stop_signals(
         os.close(writer)  # ends the thread's read
         thread.join()
         os.close(reader)
+
+
+@contextlib.contextmanager
+def python_signals() -> Iterator[None]:
+    """Leave signals to Python's handlers, such as a server's, until the end of the block."""
+    outer = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(outer)
 
 
 @contextlib.contextmanager
