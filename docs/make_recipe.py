@@ -23,8 +23,9 @@ HEADER = """# The recipe, field by field
 
 <!-- Written by docs/make_recipe.py. Edit the docstrings in jaxstages/config/, and run it again. -->
 
-A recipe is a Python file with `get_config(variant="")`, which returns a `Recipe`. Each field can also be set by a flag,
-such as `--config.pretrain.optim.schedule.peak_lr=3e-4`. Tuples are written as in Python:
+A recipe is a Python file with `get_config(variant="")`, which returns a `Recipe`. All classes of this page are in
+`jaxstages.config`, the frequent ones also in `jaxstages`. Each field can also be set by a flag, such as
+`--config.pretrain.optim.schedule.peak_lr=3e-4`. Tuples are written as in Python:
 `--config.finetune.replay="(('pretrain', 0.1),)"`. A field that does not exist, a value of the wrong type or out of its
 bounds, and a field that has no effect beside its neighbours are refused in one line that names the nearest valid one.
 

@@ -28,7 +28,10 @@ class CleanConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DuplicatesConfig:
-    """Removal of near-duplicates within a source by MinHash (Broder 1997); see `data/dedup.py`."""
+    """Removal of near-duplicates within a source by MinHash (Broder 1997); see `data/dedup.py`.
+
+    `docs/data.md` shows how to list what was dropped.
+    """
 
     threshold: float = setting(0.0, at_least=0, at_most=1)
     """Drop a record whose estimated Jaccard similarity to an earlier record reaches this; 0 is off, 0.8 is usual."""

@@ -70,7 +70,8 @@ class LoopConfig:
 class EvaluationConfig:
     metrics: tuple[str | Callable | Metric, ...] = ()
     """Metrics in addition to loss, perplexity and bits per byte: "bleu", "chrf", "exact_match" (of generated text),
-    "accuracy", "macro_f1" (of predicted labels, for the task "classify")."""
+    "accuracy", "macro_f1" (of predicted labels, for the task "classify"), or a function of your own (every task but
+    "lm"): `metric(predictions, references)` returns a float."""
     max_examples: int = setting(500, at_least=0)
     """Held-out examples to answer or to classify; 0 means all."""
     max_rows: int = setting(0, at_least=0)

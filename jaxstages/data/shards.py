@@ -97,7 +97,8 @@ def documents_of(read: Part, number: int, config: DataConfig) -> Iterator[tuple[
 
 
 def write_dropped(folder: Path, orders: Iterable[int]) -> None:
-    """Write which documents have an earlier near-duplicate, a file for each part."""
+    """Write which documents have an earlier near-duplicate: for each part of the source the sorted 0-based indices of
+    its records, in `gone-PART.npy`. `docs/data.md` shows how to list the records."""
     by_part: dict[int, list[int]] = {}
     for order in orders:
         by_part.setdefault(order >> PART_BITS, []).append(order & (1 << PART_BITS) - 1)

@@ -149,7 +149,7 @@ def is_multiprocess() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Wait until every process has reached this call."""
+    """Wait until every process has reached this call. `docs/hosts.md` lists the callers."""
     if is_multiprocess():
         multihost_utils.sync_global_devices(name)
 

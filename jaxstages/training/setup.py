@@ -96,7 +96,9 @@ def setup_stage(recipe: Recipe, name: str, workdir: Path, with_data: bool = True
     """Set up stage `name`, all but its initial state.
 
     Args:
-        with_data: prepare the rows too; without them the stage can only generate.
+        workdir: folder of the run, as a Path. Its tokenizer is trained if there is none.
+        with_data: prepare the rows too; without them the stage can generate, and `program.abstract_state` is complete,
+            but it can neither train nor evaluate.
 
     Raises:
         ValueError: the recipe has no such stage, or a part of it does not fit the mesh or the data.
