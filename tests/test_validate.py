@@ -23,6 +23,10 @@ def changed(tmp_path: Path, path: str, value: object) -> Recipe:
     return recipe
 
 
+def same_length(predictions: list[str], references: list[str]) -> float:
+    return 100.0 * sum(map(len, predictions)) / sum(map(len, references))
+
+
 @pytest.mark.parametrize(
     ("path", "value", "complaint"),
     [
@@ -36,6 +40,7 @@ def changed(tmp_path: Path, path: str, value: object) -> Recipe:
         ("pretrain.data.weights", (0.5, 0.5), r"has 2 shares for 1 training sources"),
         ("pretrain.data.task", "chat", r"this stage's tasks: lm"),
         ("finetune.evaluation.metrics", ("accuracy",), r"does not apply to task 'seq2seq'"),
+        ("pretrain.evaluation.metrics", (same_length,), r"'same_length' scores answers, and task 'lm' has none"),
         ("finetune.evaluation.max_new_tokens", 64, r"max_new_tokens=64 must be less than config.model.context=64"),
         ("model.attention.kv_heads", 3, r"heads=4 must be divisible by kv_heads=3"),
         ("model.attention.head_dim", 7, r"must be even for rope"),

@@ -213,7 +213,9 @@ def _check_metrics(metrics: tuple[Any, ...], task: str, where: str) -> None:
     names = [metric_name(metric) for metric in metrics]
     if repeated := [name for name in names if names.count(name) > 1 or (name in LOSSES)]:
         raise ValueError(f"{where}: {repeated[0]!r} is already reported; name each metric once")
-    for metric in metrics:
+    for metric, name in zip(metrics, names, strict=True):
+        if not isinstance(metric, str) and task == "lm":
+            raise ValueError(f"{where}: {name!r} scores answers, and task 'lm' has none; put it into another stage")
         if isinstance(metric, str) and metric not in FITS[task]:
             raise ValueError(f"{where}: {metric!r} does not apply to task {task!r}; known for it: {FITS[task]}")
 

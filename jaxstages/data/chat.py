@@ -108,7 +108,7 @@ def _builtin_template(tokenizer: Tokenizer) -> Chat:
     def check(messages: Messages, tools: Tools) -> None:
         if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
             raise ValueError(
-                "the built-in chat template has no tools; leave them out, or take a tokenizer with a template of its own"
+                "the built-in chat template has no tools; leave them out, or take a tokenizer with its own template"
             )
 
     def draft(messages: Messages, tools: Tools) -> Draft:

@@ -24,6 +24,7 @@ from jaxstages.generation.choices import make_choice_scorer
 from jaxstages.generation.evaluate import Evaluate, TextModel, make_evaluate
 from jaxstages.models.sharding import make_mesh
 from jaxstages.runtime.cpu import check_sums
+from jaxstages.runtime.files import parse_path
 from jaxstages.training.compile import make_loss
 from jaxstages.training.handoff import Contract, contract_of
 from jaxstages.training.program import Program, check_fit, choose_attention, make_program
@@ -92,7 +93,7 @@ def make_stage_evaluate(
     return evaluate
 
 
-def setup_stage(recipe: Recipe, name: str, workdir: Path, with_data: bool = True) -> StageSetup:
+def setup_stage(recipe: Recipe, name: str, workdir: Path | str, with_data: bool = True) -> StageSetup:
     """Set up stage `name`, all but its initial state.
 
     Args:
@@ -103,6 +104,7 @@ def setup_stage(recipe: Recipe, name: str, workdir: Path, with_data: bool = True
     Raises:
         ValueError: the recipe has no such stage, or a part of it does not fit the mesh or the data.
     """
+    workdir = parse_path(workdir, "workdir") if isinstance(workdir, str) else workdir
     stages = recipes.stages(recipe)
     if name == recipes.IMPORT:
         stages = {recipes.IMPORT: _import_stage(stages, open_tokenizer(recipe, workdir), with_data)}

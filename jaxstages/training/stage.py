@@ -302,9 +302,10 @@ def _next_command(setup: StageSetup) -> str:
     later = names[names.index(setup.name) + 1 :]
     if later:
         command = later[0] if later[0] in recipes.STAGES else f"train --stage={later[0]}"
-        return f"`jaxstages {command} --workdir={setup.workdir}`"
-    command = "chat" if setup.config.data.task == "chat" else "generate --prompt=TEXT"
-    return f"`jaxstages {command} --workdir={setup.workdir}`"
+    else:
+        command = "chat" if setup.config.data.task == "chat" else "generate --prompt=TEXT"
+    code = " --config=RECIPE" if recipes.own_parts(setup.recipe) else ""  # recipe.json has no code
+    return f"`jaxstages {command} --workdir={setup.workdir}{code}`"
 
 
 def _watch(start: Mapping[str, Any], best: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
