@@ -325,7 +325,12 @@ FLAGS = (
         "Folder to export to; for compare, the file of the table: .md, .csv, .tex or .html.",
         ("export", "compare"),
     ),
-    Flag("dtype", "NAME", "Type of the exported weights: float32 or bfloat16.", ("export",), default="float32"),
+    Flag(
+        "dtype",
+        "NAME",
+        "Type of the weights: float32 or bfloat16. Default: float32 to export, config.model.dtype to serve.",
+        ("export", "serve"),
+    ),
     Flag("adapter", "", "Export only the LoRA adapters, for PEFT.", ("export",), kind=bool, default=False),
     Flag(
         "topology",

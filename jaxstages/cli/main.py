@@ -238,7 +238,8 @@ def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, wor
         case "export":
             from jaxstages.cli.transfer import export_model
 
-            export_model(recipe, workdir, values.stage, values.to, values.dtype, values.adapter, values.step)
+            dtype = values.dtype or "float32"
+            export_model(recipe, workdir, values.stage, values.to, dtype, values.adapter, values.step)
         case "check":
             from jaxstages.cli.check import check
 

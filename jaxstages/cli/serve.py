@@ -5,23 +5,26 @@ import os
 import signal
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxstages import config as recipes
 from jaxstages.cli.loaded_model import load_model
 from jaxstages.cli.sampling_flags import SamplingFlags
-from jaxstages.config import Recipe
+from jaxstages.config import Recipe, builtin_model
 from jaxstages.data.chat import make_chat
 from jaxstages.generation.serving.engine import Engine
 from jaxstages.generation.serving.scheduler import Scheduler
 from jaxstages.generation.serving.served_model import ServedModel
+from jaxstages.models.transformer import make_model
 from jaxstages.runtime.console import say, warn
 from jaxstages.runtime.signals import python_signals
 from jaxstages.runtime.workdir import result_file
 
 KEY = "JAXSTAGES_API_KEY"
 """Environment variable with the key that clients have to send; command lines are seen by every user of a machine."""
+
+DTYPES = ("float32", "bfloat16")
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -39,6 +42,7 @@ class ServeOptions:
     slots: answers at a time, for each model.
     queue: answers that may wait for a slot.
     drafts: see `Engine`.
+    dtype: type of weights and activations; None is the recipe's.
     timeout: seconds for a request, waiting included.
     """
 
@@ -47,6 +51,7 @@ class ServeOptions:
     slots: int = 8
     queue: int = 64
     drafts: int = 8
+    dtype: str | None = None
     timeout: float = 300.0
 
 
@@ -63,6 +68,8 @@ def serve(recipe: Recipe, workdir: Path, stage: str | None, step: int | None, op
     except ImportError as error:
         raise ValueError(f"serve needs {error.name}: pip install 'jaxstages[serve]'") from error
 
+    if options.dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype={options.dtype}: known: {', '.join(DTYPES)}")
     listener = _listen(options)
     models = {name: load_served_model(recipe, workdir, name, step, options) for name in _stages(recipe, workdir, stage)}
     scheduler = Scheduler({name: model.engine for name, model in models.items()}, options.queue)
@@ -119,8 +126,12 @@ def load_served_model(recipe: Recipe, workdir: Path, name: str, step: int | None
     """Load the checkpoint of a stage, and compile its engine."""
     loaded = load_model(recipe, workdir, name, SamplingFlags(), step)
     setup, started = loaded.setup, time.monotonic()
+    model = setup.program.model
+    if options.dtype is not None:
+        config = replace(builtin_model(recipe, f"serve with --dtype={options.dtype}"), dtype=options.dtype)
+        model = make_model(config, setup.data.tokenizer.vocab_size)
     engine = Engine(
-        setup.program.model,
+        model,
         loaded.params,
         context=recipe.model.context,
         num_slots=options.slots,
