@@ -24,35 +24,16 @@ from pathlib import Path
 import openai
 
 HERE = Path(__file__).resolve().parent
-WORDS = [
-    "Anna",
-    "lives",
-    "in",
-    "Lisbon",
-    "and",
-    "her",
-    "friend",
-    "Karl",
-    "works",
-    "as",
-    "a",
-    "doctor",
-    "who",
-    "likes",
-    "the",
-    "red",
-    "house",
-    "near",
-    "the",
-    "old",
-    "river",
-]
+WORDS = (
+    "Anna lives in Lisbon and her friend Karl works as a doctor",
+    "who likes the red house near the old river",
+)
 
 
 def prompts(count: int, longest: int) -> list[str]:
     """Prompts of 3 to `longest` words."""
     draw = random.Random(0)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(3, longest))) for _ in range(count)]
+    return [" ".join(draw.choices(" ".join(WORDS).split(), k=draw.randint(3, longest))) for _ in range(count)]
 
 
 def start(arguments: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
@@ -64,7 +45,7 @@ def start(arguments: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
         "--queue=256",
     ]
     environment = {**os.environ, "JAX_LOG_COMPILES": "1"}
-    log = open(arguments.log, "w")  # noqa: SIM115  it lives as long as the process
+    log = arguments.log.open("w")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     assert process.stdout is not None
     for line in process.stdout:
