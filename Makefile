@@ -7,7 +7,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 BENCH := --rows=C1,C2,C3
 SOAK := --kills=500 --terms=200 --pairs=200 --hosts=4 --stages=3 --lost=10 --faults=2000 --every=1 --errors=1 --native=120 --fuzz=20000 --races=50 --disks=8
 
-.PHONY: .venv demo demo-control test coverage soak bench check lock clean
+.PHONY: .venv demo chat demo-control test coverage soak bench check lock clean
 
 # The lock names every package, so pip resolves nothing: a release of tomorrow can't change what is installed. `installed` is
 # there only when all of it went well.
@@ -23,6 +23,9 @@ SOAK := --kills=500 --terms=200 --pairs=200 --hosts=4 --stages=3 --lost=10 --fau
 
 demo: .venv  ## all three stages on the embedded small world, in runs/demo
 	$(BIN)/jaxstages run --config=configs/demo.py --workdir=runs/demo
+
+chat: .venv  ## a page to talk to the stages of runs/demo
+	$(BIN)/jaxstages serve --workdir=runs/demo
 
 demo-control: .venv  ## the demo's fine-tuning from scratch with the same budget, in runs/demo-control
 	$(BIN)/jaxstages finetune --config=configs/demo.py:control --workdir=runs/demo-control
