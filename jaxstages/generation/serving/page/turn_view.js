@@ -1,0 +1,183 @@
+/** Turns as elements: a question with one answer, or with one of each stage. */
+
+import { action, clone, copyText, fit, onEnter, part, setText } from "./elements.js";
+import { makeProblem } from "./problems.js";
+import { showText } from "./token_view.js";
+
+const FORMATS = {
+  lm: "Continues the text",
+  seq2seq: "Reads a source and writes its target",
+  classify: "Reads a text and writes its label",
+  chat: "Answers a message, in its chat template",
+};
+
+/** Say in what format a model reads a message. */
+export function formatHint(model) {
+  return FORMATS[model.task] ?? "Reads the message as a prompt of its own task";
+}
+
+/**
+ * The element of a turn.
+ *
+ * @param {Turn} turn
+ * @param {object} actions - Functions of the turn: edit(turn, question), regenerate(turn), retry(turn),
+ *     forget(turn), isLast(turn), hasEarlier(turn), and compare(question), which is null where it makes no sense.
+ * @param {string} editHint - What editing does to the turns after this one.
+ */
+export class TurnView {
+  #answers = new Map();
+
+  constructor(turn, actions, editHint) {
+    this.turn = turn;
+    this.element = clone("turn-template");
+    this.actions = actions;
+    this.editHint = editHint;
+    this.#connect();
+  }
+
+  #connect() {
+    const compare = action(this.element, "compare");
+    action(this.element, "edit").addEventListener("click", () => this.#edit());
+    compare.hidden = !this.actions.compare;
+    compare.addEventListener("click", () => this.actions.compare(this.turn.question));
+    action(this.element, "again").addEventListener("click", () => this.actions.regenerate(this.turn));
+  }
+
+  /** Show the turn as it is. */
+  render(withProbabilities) {
+    const { turn, element } = this;
+    const text = part(element, "text");
+    if (text.textContent !== turn.question) text.textContent = turn.question;
+    part(element, "forgotten").hidden = !turn.isForgotten;
+    element.classList.toggle("forgotten", turn.isForgotten);
+    action(element, "edit").hidden = turn.isRunning || turn.isForgotten;
+    action(element, "again").hidden = turn.isRunning || turn.answers.length < 2;
+
+    for (const [answer, view] of this.#answers) {
+      if (turn.answers.includes(answer)) continue;
+      view.element.remove();
+      this.#answers.delete(answer);
+    }
+    turn.answers.forEach((answer, number) => this.#renderAnswer(answer, number, withProbabilities));
+  }
+
+  #renderAnswer(answer, number, withProbabilities) {
+    let view = this.#answers.get(answer);
+    if (!view) {
+      view = new AnswerView(answer, this);
+      this.#answers.set(answer, view);
+      const container = part(this.element, "answers");
+      container.insertBefore(view.element, container.children[number] ?? null);
+    }
+    view.render(withProbabilities);
+  }
+
+  #edit() {
+    const form = clone("edit-template");
+    const area = form.querySelector("textarea");
+    const text = part(this.element, "text");
+    const buttons = part(this.element, "actions");
+    area.value = this.turn.question;
+    part(form, "hint").textContent = this.actions.isLast(this.turn) ? "" : this.editHint;
+
+    const close = () => {
+      form.replaceWith(text);
+      buttons.hidden = false;
+      action(buttons, "edit").focus();
+    };
+    const submit = () => {
+      const question = area.value.trim();
+      if (!question) return;
+      close();
+      this.actions.edit(this.turn, question);
+    };
+
+    onEnter(area, submit);
+    area.addEventListener("input", () => fit(area));
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      submit();
+    });
+    form.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape") return;
+      event.stopPropagation(); // Escape also stops an answer
+      close();
+    });
+    action(form, "cancel").addEventListener("click", close);
+
+    text.replaceWith(form);
+    buttons.hidden = true;
+    fit(area);
+    area.focus();
+    area.setSelectionRange(area.value.length, area.value.length);
+  }
+}
+
+class AnswerView {
+  #shownError = null;
+
+  constructor(answer, turnView) {
+    this.answer = answer;
+    this.turnView = turnView;
+    this.element = clone("answer-template");
+    part(this.element, "name").textContent = answer.model.id;
+
+    const copy = action(this.element, "copy");
+    copy.addEventListener("click", async () => {
+      copy.textContent = (await copyText(answer.text)) ? "Copied" : "Not copied";
+      setTimeout(() => (copy.textContent = "Copy"), 2000);
+    });
+    const { actions, turn } = turnView;
+    action(this.element, "regenerate").addEventListener("click", () => actions.regenerate(turn));
+  }
+
+  render(withProbabilities) {
+    const { answer, element } = this;
+    const { actions, turn } = this.turnView;
+    const isCompared = turn.answers.length > 1;
+    element.ariaBusy = String(answer.isRunning);
+    element.classList.toggle("running", answer.isRunning);
+    showText(part(element, "text"), answer, withProbabilities);
+    setText(part(element, "hint"), isCompared || !answer.model.chat ? `${formatHint(answer.model)}.` : "");
+    setText(part(element, "note"), noteOf(answer));
+    setText(part(element, "usage"), usageOf(answer));
+
+    this.#renderProblem();
+    const hasFailed = answer.error !== null;
+    part(element, "foot").hidden = answer.isRunning || (hasFailed && !answer.hasText);
+    action(element, "copy").hidden = !answer.hasText;
+    action(element, "regenerate").hidden = isCompared || hasFailed || !actions.isLast(turn);
+  }
+
+  #renderProblem() {
+    const { answer, element } = this;
+    if (answer.error === this.#shownError) return;
+    this.#shownError = answer.error;
+
+    const { actions, turn } = this.turnView;
+    const forget = actions.hasEarlier(turn) ? () => actions.forget(turn) : null;
+    const retry = () => actions.retry(turn);
+    part(element, "problem").replaceChildren(...(answer.error ? [makeProblem(answer.error, { retry, forget })] : []));
+  }
+}
+
+function noteOf(answer) {
+  if (answer.isRunning || answer.error) return "";
+  if (answer.isStopped) return "Stopped.";
+  if (answer.finishReason === "length") {
+    const total = answer.usage?.total_tokens ?? 0;
+    return total >= answer.model.context ? "Cut off: the context is full." : "Cut off at the longest answer.";
+  }
+  return answer.hasText ? "" : "The answer is empty.";
+}
+
+function usageOf(answer) {
+  if (answer.isRunning) return "";
+  const { usage, firstSeconds, rate, tokens } = answer;
+  const counts = usage
+    ? `${usage.prompt_tokens} prompt + ${usage.completion_tokens} new tokens`
+    : `${tokens.length} new tokens`;
+  const first = firstSeconds === null ? "" : `first after ${firstSeconds.toFixed(2)} s`;
+  const speed = rate === null || !Number.isFinite(rate) ? "" : `${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`;
+  return [counts, first, speed].filter(Boolean).join(" \u00b7 ");
+}
