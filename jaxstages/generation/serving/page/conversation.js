@@ -1,5 +1,7 @@
 /** Conversations as data: turns of a question and its answers. Nothing here knows the page. */
 
+const SHORTEST = 20; // milliseconds over which a rate is measured
+
 /** An answer, while it is streamed and after. */
 export class Answer {
   text = "";
@@ -39,10 +41,11 @@ export class Answer {
     return this.#first && (this.#first.time - this.#started) / 1000;
   }
 
-  /** Tokens per second after the first ones, or null if all came at once. */
+  /** Tokens per second after the first ones, or null if they came in too short a time to measure. */
   get rate() {
     const tokens = this.tokens.length - (this.#first?.tokens ?? 0);
-    return tokens > 0 ? (tokens * 1000) / (this.#last - this.#first.time) : null;
+    const milliseconds = this.#last - (this.#first?.time ?? 0);
+    return tokens > 0 && milliseconds >= SHORTEST ? (1000 * tokens) / milliseconds : null;
   }
 }
 

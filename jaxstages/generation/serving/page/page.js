@@ -76,10 +76,7 @@ class Page {
     byId("model").value = (this.#models.findLast((model) => model.chat) ?? this.#models.at(-1)).id;
     byId("modes").hidden = this.#models.length < 2;
 
-    const stages = this.#models.flatMap((model) => {
-      const facts = `${model.context.toLocaleString("en")} tokens of context`;
-      return [make("dt", model.id), make("dd", `${formatHint(model)}. ${facts}.`)];
-    });
+    const stages = this.#models.flatMap((model) => [make("dt", model.id), make("dd", `${formatHint(model)}.`)]);
     byId("stages").replaceChildren(...stages);
   }
 
@@ -242,7 +239,7 @@ class Page {
     const isAtEnd = page.scrollHeight - page.clientHeight - page.scrollTop < NEAR_END;
     this.#renderTurns();
     this.#renderControls();
-    if (this.#running && isAtEnd) scrollTo({ top: page.scrollHeight });
+    if (isAtEnd) scrollTo({ top: page.scrollHeight });
   }
 
   #renderTurns() {
@@ -273,7 +270,7 @@ class Page {
       isLast: (each) => !isChat || this.#conversation.turns.at(-1) === each,
       hasEarlier: (each) => isChat && this.#conversation.turns.find((turn) => !turn.isForgotten) !== each,
     };
-    return new TurnView(turn, actions, "The turns after it will go.");
+    return new TurnView(turn, actions, "Later turns are removed.");
   }
 
   #renderControls() {
@@ -292,18 +289,18 @@ class Page {
     byId("undo-new").hidden = !this.#previous[this.#mode];
     byId("main-title").textContent = isChat ? "Conversation" : "Comparison of the stages";
     byId("welcome-lead").textContent = isChat
-      ? `Talk to ${this.#model?.id}.`
+      ? `${this.#model?.chat ? "Talk to" : "Try"} ${this.#model?.id}.`
       : "What did each stage teach? Ask all of them the same question.";
 
     const hint = this.#model && !this.#model.chat ? `${formatHint(this.#model)}; it reads only the last message.` : "";
     setText(byId("stage-hint"), isChat ? hint : "Each question stands alone.");
-    setText(byId("context-use"), isChat ? contextUse(turns) : "");
+    setText(byId("context-use"), isChat && this.#model ? contextUse(this.#model, turns) : "");
   }
 }
 
-function contextUse(turns) {
-  const answer = turns.at(-1)?.answers[0];
-  return answer?.usage ? `${answer.usage.total_tokens} of ${answer.model.context} tokens of context` : "";
+function contextUse(model, turns) {
+  const used = turns.findLast((turn) => turn.answers[0].usage)?.answers[0].usage.total_tokens ?? 0;
+  return `Context ${used.toLocaleString("en")} of ${model.context.toLocaleString("en")}`;
 }
 
 const page = new Page();

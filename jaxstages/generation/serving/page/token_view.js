@@ -9,9 +9,10 @@ import { alignTokens, formatPercent, levelOf, probabilityOf, spokenText, visible
  * Only what has changed since the last call is replaced, so that a selection survives while the answer is streamed.
  */
 export function showText(element, answer, withProbabilities) {
+  const text = answer.text.trimStart(); // a text that is continued goes on with a space
   if (!withProbabilities || !answer.tokens.length) {
     if (element.role) clear(element);
-    showPlainText(element, answer.text);
+    showPlainText(element, text);
     return;
   }
 
@@ -21,7 +22,7 @@ export function showText(element, answer, withProbabilities) {
     element.ariaOrientation = "horizontal";
     element.ariaLabel = "Tokens of the answer";
   }
-  const spans = alignTokens(answer.text, answer.tokens);
+  const spans = alignTokens(text, answer.tokens);
   const kept = countKept(element, spans);
   while (element.children.length > kept) element.lastChild.remove();
   for (const span of spans.slice(kept)) element.append(makeSpan(span));
@@ -48,19 +49,24 @@ function countKept(element, spans) {
 }
 
 function makeSpan(span) {
-  const element = make("span", span.text || span.tokens.map((token) => token.text).join(""));
+  const text = span.text || span.tokens.map((token) => token.text).join("");
+  const probability = probabilityOf(span.tokens);
+  const element = make("span", "", "token");
   element.span = span;
   element.role = "option";
   element.tabIndex = -1;
   element.ariaSelected = "false";
 
-  const probability = probabilityOf(span.tokens);
-  element.className = `token level-${levelOf(probability)}`;
-  if (!span.text) element.classList.add("control");
+  // The space before a word is not marked, so that one can see where a token begins.
+  const word = text.trimStart() || text;
+  const mark = make("span", word, `mark level-${levelOf(probability)}`);
+  mark.classList.toggle("control", !span.text);
+  element.append(text.slice(0, text.length - word.length), mark);
+
   const others = span.tokens.length === 1 ? otherTokens(span.tokens[0]) : [];
   const spoken = others.slice(0, 3).map(({ text, logProb }) => `${spokenText(text)} ${formatPercent(Math.exp(logProb))}`);
   const instead = spoken.length ? `; instead: ${spoken.join(", ")}` : "";
-  element.ariaLabel = `${spokenText(element.textContent)}, ${formatPercent(probability)}${instead}`;
+  element.ariaLabel = `${spokenText(text)}, ${formatPercent(probability)}${instead}`;
   return element;
 }
 

@@ -5,15 +5,15 @@ import { makeProblem } from "./problems.js";
 import { showText } from "./token_view.js";
 
 const FORMATS = {
-  lm: "Continues the text",
-  seq2seq: "Reads a source and writes its target",
-  classify: "Reads a text and writes its label",
-  chat: "Answers a message, in its chat template",
+  lm: "Continues your text",
+  seq2seq: "Reads your message as a source, and writes its target",
+  classify: "Reads your message as a text, and writes its label",
+  chat: "Answers your message as a turn of a chat",
 };
 
 /** Say in what format a model reads a message. */
 export function formatHint(model) {
-  return FORMATS[model.task] ?? "Reads the message as a prompt of its own task";
+  return FORMATS[model.task] ?? "Reads your message as a prompt of its own task";
 }
 
 /**
@@ -59,6 +59,13 @@ export class TurnView {
       this.#answers.delete(answer);
     }
     turn.answers.forEach((answer, number) => this.#renderAnswer(answer, number, withProbabilities));
+    this.#offerOneRemedy();
+  }
+
+  /** Stages fail together if the server is gone, or wants a key. One remedy is for all of them. */
+  #offerOneRemedy() {
+    const remedies = [...this.element.querySelectorAll(".problem .actions, .problem .key")];
+    remedies.forEach((remedy, number) => (remedy.hidden = number > 0));
   }
 
   #renderAnswer(answer, number, withProbabilities) {
@@ -155,9 +162,12 @@ class AnswerView {
     this.#shownError = answer.error;
 
     const { actions, turn } = this.turnView;
-    const forget = actions.hasEarlier(turn) ? () => actions.forget(turn) : null;
-    const retry = () => actions.retry(turn);
-    part(element, "problem").replaceChildren(...(answer.error ? [makeProblem(answer.error, { retry, forget })] : []));
+    const remedies = {
+      retry: () => actions.retry(turn),
+      forget: actions.hasEarlier(turn) ? () => actions.forget(turn) : null,
+    };
+    const problem = answer.error && makeProblem(answer.error, remedies);
+    part(element, "problem").replaceChildren(...(problem ? [problem] : []));
   }
 }
 
@@ -177,7 +187,7 @@ function usageOf(answer) {
   const counts = usage
     ? `${usage.prompt_tokens} prompt + ${usage.completion_tokens} new tokens`
     : `${tokens.length} new tokens`;
-  const first = firstSeconds === null ? "" : `first after ${firstSeconds.toFixed(2)} s`;
-  const speed = rate === null || !Number.isFinite(rate) ? "" : `${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`;
+  const first = firstSeconds === null ? "" : `first after ${firstSeconds.toFixed(2)}\u00a0s`;
+  const speed = rate === null ? "" : `${rate.toFixed(rate < 10 ? 1 : 0)}\u00a0tokens/s`;
   return [counts, first, speed].filter(Boolean).join(" \u00b7 ");
 }
