@@ -35,6 +35,7 @@ class Page {
     }
     this.#showModels();
     this.#render();
+    if (matchMedia("(pointer: fine)").matches) byId("message").focus(); // on a phone, a keyboard would cover the page
   }
 
   connect() {
@@ -292,7 +293,7 @@ class Page {
       ? `${this.#model?.chat ? "Talk to" : "Try"} ${this.#model?.id}.`
       : "What did each stage teach? Ask all of them the same question.";
 
-    const hint = this.#model && !this.#model.chat ? `${formatHint(this.#model)}; it reads only the last message.` : "";
+    const hint = this.#model && !this.#model.chat ? `${this.#model.id} reads only the last message.` : "";
     setText(byId("stage-hint"), isChat ? hint : "Each question stands alone.");
     setText(byId("context-use"), isChat && this.#model ? contextUse(this.#model, turns) : "");
   }
