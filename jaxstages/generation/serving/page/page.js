@@ -14,6 +14,7 @@ import { connectSettings, samplingFields, systemPrompt } from "./settings.js";
 import { clearDetail, followTokens } from "./token_view.js";
 import { formatHint, TurnView } from "./turn_view.js";
 
+const ASKING = "[data-action='edit'], [data-action='again'], [data-action='compare'], [data-action='regenerate']";
 const NEAR_END = 120; // pixels; who reads further up is not scrolled down
 
 class Page {
@@ -99,9 +100,10 @@ class Page {
     this.#running?.abort();
   }
 
-  #edit(turn, question) {
+  #edit(turn, question, accepted) {
     const sampling = this.#running ? null : samplingFields();
     if (!sampling) return;
+    accepted();
     if (this.#mode === "chat") this.#conversation.edit(turn, question);
     else turn.question = question;
     this.#answer(turn, sampling);
@@ -225,21 +227,29 @@ class Page {
 
   // What is shown -------------------------------------------------------------------------------------------------
 
-  /** Render once a frame, however many tokens arrive. */
+  /** Render the turn that is being answered, once a frame, however many tokens arrive. */
   #queueRender() {
     if (this.#isRenderQueued) return;
     this.#isRenderQueued = true;
     requestAnimationFrame(() => {
       this.#isRenderQueued = false;
-      this.#render();
+      const running = this.#conversation.turns.filter((turn) => turn.isRunning);
+      this.#keepAtEnd(() => running.forEach((turn) => this.#views.get(turn)?.render(byId("probabilities").checked)));
     });
   }
 
   #render() {
+    this.#keepAtEnd(() => {
+      this.#renderTurns();
+      this.#renderControls();
+    });
+  }
+
+  /** Keep the end in view while the page grows, but only if it was in view. */
+  #keepAtEnd(render) {
     const page = document.documentElement;
     const isAtEnd = page.scrollHeight - page.clientHeight - page.scrollTop < NEAR_END;
-    this.#renderTurns();
-    this.#renderControls();
+    render();
     if (isAtEnd) scrollTo({ top: page.scrollHeight });
   }
 
@@ -285,6 +295,7 @@ class Page {
     byId("send").hidden = isRunning;
     byId("stop").hidden = !isRunning;
     byId("inspector").hidden = !byId("probabilities").checked;
+    for (const button of byId("turns").querySelectorAll(ASKING)) button.disabled = isRunning;
 
     byId("welcome").hidden = turns.length > 0 || !this.#models.length;
     byId("undo-new").hidden = !this.#previous[this.#mode];

@@ -20,18 +20,20 @@ export function formatHint(model) {
  * The element of a turn.
  *
  * @param {Turn} turn
- * @param {object} actions - Functions of the turn: edit(turn, question), regenerate(turn), retry(turn),
+ * @param {object} actions - Functions of the turn: edit(turn, question, accepted), regenerate(turn), retry(turn),
  *     forget(turn), isLast(turn), hasEarlier(turn), and compare(question), which is null where it makes no sense.
  * @param {string} editHint - What editing does to the turns after this one.
  */
 export class TurnView {
   #answers = new Map();
+  #text;
 
   constructor(turn, actions, editHint) {
     this.turn = turn;
     this.element = clone("turn-template");
     this.actions = actions;
     this.editHint = editHint;
+    this.#text = part(this.element, "text");
     this.#connect();
   }
 
@@ -46,8 +48,7 @@ export class TurnView {
   /** Show the turn as it is. */
   render(withProbabilities) {
     const { turn, element } = this;
-    const text = part(element, "text");
-    if (text.textContent !== turn.question) text.textContent = turn.question;
+    if (this.#text.textContent !== turn.question) this.#text.textContent = turn.question;
     part(element, "forgotten").hidden = !turn.isForgotten;
     element.classList.toggle("forgotten", turn.isForgotten);
     action(element, "edit").hidden = turn.isRunning || turn.isForgotten;
@@ -82,21 +83,18 @@ export class TurnView {
   #edit() {
     const form = clone("edit-template");
     const area = form.querySelector("textarea");
-    const text = part(this.element, "text");
     const buttons = part(this.element, "actions");
     area.value = this.turn.question;
     part(form, "hint").textContent = this.actions.isLast(this.turn) ? "" : this.editHint;
 
     const close = () => {
-      form.replaceWith(text);
+      form.replaceWith(this.#text);
       buttons.hidden = false;
       action(buttons, "edit").focus();
     };
     const submit = () => {
       const question = area.value.trim();
-      if (!question) return;
-      close();
-      this.actions.edit(this.turn, question);
+      if (question) this.actions.edit(this.turn, question, close);
     };
 
     onEnter(area, submit);
@@ -112,7 +110,7 @@ export class TurnView {
     });
     action(form, "cancel").addEventListener("click", close);
 
-    text.replaceWith(form);
+    this.#text.replaceWith(form);
     buttons.hidden = true;
     fit(area);
     area.focus();
