@@ -79,6 +79,8 @@ def test_a_wheel_contains_the_recipes(tmp_path: Path) -> None:
         assert {name.split("/")[0] for name in names} == {"jaxstages", wheel.name.rsplit("-py3", 1)[0] + ".dist-info"}
         assert {"jaxstages/py.typed", "jaxstages/experiments/report.css"} <= set(names)
         assert set(names) >= {str(path.relative_to(ROOT)) for path in (ROOT / "jaxstages").rglob("*.py")}
+        page = (ROOT / "jaxstages/generation/serving/page").iterdir()
+        assert set(names) >= {str(path.relative_to(ROOT)) for path in page}
         file.extractall(tmp_path / "installed")
 
     program = (

@@ -29,6 +29,13 @@ PAGE = Path(__file__).parent / "page"
 PAGE_POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 """Content security policy of the page: nothing from any other server."""
 
+PAGE_HEADERS = {
+    "Content-Security-Policy": PAGE_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # its modules have to be of one version; the browser asks whether its copy is current
+}
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -78,7 +85,7 @@ def make_app(
         Route("/v1/models/{name}", checked(handlers.model)),
         Route("/health", checked(handlers.health, needs_key=False)),
         Route("/metrics", checked(handlers.metrics)),
-        Mount("/", StaticFiles(directory=PAGE, html=True)),
+        Mount("/", _Page(directory=PAGE, html=True)),
     ]
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)] if hosts else []
     app = Starlette(
@@ -172,6 +179,15 @@ class _Handlers:
         except ClientDisconnect as error:
             raise ApiError(400, "the client went away") from error
         return bytes(body)
+
+
+class _Page(StaticFiles):
+    """The files of the page, with its headers."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 class _EventStream(StreamingResponse):
