@@ -29,6 +29,8 @@ HOMES = {
     "jinja2": {"data.chat_template"},
     "sacrebleu": {"generation.metrics"},
     "tensorboardX": {"training.metric_writer"},
+    "wandb": {"training.trackers"},
+    "mlflow": {"training.trackers"},
     "tensorflow_datasets": {"data.sources", "world"},
     "array_record": {"data"},
     "apache_beam": {"data.beam"},

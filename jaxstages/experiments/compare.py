@@ -18,7 +18,7 @@ from jaxstages.runtime.console import duration
 
 stats: Any = scipy.stats
 
-UNCOMPARED = ("config.name", "config.cache", "config.seed")
+UNCOMPARED = ("config.name", "config.cache", "config.trackers", "config.seed")
 """Fields that do not make two runs different experiments: runs that differ in the seed alone are repetitions."""
 
 FORMATS = {".md": "github", ".tex": "latex_booktabs", ".html": "html", ".csv": "csv"}

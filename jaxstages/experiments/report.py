@@ -4,6 +4,7 @@ It shows what the workdir records, and can be written at any time: parts that a 
 sentence says why they are missing.
 """
 
+import dataclasses
 import importlib.resources
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def _confusion(run: Run, recipe: Recipe, name: str, has_code: bool) -> Confusion
         return None
     if name not in run.results:
         return "it is measured when the stage is finished"
-    if recipes.own_parts(recipe) and not has_code:
+    if recipes.own_parts(dataclasses.replace(recipe, trackers=())) and not has_code:
         return "the recipe has parts of its own; name its file with `jaxstages report --config=FILE`"
     if jax.process_count() > 1:
         return "several processes do not measure it; write the report again with `jaxstages report`"

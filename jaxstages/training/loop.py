@@ -86,6 +86,7 @@ class Training(NamedTuple):
     allowed: `allowed(metrics, start)` returns whether a step with these metrics may become the best one.
     schedule: maps an optimizer step to a learning rate.
     meta: metadata that every checkpoint of the stage records.
+    track: sends the lines of `writer` to trackers once they are final.
     utilization: MFU at one token per second; 0 if the device's peak is not known.
     heartbeat: `heartbeat(factor)` tells the watchdog that the run is alive; the next call must come within `factor`
         times its limit.
@@ -104,6 +105,7 @@ class Training(NamedTuple):
     meta: Mapping[str, Any]
     checkpoints: Checkpoints
     writer: MetricsWriter
+    track: Callable[[], None]
     stopping: EarlyStopping
     profiler: Profiler
     utilization: float
@@ -201,6 +203,7 @@ class Loop:
 
             training.heartbeat(1.0)
             training.checkpoints.poll()
+            training.track()
             step = k + 1
             bar.update(step, self._note)
             if not (training.signals.poll() or self._is_due(step, last)):

@@ -36,7 +36,9 @@ from jaxstages.training.metric_writer import MetricsWriter, plain, read_metrics
 from jaxstages.training.profiling import Profiler
 from jaxstages.training.saved_items import AVERAGE
 from jaxstages.training.setup import StageSetup, make_stage_evaluate
-from jaxstages.types import Diverged, Metrics, Params, Report, TrainState
+from jaxstages.training.trackers import trackers_of
+from jaxstages.training.tracking import Tracking
+from jaxstages.types import Diverged, Metrics, Params, Report, TrackedStage, TrainState
 
 SMALL_STEP_FLOPS, GROUP = 1e10, 8
 """Steps cheaper than this (6 operations a parameter and token, Kaplan et al. 2020) are dispatched in groups of 8
@@ -78,6 +80,7 @@ def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[s
         _check_length(setup, step, finish)
         with (
             MetricsWriter(setup.folder, step if initial.progress else -1, multihost.is_process_zero()) as writer,
+            _start_tracking(setup, checkpoints) as tracking,
             watchdog(config.hang_seconds) as heartbeat,
         ):
             for line in describe(setup.data.datasets, config.steps, config.batch_size, setup.config.late_from):
@@ -102,6 +105,7 @@ def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[s
                 meta=_meta(setup, initial),
                 checkpoints=checkpoints,
                 writer=writer,
+                track=tracking.poll,
                 stopping=stopping,
                 profiler=Profiler(options.profile, setup.folder),
                 utilization=_utilization(setup),
@@ -132,6 +136,13 @@ def _check_length(setup: StageSetup, step: int, finish: bool) -> None:
             f"{setup.folder} has made {step} steps, and the recipe's length comes to {setup.config.loop.steps}; raise "
             f"config.{setup.name}.loop.steps, epochs or tokens"
         )
+
+
+def _start_tracking(setup: StageSetup, checkpoints: Checkpoints) -> Tracking:
+    recipe = setup.recipe
+    trackers = trackers_of(recipe) if multihost.is_process_zero() else {}
+    tracked = TrackedStage(recipe.name, setup.workdir, setup.name, recipes.to_dict(recipe))
+    return Tracking(setup.folder, tracked, trackers, lambda: checkpoints.saved_step)
 
 
 def _group_size(setup: StageSetup) -> int:
