@@ -5,7 +5,7 @@ F feed-forward, V vocab, N layers (stacked), S cache slots, R LoRA rank, E exper
 A accumulation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,25 @@ Metrics = dict[str, float]
 """Divided values, for logs and people."""
 
 
+class Sample(NamedTuple):
+    """An answer in an evaluation.
+
+    dataset: name of the data set in a mixture; "" for the stage's own.
+    prompt: with its control tokens. reference: the right answer.
+    """
+
+    dataset: str
+    prompt: str
+    answer: str
+    reference: str
+
+
 class Report(NamedTuple):
-    """An evaluation: its metrics, and sacreBLEU's signatures of the scores that have one."""
+    """An evaluation: its metrics, sacreBLEU's signatures of the scores that have one, and a few answers."""
 
     metrics: Metrics
     signatures: list[str]
+    samples: Sequence[Sample] = ()
 
 
 class Batch(NamedTuple):

@@ -28,7 +28,7 @@ HOMES = {
     "tokenizers": {"data"},
     "jinja2": {"data.chat_template"},
     "sacrebleu": {"generation.metrics"},
-    "tensorboardX": {"training.metric_writer"},
+    "tensorboardX": {"training.event_file"},
     "wandb": {"training.trackers"},
     "mlflow": {"training.trackers"},
     "tensorflow_datasets": {"data.sources", "world"},

@@ -131,7 +131,7 @@ def _check_number(value: int | float, rules: Rules, limit: float, where: str) ->
 TASKS_OF_STAGE = {"pretrain": ("lm", "own"), "finetune": ("seq2seq", "classify", "own"), "instruct": ("chat", "own")}
 """Tasks that each of the three stages accepts; an extra stage accepts any task."""
 
-FOLDERS = ("cache", "tokenizer")
+FOLDERS = ("cache", "tensorboard", "tokenizer")
 """Folders of a workdir that are not stages."""
 
 RESERVED_NAMES = (*CHECKPOINTED_STAGES, "watch", "average", "loss")

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import scipy.stats
 from tabulate import tabulate
 
+from jaxstages.config import flat_fields
 from jaxstages.config.metrics import LOSSES, higher_is_better
-from jaxstages.experiments.runs import Run, flat_fields, stage_config
+from jaxstages.experiments.runs import Run, stage_config
 from jaxstages.runtime.console import duration
 
 stats: Any = scipy.stats

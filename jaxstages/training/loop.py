@@ -24,7 +24,7 @@ from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.cpu import freeze_gc_and_trim_heap, lower_thread_priority
 from jaxstages.runtime.signals import Stop
 from jaxstages.training.early_stopping import EarlyStopping, EarlyStoppingState
-from jaxstages.training.metric_writer import MetricsWriter, plain
+from jaxstages.training.metric_writer import SAMPLES, MetricsWriter, plain
 from jaxstages.training.profiling import Profiler, peak_memory
 from jaxstages.training.saved_items import to_items
 from jaxstages.types import Diverged, Interrupted, Metrics, Params, Report, Sums, TrainState
@@ -317,7 +317,7 @@ class Loop:
         metrics = reports["params"].metrics
         if state.average:
             metrics = metrics | {f"average/{name}": value for name, value in reports["average"].metrics.items()}
-        self._log_evaluation(step, Report(metrics, reports["params"].signatures), note)
+        self._log_evaluation(step, reports["params"]._replace(metrics=metrics), note)
 
         if self.should_stop():
             reason = (
@@ -331,6 +331,8 @@ class Loop:
     def _log_evaluation(self, step: int, report: Report, note: str) -> None:
         training, metrics = self._training, report.metrics
         training.writer.write(step, "eval", metrics)
+        if report.samples:
+            training.writer.write(step, SAMPLES, {SAMPLES: [sample._asdict() for sample in report.samples]})
         if not_finite := [name for name, value in metrics.items() if not math.isfinite(value)]:
             training.writer.write(step, "event", {"event": "not finite", "metrics": ", ".join(not_finite)})
 

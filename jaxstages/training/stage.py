@@ -83,6 +83,9 @@ def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[s
             _start_tracking(setup, checkpoints) as tracking,
             watchdog(config.hang_seconds) as heartbeat,
         ):
+            writer.describe(
+                recipes.to_dict(setup.recipe), _hyperparameters(setup), dict.fromkeys(("loss", stop.metric))
+            )
             for line in describe(setup.data.datasets, config.steps, config.batch_size, setup.config.late_from):
                 say(f"  {line}")
             for line in _warnings(setup):
@@ -136,6 +139,19 @@ def _check_length(setup: StageSetup, step: int, finish: bool) -> None:
             f"{setup.folder} has made {step} steps, and the recipe's length comes to {setup.config.loop.steps}; raise "
             f"config.{setup.name}.loop.steps, epochs or tokens"
         )
+
+
+def _hyperparameters(setup: StageSetup) -> dict[str, Any]:
+    """Return the fields of the stage, of the model, and of the run that differ from their defaults."""
+    recipe = setup.recipe
+    model = recipe.model if isinstance(recipe.model, ModelConfig) else ModelConfig()
+    pairs = {"": (setup.config, recipes.StageConfig()), "model.": (model, ModelConfig())}
+    values: dict[str, Any] = {"seed": recipe.seed}
+    for prefix, (config, default) in pairs.items():
+        fields, defaults = (recipes.flat_fields(recipes.to_dict(each), "") for each in (config, default))
+        changed = {name: value for name, value in fields.items() if value != defaults.get(name)}
+        values |= {f"{prefix}{name.lstrip('.')}": value for name, value in changed.items()}
+    return values
 
 
 def _start_tracking(setup: StageSetup, checkpoints: Checkpoints) -> Tracking:

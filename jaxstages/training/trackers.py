@@ -1,5 +1,6 @@
 """The trackers that a recipe can name: Weights & Biases and MLflow. Each is imported only where it is used."""
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxstages.config import Recipe
-from jaxstages.config.parts import Makes, Part, is_part, tracker_name
+from jaxstages.config.parts import Makes, Part, tracker_name
+from jaxstages.training.metric_writer import SAMPLES
 from jaxstages.types import MakeTracker, TrackedStage, Tracker
 
 
@@ -26,7 +28,7 @@ def trackers_of(recipe: Recipe) -> dict[str, MakeTracker]:
         if isinstance(tracker, Part):
             file, _, name = tracker.part.partition(":")
             raise ValueError(f"{where} is {name}, a part of the recipe's own; name its file with --config={file}.py")
-        if is_part(tracker):
+        if not isinstance(tracker, str):
             makers[tracker_name(tracker)] = tracker.make if isinstance(tracker, Makes) else tracker
             continue
         if importlib.util.find_spec(tracker) is None:
@@ -44,7 +46,7 @@ def wandb_tracker(stage: TrackedStage) -> Tracker:
     wandb's own step is the number of the line, so that wandb itself drops lines that its server has already. The x axis
     is "step".
     """
-    import wandb
+    wandb: Any = importlib.import_module("wandb")
 
     _set_incomplete_runs_aside(stage)
     run = wandb.init(
@@ -65,11 +67,9 @@ def wandb_tracker(stage: TrackedStage) -> Tracker:
 
     def log(step: int, kind: str, values: dict[str, Any]) -> None:
         row: dict[str, Any] = {f"{kind}/{name}": value for name, value in values.items()}
-        if kind == "samples":
-            samples = values["samples"]
-            columns = [*samples[0]]
-            table = wandb.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])
-            row = {"samples": table}
+        if kind == SAMPLES:
+            samples = values[SAMPLES]
+            row = {SAMPLES: wandb.Table(columns=[*samples[0]], data=[[*sample.values()] for sample in samples])}
         run.log({"step": step} | row, step=next(numbers))
 
     def close(status: str) -> None:
@@ -99,8 +99,8 @@ def mlflow_tracker(stage: TrackedStage) -> Tracker:
 
     The metric "line" counts the lines, so that none is logged twice after a kill. Text becomes artifacts.
     """
-    import mlflow
-    from mlflow.entities import Metric
+    mlflow: Any = importlib.import_module("mlflow")
+    metric: Any = importlib.import_module("mlflow.entities").Metric
 
     experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or stage.name).experiment_id
     client = mlflow.MlflowClient()
@@ -119,13 +119,13 @@ def mlflow_tracker(stage: TrackedStage) -> Tracker:
         number = next(numbers)
         if number <= logged:
             return
-        if kind == "samples":
-            text = json.dumps(values["samples"], indent=1, ensure_ascii=False)
-            client.log_text(run_id, text, f"samples/{step}.json")
+        if kind == SAMPLES:
+            text = json.dumps(values[SAMPLES], indent=1, ensure_ascii=False)
+            client.log_text(run_id, text, f"{SAMPLES}/{step}.json")
         scalars = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         now = round(1000 * time.time())
-        metrics = [Metric(_mlflow_name(name), float(value), now, step) for name, value in scalars.items()]
-        client.log_batch(run_id, [*metrics, Metric("line", number, now, step)])
+        metrics = [metric(_mlflow_name(name), float(value), now, step) for name, value in scalars.items()]
+        client.log_batch(run_id, [*metrics, metric("line", number, now, step)])
 
     def close(status: str) -> None:
         client.set_terminated(run_id, {"finished": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED"))
