@@ -29,6 +29,7 @@ HOMES = {
     "jinja2": {"data.chat_template"},
     "sacrebleu": {"generation.metrics"},
     "tensorboardX": {"training.event_file"},
+    "lm_eval": {"cli.lm_eval"},
     "wandb": {"training.trackers"},
     "mlflow": {"training.trackers"},
     "tensorflow_datasets": {"data.sources", "world"},

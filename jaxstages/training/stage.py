@@ -83,9 +83,8 @@ def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[s
             _start_tracking(setup, checkpoints) as tracking,
             watchdog(config.hang_seconds) as heartbeat,
         ):
-            writer.describe(
-                recipes.to_dict(setup.recipe), _hyperparameters(setup), dict.fromkeys(("loss", stop.metric))
-            )
+            compared = [*dict.fromkeys(("loss", stop.metric))]
+            writer.describe(recipes.to_dict(setup.recipe), _hyperparameters(setup), compared)
             for line in describe(setup.data.datasets, config.steps, config.batch_size, setup.config.late_from):
                 say(f"  {line}")
             for line in _warnings(setup):
