@@ -12,6 +12,7 @@ scores: a text begins with the tokens that began a document in training. Control
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import lm_eval.models  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers lm-eval's own models
 import numpy as np
 from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]  # an extra
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
