@@ -95,7 +95,17 @@ def run_lm_eval(folders: SimpleNamespace, model: str, arguments: str, tasks: str
     out = folders.home / f"out-{model}"
     module = "jaxstages.cli.lm_eval" if model == "jaxstages" else "lm_eval"
     command = [sys.executable, "-m", module, "run", "--model", model, "--model_args", arguments]
-    command += ["--include_path", str(folders.tasks), "--tasks", tasks, "--output_path", str(out), "--log_samples"]
+    command += [
+        "--include_path",
+        str(folders.tasks),
+        "--tasks",
+        tasks,
+        "--output_path",
+        str(out),
+        "--log_samples",
+        "--device",
+        "cpu",
+    ]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folders.home / "hf")}
     env = os.environ | {"PYTHONPATH": str(ROOT)} | offline | compiled.environment()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -111,7 +121,7 @@ def run_lm_eval(folders: SimpleNamespace, model: str, arguments: str, tasks: str
 def test_scores_are_those_of_the_exported_model(folders: SimpleNamespace) -> None:
     names = "own_q,own_p,own_t"
     ours = run_lm_eval(folders, "jaxstages", f"workdir={folders.work},stage=pretrain", names)
-    theirs = run_lm_eval(folders, "hf", f"pretrained={folders.exported},dtype=float32,device=cpu", names)
+    theirs = run_lm_eval(folders, "hf", f"pretrained={folders.exported},dtype=float32", names)
     for name in names.split(","):
         for metric, value in theirs["results"][name].items():
             if isinstance(value, float):
@@ -133,7 +143,7 @@ def test_scores_of_real_questions_are_those_of_the_exported_model(folders: Simpl
         )
     names = "piqa_local,copa_local"
     ours = run_lm_eval(folders, "jaxstages", f"workdir={folders.work}", names)["results"]
-    theirs = run_lm_eval(folders, "hf", f"pretrained={folders.exported},dtype=float32,device=cpu", names)["results"]
+    theirs = run_lm_eval(folders, "hf", f"pretrained={folders.exported},dtype=float32", names)["results"]
     for name in names.split(","):
         print(name, {metric: value for metric, value in ours[name].items() if isinstance(value, float)})
         for metric, value in theirs[name].items():
