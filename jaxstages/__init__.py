@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from jaxstages.training.early_stopping import early_stopping
     from jaxstages.training.optimizer import make_optimizer, make_schedule
     from jaxstages.training.step import init_state, make_train_step
-    from jaxstages.types import Batch, Decoder, HiddenAndHead, Model, TrainState
+    from jaxstages.types import Batch, Decoder, HiddenAndHead, Model, TrackedStage, Tracker, TrainState
 
 __version__ = importlib.metadata.version("jaxstages")
 
@@ -67,7 +67,7 @@ _HOMES = {
     "jaxstages.training.early_stopping": ("early_stopping",),
     "jaxstages.training.optimizer": ("make_optimizer", "make_schedule"),
     "jaxstages.training.step": ("init_state", "make_train_step"),
-    "jaxstages.types": ("Batch", "Decoder", "HiddenAndHead", "Model", "TrainState"),
+    "jaxstages.types": ("Batch", "Decoder", "HiddenAndHead", "Model", "TrackedStage", "Tracker", "TrainState"),
 }
 """Module -> its names in the public API."""
 
@@ -97,6 +97,8 @@ __all__ = [
     "ScheduleConfig",
     "StageConfig",
     "TokenizerConfig",
+    "TrackedStage",
+    "Tracker",
     "TrainState",
     "batches_by_step",
     "cross_entropy_loss",

@@ -5,7 +5,8 @@ F feed-forward, V vocab, N layers (stacked), S cache slots, R LoRA rank, E exper
 A accumulation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -21,11 +22,25 @@ Metrics = dict[str, float]
 """Divided values, for logs and people."""
 
 
+class Sample(NamedTuple):
+    """An answer in an evaluation.
+
+    dataset: name of the data set in a mixture; "" for the stage's own.
+    prompt: with its control tokens. reference: the right answer.
+    """
+
+    dataset: str
+    prompt: str
+    answer: str
+    reference: str
+
+
 class Report(NamedTuple):
-    """An evaluation: its metrics, and sacreBLEU's signatures of the scores that have one."""
+    """An evaluation: its metrics, sacreBLEU's signatures of the scores that have one, and a few answers."""
 
     metrics: Metrics
     signatures: list[str]
+    samples: Sequence[Sample] = ()
 
 
 class Batch(NamedTuple):
@@ -183,6 +198,43 @@ Apply = Callable[[Params, Batch, PRNGKeyArray | None], Array | HiddenAndHead]
 LossFn = Callable[[Params, Batch, PRNGKeyArray | None], Sums]
 """`loss(params, batch, dropout_key)` returns sums over the batch: "objective", which is minimised after division by
 "weight"; optionally "nll", "correct" and others, which are logged the same way."""
+
+
+class TrackedStage(NamedTuple):
+    """The stage that a tracker follows.
+
+    name: name of the recipe. workdir, stage: where the run is, and the name of the stage.
+    recipe: the recipe as in `recipe.json`.
+    run_id: id of the tracker's run, the same whenever the stage resumes.
+    folder: local folder for files of the tracker's own.
+    sent: number of lines that the tracker has from earlier processes.
+    """
+
+    name: str
+    workdir: Path
+    stage: str
+    recipe: dict[str, Any]
+    run_id: str = ""
+    folder: Path = Path()
+    sent: int = 0
+
+
+class Tracker(NamedTuple):
+    """Receives what a stage logs, as a pair of functions. They are called in a thread; an exception is reported once,
+    and training goes on.
+
+    log: `log(step, kind, values)` receives a line of `metrics.jsonl`. Numbers that are not finite are NaN.
+    close: `close(status)`; "finished", "interrupted" or "failed".
+    buffers: whether a kill may lose what was logged. All lines since the last `close` are then logged again.
+    """
+
+    log: Callable[[int, str, dict[str, Any]], None]
+    close: Callable[[str], None] = lambda _status: None
+    buffers: bool = False
+
+
+MakeTracker = Callable[[TrackedStage], Tracker]
+"""Starts a tracker before the first step of a stage, or when the stage resumes."""
 
 
 class Diverged(Exception):

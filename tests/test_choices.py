@@ -13,7 +13,7 @@ from jaxstages.config import MeshConfig, TokenizerConfig
 from jaxstages.data.choices import ChoiceQuestion, ChoiceSet, open_choices, parse_question, to_examples
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.data.train_tokenizer import make_tokenizer
-from jaxstages.generation.choices import make_log_likelihoods, score_choices
+from jaxstages.generation.choices import make_row_scores, score_choices
 from jaxstages.generation.evaluate import TextModel
 from jaxstages.models.sharding import make_mesh
 from jaxstages.models.transformer import make_model
@@ -89,14 +89,17 @@ def test_log_likelihoods_are_those_of_the_formula(tokenizer: Tokenizer, tmp_path
     params = model.init(jax.random.key(0))
     mesh = make_mesh(MeshConfig())
     sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-    found = make_log_likelihoods(TextModel(model, tokenizer, 64, sharding), 8)(params, choices.rows)
+    found = make_row_scores(TextModel(model, tokenizer, 64, sharding), 8)(params, choices.rows)
 
     from jaxstages.data.batches import to_batch
 
     batch = to_batch(list(choices.rows))
     log_probs = np.asarray(jax.nn.log_softmax(model.apply(params, jax.tree.map(jnp.asarray, batch), None)))
     per_token = np.take_along_axis(log_probs, np.asarray(batch.targets_BL)[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(found, np.sum(per_token * batch.weights_BL, axis=1), rtol=2e-5)
+    expected = np.sum(per_token * batch.weights_BL, axis=1)
+    np.testing.assert_allclose(found.log_likelihoods, expected, rtol=2e-5)
+    greedy = (np.argmax(log_probs, axis=-1) == batch.targets_BL) | (batch.weights_BL == 0)
+    np.testing.assert_array_equal(found.greedy, np.all(greedy, axis=1))
 
 
 def test_accuracies_by_likelihood_and_per_character() -> None:

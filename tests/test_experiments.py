@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -400,3 +401,54 @@ time.sleep(60)
             break
         time.sleep(0.02)
     assert time.monotonic() < end
+
+
+# The report of several runs.
+
+
+def test_a_report_of_several_runs_has_their_curves_and_the_table(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["jaxstages", "report", "sweep"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    root = ElementTree.fromstring(f"<body>{page.partition('<body>')[2].removesuffix('</html>' + chr(10))}")
+    headings, cells = table_of(compare(runs))
+    assert [cell.text or "" for cell in root.iter("td")][: len(cells[0]) - 1] == cells[0][1:]
+    assert all(heading in page for heading in headings)
+    for figure in root.iter("figure"):
+        labels = ["".join(item.itertext()) for item in figure.iter("li")]
+        assert labels == ["peak_lr=0.001", "peak_lr=0.002"]
+        (svg,) = figure.iter("svg")
+        assert "peak_lr=0.002: 2.117 at step 2, 1.617 at step 6" in svg.attrib["aria-label"]
+        assert len([path for path in svg.iter("path") if "stroke" in path.attrib.get("style", "")]) >= 2
+    assert len(list(root.iter("figure"))) == 1  # the loss decides, and these runs have no training lines
+    assert all(str(run.folder.relative_to(tmp_path)) in page for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["report"], "report needs --workdir=DIR for a single run, or DIR DIR"),
+        (["report", "sweep", "--workdir=a"], "report needs --workdir=DIR for a single run, or DIR DIR"),
+        (["report", "sweep", "--to=a.pdf"], "end its name with .html"),
+        (["report", "sweep/peak_lr=0.001,seed=0"], "is a single run; use jaxstages report --workdir="),
+        (["report", "sweep", "--metric=chrf"], "does not measure chrf; name one of"),
+        (["report", "sweep", "--stage=instruct"], "has not begun instruct"),
+        (
+            ["report", "--workdir=sweep/peak_lr=0.001,seed=0", "--metric=loss"],
+            "--metric applies to a report of several",
+        ),
+    ],
+)
+def test_a_report_of_several_runs_that_makes_no_sense_is_refused(
+    words: list[str],
+    message: str,
+    runs: list[Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["jaxstages", *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "report.html").exists()

@@ -99,6 +99,8 @@ class Checkpoints:
         self._folder = checkpoints_folder(stage_dir).absolute()
         self._manager: _Manager | None = None
         self._thread = ThreadPoolExecutor(1, "save", lower_thread_priority)
+        self.saved_step = -1
+        """Newest step that is on disk, as far as `poll` and `wait` have noticed; -1 if there is none."""
 
         # The save in flight.
         self._step = -1
@@ -141,6 +143,7 @@ class Checkpoints:
             lost_on_zero = self._is_best_lost(restored.meta) if multihost.is_process_zero() else False
             best_lost = bool(multihost.broadcast_from_zero(int(lost_on_zero)))
             self._best.step = -1 if best_lost else restored.meta["best_step"]
+            self.saved_step = step
             return restored._replace(best_lost=best_lost)
 
         quarantined = quarantine_folder(self._stage_dir)
@@ -273,6 +276,7 @@ class Checkpoints:
         if future is not None:
             with self._errors_as_os_error():
                 future.result()
+            self.saved_step = self._step
 
     def check_last(self, step: int) -> None:
         """Compare the files of the last save with their manifest. Raises OSError if they differ."""

@@ -105,10 +105,11 @@ COMMANDS = {
         "docs/stages.md",
     ),
     "report": Command(
-        "Write the report of a run, DIR/report.html: stage matrix, curves, samples, cost.",
-        WORKDIR,
+        "Write the report of a run, DIR/report.html: stage matrix, curves, samples, cost; or one of several runs.",
+        f"({WORKDIR} | DIR DIR ... [--to=FILE.html])",
         "One file without scripts that needs no network. `jaxstages run` writes it at its end; this command also "
-        "reports a run that is not finished.",
+        "reports a run that is not finished. DIR DIR ... puts the curves of several runs together, with the table of "
+        "`jaxstages compare`, into ./report.html.",
         "jaxstages report --workdir=runs/demo",
         "docs/report.md",
     ),
@@ -204,7 +205,7 @@ FLAGS = (
         "stage",
         "NAME",
         "Stage to use: pretrain, finetune, instruct, an extra stage of the recipe, or import for imported weights.",
-        ("train", "inspect", "checkpoints", "plan", "compare", *CHECKPOINT),
+        ("train", "inspect", "checkpoints", "plan", "compare", "report", *CHECKPOINT),
     ),
     Flag(
         "step",
@@ -252,7 +253,7 @@ FLAGS = (
     ),
     Flag("first_rung", "STEPS", "Steps of the swept stage up to the first rung.", ("sweep",), int, 0, at_least=0),
     Flag("hours", "H", "Start no trial after H hours; those that run save and end.", ("sweep",), float, 0.0),
-    Flag("metric", "NAME", "Metric to compare; default: that of early stopping.", ("compare",)),
+    Flag("metric", "NAME", "Metric to compare; default: that of early stopping.", ("compare", "report")),
     Flag("plot", "FILE.svg", "Draw the metric over the steps: .svg, .png or .pdf.", ("compare",)),
     # Generation
     Flag("prompt", "TEXT", "Prompt to answer.", ("generate",)),
@@ -322,8 +323,9 @@ FLAGS = (
     Flag(
         "to",
         "PATH",
-        "Folder to export to; for compare, the file of the table: .md, .csv, .tex or .html.",
-        ("export", "compare"),
+        "Folder to export to; for compare, the file of the table: .md, .csv, .tex or .html; for a report of several "
+        "runs, its file: .html.",
+        ("export", "compare", "report"),
     ),
     Flag(
         "dtype",

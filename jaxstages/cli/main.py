@@ -136,6 +136,14 @@ def _workdir(command: str, values: flags.FlagValues) -> Path:
     return workdir
 
 
+def _report_runs(values: flags.FlagValues, words: list[str]) -> None:
+    if values.workdir is not None or not words:
+        raise ValueError("report needs --workdir=DIR for a single run, or DIR DIR ... for one report of several runs")
+    from jaxstages.cli.report import report_runs
+
+    report_runs(words, values.stage, values.metric, values.to)
+
+
 def _run(
     command: str,
     values: flags.FlagValues,
@@ -147,6 +155,10 @@ def _run(
         from jaxstages.cli.compare import compare_runs
 
         compare_runs(words, values.stage, values.metric, values.to, values.plot)
+        return
+
+    if command == "report" and (words or values.workdir is None):
+        _report_runs(values, words)
         return
 
     if command == "plan":
@@ -168,6 +180,8 @@ def _run(
         return
 
     if command == "report":
+        if alone := [name for name in ("stage", "metric", "to") if values[name].present]:
+            raise ValueError(f"--{alone[0]} applies to a report of several runs: jaxstages report DIR DIR ...")
         before_jax()
         from jaxstages.cli.report import report
 

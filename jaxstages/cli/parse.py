@@ -24,7 +24,7 @@ WORKDIR = ("--workdir", "-workdir")
 
 class CommandLine(NamedTuple):
     """recipe: the one that --config or --config.FIELD gives, else None. words: arguments that are not flags, which
-    `checkpoints` and `compare` take."""
+    `checkpoints`, `compare` and `report` take."""
 
     flags: flags.FlagValues
     recipe: Recipe | None
@@ -52,7 +52,7 @@ def parse(command: str, argv: list[str]) -> CommandLine:
     except Exception as error:
         raise _explained(error, config_word, argv) from None
 
-    if words and command not in ("checkpoints", "compare"):
+    if words and command not in ("checkpoints", "compare", "report"):
         raise ValueError(f"{words[0]!r} is not a flag; write --flag=value")
     for flag in FLAGS:
         if values[flag.name].present and command not in flag.commands:

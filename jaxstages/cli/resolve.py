@@ -1,5 +1,6 @@
 """The recipe of a command: the given one or the workdir's own, and whether it may differ from what was trained."""
 
+import dataclasses
 import importlib.metadata
 import re
 from collections.abc import Iterator
@@ -73,7 +74,7 @@ def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False,
     if given is None:
         if kept is None:
             raise ValueError(f"{workdir} has no recipe.json; name a recipe with --config=RECIPE, such as --config=demo")
-        if parts := recipes.own_parts(kept):
+        if parts := recipes.own_parts(dataclasses.replace(kept, trackers=())):  # only training needs those
             field, part = next(iter(parts.items()))
             raise ValueError(
                 f"{workdir / 'recipe.json'}: {field} is {part.part}, a part of the recipe's own; name its file with "

@@ -22,6 +22,7 @@ from jaxstages.runtime.workdir import check_workdir, has_begun, lock, result_fil
 from jaxstages.stages import extra, finetune, instruct, pretrain
 from jaxstages.training.handoff import check_lineage
 from jaxstages.training.stage import RunOptions
+from jaxstages.training.trackers import trackers_of
 from jaxstages.types import Diverged, Interrupted
 
 VISIBLE_SECONDS = 60
@@ -138,6 +139,7 @@ def _prepared(recipe: Recipe, workdir: Path, names: list[str], process: ProcessI
         if process is not None:
             say(str(process), "cyan")
         if process is None or process.process_id == 0:
+            trackers_of(recipe)  # a missing package shows now
             stack.enter_context(lock(workdir))
             keep_recipe(recipe, workdir)
             _import(recipe, workdir, process)

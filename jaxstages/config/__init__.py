@@ -22,7 +22,7 @@ from jaxstages.config.recipe import (
     stage_number,
     stages,
 )
-from jaxstages.config.serialize import check_type, differences, from_dict, lora_from, own_parts, to_dict
+from jaxstages.config.serialize import check_type, differences, flat_fields, from_dict, lora_from, own_parts, to_dict
 
 __all__ = [
     "AnchorConfig",
@@ -52,6 +52,7 @@ __all__ = [
     "TokenizerConfig",
     "check_type",
     "differences",
+    "flat_fields",
     "from_dict",
     "lora_from",
     "Metric",

@@ -30,7 +30,7 @@ from jaxstages.config import (
 )
 from jaxstages.config.data import TASKS
 from jaxstages.config.metrics import FITS, LOSSES, higher_is_better
-from jaxstages.config.parts import Makes, ModelSpec, is_part, metric_name
+from jaxstages.config.parts import Makes, ModelSpec, is_part, metric_name, tracker_name
 from jaxstages.config.setting import Rules, rules_of
 
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3e38
@@ -131,7 +131,7 @@ def _check_number(value: int | float, rules: Rules, limit: float, where: str) ->
 TASKS_OF_STAGE = {"pretrain": ("lm", "own"), "finetune": ("seq2seq", "classify", "own"), "instruct": ("chat", "own")}
 """Tasks that each of the three stages accepts; an extra stage accepts any task."""
 
-FOLDERS = ("cache", "tokenizer")
+FOLDERS = ("cache", "tensorboard", "tokenizer")
 """Folders of a workdir that are not stages."""
 
 RESERVED_NAMES = (*CHECKPOINTED_STAGES, "watch", "average", "loss")
@@ -294,6 +294,12 @@ def _check_extra_stages(recipe: Recipe) -> None:
             raise ValueError(f"config.extra_stages: {name!r} can't be the name of a stage; use another word")
 
 
+def _check_trackers(trackers: tuple[Any, ...]) -> None:
+    names = list(map(tracker_name, trackers))
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"config.trackers: {repeated[0]!r} is there twice; name each tracker once")
+
+
 def _check_model(model: ModelSpec) -> None:
     if not isinstance(model, ModelConfig):
         if not isinstance(model, Makes):
@@ -397,6 +403,7 @@ def validate(recipe: Recipe, imported: bool = False) -> None:
 
     _check_model(recipe.model)
     _check_extra_stages(recipe)
+    _check_trackers(recipe.trackers)
     if recipe.tokenizer.kind == "file" and not recipe.tokenizer.path:
         raise ValueError('config.tokenizer.path is empty; kind "file" needs the path of a tokenizer.json or .model')
 

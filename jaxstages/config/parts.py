@@ -95,6 +95,11 @@ def describe(value: Any, to_plain: Callable[[Any], Any] = lambda field: field) -
     return Part(f"{file.stem}:{name}", plain, source_sha256(file, name))
 
 
+def tracker_name(tracker: Any) -> str:
+    """Return the name of an item of `Recipe.trackers`: a built-in name, or that of the custom part."""
+    return tracker if isinstance(tracker, str) else describe(tracker).part.partition(":")[2]
+
+
 def _location(definition: Any) -> tuple[str, Path]:
     """Return the name and the file of a function or class."""
     function = inspect.unwrap(definition) if not inspect.isclass(definition) else getattr(definition, "make", None)

@@ -11,7 +11,7 @@ from jaxstages.config.data import DataConfig, TokenizerConfig
 from jaxstages.config.mesh import MeshConfig
 from jaxstages.config.model import ModelConfig
 from jaxstages.config.optimizer import OptimConfig
-from jaxstages.config.parts import Metric, ModelSpec
+from jaxstages.config.parts import Makes, Metric, ModelSpec
 from jaxstages.config.setting import setting
 
 STAGES = ("pretrain", "finetune", "instruct")
@@ -220,6 +220,9 @@ class Recipe:
     """Further stages by name, which follow the three in order; `jaxstages train --stage=NAME` trains one of them."""
     prompts: tuple[str, ...] = ()
     """Prompts that every stage answers at the end of a run, to show what each stage has taught."""
+    trackers: tuple[str | Callable | Makes, ...] = setting((), choices=("wandb", "mlflow"))
+    """Where the numbers of `metrics.jsonl` are sent, too: "wandb", "mlflow", or a tracker of your own. It may change at
+    any time."""
     cache: str = ""
     """Folder for prepared rows; by default `WORKDIR/cache`."""
 

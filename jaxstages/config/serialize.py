@@ -157,3 +157,12 @@ def own_parts(config: Any, path: str = "config") -> dict[str, Part]:
     else:
         return {}
     return {key: part for name, item in items.items() for key, part in own_parts(item, f"{path}.{name}").items()}
+
+
+def flat_fields(recipe: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
+    """Map the path of each field of a recorded recipe, "config.seed", to its value. An own part is one value."""
+    fields: dict[str, Any] = {}
+    for name, value in recipe.items():
+        inner = isinstance(value, dict) and "part" not in value
+        fields |= flat_fields(value, f"{prefix}.{name}") if inner else {f"{prefix}.{name}": value}
+    return fields

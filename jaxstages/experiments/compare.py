@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import scipy.stats
 from tabulate import tabulate
 
+from jaxstages.config import flat_fields
 from jaxstages.config.metrics import LOSSES, higher_is_better
-from jaxstages.experiments.runs import Run, flat_fields, stage_config
+from jaxstages.experiments.runs import Run, stage_config
 from jaxstages.runtime.console import duration
 
 stats: Any = scipy.stats
 
-UNCOMPARED = ("config.name", "config.cache", "config.seed")
+UNCOMPARED = ("config.name", "config.cache", "config.trackers", "config.seed")
 """Fields that do not make two runs different experiments: runs that differ in the seed alone are repetitions."""
 
 FORMATS = {".md": "github", ".tex": "latex_booktabs", ".html": "html", ".csv": "csv"}
@@ -92,7 +93,7 @@ def compare(runs: Sequence[Run], stage: str | None = None, metric: str | None = 
     Raises:
         ValueError: the runs have no stage in common, or do not measure the metric.
     """
-    stage = stage or _last_common_stage(runs)
+    stage = stage or common_stages(runs)[-1]
     for run in runs:
         if stage not in run.stages:
             raise ValueError(f"{run.folder} has not begun {stage}; it has {', '.join(run.stages) or 'no stage'}")
@@ -134,11 +135,12 @@ def compare(runs: Sequence[Run], stage: str | None = None, metric: str | None = 
     return Comparison(stage, metric, higher, rows)
 
 
-def _last_common_stage(runs: Sequence[Run]) -> str:
+def common_stages(runs: Sequence[Run]) -> list[str]:
+    """Return the stages that all runs have begun. Raises ValueError if there is none."""
     common = [name for name in runs[0].stages if all(name in run.stages for run in runs)]
     if not common:
         raise ValueError("the runs have begun no stage in common; name one with --stage, and runs that have it")
-    return common[-1]
+    return common
 
 
 def _group_by_fields(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
@@ -252,6 +254,21 @@ def format_table(headings: Sequence[str], cells: Sequence[Sequence[str]], suffix
     return str(tabulate(cells, headings, tablefmt=FORMATS[suffix], disable_numparse=True)) + "\n"
 
 
+def row_label(row: Row) -> str:
+    """Return a short name for a row: its fields, or the folder of its first run."""
+    fields = ", ".join(f"{name.rpartition('.')[2]}={_cell(value)}" for name, value in row.fields.items())
+    return fields if 0 < len(fields) < 60 else row.runs[0].folder.name
+
+
+def row_curve(row: Row, stage: str, kind: str, metric: str) -> dict[int, list[float]]:
+    """Return the values of a metric in all runs of a row by step, in the order of the steps."""
+    by_step: dict[int, list[float]] = {}
+    for run in row.runs:
+        for step, value in run.curve(stage, kind, metric):
+            by_step.setdefault(step, []).append(value)
+    return dict(sorted(by_step.items()))
+
+
 def plot_curves(comparison: Comparison, file: Path) -> None:
     """Plot the metric over the steps: a line per row, the mean over its seeds, and their range."""
     from matplotlib.figure import Figure
@@ -259,17 +276,9 @@ def plot_curves(comparison: Comparison, file: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for row in comparison.rows:
-        by_step: dict[int, list[float]] = {}
-        for run in row.runs:
-            for step, value in run.curve(comparison.stage, "eval", comparison.metric):
-                by_step.setdefault(step, []).append(value)
-        steps = sorted(by_step)
-        fields = ", ".join(f"{name.rpartition('.')[2]}={_cell(value)}" for name, value in row.fields.items())
-        (line,) = axes.plot(
-            steps,
-            [statistics.fmean(by_step[step]) for step in steps],
-            label=fields if 0 < len(fields) < 60 else row.runs[0].folder.name,
-        )
+        by_step = row_curve(row, comparison.stage, "eval", comparison.metric)
+        steps = [*by_step]
+        (line,) = axes.plot(steps, [statistics.fmean(by_step[step]) for step in steps], label=row_label(row))
         if len(row.runs) > 1:
             low, high = ([limit(by_step[step]) for step in steps] for limit in (min, max))
             axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -4,7 +4,7 @@ It shows what the workdir records, and can be written at any time: parts that a 
 sentence says why they are missing.
 """
 
-import importlib.resources
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +15,7 @@ from jaxstages import config as recipes
 from jaxstages.config import Recipe
 from jaxstages.experiments.confusion import Confusion, measure_confusion
 from jaxstages.experiments.markup import Markup, Section, number, short_digest, tag
+from jaxstages.experiments.page import html_page, page_header
 from jaxstages.experiments.report_matrix import matrix_sections
 from jaxstages.experiments.report_stage import Reason, best_of, describe_stage, status_of, verdict_name
 from jaxstages.experiments.report_tables import cost_section, lineage_section, recipe_section, versions_section
@@ -31,9 +32,6 @@ TASKS = {
     "chat": "chats, only the assistant's turns are trained on",
     "own": "a task of the recipe's own",
 }
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""Content security policy: the browser loads nothing and runs nothing, whatever the data contain."""
 
 T = TypeVar("T")
 
@@ -65,21 +63,7 @@ def report_page(run: Run, recipe: Recipe | None = None) -> str:
     metas = {name: _value_or_reason(lambda name=name: checkpoint_meta(run.folder, name)) for name in run.stages}
     sections += [cost_section(run), recipe_section(recipe), lineage_section(run, metas), versions_section(run)]
 
-    head = [
-        Markup('<meta charset="utf-8">'),
-        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
-        Markup('<meta name="color-scheme" content="light dark">'),
-        tag("title", f"{recipe.name}: report"),
-        tag("style", Markup(_style_sheet())),
-    ]
-    bodies = [tag("section", tag("h2", each.title), *each.parts, id=each.anchor) for each in sections]
-    body = tag("body", _header(run, recipe, sections), tag("main", *bodies))
-    return f"<!DOCTYPE html>\n{tag('html', tag('head', *head), body, lang='en')}\n"
-
-
-def _style_sheet() -> str:
-    return importlib.resources.files("jaxstages.experiments").joinpath("report.css").read_text(encoding="utf-8")
+    return html_page(f"{recipe.name}: report", _header(run, recipe, sections), sections)
 
 
 def _value_or_reason(read: Callable[[], T]) -> T | Reason:
@@ -95,7 +79,7 @@ def _confusion(run: Run, recipe: Recipe, name: str, has_code: bool) -> Confusion
         return None
     if name not in run.results:
         return "it is measured when the stage is finished"
-    if recipes.own_parts(recipe) and not has_code:
+    if recipes.own_parts(dataclasses.replace(recipe, trackers=())) and not has_code:
         return "the recipe has parts of its own; name its file with `jaxstages report --config=FILE`"
     if jax.process_count() > 1:
         return "several processes do not measure it; write the report again with `jaxstages report`"
@@ -109,9 +93,7 @@ def _header(run: Run, recipe: Recipe, sections: Sequence[Section]) -> Markup:
     names = list(recipes.stages(recipe))
     finished = sum(name in run.results for name in names)
     lead = f"{finished} of {len(names)} stages finished. Workdir {run.folder.absolute().name}, seed {recipe.seed}."
-    links = [tag("li", tag("a", section.title, href=f"#{section.anchor}")) for section in sections]
-    contents = tag("nav", tag("ul", *links), aria_label="Contents")
-    return tag("header", tag("h1", recipe.name), tag("p", lead, class_="lead"), contents)
+    return page_header(recipe.name, lead, sections)
 
 
 def _stages(run: Run, recipe: Recipe) -> Section:

@@ -159,7 +159,7 @@ def _loss_figure(run: Run, recipe: Recipe, name: str, best: Best | None) -> Mark
         return tag("p", "No finite loss was logged yet.")
 
     skipped = [event["step"] for event in run.events(name, "step skipped")]
-    keys = _keys(lines)
+    keys = legend(lines)
     mark = None
     if best is not None:
         losses = dict(held_out)
@@ -172,13 +172,13 @@ def _loss_figure(run: Run, recipe: Recipe, name: str, best: Best | None) -> Mark
     chart = line_chart(
         f"loss-{_number(recipe, name)}",
         list(lines.values()),
-        f"{title}. {_describe(lines)}" + (f" Best step {best.step:,}." if best else ""),
+        f"{title}. {describe_lines(lines)}" + (f" Best step {best.step:,}." if best else ""),
         height=250,
         may_be_log=True,
         best=mark,
         skipped=skipped,
     )
-    return _figure(title, chart, keys, _notes(run, name, lines))
+    return figure(title, chart, keys, _notes(run, name, lines))
 
 
 def _best_key(recipe: Recipe, name: str, best: Best) -> Markup:
@@ -235,22 +235,22 @@ def _panels(run: Run, recipe: Recipe, name: str) -> list[Markup]:
         if not lines:
             continue
         chart_name = f"panel-{_number(recipe, name)}-{len(figures)}"
-        description = f"{title}. {_describe(lines)}"
+        description = f"{title}. {describe_lines(lines)}"
         chart = line_chart(chart_name, [*lines.values()], description, may_be_log=title == GRADIENT_NORM)
-        keys = _keys(lines) if set(lines) - {"held-out"} and len(charts[title]) > 1 else []
-        figures.append(_figure(title, chart, keys, ""))
+        keys = legend(lines) if set(lines) - {"held-out"} and len(charts[title]) > 1 else []
+        figures.append(figure(title, chart, keys, ""))
         largest = max(largest, *(line.bucket_size for line in lines.values()))
     note = [tag("p", _decimation_note(largest), class_="note")] if largest > 1 else []
     return [tag("div", *figures, class_="panels"), *note]
 
 
-def _figure(title: str, chart: Markup, keys: list[Markup], note: str) -> Markup:
-    legend = [tag("ul", *keys, class_="keys")] if keys else []
+def figure(title: str, chart: Markup, keys: list[Markup], note: str) -> Markup:
+    entries = [tag("ul", *keys, class_="keys")] if keys else []
     notes = [tag("p", note, class_="note")] if note else []
-    return tag("figure", tag("figcaption", tag("strong", title), *legend), chart, *notes)
+    return tag("figure", tag("figcaption", tag("strong", title), *entries), chart, *notes)
 
 
-def _keys(lines: dict[str, Line]) -> list[Markup]:
+def legend(lines: dict[str, Line]) -> list[Markup]:
     """Return the entries of a legend."""
     return [
         tag("li", tag("span", class_="key", style=f"border-top: 2px {line.dash} var(--{line.color})"), label)
@@ -258,7 +258,7 @@ def _keys(lines: dict[str, Line]) -> list[Markup]:
     ]
 
 
-def _describe(lines: dict[str, Line]) -> str:
+def describe_lines(lines: dict[str, Line]) -> str:
     """Describe curves in words, for those who can't see them."""
     texts = []
     for label, line in lines.items():
@@ -358,7 +358,7 @@ def _confusion_dots(chart_name: str, confusion: Confusion, summary: str) -> Mark
     ]
     chart = dot_matrix(chart_name, counts, f"{title}. {summary}")
     note = "Labels are in the order of the table below, from the top and from the left."
-    return _figure(title, chart, keys, note)
+    return figure(title, chart, keys, note)
 
 
 def _per_label(confusion: Confusion) -> Markup:

@@ -11,7 +11,7 @@ from jaxstages.checkpoint.metadata import stored_shapes
 from jaxstages.config import STAGES, DatasetConfig, Recipe, StageConfig
 from jaxstages.config.parts import Part
 from jaxstages.experiments.markup import Markup, Section, percent, short_digest, table, tag
-from jaxstages.experiments.runs import Run, flat_fields
+from jaxstages.experiments.runs import Run
 from jaxstages.runtime.console import duration
 
 
@@ -113,8 +113,8 @@ def changed_fields(recipe: Recipe) -> Changes:
 
 
 def _settings(config: Any, default: Any) -> dict[str, Setting]:
-    defaults = flat_fields(recipes.to_dict(default), "")
-    fields = flat_fields(recipes.to_dict(config), "")
+    defaults = recipes.flat_fields(recipes.to_dict(default), "")
+    fields = recipes.flat_fields(recipes.to_dict(config), "")
     return {path.lstrip("."): Setting(value, defaults.get(path)) for path, value in fields.items()}
 
 

@@ -103,12 +103,3 @@ def _workdirs(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return [path for path in sorted(folder.iterdir()) if (path / "recipe.json").is_file()]
-
-
-def flat_fields(recipe: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
-    """Map the path of each field of a recorded recipe, "config.seed", to its value. An own part is one value."""
-    fields: dict[str, Any] = {}
-    for name, value in recipe.items():
-        inner = isinstance(value, dict) and "part" not in value
-        fields |= flat_fields(value, f"{prefix}.{name}") if inner else {f"{prefix}.{name}": value}
-    return fields

@@ -16,9 +16,11 @@ from jaxstages.config.parts import metric_name
 from jaxstages.data.prompts import encode_prompts
 from jaxstages.generation.evaluate import make_answer
 from jaxstages.runtime import multihost
+from jaxstages.runtime.bucket import is_bucket, local_copy
 from jaxstages.runtime.console import say
-from jaxstages.runtime.files import write_json
+from jaxstages.runtime.files import copy_file, write_json
 from jaxstages.runtime.workdir import result_file
+from jaxstages.training.event_file import TENSORBOARD, EventFile, markdown_table
 from jaxstages.training.handoff import read_parent
 from jaxstages.training.metric_writer import plain
 from jaxstages.training.setup import StageSetup, make_stage_evaluate, setup_stage
@@ -81,8 +83,21 @@ def stage_matrix(recipe: Recipe, workdir: Path, keep: bool = True) -> dict[str, 
     }
     if keep and multihost.is_process_zero():
         write_json(workdir / "stage_matrix.json", matrix)
+        _write_events(matrix, workdir)
     _show(matrix)
     return matrix
+
+
+def _write_events(matrix: dict[str, Any], workdir: Path) -> None:
+    """Show the matrix, and the answers to the recipe's prompts, on TensorBoard's text page."""
+    events = EventFile(local_copy(workdir) / TENSORBOARD)
+    rows = [[name, *values] for name, values in zip(matrix["checkpoints"], matrix["values"], strict=True)]
+    events.write_text(0, "stage matrix", markdown_table(["checkpoint", *matrix["columns"]], rows))
+    if answers := [[entry["prompt"], *entry["answers"].values()] for entry in matrix["prompts"]]:
+        events.write_text(0, "prompts", markdown_table(["prompt", *matrix["checkpoints"]], answers))
+    events.close()
+    if is_bucket(workdir):
+        copy_file(events.file, workdir / TENSORBOARD / events.file.name)
 
 
 def _show(matrix: dict[str, Any]) -> None:

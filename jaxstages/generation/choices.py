@@ -1,6 +1,7 @@
 """Multiple-choice scores: the likelihood of each choice, given the question."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,10 +17,21 @@ from jaxstages.types import Metrics, Params
 PREFIX = "choice/"
 
 
-def make_log_likelihoods(
+class RowScores(NamedTuple):
+    """Scores of the scored tokens of rows.
+
+    log_likelihoods: their sum in each row, in nats, float64 [N].
+    greedy: whether each of them is the likeliest token, bool [N].
+    """
+
+    log_likelihoods: np.ndarray
+    greedy: np.ndarray
+
+
+def make_row_scores(
     text_model: TextModel, batch_size: int, loss_tile: int = 0, before_batch: Callable[[], None] = lambda: None
-) -> Callable[[Params, np.ndarray], np.ndarray]:
-    """Make `log_likelihoods(params, rows)`: of the scored tokens of each row, in nats, float64 [N].
+) -> Callable[[Params, np.ndarray], RowScores]:
+    """Make `row_scores(params, rows)`, for rows [N, 5, L] of `packing.lay_out`.
 
     Args:
         batch_size: rows at a time.
@@ -29,17 +41,21 @@ def make_log_likelihoods(
     sharding = text_model.row_sharding
     local = local_row_range(batch_size, sharding)
 
-    def log_likelihoods(params: Params, rows: np.ndarray) -> np.ndarray:
+    def row_scores(params: Params, rows: np.ndarray) -> RowScores:
         sums = []
         for start in range(0, len(rows), batch_size):
             before_batch()
             batch = np.zeros((batch_size, *rows.shape[1:]), rows.dtype)
             batch[: len(rows) - start] = rows[start : start + batch_size]
             placed = place_batch(to_batch(list(batch[local.start : local.stop])), batch_size, sharding)
-            sums.append(step(params, placed)["nll"])  # on the devices, so that no batch waits for the one before
-        return -np.concatenate([gather_to_host(each) for each in sums])[: len(rows)].astype(np.float64)
+            sums.append(step(params, placed))  # on the devices, so that no batch waits for the one before
 
-    return log_likelihoods
+        def gather(name: str) -> np.ndarray:
+            return np.concatenate([gather_to_host(each[name]) for each in sums])[: len(rows)]
+
+        return RowScores(-gather("nll").astype(np.float64), gather("correct") == gather("weight"))
+
+    return row_scores
 
 
 def score_choices(choices: ChoiceSet, log_likelihoods: np.ndarray) -> Metrics:
@@ -65,12 +81,12 @@ def make_choice_scorer(
     before_batch: Callable[[], None] = lambda: None,
 ) -> Callable[[Params], Metrics]:
     """Make `scorer(params)`: the metrics of all sets."""
-    log_likelihoods = make_log_likelihoods(text_model, batch_size, loss_tile, before_batch)
+    row_scores = make_row_scores(text_model, batch_size, loss_tile, before_batch)
 
     def scorer(params: Params) -> Metrics:
         metrics: Metrics = {}
         for choices in sets:
-            metrics |= score_choices(choices, log_likelihoods(params, choices.rows))
+            metrics |= score_choices(choices, row_scores(params, choices.rows).log_likelihoods)
         return metrics
 
     return scorer

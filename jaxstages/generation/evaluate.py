@@ -23,7 +23,10 @@ from jaxstages.generation.metrics import from_sums, score_labels, score_text
 from jaxstages.generation.sampling import Sampling
 from jaxstages.generation.text_stream import TextStream
 from jaxstages.models.sharding import local_row_range, place_batch
-from jaxstages.types import LossFn, Metrics, Model, Params, Report, Sums
+from jaxstages.types import LossFn, Metrics, Model, Params, Report, Sample, Sums
+
+SAMPLES, SAMPLE_CHARACTERS = 3, 2000
+"""Answers of each held-out set in a `Report`, and their largest length."""
 
 
 class TextModel(NamedTuple):
@@ -90,17 +93,19 @@ def make_evaluate(
     def evaluate(params: Params, scores: bool) -> Report:
         metrics: Metrics = {}
         signatures: list[str] = []
+        samples: list[Sample] = []
         for each, scorer in zip(sets, scorers, strict=True):
             totals = [(name, jax.device_get(total)) for name, total in loss_sums(params, each)]
             values = from_sums(jax.tree.map(lambda *parts: sum(parts), *(total for _, total in totals)))
             if len(totals) > 1:
                 values |= {f"loss/{name}": from_sums(total)["loss"] for name, total in totals}
             if scorer is not None and (scores or each.is_watched):
-                score_metrics, score_signatures = scorer(params)
-                values |= score_metrics
-                signatures += [text for text in score_signatures if text not in signatures]
+                scored = scorer(params)
+                values |= scored.metrics
+                signatures += [text for text in scored.signatures if text not in signatures]
+                samples += () if each.is_watched else scored.samples
             metrics |= {f"{each.prefix}{name}": value for name, value in values.items()}
-        return Report(metrics, signatures)
+        return Report(metrics, signatures, samples)
 
     return evaluate
 
@@ -125,8 +130,8 @@ def make_scorer(
     batch_size: int,
     answer_with: Callable[[int], Callable[[Params, Sequence[Sequence[int]]], list[str]]],
     before_batch: Callable[[], None],
-) -> Callable[[Params], tuple[Metrics, list[str]]] | None:
-    """Make `scorer(params)`: the metrics of a set from answers to its held-out questions, and sacreBLEU's signatures.
+) -> Callable[[Params], Report] | None:
+    """Make `scorer(params)`: the metrics of a set from answers to its held-out questions, with a few of the answers.
 
     Returns None if the recipe has no metrics, or the set no questions.
 
@@ -138,24 +143,31 @@ def make_scorer(
         return None
     references = [question.reference for question in questions]
     prompts = [question.prompt for question in questions]
+
+    def samples_of(answers: Sequence[str]) -> list[Sample]:
+        numbers = subsample_evenly(range(len(questions)), SAMPLES)
+        texts = [(text_model.tokenizer.show(prompts[i]), answers[i], references[i]) for i in numbers]
+        return [Sample(each.prefix.strip("/"), *(text[:SAMPLE_CHARACTERS] for text in triple)) for triple in texts]
+
     if each.task == "classify":
         labels = labels_of([*each.train, *each.held_out])
         classify = make_classify(text_model, labels, batch_size, before_batch)
         own = [metric for metric in each.config.metrics if not isinstance(metric, str)]
 
-        def score_classes(params: Params) -> tuple[Metrics, list[str]]:
+        def score_classes(params: Params) -> Report:
             predictions = classify(params, prompts)
-            return score_labels(predictions, references) | score_text(own, predictions, references)[0], []
+            metrics = score_labels(predictions, references) | score_text(own, predictions, references)[0]
+            return Report(metrics, [], samples_of(predictions))
 
         return score_classes
     answer = answer_with(each.config.max_new_tokens)
 
-    def scorer(params: Params) -> tuple[Metrics, list[str]]:
+    def scorer(params: Params) -> Report:
         answers = answer(params, prompts)
         metrics, signatures = score_text(each.config.metrics, answers, references)
         if "exact_match" in each.config.metrics:
             metrics |= _by_kind(questions, answers)
-        return metrics, signatures
+        return Report(metrics, signatures, samples_of(answers))
 
     return scorer
 

@@ -24,7 +24,7 @@ from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.cpu import freeze_gc_and_trim_heap, lower_thread_priority
 from jaxstages.runtime.signals import Stop
 from jaxstages.training.early_stopping import EarlyStopping, EarlyStoppingState
-from jaxstages.training.metric_writer import MetricsWriter, plain
+from jaxstages.training.metric_writer import SAMPLES, MetricsWriter, plain
 from jaxstages.training.profiling import Profiler, peak_memory
 from jaxstages.training.saved_items import to_items
 from jaxstages.types import Diverged, Interrupted, Metrics, Params, Report, Sums, TrainState
@@ -86,6 +86,7 @@ class Training(NamedTuple):
     allowed: `allowed(metrics, start)` returns whether a step with these metrics may become the best one.
     schedule: maps an optimizer step to a learning rate.
     meta: metadata that every checkpoint of the stage records.
+    track: sends the lines of `writer` to trackers once they are final.
     utilization: MFU at one token per second; 0 if the device's peak is not known.
     heartbeat: `heartbeat(factor)` tells the watchdog that the run is alive; the next call must come within `factor`
         times its limit.
@@ -104,6 +105,7 @@ class Training(NamedTuple):
     meta: Mapping[str, Any]
     checkpoints: Checkpoints
     writer: MetricsWriter
+    track: Callable[[], None]
     stopping: EarlyStopping
     profiler: Profiler
     utilization: float
@@ -201,6 +203,7 @@ class Loop:
 
             training.heartbeat(1.0)
             training.checkpoints.poll()
+            training.track()
             step = k + 1
             bar.update(step, self._note)
             if not (training.signals.poll() or self._is_due(step, last)):
@@ -314,7 +317,7 @@ class Loop:
         metrics = reports["params"].metrics
         if state.average:
             metrics = metrics | {f"average/{name}": value for name, value in reports["average"].metrics.items()}
-        self._log_evaluation(step, Report(metrics, reports["params"].signatures), note)
+        self._log_evaluation(step, reports["params"]._replace(metrics=metrics), note)
 
         if self.should_stop():
             reason = (
@@ -328,6 +331,8 @@ class Loop:
     def _log_evaluation(self, step: int, report: Report, note: str) -> None:
         training, metrics = self._training, report.metrics
         training.writer.write(step, "eval", metrics)
+        if report.samples:
+            training.writer.write(step, SAMPLES, {SAMPLES: [sample._asdict() for sample in report.samples]})
         if not_finite := [name for name, value in metrics.items() if not math.isfinite(value)]:
             training.writer.write(step, "event", {"event": "not finite", "metrics": ", ".join(not_finite)})
 

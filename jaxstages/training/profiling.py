@@ -10,8 +10,7 @@ import jax
 from jaxstages.runtime.bucket import is_bucket, local_copy
 from jaxstages.runtime.console import say
 from jaxstages.runtime.files import copy_file
-
-TENSORBOARD = "tensorboard"
+from jaxstages.training.event_file import TENSORBOARD
 
 
 class Profiler:

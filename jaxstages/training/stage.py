@@ -36,7 +36,9 @@ from jaxstages.training.metric_writer import MetricsWriter, plain, read_metrics
 from jaxstages.training.profiling import Profiler
 from jaxstages.training.saved_items import AVERAGE
 from jaxstages.training.setup import StageSetup, make_stage_evaluate
-from jaxstages.types import Diverged, Metrics, Params, Report, TrainState
+from jaxstages.training.trackers import trackers_of
+from jaxstages.training.tracking import Tracking
+from jaxstages.types import Diverged, Metrics, Params, Report, TrackedStage, TrainState
 
 SMALL_STEP_FLOPS, GROUP = 1e10, 8
 """Steps cheaper than this (6 operations a parameter and token, Kaplan et al. 2020) are dispatched in groups of 8
@@ -78,8 +80,11 @@ def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[s
         _check_length(setup, step, finish)
         with (
             MetricsWriter(setup.folder, step if initial.progress else -1, multihost.is_process_zero()) as writer,
+            _start_tracking(setup, checkpoints) as tracking,
             watchdog(config.hang_seconds) as heartbeat,
         ):
+            compared = [*dict.fromkeys(("loss", stop.metric))]
+            writer.describe(recipes.to_dict(setup.recipe), _hyperparameters(setup), compared)
             for line in describe(setup.data.datasets, config.steps, config.batch_size, setup.config.late_from):
                 say(f"  {line}")
             for line in _warnings(setup):
@@ -102,6 +107,7 @@ def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[s
                 meta=_meta(setup, initial),
                 checkpoints=checkpoints,
                 writer=writer,
+                track=tracking.poll,
                 stopping=stopping,
                 profiler=Profiler(options.profile, setup.folder),
                 utilization=_utilization(setup),
@@ -132,6 +138,26 @@ def _check_length(setup: StageSetup, step: int, finish: bool) -> None:
             f"{setup.folder} has made {step} steps, and the recipe's length comes to {setup.config.loop.steps}; raise "
             f"config.{setup.name}.loop.steps, epochs or tokens"
         )
+
+
+def _hyperparameters(setup: StageSetup) -> dict[str, Any]:
+    """Return the fields of the stage, of the model, and of the run that differ from their defaults."""
+    recipe = setup.recipe
+    model = recipe.model if isinstance(recipe.model, ModelConfig) else ModelConfig()
+    pairs = {"": (setup.config, recipes.StageConfig()), "model.": (model, ModelConfig())}
+    values: dict[str, Any] = {"seed": recipe.seed}
+    for prefix, (config, default) in pairs.items():
+        fields, defaults = (recipes.flat_fields(recipes.to_dict(each), "") for each in (config, default))
+        changed = {name: value for name, value in fields.items() if value != defaults.get(name)}
+        values |= {f"{prefix}{name.lstrip('.')}": value for name, value in changed.items()}
+    return values
+
+
+def _start_tracking(setup: StageSetup, checkpoints: Checkpoints) -> Tracking:
+    recipe = setup.recipe
+    trackers = trackers_of(recipe) if multihost.is_process_zero() else {}
+    tracked = TrackedStage(recipe.name, setup.workdir, setup.name, recipes.to_dict(recipe))
+    return Tracking(setup.folder, tracked, trackers, lambda: checkpoints.saved_step)
 
 
 def _group_size(setup: StageSetup) -> int:

@@ -217,6 +217,7 @@ def garbage(work: Path) -> list[str]:
         "LEASE",
         "stage_matrix.json",
         "report.html",
+        "tensorboard",
         "tokenizer",
         "tokenizer.json",
         "cache",
