@@ -34,6 +34,7 @@ HOMES = {
     "apache_beam": {"data.beam"},
     "matplotlib": {"experiments"},
     "tabulate": {"experiments.compare"},
+    "gguf": {"interop.gguf_export"},
     "absl": {"cli"},
     "ml_collections": {"cli"},
 }

@@ -143,8 +143,8 @@ COMMANDS = {
         "docs/interop.md",
     ),
     "export": Command(
-        "Export a checkpoint as a Hugging Face checkpoint folder, or its adapters for PEFT.",
-        f"{WORKDIR} --to=DIR",
+        "Export a checkpoint as a Hugging Face checkpoint folder, as a GGUF file, or its adapters for PEFT.",
+        f"{WORKDIR} --to=DIR|FILE.gguf",
         "Exports the last finished stage unless --stage names another.",
         "jaxstages export --workdir=runs/demo --to=exported --dtype=bfloat16",
         "docs/interop.md",
@@ -299,10 +299,16 @@ FLAGS = (
     Flag(
         "to",
         "PATH",
-        "Folder to export to; for compare, the file of the table: .md, .csv, .tex or .html.",
+        "Folder or .gguf file to export to; for compare, the file of the table: .md, .csv, .tex or .html.",
         ("export", "compare"),
     ),
-    Flag("dtype", "NAME", "Type of the exported weights: float32 or bfloat16.", ("export",), default="float32"),
+    Flag(
+        "dtype",
+        "NAME",
+        "Type of the exported weights: float32 or bfloat16; for a .gguf file also float16 or q8_0.",
+        ("export",),
+        default="float32",
+    ),
     Flag("adapter", "", "Export only the LoRA adapters, for PEFT.", ("export",), kind=bool, default=False),
     Flag(
         "topology",

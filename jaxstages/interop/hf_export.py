@@ -90,7 +90,7 @@ def export(
     shutil.rmtree(fresh, ignore_errors=True)
     make_folder(fresh)
     config = _config_json(config, family, rows, setup) | {"dtype": dtype, "torch_dtype": dtype}
-    config |= _special_ids(setup, stage)
+    config |= special_ids(setup, stage)
     write_json(fresh / "config.json", config)
     total = sum(math.prod(shape) for shape in shapes.values()) * (2 if dtype == "bfloat16" else 4)
     progress, megabytes = Progress("MB written", max(total // 10**6, 1)), 0
@@ -198,7 +198,7 @@ def _config_json(config: dict[str, Any], family: Family, rows: int, setup: Stage
     return config | {"use_cache": True}
 
 
-def _special_ids(setup: StageSetup, stage: str) -> dict[str, Any]:
+def special_ids(setup: StageSetup, stage: str) -> dict[str, Any]:
     """Return the ids of the tokens that begin, end and pad a text: the imported model's, and those of training."""
     tokenizer = setup.data.tokenizer
     file = source_folder(setup.workdir) / "config.json"
@@ -242,13 +242,22 @@ def _write_tokenizer(setup: StageSetup, stage: str, folder: Path) -> None:
     if trained and not tokenizer.eos:
         config = dict.fromkeys(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS[0]) | config
 
-    template: Any = tokenizer.template or (OUR_TEMPLATE if trained else "")
+    template = chat_template(setup, stage)
+    write_json(folder / "tokenizer_config.json", config | ({"chat_template": template} if template else {}))
+
+
+def chat_template(setup: StageSetup, stage: str) -> Any:
+    """Return the chat template that the stages are trained with, or named ones; "" if there is none."""
+    tokenizer, trained, source = setup.data.tokenizer, stage != recipes.IMPORT, source_folder(setup.workdir)
+    if not trained and not (source / "chat_template.jinja").is_file():
+        file = source / "tokenizer_config.json"
+        if imported := (read_json(file) if file.is_file() else {}).get("chat_template"):
+            return imported
+    template = tokenizer.template or (OUR_TEMPLATE if trained else "")
     if tokenizer.tool_template:
         named = {"default": template, "tool_use": tokenizer.tool_template}
-        template = [{"name": name, "template": text} for name, text in named.items()]
-    if not trained and not (source / "chat_template.jinja").is_file():
-        template = imported.get("chat_template") or template
-    write_json(folder / "tokenizer_config.json", config | ({"chat_template": template} if template else {}))
+        return [{"name": name, "template": text} for name, text in named.items()]
+    return template
 
 
 def _with_begin_tokens(before: dict[str, Any] | None, setup: StageSetup) -> dict[str, Any]:
