@@ -18,7 +18,14 @@ from jaxstages.config import Recipe, builtin_model
 from jaxstages.interop.config_json import read_config
 from jaxstages.interop.gguf_layout import choose_arch, hyperparameters, tensors
 from jaxstages.interop.gguf_tokenizer import vocabulary
-from jaxstages.interop.hf_export import OUR_TEMPLATE, chat_template, special_ids
+from jaxstages.interop.hf_export import (
+    OUR_TEMPLATE,
+    chat_template,
+    exported_rows,
+    keep_rows,
+    special_ids,
+    tokenizer_json,
+)
 from jaxstages.interop.hf_import import source_folder
 from jaxstages.interop.model_card import licence_field
 from jaxstages.runtime import multihost
@@ -66,13 +73,17 @@ def export_gguf(
             raise ValueError(f"{path} is there already; export into another folder")
 
     setup = setup_stage(recipe, stage, workdir, with_data=False)
-    rows = setup.program.abstract_params["embedding"].shape[0]
+    rows = exported_rows(setup, stage)
     model = dataclasses.replace(builtin_model(recipe, "export"), vocab_size=rows)
-    arch, context = choose_arch(model), _context(setup)
+    longest = _context(setup)
+    arch, model, context = choose_arch(model, longest)
+    if context < longest:
+        say(f"export: {arch.name} of llama.cpp has no windows; the context is that of the window, {context}", "yellow")
     template = chat_template(setup, stage)
     keys = _general(setup, dtype) | hyperparameters(arch, model, context) | _tokenizer(setup, stage, rows, template)
 
     params, lineage = read_parent(setup.folder, setup.program, setup.contract, chosen)
+    params = keep_rows(params, rows)
     digest = params_sha256(params)
     keys |= {"jaxstages.params_sha256": digest, "jaxstages.stage": stage, "jaxstages.step": lineage["step"]}
     leaves = {path: multihost.gather_to_host(leaf) for path, leaf in named_leaves(params).items()}
@@ -128,16 +139,16 @@ def _general(setup: StageSetup, dtype: str) -> dict[str, Any]:
 
 def _tokenizer(setup: StageSetup, stage: str, rows: int, template: Any) -> dict[str, Any]:
     """Return the tokenizer's metadata: its vocabulary, special tokens, and chat template."""
-    tokenizer, file = setup.data.tokenizer, tokenizer_file(setup.workdir)
+    tokenizer, content, file = setup.data.tokenizer, tokenizer_json(setup, stage), tokenizer_file(setup.workdir)
     if len(tokenizer.begin) > 1:
         raise ValueError(f"{file} begins a text with {len(tokenizer.begin)} tokens; llama.cpp adds at most one")
-    keys = vocabulary(read_json(file), rows, str(file))
-    if (read_json(file)["normalizer"] or {}).get("type") == "NFC":
+    keys = vocabulary(content, rows, str(file))
+    if (content["normalizer"] or {}).get("type") == "NFC":
         say("export: llama.cpp does not apply the tokenizer's NFC, so decomposed characters differ there", "yellow")
 
     ids = special_ids(setup, stage)
-    ends = ids.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = ids.get("eos_token_id", tokenizer.stops)
+    ends = [i for i in (ends if isinstance(ends, list | tuple) else [ends]) if i is not None and i < rows]
     ends.sort(key=lambda i: i != tokenizer.specials.end_of_text)  # the first one ends a text, the others a turn
     named = dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False))
     if len(ends) > len(named):

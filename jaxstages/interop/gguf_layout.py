@@ -5,6 +5,7 @@ An architecture has no code of its own. Sources: `src/models/` and `conversion/`
 Legend: N layers, E experts, I inputs, O outputs, H heads, K dims of a head.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -293,20 +294,47 @@ ARCHS = (
 """A model that fits several is exported as that of its family, else as the first of them."""
 
 
-def choose_arch(model: ModelConfig) -> Arch:
+class Choice(NamedTuple):
+    """How llama.cpp computes a model.
+
+    model: the same model within `context`.
+    context: longest context, in tokens.
+    """
+
+    arch: Arch
+    model: ModelConfig
+    context: int
+
+
+def choose_arch(model: ModelConfig, context: int) -> Choice:
     """Return the architecture of the model's own family, or the first other one that computes the model.
+
+    An architecture without windows computes a model that has one in contexts up to the window.
+
+    Args:
+        context: the longest that the model can have.
 
     Raises:
         ValueError: none does; the message names the fields that the nearest one lacks.
     """
     own = [arch for arch in ARCHS if model.family in arch.families]
+    choices = [(model, context)]
+    if "local" in layer_kinds(model) and not model.attention.local_rope_theta:
+        choices.append((_without_window(model), min(context, model.attention.window)))
+
     nearest: list[str] | None = None
-    for arch in (*own, *ARCHS):
-        lines = [f"{arch.name} {line}" for line in missing_features(arch, model)]
-        if not lines:
-            return arch
-        nearest = lines if nearest is None or (len(lines) < len(nearest) and not own) else nearest
+    for candidate, reach in choices:
+        for arch in (*own, *ARCHS):
+            lines = [f"{arch.name} {line}" for line in missing_features(arch, candidate)]
+            if not lines:
+                return Choice(arch, candidate, reach)
+            nearest = lines if nearest is None or (len(lines) < len(nearest) and not own) else nearest
     raise ValueError(f"no architecture of llama.cpp computes this model: {'; '.join(nearest or [])}; change these")
+
+
+def _without_window(model: ModelConfig) -> ModelConfig:
+    kinds = tuple("global" if kind == "local" else kind for kind in layer_kinds(model))
+    return dataclasses.replace(model, attention=dataclasses.replace(model.attention, pattern=kinds, window=0))
 
 
 def missing_features(arch: Arch, model: ModelConfig) -> list[str]:

@@ -83,6 +83,12 @@ def vocabulary(content: dict[str, Any], rows: int, where: str) -> dict[str, Any]
 
 def _tokens(content: dict[str, Any], rows: int, where: str) -> tuple[list[str], list[int]]:
     """Return a token per row with its type. Rows without a token get a name that no text is encoded to."""
+    last = max([*content["model"]["vocab"].values(), *(added["id"] for added in content["added_tokens"])])
+    if last >= rows:
+        raise ValueError(
+            f"{where} has {last + 1} tokens, and the embedding {rows} rows; llama.cpp needs a row for each"
+        )
+
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
     for token, i in content["model"]["vocab"].items():
         tokens[i], types[i] = token, NORMAL
