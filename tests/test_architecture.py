@@ -37,6 +37,7 @@ HOMES = {
     "apache_beam": {"data.beam"},
     "matplotlib": {"experiments"},
     "tabulate": {"experiments.compare"},
+    "gguf": {"interop.gguf_export"},
     "absl": {"cli"},
     "starlette": {"generation.serving"},
     "uvicorn": {"cli.serve"},

@@ -105,6 +105,15 @@ def params_of(workdir: Path) -> str:
     return read_json(workdir / "import" / "result.json")["params_sha256"]
 
 
+def params_here(workdir: Path) -> Any:
+    """The imported parameters, and their lineage."""
+    from jaxstages.training.handoff import read_parent
+    from jaxstages.training.setup import setup_stage
+
+    setup = setup_stage(resolve_recipe(None, workdir), "import", workdir, with_data=False)
+    return read_parent(setup.folder, setup.program, setup.contract)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama") / "model"
@@ -135,11 +144,7 @@ def test_where_each_tensor_goes(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "one" / "model.safetensors")
     assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
     assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0
-    from jaxstages.training.handoff import read_parent
-    from jaxstages.training.setup import setup_stage
-
-    setup = setup_stage(resolve_recipe(None, tmp_path / "a"), "import", tmp_path / "a", with_data=False)
-    params, _ = read_parent(setup.folder, setup.program, setup.contract)
+    params, _ = params_here(tmp_path / "a")
     attention = params["layers"]["attention"]
     fused = tensors["model.layers.1.self_attn.qkv_proj.weight"]
     np.testing.assert_array_equal(attention["query"]["kernel"][1, :, 1, :], fused[8:16].T)
@@ -401,13 +406,16 @@ def test_tokens_that_the_folder_has_no_row_for_begin_as_the_mean(tmp_path: Path,
     assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0
     assert "the tokenizer has 1 tokens more than the folder has rows" in capsys.readouterr().out
     assert read_json(tmp_path / "a" / "import" / "result.json")["source"]["new_tokens"] == ["<|endoftext|>"]
-    assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0
+    params, _ = params_here(tmp_path / "a")
+    for name, ours in (("model.embed_tokens.weight", "embedding"), ("lm_head.weight", "head")):
+        assert params[ours].shape == (size + 1, 16)
+        np.testing.assert_array_equal(params[ours][:size], tensors[name])
+        np.testing.assert_allclose(params[ours][size:], np.tile(tensors[name].mean(0), (1, 1)), atol=1e-6)
+
+    assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0, "as it came, without the row"
     again = load_file(tmp_path / "two" / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert again[name].shape == (size + 1, 16)
-        np.testing.assert_array_equal(again[name][:size], tensors[name])
-        np.testing.assert_allclose(again[name][size:], np.tile(tensors[name].mean(0), (1, 1)), atol=1e-6)
-    assert read_json(tmp_path / "two" / "config.json")["vocab_size"] == size + 1
+    assert all(np.array_equal(again[name], value) for name, value in tensors.items())
+    assert read_json(tmp_path / "two" / "config.json")["vocab_size"] == size
 
 
 def test_shards_have_a_size_and_an_index(llama: Path, tmp_path: Path) -> None:

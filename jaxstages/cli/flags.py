@@ -152,8 +152,8 @@ COMMANDS = {
         "docs/interop.md",
     ),
     "export": Command(
-        "Export a checkpoint as a Hugging Face checkpoint folder, or its adapters for PEFT.",
-        f"{WORKDIR} --to=DIR",
+        "Export a checkpoint as a Hugging Face checkpoint folder, as a GGUF file, or its adapters for PEFT.",
+        f"{WORKDIR} --to=DIR|FILE.gguf",
         "Exports the last finished stage unless --stage names another.",
         "jaxstages export --workdir=runs/demo --to=exported --dtype=bfloat16",
         "docs/interop.md",
@@ -323,14 +323,15 @@ FLAGS = (
     Flag(
         "to",
         "PATH",
-        "Folder to export to; for compare, the file of the table: .md, .csv, .tex or .html; for a report of several "
-        "runs, its file: .html.",
+        "Folder or .gguf file to export to; for compare, the file of the table: .md, .csv, .tex or .html; for a report "
+        "of several runs, its file: .html.",
         ("export", "compare", "report"),
     ),
     Flag(
         "dtype",
         "NAME",
-        "Type of the weights: float32 or bfloat16. Default: float32 to export, config.model.dtype to serve.",
+        "Type of the weights, float32 or bfloat16; for a .gguf file also float16 or q8_0. Default: float32 to export, "
+        "config.model.dtype to serve.",
         ("export", "serve"),
     ),
     Flag("adapter", "", "Export only the LoRA adapters, for PEFT.", ("export",), kind=bool, default=False),

@@ -1,4 +1,4 @@
-"""`import` and `export`: Hugging Face checkpoint folders in and out."""
+"""`import` and `export`: Hugging Face checkpoint folders in and out, and GGUF files out."""
 
 from pathlib import Path
 
@@ -6,7 +6,9 @@ from jaxstages import config as recipes
 from jaxstages.cli.resolve import keep_recipe, resolve_recipe
 from jaxstages.cli.select_checkpoint import choose, last_finished
 from jaxstages.config import ModelConfig, Recipe
-from jaxstages.interop.hf_export import DTYPES, export
+from jaxstages.interop import gguf_export, hf_export
+from jaxstages.interop.gguf_export import export_gguf
+from jaxstages.interop.hf_export import export
 from jaxstages.interop.hf_import import describe, find_folder, import_folder, source_of, tokenizer_of, with_model_of
 from jaxstages.interop.peft import export_adapter
 from jaxstages.runtime.files import local_path
@@ -50,7 +52,8 @@ def export_model(
     adapter: bool,
     step: int | None = None,
 ) -> None:
-    """Export a checkpoint into the folder `to`, with adapters merged, or only its adapters.
+    """Export a checkpoint into the folder `to`, with adapters merged, or only its adapters; or to the file `to`, if its
+    name ends in `.gguf`.
 
     Args:
         stage: by default the last finished one.
@@ -60,15 +63,21 @@ def export_model(
         ValueError: a flag has a wrong value, or there is no such checkpoint.
     """
     if not to:
-        raise ValueError("export needs --to=DIR, the folder to write")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype={dtype}: known: {', '.join(DTYPES)}")
+        raise ValueError("export needs --to=DIR, the folder to write, or --to=FILE.gguf")
+    is_gguf = to.endswith(gguf_export.SUFFIX)
+    dtypes = gguf_export.DTYPES if is_gguf else hf_export.DTYPES
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype={dtype}: known for {'GGUF files' if is_gguf else 'folders'}: {', '.join(dtypes)}")
+    if adapter and is_gguf:
+        raise ValueError(f"--adapter does not apply to --to={to}: a GGUF file has the whole model, adapters merged")
     if adapter and dtype != "float32":
         raise ValueError(f"--dtype={dtype} does not apply to --adapter: adapters are float32")
 
     name = stage or last_finished(recipe, workdir)
-    chosen, folder = choose(recipe, workdir / name, step), local_path(to, "--to")
+    chosen, path = choose(recipe, workdir / name, step), local_path(to, "--to")
     if adapter:
-        export_adapter(recipe, workdir, name, folder, chosen)
+        export_adapter(recipe, workdir, name, path, chosen)
+    elif is_gguf:
+        export_gguf(recipe, workdir, name, path, dtype, chosen)
     else:
-        export(recipe, workdir, name, folder, dtype, chosen=chosen)
+        export(recipe, workdir, name, path, dtype, chosen=chosen)

@@ -22,6 +22,7 @@ from jaxstages.data.tokenizer import (
     settings_file,
     split_texts,
 )
+from jaxstages.runtime.console import say
 from jaxstages.runtime.files import write_json, write_text
 
 MAX_WORD_CHARACTERS = 2**10
@@ -127,5 +128,7 @@ def _adopt(path: str, tasks: Iterable[str]) -> tuple[tokenizers.Tokenizer, Token
     has_eos = settings is not None and backend.token_to_id(settings.eos) is not None
     needed = needed_tokens(tasks, template=has_template)
     needed = needed if has_eos or has_template else [SPECIAL_TOKENS[0], *needed]
-    backend.add_special_tokens([token for token in needed if backend.token_to_id(token) is None])
+    if added := [token for token in needed if backend.token_to_id(token) is None]:
+        backend.add_special_tokens(added)
+        say(f"tokenizer: {source} gets {', '.join(added)}, which the stages need and it lacks", "yellow")
     return backend, settings

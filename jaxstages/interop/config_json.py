@@ -172,7 +172,8 @@ def _put(model: ModelConfig, path: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _get(model: ModelConfig, path: str) -> Any:
+def get_field(model: ModelConfig, path: str) -> Any:
+    """Return the value of a field by its path, such as `attention.heads`."""
     value: Any = model
     for part in path.split("."):
         value = getattr(value, part)
@@ -201,7 +202,7 @@ def _to_field(model: ModelConfig, path: str, value: Any, where: str, gated: bool
         if not isinstance(value, str) or value not in known:
             raise ValueError(f"{where}={reprlib.repr(value)} can't be represented here; supported: {', '.join(known)}")
         return known[value]
-    return _number(value, type(_get(ModelConfig(), path)), where, least=0 if path in ZERO else None)
+    return _number(value, type(get_field(ModelConfig(), path)), where, least=0 if path in ZERO else None)
 
 
 def _number(value: Any, kind: type, where: str, least: float | None = None) -> Any:
@@ -470,7 +471,7 @@ def write_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for path, key in (KEYS | family.keys).items():
         if key:
-            value: Any = _get(plain if path.endswith("bias") else model, path)
+            value: Any = get_field(plain if path.endswith("bias") else model, path)
             match path:
                 case "activation":
                     names = GATED if gated else PLAIN

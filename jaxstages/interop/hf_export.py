@@ -22,14 +22,14 @@ from jaxstages.data.tokenizer import SPECIAL_TOKENS
 from jaxstages.interop.config_json import choose_family, key_of, plain_model, read_config
 from jaxstages.interop.families import Family
 from jaxstages.interop.hf_import import Plan, load, source_folder
-from jaxstages.interop.layout import entries_of, match, tensor_slots
+from jaxstages.interop.layout import TOKEN_ROWS, entries_of, match, tensor_slots
 from jaxstages.interop.model_card import licence_field, write_card
 from jaxstages.interop.tensors import open_folder, write_shards
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime import multihost
 from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.files import make_folder, read_json, sync, write_json, write_text
-from jaxstages.runtime.workdir import tokenizer_file
+from jaxstages.runtime.workdir import result_file, tokenizer_file
 from jaxstages.training.handoff import read_parent
 from jaxstages.training.setup import StageSetup, setup_stage
 from jaxstages.types import Batch, Params
@@ -76,21 +76,23 @@ def export(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"--to={to} is there already, and not empty; name another folder")
     setup = setup_stage(recipe, stage, workdir, with_data=False)
-    rows = setup.program.abstract_params["embedding"].shape[0]
+    rows = exported_rows(setup, stage)
     family, config = choose_family(dataclasses.replace(builtin_model(recipe, "export"), vocab_size=rows))
-    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(setup.program.abstract_params).items()}
+    abstract_params = keep_rows(setup.program.abstract_params, rows)
+    shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(abstract_params).items()}
     slots = tensor_slots(family, shapes)
     params, lineage = read_parent(setup.folder, setup.program, setup.contract, chosen)
+    params = keep_rows(params, rows)
     if dtype == "bfloat16":
         params = _round_to_bfloat16(params)
-    logits_of = _make_logits(setup)
+    logits_of = _make_logits(setup, rows)
     digest, logits = params_sha256(params), logits_of(params)
 
     fresh = to.with_name(f"{to.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     make_folder(fresh)
     config = _config_json(config, family, rows, setup) | {"dtype": dtype, "torch_dtype": dtype}
-    config |= _special_ids(setup, stage)
+    config |= special_ids(setup, stage)
     write_json(fresh / "config.json", config)
     total = sum(math.prod(shape) for shape in shapes.values()) * (2 if dtype == "bfloat16" else 4)
     progress, megabytes = Progress("MB written", max(total // 10**6, 1)), 0
@@ -118,7 +120,7 @@ def export(
     leaves.clear()
     for leaf in jax.tree.leaves(params):
         leaf.delete()
-    difference = _verify(setup, fresh, shapes, digest, logits, logits_of)
+    difference = _verify(abstract_params, fresh, shapes, digest, logits, logits_of)
     if to.exists():
         to.rmdir()
     fresh.replace(to)
@@ -128,6 +130,27 @@ def export(
         f"{'s' * (len(files) > 1)}, in {to}; read back: params_sha256 {digest[:12]}…, logits differ by {difference:g}",
         "bold",
     )
+
+
+def exported_rows(setup: StageSetup, stage: str) -> int:
+    """Return the rows of the embedding to export. Those that an import added for tokens of later stages stay here."""
+    rows = setup.program.abstract_params["embedding"].shape[0]
+    if stage != recipes.IMPORT:
+        return rows
+    return rows - len(read_json(result_file(setup.folder))["source"]["new_tokens"])
+
+
+def keep_rows(params: Params, rows: int) -> Params:
+    """Return the parameters with the first rows of embedding and head; arrays or abstract ones."""
+
+    def keep(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+        return jax.device_put(np.asarray(multihost.gather_to_host(leaf))[:rows], leaf.sharding)
+
+    if params["embedding"].shape[0] == rows:
+        return params
+    return params | {name: keep(params[name]) for name in TOKEN_ROWS if name in params}
 
 
 def _round_to_bfloat16(params: Params) -> Params:
@@ -141,13 +164,12 @@ def _round_to_bfloat16(params: Params) -> Params:
     return jax.tree.map(round_leaf, params)
 
 
-def _make_logits(setup: StageSetup) -> Callable[[Params], np.ndarray]:
+def _make_logits(setup: StageSetup, rows: int) -> Callable[[Params], np.ndarray]:
     """Return `logits_of(params)`, the logits of a fixed row of random tokens, in float32."""
-    model = make_model(
-        dataclasses.replace(builtin_model(setup.recipe, "export"), dtype="float32"), setup.data.tokenizer.vocab_size
-    )
+    config = dataclasses.replace(builtin_model(setup.recipe, "export"), dtype="float32", vocab_size=rows)
+    model, tokens_in_rows = make_model(config, rows), min(setup.data.tokenizer.vocab_size, rows)
     length = min(CHECKED_TOKENS, setup.recipe.model.context)
-    tokens = np.random.default_rng(0).integers(0, setup.data.tokenizer.vocab_size, (1, length)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, tokens_in_rows, (1, length)).astype(np.int32)
     ones = jnp.ones((1, length), jnp.int32)
     batch = Batch(jnp.asarray(tokens), ones, ones.astype(jnp.float32), ones, jnp.arange(length, dtype=jnp.int32)[None])
     apply = jax.jit(lambda params, batch: model.apply(params, batch, None))
@@ -155,7 +177,7 @@ def _make_logits(setup: StageSetup) -> Callable[[Params], np.ndarray]:
 
 
 def _verify(
-    setup: StageSetup,
+    abstract_params: Params,
     folder: Path,
     shapes: dict[str, tuple[int, ...]],
     digest: str,
@@ -167,7 +189,7 @@ def _verify(
     description = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     slots, rows = tensor_slots(description.family, shapes), description.model.vocab_size
     stored = match(slots, shapes, open_folder(folder), rows, str(folder))
-    params = load(Plan(slots, shapes, stored, rows), setup.program.abstract_params)
+    params = load(Plan(slots, shapes, stored, rows), abstract_params)
     read_digest = params_sha256(params)
     difference = float(np.max(np.abs(logits_of(params) - logits)))
     if read_digest != digest or difference > 1e-5 * max(1.0, float(np.max(np.abs(logits)))):
@@ -198,13 +220,14 @@ def _config_json(config: dict[str, Any], family: Family, rows: int, setup: Stage
     return config | {"use_cache": True}
 
 
-def _special_ids(setup: StageSetup, stage: str) -> dict[str, Any]:
-    """Return the ids of the tokens that begin, end and pad a text: the imported model's, and those of training."""
+def special_ids(setup: StageSetup, stage: str) -> dict[str, Any]:
+    """Return the ids of the tokens that begin, end and pad a text: the imported model's, and those of training if there
+    was any."""
     tokenizer = setup.data.tokenizer
     file = source_folder(setup.workdir) / "config.json"
     imported = read_json(file) if file.is_file() else {}
     ids = {name: imported[name] for name in ID_KEYS if name in imported}
-    if stage == recipes.IMPORT and ids.get("eos_token_id") is not None:
+    if stage == recipes.IMPORT:
         return ids
 
     ends = ids.get("eos_token_id")
@@ -225,7 +248,7 @@ def _write_tokenizer(setup: StageSetup, stage: str, folder: Path) -> None:
     """Write tokenizer.json, and tokenizer_config.json with the chat template that the stages are trained with."""
     tokenizer, trained = setup.data.tokenizer, stage != recipes.IMPORT
     file, source = tokenizer_file(setup.workdir), source_folder(setup.workdir)
-    content = read_json(file)
+    content = tokenizer_json(setup, stage)
     if trained and list(tokenizer.begin) != tokenizer.backend.encode("").ids:
         content["post_processor"] = _with_begin_tokens(content["post_processor"], setup)
     write_json(folder / "tokenizer.json", content)
@@ -242,13 +265,29 @@ def _write_tokenizer(setup: StageSetup, stage: str, folder: Path) -> None:
     if trained and not tokenizer.eos:
         config = dict.fromkeys(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS[0]) | config
 
-    template: Any = tokenizer.template or (OUR_TEMPLATE if trained else "")
+    template = chat_template(setup, stage)
+    write_json(folder / "tokenizer_config.json", config | ({"chat_template": template} if template else {}))
+
+
+def tokenizer_json(setup: StageSetup, stage: str) -> dict[str, Any]:
+    """Return the tokenizer.json of the run, or of the imported folder without the tokens that later stages need."""
+    file = tokenizer_file(setup.workdir)
+    imported = source_folder(setup.workdir) / file.name
+    return read_json(imported if stage == recipes.IMPORT and imported.is_file() else file)
+
+
+def chat_template(setup: StageSetup, stage: str) -> Any:
+    """Return the chat template that the stages are trained with, or named ones; "" if there is none."""
+    tokenizer, trained, source = setup.data.tokenizer, stage != recipes.IMPORT, source_folder(setup.workdir)
+    if not trained and not (source / "chat_template.jinja").is_file():
+        file = source / "tokenizer_config.json"
+        if imported := (read_json(file) if file.is_file() else {}).get("chat_template"):
+            return imported
+    template = tokenizer.template or (OUR_TEMPLATE if trained else "")
     if tokenizer.tool_template:
         named = {"default": template, "tool_use": tokenizer.tool_template}
-        template = [{"name": name, "template": text} for name, text in named.items()]
-    if not trained and not (source / "chat_template.jinja").is_file():
-        template = imported.get("chat_template") or template
-    write_json(folder / "tokenizer_config.json", config | ({"chat_template": template} if template else {}))
+        return [{"name": name, "template": text} for name, text in named.items()]
+    return template
 
 
 def _with_begin_tokens(before: dict[str, Any] | None, setup: StageSetup) -> dict[str, Any]:

@@ -37,10 +37,10 @@ from jaxstages.training.step import init_state
 from jaxstages.types import Params
 
 SCHEME = "hf:"
-COPIED_FILES = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
+COPIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md")
 """Files to copy into `WORKDIR/import/source/`, beside the config of the text model."""
 
-TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """Files among them that belong to the tokenizer."""
 
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md")

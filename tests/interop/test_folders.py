@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxstages.checkpoint.fingerprint import named_leaves
+from jaxstages.cli.transfer import import_model
 from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, TokenizerConfig
 from jaxstages.data.sentencepiece import BPE
 from jaxstages.data.train_tokenizer import make_tokenizer
@@ -27,7 +28,7 @@ from jaxstages.interop.tensors import open_folder, write_shards
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.files import read_json, write_json
 from tests.test_interop import call, config_of, params_of, write_folder
-from tests.tiny import sentencepiece_model
+from tests.tiny import recipe, sentencepiece_model, write_data
 
 
 def model_of(kind: str, **changes: Any) -> ModelConfig:
@@ -196,6 +197,37 @@ def test_an_import_goes_out_with_its_tokenizer_and_its_ids(
     vocabularies = [json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("one", "two")]
     for part in ("model", "post_processor", "pre_tokenizer", "normalizer", "decoder", "added_tokens"):
         assert vocabularies[0][part] == vocabularies[1][part], part
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_import_without_changes_is_exported_as_it_came(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Even if later stages of the recipe need tokens that the folder lacks: these get rows here, not in the export."""
+    config = config_of(kind, vocab_size=290, eos_token_id=5)
+    write_folder(tmp_path / "one", config)
+    file = tmp_path / "one" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|", "<:").replace("|>", ":>"))
+    write_json(tmp_path / "one" / "tokenizer_config.json", {"eos_token": "<:end:>", "model_max_length": 77})
+    write_data(tmp_path / "data")
+    staged = recipe(tmp_path / "data")
+    staged.tokenizer, staged.model = TokenizerConfig(), ModelConfig(context=48)
+    assert staged.pretrain is not None
+    staged.pretrain.init_from = f"hf:{tmp_path}/one"
+
+    work, out = tmp_path / "work", tmp_path / "out"
+    import_model(staged, work, str(tmp_path / "one"))
+    assert (
+        "gets <|sep|>, <|system|>, <|user|>, <|assistant|>, <|end|>, which the stages need" in capsys.readouterr().out
+    )
+    assert call("export", f"--workdir={work}", f"--to={out}", "--stage=import") == 0, capsys.readouterr().err
+    one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "one", out))
+    assert {name: (value.shape, value.tobytes()) for name, value in one.items()} == {
+        name: (value.shape, value.tobytes()) for name, value in two.items()
+    }
+    written = {key: value for key, value in read_json(out / "config.json").items() if "dtype" not in key}
+    assert written == config | {"architectures": [FAMILIES[kind].architecture]}
+    assert json.loads((out / "tokenizer.json").read_text()) == json.loads(file.read_text())
 
 
 # Names with something in front.
