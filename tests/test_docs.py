@@ -63,7 +63,7 @@ def test_the_reference_of_recipe_fields_is_up_to_date() -> None:
 
 
 def test_the_architecture_page_lists_every_file() -> None:
-    tree = re.findall(r"^(?:(\w+)/|  (\w+\.py)) ", file_tree(), flags=re.MULTILINE)
+    tree = re.findall(r"^(?:([\w/]+)/|  (\w+\.py)) ", file_tree(), flags=re.MULTILINE)
     listed, folder = set(), ""
     for package, file in tree:
         folder = package or folder

@@ -42,7 +42,7 @@ def get_config(variant=""):
     return made
 """
 
-KEY = "a-key"
+KEY = "a-clé"
 RED = [{"role": "user", "content": "say red"}]
 
 
@@ -94,7 +94,7 @@ def address(models: dict[str, ServedModel]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(address: str) -> Any:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY.encode().decode("latin-1"), max_retries=0)
 
 
 def generated(home: Path, capsys: pytest.CaptureFixture[str], stage: str, prompt: str, *flags: str) -> str:
@@ -278,11 +278,11 @@ def test_errors_name_the_field_and_the_remedy(address: str, number: int) -> None
 
 
 def post(
-    address: str, path: str, body: bytes, headers: dict[str, str] | None = None, key: str = KEY
+    address: str, path: str, body: bytes, headers: dict[str, Any] | None = None, key: str = KEY
 ) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
     with contextlib.closing(connection):
-        default = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        default: dict[str, Any] = {"Content-Type": "application/json", "Authorization": f"Bearer {key}".encode()}
         connection.request("POST", path, body, default | (headers or {}))
         response = connection.getresponse()
         return response.status, response.read()
@@ -307,7 +307,7 @@ def test_bodies_that_are_no_request(address: str) -> None:
 
 
 def test_the_key_is_asked_for(address: str) -> None:
-    for key in ("", "wrong", "a-key2"):
+    for key in ("", "wrong", f"{KEY}2"):
         status, body = post(address, "/v1/chat/completions", json.dumps(CHAT).encode(), key=key)
         assert status == 401 and json.loads(body)["error"]["code"] == "invalid_api_key"
 

@@ -72,7 +72,8 @@ def make_app(
         async def handle(request: HttpRequest) -> Response:
             if needs_key and key:
                 sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-                if not hmac.compare_digest(sent.encode(), key.encode()):
+                # Starlette reads the bytes of headers as Latin-1.
+                if not hmac.compare_digest(sent.encode("latin-1"), key.encode()):
                     raise ApiError(401, "wrong API key: send it as Authorization: Bearer KEY", code="invalid_api_key")
             return await handler(request)
 

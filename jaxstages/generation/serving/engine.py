@@ -244,11 +244,13 @@ def _new_tokens(ids: list[int], answer: Answer, log_probs: LogProbs) -> list[New
     if answer.num_alternatives is None:
         return [NewToken(token) for token in ids]
     chosen_M, top_ids_MK, top_MK = log_probs
-    pairs = [list(zip(*row, strict=True)) for row in zip(top_ids_MK.tolist(), top_MK.tolist(), strict=True)]
-    return [
-        NewToken(token, float(chosen_M[number]), tuple(pairs[number][: answer.num_alternatives]))
-        for number, token in enumerate(ids)
-    ]
+    count = answer.num_alternatives
+
+    def alternatives(number: int) -> tuple[tuple[int, float], ...]:
+        pairs = zip(top_ids_MK[number, :count].tolist(), top_MK[number, :count].tolist(), strict=True)
+        return tuple(pair for pair in pairs if pair[1] > -math.inf)  # a small vocabulary has fewer
+
+    return [NewToken(token, float(chosen_M[number]), alternatives(number)) for number, token in enumerate(ids)]
 
 
 def _to_rows(slots: list[Slot], context: int) -> Rows:
