@@ -42,7 +42,7 @@ def get_config(variant=""):
     return made
 """
 
-KEY = "a-clé"
+KEY = "a-key"
 RED = [{"role": "user", "content": "say red"}]
 
 
@@ -94,7 +94,7 @@ def address(models: dict[str, ServedModel]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(address: str) -> Any:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY.encode().decode("latin-1"), max_retries=0)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
 
 
 def generated(home: Path, capsys: pytest.CaptureFixture[str], stage: str, prompt: str, *flags: str) -> str:
@@ -306,10 +306,13 @@ def test_bodies_that_are_no_request(address: str) -> None:
     assert post(address, "/v1/chat/completions", b"{}", {"Host": "evil.example"})[0] == 400
 
 
-def test_the_key_is_asked_for(address: str) -> None:
+def test_the_key_is_asked_for(address: str, models: dict[str, ServedModel]) -> None:
     for key in ("", "wrong", f"{KEY}2"):
         status, body = post(address, "/v1/chat/completions", json.dumps(CHAT).encode(), key=key)
         assert status == 401 and json.loads(body)["error"]["code"] == "invalid_api_key"
+    with serving(models, key="clé") as other:
+        body = json.dumps(CHAT | {"max_tokens": 1}).encode()
+        assert post(other, "/v1/chat/completions", body, key="clé")[0] == 200
 
 
 # Load and faults --------------------------------------------------------------------------------------------------
