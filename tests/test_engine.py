@@ -107,11 +107,14 @@ def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(model: tuple[Model, Pa
 
 
 def test_an_answer_may_fill_the_context(model: tuple[Model, Params], engine: Engine) -> None:
-    long = [1 + i % 28 for i in range(CONTEXT - 3)]
-    request = Waiting(long, Sampling(20))
-    engine.add(request.answer)
-    finish(engine)
-    assert request.ids == alone(model, long, Sampling(3), 0, 0) and request.reason == "length"
+    long = [1 + i % 28 for i in range(CONTEXT - 2)]
+    # The second prompt has one new token to read, and a chunk of it would reach beyond the context.
+    for prompt, room in ((long, 2), ([*long[:-1], 27, 28], 1)):
+        request = Waiting(prompt, Sampling(20))
+        engine.add(request.answer)
+        finish(engine)
+        assert request.ids == alone(model, prompt, Sampling(room), 0, 0) and request.reason == "length"
+    assert request.answer.cached_tokens == CONTEXT - 3
 
 
 def test_nothing_compiles_after_the_warm_up(engine: Engine) -> None:
