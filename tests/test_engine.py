@@ -108,13 +108,25 @@ def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(model: tuple[Model, Pa
 
 def test_an_answer_may_fill_the_context(model: tuple[Model, Params], engine: Engine) -> None:
     long = [1 + i % 28 for i in range(CONTEXT - 2)]
-    # The second prompt has one new token to read, and a chunk of it would reach beyond the context.
-    for prompt, room in ((long, 2), ([*long[:-1], 27, 28], 1)):
-        request = Waiting(prompt, Sampling(20))
+    request = Waiting(long, Sampling(20))
+    engine.add(request.answer)
+    finish(engine)
+    assert request.ids == alone(model, long, Sampling(2), 0, 0) and request.reason == "length"
+
+
+def test_the_last_chunk_of_a_prompt_may_reach_beyond_the_context(engine: Engine) -> None:
+    long = [1 + i % 28 for i in range(CONTEXT - 2)]
+    prompts, tokens = (long, [*long[:-1], 27, 28], [*long[:-1], 27, 28]), []
+    for number, prompt in enumerate(prompts):
+        if number == 2:
+            engine.reset()
+        request = Waiting(prompt, Sampling(20), num_alternatives=4)
         engine.add(request.answer)
         finish(engine)
-        assert request.ids == alone(model, prompt, Sampling(room), 0, 0) and request.reason == "length"
-    assert request.answer.cached_tokens == CONTEXT - 3
+        tokens += request.tokens[:1]
+        assert request.answer.cached_tokens == (0, CONTEXT - 3, 0)[number], "of a single new token"
+    assert tokens[1].id == tokens[2].id
+    assert tokens[1].log_prob == pytest.approx(tokens[2].log_prob, abs=1e-4)
 
 
 def test_nothing_compiles_after_the_warm_up(engine: Engine) -> None:

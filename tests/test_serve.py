@@ -392,6 +392,7 @@ def test_an_answer_that_takes_too_long_ends(slow_model: ServedModel) -> None:
     with serving({"instruct": slow_model}, answer_seconds=0.5) as address:
         status, body = post(address, "/v1/chat/completions", json.dumps(endless(slow_model)).encode())
         assert status == 504 and "longer than 0.5 s" in json.loads(body)["error"]["message"]
+        wait_until(lambda: not slow_model.engine.answers, 2.0)
         status, body = post(
             address, "/v1/chat/completions", json.dumps(endless(slow_model) | {"stream": True}).encode()
         )
