@@ -52,6 +52,7 @@ def engine(request: pytest.FixtureRequest, model: tuple[Model, Params]) -> Engin
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "CHUNKS", (4, 8))
         patch.setattr(engines, "MAX_STEPS", 4)
+        patch.setattr(engines, "CALLS_PER_TRIAL", 1)  # always draft
         engine = Engine(*model, context=CONTEXT, num_slots=5, num_drafts=request.param)
         engine.warm_up()
         yield engine
@@ -225,6 +226,15 @@ def test_prompt_lookup() -> None:
     assert look_up_draft([4, 4, 4], 4) == [4, 0, 0, 0], "filled up"
     assert look_up_draft([1, 2, 3, 1], 4) is None, "one token is no match"
     assert look_up_draft([1], 4) is None
+
+
+@drafting
+def test_the_engine_drafts_while_that_saves_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "CALLS_PER_TRIAL", 32)
+    engine._token_seconds = [2.0, 1.0]
+    assert all(engine._wants_draft() for _ in range(40))
+    engine._token_seconds = [1.0, 2.0]
+    assert sum(engine._wants_draft() for _ in range(64)) == 2, "tried now and then"
 
 
 @drafting

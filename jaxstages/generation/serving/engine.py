@@ -30,6 +30,9 @@ MAX_STEPS = 16
 CALL_SECONDS = 0.1
 """A call takes as many steps as fit into this time, at least one: other answers wait that long to join."""
 
+CALLS_PER_TRIAL = 32
+"""Drafts that do not pay are tried again after this many calls."""
+
 MAX_STOPS = 16
 """Most stop tokens of an answer."""
 
@@ -104,7 +107,8 @@ class Engine:
     Args:
         num_drafts: while a single answer is under way, draft this many tokens by looking up the answer's last tokens in
             its text, and verify them in one step (prompt lookup; a case of speculative decoding, Leviathan et al.
-            2023). A draft is accepted where the model chooses the same token, so answers do not change. 0 is off.
+                2023). A draft is accepted where the model chooses the same token, so answers do not change. The engine
+            drafts as long as that saves time. 0 is off.
     """
 
     def __init__(self, model: Model, params: Params, *, context: int, num_slots: int = 8, num_drafts: int = 0) -> None:
@@ -119,6 +123,8 @@ class Engine:
         self._chunks = [size for size in CHUNKS if size <= context] or [context]
         self._row_counts = sorted({min(4**power, num_slots) for power in range(num_slots.bit_length())})
         self._step_seconds = CALL_SECONDS
+        self._token_seconds = [0.0, 0.0]  # of a single answer: without drafts, with drafts
+        self._num_alone = 0
         self.reset()
 
     def reset(self) -> None:
@@ -190,7 +196,8 @@ class Engine:
 
     def _extend_answers(self, ready: list[Slot]) -> None:
         started = time.monotonic()
-        draft = look_up_draft(ready[0].text, self._num_drafts) if len(ready) == 1 and self._num_drafts else None
+        is_alone = len(ready) == 1
+        draft = look_up_draft(ready[0].text, self._num_drafts) if is_alone and self._wants_draft() else None
         if draft is not None:
             rows, drafts_RD = ready, np.asarray([draft], np.int32)
         else:
@@ -202,9 +209,18 @@ class Engine:
 
         old_lengths = [slot.num_cached + 1 for slot in rows]
         extended = self._call_extend(rows, drafts_RD)
-        steps = int(np.max(np.asarray(extended.length_R) - old_lengths))
-        self._step_seconds = (self._step_seconds + (time.monotonic() - started) / steps) / 2
+        seconds = (time.monotonic() - started) / int(np.max(np.asarray(extended.length_R) - old_lengths))
+        if draft is None:
+            self._step_seconds = (self._step_seconds + seconds) / 2
+        if is_alone:
+            self._token_seconds[draft is not None] = (self._token_seconds[draft is not None] + seconds) / 2
         self._deliver(rows, extended)
+
+    def _wants_draft(self) -> bool:
+        """Whether to draft: while that takes less time per token, and now and then to see whether it does."""
+        self._num_alone += 1
+        plain, drafted = self._token_seconds
+        return self._num_drafts > 0 and (drafted <= plain or self._num_alone % CALLS_PER_TRIAL == 0)
 
     def _call_extend(self, rows: list[Slot], drafts_RD: np.ndarray) -> Extended:
         steps = int(np.clip(CALL_SECONDS / self._step_seconds, 1, MAX_STEPS))
