@@ -23,7 +23,7 @@ from jaxstages.training import tracking
 from jaxstages.training.metric_writer import MetricsWriter, read_metrics
 from jaxstages.training.tracking import Tracking
 from jaxstages.types import Interrupted, TrackedStage, Tracker
-from tests import compiled
+from tests import compiled, emulator
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -174,6 +174,21 @@ def test_lines_are_sent_once_their_checkpoint_is_on_disk(tmp_path: Path) -> None
         memory.saved = 4
     assert memory.lines == [*((step, "train") for step in range(4)), (3, "eval"), (4, "train")]
     assert memory.statuses == ["interrupted", "finished"] and len(set(memory.ids)) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_in_a_bucket_goes_on_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator.start()
+    work: Any = emulator.folder(tmp_path)
+    memory = Memory(work / "pretrain")
+    for machine, step in (("first", 1), ("second", 2)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        with MetricsWriter(memory.folder, memory.saved) as writer, memory.start():
+            writer.write(step, "train", {})
+            writer.sync()
+            memory.saved = step
+    assert memory.lines == [(1, "train"), (2, "train")] and len(set(memory.ids)) == 1
+    assert json.loads((work / "pretrain" / "trackers" / "memory.json").read_text())["sent"] == 2
 
 
 @pytest.mark.parametrize("buffers", [False, True])
