@@ -209,6 +209,27 @@ def test_a_tracker_that_buffers_gets_its_lines_again_after_a_kill(tmp_path: Path
     assert memory.lines == [(1, "train")] * (1 + buffers)
 
 
+def test_a_tracker_that_fails_once_gets_the_other_lines_at_the_next_start(tmp_path: Path) -> None:
+    sent: list[int] = []
+
+    def make(stage: TrackedStage) -> Tracker:
+        def log(step: int, kind: str, values: dict[str, Any]) -> None:
+            if step == 3 and not stage.sent:
+                raise ConnectionError("no route to host")
+            sent.append(step)
+
+        return Tracker(log)
+
+    stage = TrackedStage("tiny", tmp_path, "pretrain", {})
+    with MetricsWriter(tmp_path / "pretrain", -1) as writer:
+        for step in range(5):
+            writer.write(step, "train", {})
+    for _ in range(2):
+        with Tracking(tmp_path / "pretrain", stage, {"flaky": make}, lambda: 4):
+            pass
+    assert sent == [0, 1, 2, 3, 4]
+
+
 def test_a_tracker_that_hangs_does_not_hold_the_end_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
