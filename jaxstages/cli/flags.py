@@ -108,8 +108,8 @@ COMMANDS = {
         "Write the report of a run, or of several: stage matrix, curves, samples, cost.",
         f"({WORKDIR} | DIR DIR ... [--to=FILE.html])",
         "One file without scripts that needs no network, DIR/report.html. `jaxstages run` writes it at its end; this "
-        "command also reports a run that is not finished. DIR DIR ... puts the curves of several runs together, with the table of "
-        "`jaxstages compare`, into ./report.html.",
+        "command also reports a run that is not finished. DIR DIR ... puts the curves of several runs together, with "
+        "the table of `jaxstages compare`, into ./report.html.",
         "jaxstages report --workdir=runs/demo",
         "docs/report.md",
     ),
