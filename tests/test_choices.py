@@ -10,6 +10,7 @@ import pytest
 
 from jaxstages.cli.main import main
 from jaxstages.config import MeshConfig, TokenizerConfig
+from jaxstages.data.batches import to_batch
 from jaxstages.data.choices import ChoiceQuestion, ChoiceSet, open_choices, parse_question, to_examples
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.data.train_tokenizer import make_tokenizer
@@ -91,15 +92,29 @@ def test_log_likelihoods_are_those_of_the_formula(tokenizer: Tokenizer, tmp_path
     sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     found = make_row_scores(TextModel(model, tokenizer, 64, sharding), 8)(params, choices.rows)
 
-    from jaxstages.data.batches import to_batch
-
     batch = to_batch(list(choices.rows))
     log_probs = np.asarray(jax.nn.log_softmax(model.apply(params, jax.tree.map(jnp.asarray, batch), None)))
     per_token = np.take_along_axis(log_probs, np.asarray(batch.targets_BL)[..., None], axis=-1)[..., 0]
     expected = np.sum(per_token * batch.weights_BL, axis=1)
     np.testing.assert_allclose(found.log_likelihoods, expected, rtol=2e-5)
-    greedy = (np.argmax(log_probs, axis=-1) == batch.targets_BL) | (batch.weights_BL == 0)
-    np.testing.assert_array_equal(found.greedy, np.all(greedy, axis=1))
+
+
+def test_a_row_is_greedy_if_each_scored_token_is_the_likeliest(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    choices = open_choices(str(write_questions(tmp_path / "q.jsonl", 4)), tokenizer, 64, 0, tmp_path)
+    model = make_model(model_config(context=64), tokenizer.vocab_size)
+    params = model.init(jax.random.key(0))
+    batch = to_batch(list(choices.rows))
+    likeliest_BL = np.argmax(model.apply(params, jax.tree.map(jnp.asarray, batch), None), axis=-1)
+
+    rows = choices.rows.copy()
+    targets_BL = rows[:, 1]  # the model does not see them
+    targets_BL[0], targets_BL[1, 1:], targets_BL[3] = likeliest_BL[0], likeliest_BL[1, 1:], likeliest_BL[3]
+    last = np.flatnonzero(batch.weights_BL[3])[-1]
+    targets_BL[3, last] = (likeliest_BL[3, last] + 1) % tokenizer.vocab_size
+    mesh = make_mesh(MeshConfig())
+    sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+    scores = make_row_scores(TextModel(model, tokenizer, 64, sharding), 8)(params, rows)
+    assert scores.greedy.tolist()[:4] == [True, True, False, False]
 
 
 def test_accuracies_by_likelihood_and_per_character() -> None:

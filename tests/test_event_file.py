@@ -77,6 +77,15 @@ def test_the_recipe_and_its_hyperparameters_are_shown(work: Path) -> None:
     assert {info.name.tag for info in experiment.metric_infos} == {"eval/loss"} <= tags
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_held_out_rows_are_shown_with_what_is_scored(work: Path, stage: str) -> None:
+    rows = texts_of(work / stage / "tensorboard", "held-out rows")[0].splitlines()[2:]
+    assert 1 <= len(rows) <= 3
+    text, scored = rows[0].strip("| ").split(" | ")
+    assert " likes " in text
+    assert (" likes " in scored) == (stage == "pretrain")  # fine-tuning scores the target alone
+
+
 def test_the_stage_matrix_is_shown(work: Path) -> None:
     matrix = json.loads((work / "stage_matrix.json").read_text())
     table = texts_of(work / "tensorboard", "stage matrix")[0].splitlines()

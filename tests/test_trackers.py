@@ -23,7 +23,7 @@ from jaxstages.training import tracking
 from jaxstages.training.metric_writer import MetricsWriter, read_metrics
 from jaxstages.training.tracking import Tracking
 from jaxstages.types import Interrupted, TrackedStage, Tracker
-from tests import compiled
+from tests import compiled, emulator
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -176,6 +176,21 @@ def test_lines_are_sent_once_their_checkpoint_is_on_disk(tmp_path: Path) -> None
     assert memory.statuses == ["interrupted", "finished"] and len(set(memory.ids)) == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_in_a_bucket_goes_on_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator.start()
+    work: Any = emulator.folder(tmp_path)
+    memory = Memory(work / "pretrain")
+    for machine, step in (("first", 1), ("second", 2)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        with MetricsWriter(memory.folder, memory.saved) as writer, memory.start():
+            writer.write(step, "train", {})
+            writer.sync()
+            memory.saved = step
+    assert memory.lines == [(1, "train"), (2, "train")] and len(set(memory.ids)) == 1
+    assert json.loads((work / "pretrain" / "trackers" / "memory.json").read_text())["sent"] == 2
+
+
 @pytest.mark.parametrize("buffers", [False, True])
 def test_a_tracker_that_buffers_gets_its_lines_again_after_a_kill(tmp_path: Path, buffers: bool) -> None:
     memory = Memory(tmp_path / "pretrain", buffers)
@@ -192,6 +207,27 @@ def test_a_tracker_that_buffers_gets_its_lines_again_after_a_kill(tmp_path: Path
         with memory.start():
             pass
     assert memory.lines == [(1, "train")] * (1 + buffers)
+
+
+def test_a_tracker_that_fails_once_gets_the_other_lines_at_the_next_start(tmp_path: Path) -> None:
+    sent: list[int] = []
+
+    def make(stage: TrackedStage) -> Tracker:
+        def log(step: int, kind: str, values: dict[str, Any]) -> None:
+            if step == 3 and not stage.sent:
+                raise ConnectionError("no route to host")
+            sent.append(step)
+
+        return Tracker(log)
+
+    stage = TrackedStage("tiny", tmp_path, "pretrain", {})
+    with MetricsWriter(tmp_path / "pretrain", -1) as writer:
+        for step in range(5):
+            writer.write(step, "train", {})
+    for _ in range(2):
+        with Tracking(tmp_path / "pretrain", stage, {"flaky": make}, lambda: 4):
+            pass
+    assert sent == [0, 1, 2, 3, 4]
 
 
 def test_a_tracker_that_hangs_does_not_hold_the_end_up(

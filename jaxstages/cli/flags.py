@@ -105,11 +105,11 @@ COMMANDS = {
         "docs/stages.md",
     ),
     "report": Command(
-        "Write the report of a run, DIR/report.html: stage matrix, curves, samples, cost; or one of several runs.",
+        "Write the report of a run, or of several: stage matrix, curves, samples, cost.",
         f"({WORKDIR} | DIR DIR ... [--to=FILE.html])",
-        "One file without scripts that needs no network. `jaxstages run` writes it at its end; this command also "
-        "reports a run that is not finished. DIR DIR ... puts the curves of several runs together, with the table of "
-        "`jaxstages compare`, into ./report.html.",
+        "One file without scripts that needs no network, DIR/report.html. `jaxstages run` writes it at its end; this "
+        "command also reports a run that is not finished. DIR DIR ... puts the curves of several runs together, with "
+        "the table of `jaxstages compare`, into ./report.html.",
         "jaxstages report --workdir=runs/demo",
         "docs/report.md",
     ),

@@ -82,6 +82,11 @@ class MetricsWriter:
         self._events.write_text(0, "recipe/changed", markdown_table(["field", "value"], [*hyperparameters.items()]))
         self._events.write_hyperparameters(hyperparameters, [f"eval/{metric}" for metric in metrics])
 
+    def show_examples(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Show held-out rows in TensorBoard: the whole text of each, and the part of it that is scored."""
+        if self._events is not None and rows:
+            self._events.write_text(0, "held-out rows", markdown_table(["text", "scored"], rows))
+
     def sync(self) -> None:
         """Make all lines durable, and publish them in a bucket; called before a checkpoint that relies on them."""
         if self._file is None or self._events is None:

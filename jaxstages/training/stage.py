@@ -15,8 +15,9 @@ from jaxstages.checkpoint.manager import Checkpoints, read_params
 from jaxstages.config import ModelConfig
 from jaxstages.config.metrics import higher_is_better
 from jaxstages.config.parts import metric_name
-from jaxstages.data.batches import batches_by_step
+from jaxstages.data.batches import batches_by_step, batches_once
 from jaxstages.data.mixture import describe
+from jaxstages.data.row_text import spans_of
 from jaxstages.data.stage_data import WATCH
 from jaxstages.generation.evaluate import unigram_perplexity
 from jaxstages.models.flops import flops_per_token
@@ -43,6 +44,9 @@ from jaxstages.types import Diverged, Metrics, Params, Report, TrackedStage, Tra
 SMALL_STEP_FLOPS, GROUP = 1e10, 8
 """Steps cheaper than this (6 operations a parameter and token, Kaplan et al. 2020) are dispatched in groups of 8
 between host reads, because host work would otherwise be a visible share of the step."""
+
+EXAMPLES = 3
+"""Held-out rows to show in TensorBoard."""
 
 FEW_TOKENS, TOKEN_LOSS_SD = 4000, 2.0
 """A held-out set with fewer scored tokens decides little: losses of single tokens have a standard deviation of about 2
@@ -83,6 +87,7 @@ def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[s
             _start_tracking(setup, checkpoints) as tracking,
             watchdog(config.hang_seconds) as heartbeat,
         ):
+            writer.show_examples(_examples(setup))
             compared = [*dict.fromkeys(("loss", stop.metric))]
             writer.describe(recipes.to_dict(setup.recipe), _hyperparameters(setup), compared)
             for line in describe(setup.data.datasets, config.steps, config.batch_size, setup.config.late_from):
@@ -151,6 +156,21 @@ def _hyperparameters(setup: StageSetup) -> dict[str, Any]:
         changed = {name: value for name, value in fields.items() if value != defaults.get(name)}
         values |= {f"{prefix}{name.lstrip('.')}": value for name, value in changed.items()}
     return values
+
+
+def _examples(setup: StageSetup) -> list[tuple[str, str]]:
+    """Return the first held-out rows as text: the whole, and the part that is scored."""
+    tokenizer = setup.data.tokenizer
+    source = next((source for source in setup.data.held_out if source.index["rows"]), None)
+    if source is None:
+        return []
+    count = min(EXAMPLES, source.index["rows"])
+    batch = next(batches_once(source, range(count), batch_size=count))
+    try:
+        rows = [spans_of(batch, row, tokenizer) for row in range(count)]
+    except ValueError:  # a tokenizer that can't decode, which training does not need
+        return []
+    return [("".join(s.text for s in spans), "".join(s.text for s in spans if s.trained)) for spans in rows]
 
 
 def _start_tracking(setup: StageSetup, checkpoints: Checkpoints) -> Tracking:

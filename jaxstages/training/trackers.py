@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxstages.config import Recipe
 from jaxstages.config.parts import Makes, Part, tracker_name
+from jaxstages.runtime.console import say
 from jaxstages.training.metric_writer import SAMPLES
 from jaxstages.types import MakeTracker, TrackedStage, Tracker
 
@@ -61,6 +62,8 @@ def wandb_tracker(stage: TrackedStage) -> Tracker:
         config=stage.recipe,
         settings=wandb.Settings(silent=True),
     )
+    if run.url:
+        say(f"{stage.stage}: {run.url}", "cyan")
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     numbers, folder = itertools.count(stage.sent), Path(run.dir).parent

@@ -111,30 +111,32 @@ class _Sender:
         return record
 
     def _run(self) -> None:
-        tracker, sent = self._tracker, self._record.sent
+        tracker = self._tracker
         try:
             while isinstance(step := self.queue.get(), int):
-                sent = self._send(step, sent)
-                if not tracker.buffers:
-                    self._save(sent)
+                self._send(step)
             tracker.close(step)
-            self._save(sent)
+            self._save()
         except Exception as error:
             with contextlib.suppress(Exception):
                 tracker.close("failed")
             self._warn(error)
 
-    def _send(self, step: int, sent: int) -> int:
-        """Send the lines up to a step that are not sent yet; return the number of all sent lines."""
+    def _send(self, step: int) -> None:
+        """Send the lines up to a step that are not sent yet."""
         lines = read_metrics(local_copy(self._stage_dir) / METRICS)
         final = list(itertools.takewhile(lambda line: line["step"] <= step, lines))
-        for line in final[sent:]:
-            values: dict[str, Any] = {name: math.nan if value is None else value for name, value in line.items()}
-            self._tracker.log(values.pop("step"), values.pop("kind"), values)
-        return max(sent, len(final))
+        try:
+            for line in final[self._record.sent :]:
+                values: dict[str, Any] = {name: math.nan if value is None else value for name, value in line.items()}
+                self._tracker.log(values.pop("step"), values.pop("kind"), values)
+                self._record = self._record._replace(sent=self._record.sent + 1)
+        finally:
+            if not self._tracker.buffers:
+                self._save()
 
-    def _save(self, sent: int) -> None:
-        write_json(self._file, self._record._replace(sent=sent)._asdict())
+    def _save(self) -> None:
+        write_json(self._file, self._record._asdict())
 
     def _warn(self, reason: object) -> None:
         line = " ".join(str(reason).split())[:300] or type(reason).__name__

@@ -138,14 +138,16 @@ def test_scores_are_those_of_the_exported_model(folders: SimpleNamespace) -> Non
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of evaluation data is not there")
 def test_scores_of_real_questions_are_those_of_the_exported_model(folders: SimpleNamespace) -> None:
     for name in ("piqa", "copa"):
-        (folders.tasks / f"{name}_local.yaml").write_text(
-            CHOICES.format(name=f"{name}_local", file=SHARED / f"{name}.jsonl")
-        )
+        records = map(json.loads, (SHARED / f"{name}.jsonl").read_text().splitlines())
+        fitting = [record for record in records if max(map(len, record["choices"])) < 40]  # all of the context
+        file = folders.home / f"{name}_local.jsonl"
+        file.write_text("".join(json.dumps(record) + "\n" for record in fitting))
+        (folders.tasks / f"{name}_local.yaml").write_text(CHOICES.format(name=f"{name}_local", file=file))
     names = "piqa_local,copa_local"
     ours = run_lm_eval(folders, "jaxstages", f"workdir={folders.work}", names)["results"]
     theirs = run_lm_eval(folders, "hf", f"pretrained={folders.exported},dtype=float32", names)["results"]
     for name in names.split(","):
-        print(name, {metric: value for metric, value in ours[name].items() if isinstance(value, float)})
+        print(name, ours[name])
         for metric, value in theirs[name].items():
             if isinstance(value, float):
                 assert ours[name][metric] == pytest.approx(value, abs=1e-9), (name, metric)
