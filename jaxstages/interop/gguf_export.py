@@ -217,6 +217,17 @@ def _write(
         writer.add_tensor_info(name, values.shape, np.dtype(np.float32), sizes[name], raw_dtype=quantized)
 
     writer.write_header_to_file()
+    try:
+        _write_values(gguf, writer, items, types, sizes)
+    finally:
+        writer.close()
+    sync(path)
+    return types
+
+
+def _write_values(
+    gguf: Any, writer: Any, items: Callable[[], Any], types: dict[str, str], sizes: dict[str, int]
+) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     progress, done = Progress("MB written", max(sum(sizes.values()) // 10**6, 1)), 0
@@ -227,9 +238,6 @@ def _write(
         writer.write_tensor_data(gguf.quants.quantize(values, gguf.GGMLQuantizationType[types[name]]))
         done += sizes[name]
         progress.update(done // 10**6)
-    writer.close()
-    sync(path)
-    return types
 
 
 def _verify(gguf: Any, path: Path, keys: dict[str, Any], items: Callable[[], Any], types: dict[str, str]) -> float:
