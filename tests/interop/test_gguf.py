@@ -139,9 +139,7 @@ def test_scores_of_the_largest_gemmas_are_scaled_by_width() -> None:
     assert choose_arch(model_of("gemma3_text", **wide), 64).arch.name == "gemma3"
     for changes in ({"num_hidden_layers": 61}, {"query_pre_attn_scalar": 8}):
         with pytest.raises(ValueError, match=r"gemma3 has model\.attention\.scale"):
-            choose_arch(
-                model_of("gemma3_text", **wide, **changes) if 0 else model_of("gemma3_text", **(wide | changes)), 64
-            )
+            choose_arch(model_of("gemma3_text", **(wide | changes)), 64)
 
 
 # Tensors and hyperparameters.
@@ -200,6 +198,12 @@ def test_hyperparameters_of_windows_and_scalings() -> None:
     model = model_of("granite")
     keys = hyperparameters(choose_arch(model, 64).arch, model, 64)
     assert (keys["granite.logit_scale"], keys["granite.attention.scale"]) == (pytest.approx(6.0), 0.25)
+
+    yarn = RopeScalingConfig(kind="yarn", factor=8.0, trained_context=32, beta_fast=9.0, beta_slow=2.0)
+    model = model_config(attention=AttentionConfig(heads=2, kv_heads=2, head_dim=8, rope_scaling=yarn))
+    keys = hyperparameters(choose_arch(model, 64).arch, model, 64)
+    names = ("type", "factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow")
+    assert [keys[f"llama.rope.scaling.{name}"] for name in names] == ["yarn", 8.0, 32, 9.0, 2.0]
 
     llama3 = RopeScalingConfig(kind="llama3", factor=8.0, trained_context=32)
     model = model_config(attention=AttentionConfig(heads=2, kv_heads=2, head_dim=8, rope_scaling=llama3))
@@ -597,7 +601,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN_ROPE | {"rope_theta": 1e4}},
     },
     "phi3": {"sliding_window": None, "partial_rotary_factor": 0.5},
-    "granite": {"attention_bias": True},
+    "granite": {"attention_bias": True, "logits_scaling": 1.5},
     "smollm3": {},
     "arcee": {},
     "gpt2": {"n_positions": 96},
@@ -613,7 +617,8 @@ def write_lively_folder(folder: Path, config: dict[str, Any]) -> None:
     lively = {}
     for name, values in write_folder(folder, config).items():
         if values.ndim == 1:
-            lively[name] = 3 * values + np.float32(not name.endswith("bias"))
+            one_is_added = name.endswith("bias") or "gemma" in config["model_type"]
+            lively[name] = 3 * values + np.float32(0 if one_is_added else 1)
         else:
             lively[name] = values * np.float32(3 if "emb" in name or "wte" in name else 10 / values.shape[-1] ** 0.5)
     save_file(lively, folder / "model.safetensors")
