@@ -640,6 +640,14 @@ def test_llama_cpp_computes_the_same_for_a_run(run: Path, tmp_path: Path) -> Non
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     for dtype in ("float32", "float16"):
         check_same(run, "instruct", dtype, tmp_path / dtype, "trained here")
+    prompt = list(range(40))
+    expected = ours_of(run, "instruct", prompt, "float32")
+    for dtype in ("bfloat16", "q8_0"):
+        to = tmp_path / dtype / "m.gguf"
+        assert call("export", f"--workdir={run}", f"--to={to}", f"--dtype={dtype}") == 0
+        difference = float(np.abs(Theirs(to).log_probabilities(prompt) - expected).max())
+        print(f"| trained here | {dtype} | {difference:.1e} | {expected.std():.2f} |")
+        assert difference <= 0.02
 
 
 def check_same(workdir: Path, stage: str, dtype: str, folder: Path, name: str, bound: float = 1e-3) -> None:
