@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -486,6 +487,9 @@ def test_what_cant_be_exported_is_refused_in_one_line(
     assert "--adapter does not apply to --to=" in refused(to, "--adapter")
     monkeypatch.setattr(gguf_export, "LARGEST_FLOAT16", 1e-3)
     assert "too large for float16; take --dtype=bfloat16" in refused(to, "--dtype=float16")
+    custom: Any = SimpleNamespace(model=SimpleNamespace())
+    with pytest.raises(ValueError, match="is a custom model; export needs a ModelConfig"):
+        gguf_export.export_gguf(custom, run, "instruct", tmp_path / "x.gguf", "float32")
     monkeypatch.setattr(gguf_export.importlib, "import_module", lambda name: exec("raise ImportError"))
     assert "GGUF files need the library gguf; install it: pip install 'jaxstages[gguf]'" in refused(to)
 
