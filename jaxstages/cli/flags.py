@@ -152,7 +152,7 @@ COMMANDS = {
         "docs/interop.md",
     ),
     "export": Command(
-        "Export a checkpoint as a Hugging Face checkpoint folder, as a GGUF file, or its adapters for PEFT.",
+        "Export a checkpoint as a Hugging Face folder or GGUF file, or its adapters for PEFT.",
         f"{WORKDIR} --to=DIR|FILE.gguf",
         "Exports the last finished stage unless --stage names another.",
         "jaxstages export --workdir=runs/demo --to=exported --dtype=bfloat16",

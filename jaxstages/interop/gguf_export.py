@@ -48,10 +48,8 @@ LARGEST_FLOAT16 = 65_504.0
 ALWAYS_FLOAT32 = ("position_embd.weight", "rope_freqs.weight", "ffn_gate_inp.weight")
 """Endings of the names of tensors that llama.cpp wants in float32, beside vectors."""
 
-OUR_TEMPLATE_IN_GO = (
-    "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>"  # Ollama puts bos in front
-)
-"""The built-in chat template (`OUR_TEMPLATE`) as Ollama writes it."""
+OUR_TEMPLATE_IN_GO = "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>"
+"""The built-in chat template (`OUR_TEMPLATE`) for Ollama, which puts `<|endoftext|>` in front by itself."""
 
 
 def export_gguf(
@@ -72,11 +70,10 @@ def export_gguf(
         if path.exists():
             raise ValueError(f"{path} is there already; export into another folder")
 
+    own = builtin_model(recipe, "export")
     setup = setup_stage(recipe, stage, workdir, with_data=False)
-    rows = exported_rows(setup, stage)
-    model = dataclasses.replace(builtin_model(recipe, "export"), vocab_size=rows)
-    longest = _context(setup)
-    arch, model, context = choose_arch(model, longest)
+    rows, longest = exported_rows(setup, stage), _context(setup)
+    arch, model, context = choose_arch(dataclasses.replace(own, vocab_size=rows), longest)
     if context < longest:
         say(f"export: {arch.name} of llama.cpp has no windows; the context is that of the window, {context}", "yellow")
     template = chat_template(setup, stage)
@@ -217,6 +214,17 @@ def _write(
         writer.add_tensor_info(name, values.shape, np.dtype(np.float32), sizes[name], raw_dtype=quantized)
 
     writer.write_header_to_file()
+    try:
+        _write_values(gguf, writer, items, types, sizes)
+    finally:
+        writer.close()
+    sync(path)
+    return types
+
+
+def _write_values(
+    gguf: Any, writer: Any, items: Callable[[], Any], types: dict[str, str], sizes: dict[str, int]
+) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     progress, done = Progress("MB written", max(sum(sizes.values()) // 10**6, 1)), 0
@@ -227,9 +235,6 @@ def _write(
         writer.write_tensor_data(gguf.quants.quantize(values, gguf.GGMLQuantizationType[types[name]]))
         done += sizes[name]
         progress.update(done // 10**6)
-    writer.close()
-    sync(path)
-    return types
 
 
 def _verify(gguf: Any, path: Path, keys: dict[str, Any], items: Callable[[], Any], types: dict[str, str]) -> float:

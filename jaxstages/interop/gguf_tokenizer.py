@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from jaxstages.data.sentencepiece import ONE_BYTE, SPACE
+from jaxstages.runtime.console import say
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Values of `tokenizer.ggml.token_type`."""
@@ -93,7 +94,9 @@ def _tokens(content: dict[str, Any], rows: int, where: str) -> tuple[list[str], 
     for token, i in content["model"]["vocab"].items():
         tokens[i], types[i] = token, NORMAL
     for added in content["added_tokens"]:
-        if stripped := [name for name in ("lstrip", "rstrip", "single_word") if added[name] and not added["special"]]:
+        if stripped := [
+            name for name in ("lstrip", "rstrip", "single_word") if added.get(name) and not added["special"]
+        ]:
             raise ValueError(f"{where}: {added['content']!r} has {stripped[0]}, which llama.cpp does not know")
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
@@ -152,10 +155,10 @@ def _sentencepiece(
     for i, token in enumerate(tokens):
         if types[i] == NORMAL and ONE_BYTE.fullmatch(token):
             types[i] = BYTE
-    if not model.get("byte_fallback") or types.count(BYTE) != 256:
-        raise ValueError(
-            f"{where} has {types.count(BYTE)} tokens for a byte; llama.cpp needs all 256, and byte_fallback"
-        )
+    if not model.get("byte_fallback"):
+        raise ValueError(f"{where} has byte_fallback=False; llama.cpp encodes unknown characters as bytes")
+    if (count := types.count(BYTE)) != 256:
+        raise ValueError(f"{where} has {count} of the tokens <0x00> to <0xFF>; llama.cpp needs them all")
     unknown = model["vocab"].get(model.get("unk_token"))
     if unknown is not None:
         types[unknown] = UNKNOWN
@@ -168,13 +171,23 @@ def _sentencepiece(
     vocab, counts = model["vocab"], dict.fromkeys(order, 0)
     for left, right in merges:
         counts[left + right] += 1
-    for i, token in enumerate(tokens):
-        cuts = sum(token[:n] in vocab and token[n:] in vocab for n in range(1, len(token)))
-        if types[i] == NORMAL and cuts != counts.get(token, 0):
+
+    def is_symbol(text: str) -> bool:
+        return len(text) == 1 or text in vocab  # it also merges characters that are no tokens
+
+    spelled = []
+    for token, kind in zip(tokens, types, strict=True):
+        cuts = sum(is_symbol(token[:n]) and is_symbol(token[n:]) for n in range(1, len(token)))
+        if kind == NORMAL and cuts != counts.get(token, 0):
             raise ValueError(
                 f"{where} has {counts.get(token, 0)} merges into {token!r}, and llama.cpp would have {cuts}; take "
                 "another tokenizer"
             )
+        if kind in (CONTROL, BYTE, UNKNOWN) and cuts:
+            spelled.append(token)
+    if spelled:
+        say(f"export: in llama.cpp, text that spells {', '.join(spelled[:5])} can become that token", "yellow")
+
     # A token that no merge makes never competes; any score will do.
     scores = [-float(order.get(token, len(order))) for token in tokens]
     keys = {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": add_space}

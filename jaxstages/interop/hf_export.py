@@ -75,9 +75,10 @@ def export(
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"--to={to} is there already, and not empty; name another folder")
+    model = builtin_model(recipe, "export")
     setup = setup_stage(recipe, stage, workdir, with_data=False)
     rows = exported_rows(setup, stage)
-    family, config = choose_family(dataclasses.replace(builtin_model(recipe, "export"), vocab_size=rows))
+    family, config = choose_family(dataclasses.replace(model, vocab_size=rows))
     abstract_params = keep_rows(setup.program.abstract_params, rows)
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(abstract_params).items()}
     slots = tensor_slots(family, shapes)

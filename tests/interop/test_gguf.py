@@ -8,7 +8,9 @@ import dataclasses
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ from jaxstages.interop.config_json import read_config
 from jaxstages.interop.families import FAMILIES
 from jaxstages.interop.gguf_layout import PLAIN, SIZES, choose_arch, hyperparameters, tensors
 from jaxstages.interop.gguf_tokenizer import CONTROL, vocabulary
+from jaxstages.models.ops import REFERENCE
 from jaxstages.models.rope import rope_frequencies
 from jaxstages.models.transformer import make_model
 from jaxstages.runtime.files import read_json, write_json
@@ -65,13 +68,12 @@ COMPUTED = {
     **{kind: kind for kind in ("llama", "qwen2", "qwen3", "gemma", "olmo2", "smollm3", "granite", "arcee", "gpt2")},
     **{"internlm3": "llama", "iquestcoder": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2"},
     **{"jais2": "jais2", "starcoder2": "starcoder2", "mistral": "llama", "ministral": "llama", "phi3": "phi3"},
-    **{"seed_oss": "llama", "mellum": "qwen3moe"},
+    **{"seed_oss": "llama", "mellum": "qwen3moe", "cwm": "llama"},
 }
 REFUSED = {
     "gemma2": "gemma2 has model.attention.scale=0.353553, this model 0.408248",
     "vaultgemma": "gemma2 has model.norm_place='both', this model 'before'",
     "exaone4": "this model local, local, local, nope ... (windows of 5)",
-    "cwm": "has no RoPE scaling in local layers, this model 'llama3'",
     "qwen3_moe": "qwen3moe has model.experts.normalize=True, this model False",
     "olmoe": "has qk_norm_over='head', this model 'heads'",
     "flex_olmo": "olmo2 has model.experts.count=0, this model 3",
@@ -93,7 +95,7 @@ def test_each_family_has_an_architecture_or_a_reason(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "reason"),
     [
-        ("qwen2", {"hidden_size": 18, "head_dim": 8}, "qwen2 has heads * head_dim = width, this model 2 * 8 and 18"),
+        ("olmo2", {"head_dim": 6}, "olmo2 has heads * head_dim = width, this model 2 * 6 and 16"),
         ("gpt2", {"activation_function": "gelu"}, "gpt2 has model.activation='gelu', this model 'gelu_erf'"),
         ("gemma", {"tie_word_embeddings": False}, "gemma has model.tied_head=True, this model False"),
         (
@@ -102,7 +104,11 @@ def test_each_family_has_an_architecture_or_a_reason(kind: str) -> None:
             "gemma2 has model.logit_softcap=a number above 0, this model 0.0",
         ),
         ("smollm3", {"no_rope_layer_interval": 2}, "every fourth without RoPE layers, this model global, nope"),
-        ("llama", {"partial_rotary_factor": 0.5, "head_dim": 8}, "llama has model.attention.rope_dims=0, this model 4"),
+        (
+            "llama",
+            {"partial_rotary_factor": 0.5, "head_dim": 12},
+            "llama has model.attention.rope_dims=0, this model 6",
+        ),
         ("qwen3", {"attention_bias": True}, "qwen3 has model.attention.out_bias=False, this model True"),
     ],
 )
@@ -134,9 +140,7 @@ def test_scores_of_the_largest_gemmas_are_scaled_by_width() -> None:
     assert choose_arch(model_of("gemma3_text", **wide), 64).arch.name == "gemma3"
     for changes in ({"num_hidden_layers": 61}, {"query_pre_attn_scalar": 8}):
         with pytest.raises(ValueError, match=r"gemma3 has model\.attention\.scale"):
-            choose_arch(
-                model_of("gemma3_text", **wide, **changes) if 0 else model_of("gemma3_text", **(wide | changes)), 64
-            )
+            choose_arch(model_of("gemma3_text", **(wide | changes)), 64)
 
 
 # Tensors and hyperparameters.
@@ -196,6 +200,12 @@ def test_hyperparameters_of_windows_and_scalings() -> None:
     keys = hyperparameters(choose_arch(model, 64).arch, model, 64)
     assert (keys["granite.logit_scale"], keys["granite.attention.scale"]) == (pytest.approx(6.0), 0.25)
 
+    yarn = RopeScalingConfig(kind="yarn", factor=8.0, trained_context=32, beta_fast=9.0, beta_slow=2.0)
+    model = model_config(attention=AttentionConfig(heads=2, kv_heads=2, head_dim=8, rope_scaling=yarn))
+    keys = hyperparameters(choose_arch(model, 64).arch, model, 64)
+    names = ("type", "factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow")
+    assert [keys[f"llama.rope.scaling.{name}"] for name in names] == ["yarn", 8.0, 32, 9.0, 2.0]
+
     llama3 = RopeScalingConfig(kind="llama3", factor=8.0, trained_context=32)
     model = model_config(attention=AttentionConfig(heads=2, kv_heads=2, head_dim=8, rope_scaling=llama3))
     divisors = dict(tensors(choose_arch(model, 64).arch, model, leaves_of(model)))["rope_freqs.weight"]
@@ -209,14 +219,14 @@ def test_hyperparameters_of_windows_and_scalings() -> None:
 TEXT = "Ann likes red. Bob likes blue, and grey is a colour; it's 1984 again, isn't it?\n\n" * 3
 
 
-def bpe(pre_tokenizer: Any, **options: Any) -> tokenizers.Tokenizer:
+def bpe(pre_tokenizer: Any, texts: Sequence[str] = (TEXT,), size: int = 300, **options: Any) -> tokenizers.Tokenizer:
+    """A byte-level BPE. Its merges cross words, so that a text that is split differently gets other ids."""
     backend = tokenizers.Tokenizer(models.BPE(**options))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
-    )
-    backend.train_from_iterator([TEXT], trainer)
+    settings: Any = {"initial_alphabet": alphabet, "special_tokens": ["<s>"], "show_progress": False}
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **settings))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
     return backend
 
 
@@ -241,7 +251,7 @@ SPLITS = {
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_a_pre_tokenizer_is_named_by_its_regular_expressions(name: str) -> None:
-    backend = bpe(*SPLITS[name][:1], **SPLITS[name][1])
+    backend = bpe(SPLITS[name][0], **SPLITS[name][1])
     keys = vocabulary(json.loads(backend.to_str()), 310, "x")
     assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"]) == ("gpt2", name)
     assert keys["tokenizer.ggml.tokens"][309] == "[PAD309]" and len(keys["tokenizer.ggml.token_type"]) == 310
@@ -292,23 +302,14 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(content: dict[str, 
     assert "\n" not in str(raised.value)
 
 
-def sentencepiece(**changes: Any) -> dict[str, Any]:
+LIKES = ("\u2581a", "ab", "li", "ke", "\u2581l", "re", "\u2581\u2581", "\u2581li", "red", "\u2581like", "\u2581likes")
+
+
+def sentencepiece(words: Sequence[str] = LIKES, **changes: Any) -> dict[str, Any]:
     """A BPE as Llama 2 has it: bytes, letters, and merges in the order of their tokens."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcnlikesrd.éß"]
-    words = [
-        "\u2581a",
-        "ab",
-        "\u2581l",
-        "li",
-        "ke",
-        "\u2581li",
-        "\u2581like",
-        "\u2581likes",
-        "red",
-        "re",
-        "\u2581\u2581",
-    ]
-    words.sort(key=len)
+    tokens += sorted(set("".join(words)) - {*tokens})
+    words = [word for word in words if word not in tokens]
     vocab = {token: i for i, token in enumerate([*tokens, *words])}
     merges = [(w[:n], w[n:]) for w in words for n in range(1, len(w)) if w[:n] in vocab and w[n:] in vocab]
     model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
@@ -337,8 +338,8 @@ def test_sentencepiece_gets_scores_in_the_order_of_its_merges() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"byte_fallback": False}, "x has 256 tokens for a byte; llama.cpp needs 256 and byte_fallback"),
-        ({"merges": [["\u2581", "a"]]}, "x has 0 merges into '\u2581l', and llama.cpp would have 1"),
+        ({"byte_fallback": False}, "x has byte_fallback=False; llama.cpp encodes unknown characters as bytes"),
+        ({"merges": [["\u2581", "a"]]}, "x has 0 merges into 'ab', and llama.cpp would have 1"),
         ({"merges": [["\u2581", "a"], ["a", "b"], ["\u2581", "a"]]}, "x merges into '\u2581a' at two ranks"),
         ({"normalizer": {"type": "NFKC"}}, 'x has {"type": "NFKC"}, which llama.cpp does not apply to a text'),
         ({"normalizer": None}, "x does not write spaces as"),
@@ -347,6 +348,22 @@ def test_sentencepiece_gets_scores_in_the_order_of_its_merges() -> None:
 def test_a_sentencepiece_that_would_split_differently_is_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=re.escape(reason)):
         vocabulary(sentencepiece(**changes), 320, "x")
+
+
+def test_llama_cpp_also_merges_characters_that_are_no_tokens() -> None:
+    content = sentencepiece(("zz",))
+    assert vocabulary(content, 320, "x")["tokenizer.ggml.model"] == "llama"
+    del content["model"]["vocab"]["z"]
+    content["model"]["merges"] = [["a", "b"]]
+    with pytest.raises(ValueError, match="x has 0 merges into 'zz', and llama.cpp would have 1"):
+        vocabulary(content, 330, "x")
+
+
+def test_text_that_can_become_a_control_token_there_is_named(capsys: pytest.CaptureFixture) -> None:
+    vocabulary(sentencepiece(), 330, "x")
+    assert "text that spells" not in capsys.readouterr().out
+    vocabulary(sentencepiece(("<s", "12")), 330, "x")
+    assert "in llama.cpp, text that spells <s> can become that token" in capsys.readouterr().out
 
 
 # The file and its Modelfile.
@@ -470,6 +487,9 @@ def test_what_cant_be_exported_is_refused_in_one_line(
     assert "--adapter does not apply to --to=" in refused(to, "--adapter")
     monkeypatch.setattr(gguf_export, "LARGEST_FLOAT16", 1e-3)
     assert "too large for float16; take --dtype=bfloat16" in refused(to, "--dtype=float16")
+    custom: Any = SimpleNamespace(model=SimpleNamespace())
+    with pytest.raises(ValueError, match="is a custom model; export needs a ModelConfig"):
+        gguf_export.export_gguf(custom, run, "instruct", tmp_path / "x.gguf", "float32")
     monkeypatch.setattr(gguf_export.importlib, "import_module", lambda name: exec("raise ImportError"))
     assert "GGUF files need the library gguf; install it: pip install 'jaxstages[gguf]'" in refused(to)
 
@@ -501,10 +521,11 @@ LENGTH, NEW = 48, 64
 class Theirs:
     """A model in llama.cpp, computed in float32 as far as the file allows."""
 
-    def __init__(self, file: Path, context: int = 96) -> None:
+    def __init__(self, file: Path, context: int = 96, vocab_only: bool = False) -> None:
         library: Any = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
         options = {"type_k": 0, "type_v": 0, "flash_attn": False, "n_threads": 1, "n_gpu_layers": 0}
-        self.llama = library.Llama(str(file), n_ctx=context, n_batch=context, logits_all=True, verbose=False, **options)
+        options |= {"n_ctx": context, "n_batch": context, "logits_all": True, "vocab_only": vocab_only}
+        self.llama = library.Llama(str(file), verbose=False, **options)
 
     def log_probabilities(self, ids: list[int]) -> np.ndarray:
         self.llama.reset()
@@ -525,24 +546,39 @@ class Theirs:
         return [] if not text else self.llama.tokenize(text.encode(), add_bos=False, special=False)
 
 
-def ours_of(workdir: Path, stage: str, ids: list[int], rounded: bool = False) -> np.ndarray:
-    """Log-probabilities of a row here.
+def to_float16(x: Any) -> jax.Array:
+    return jnp.asarray(x).astype(jnp.float16).astype(jnp.float32)
 
-    Args:
-        rounded: matrices are rounded to float16.
-    """
+
+def gelu_of_llama_cpp(name: str, x: jax.Array) -> jax.Array:
+    """llama.cpp looks gelu up in a table of float16 numbers by float16 numbers."""
+    return (
+        to_float16(REFERENCE.activation(name, to_float16(x)))
+        if name in ("gelu", "geglu")
+        else REFERENCE.activation(name, x)
+    )
+
+
+def ours_of(workdir: Path, stage: str, ids: list[int], dtype: str) -> np.ndarray:
+    """Log-probabilities of a row here, with the arithmetic of llama.cpp: matrices in float16 are multiplied with
+    activations in float16, summed in float32."""
     setup = setup_stage(resolve_recipe(None, workdir), stage, workdir, with_data=False)
-    params, _ = read_parent(setup.folder, setup.program, setup.contract)
-    params = jax.tree.map(lambda leaf: np.asarray(leaf), params)
-    if rounded:
-        params = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32) if x.ndim > 2 else x, params)
-        for name in {"embedding", "head"} & params.keys():
-            params[name] = params[name].astype(np.float16).astype(np.float32)
+    spread, _ = read_parent(setup.folder, setup.program, setup.contract)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), spread)
+    rounded = to_float16 if dtype == "float16" else jnp.asarray
+    for name in {"embedding", "head"} & params.keys():
+        params[name] = rounded(params[name])
+
+    def linear(x: jax.Array, kernel_IO: jax.Array, names: Any = ("", "")) -> jax.Array:
+        return REFERENCE.linear(rounded(x), rounded(kernel_IO), names)
+
+    ops = REFERENCE._replace(linear=linear, activation=gelu_of_llama_cpp)
     row = jnp.asarray([ids], jnp.int32)
     ones = jnp.ones_like(row)
     batch = Batch(row, row, ones.astype(jnp.float32), ones, jnp.arange(len(ids), dtype=jnp.int32)[None])
-    model = make_model(setup.recipe.model, setup.data.tokenizer.vocab_size)
-    logits = model.apply(jax.tree.map(jnp.asarray, params), batch, None)[0]
+    model = make_model(setup.recipe.model, setup.data.tokenizer.vocab_size, ops=ops)
+    output = model.hidden(params, batch, None)
+    logits = output._replace(hidden_BLD=rounded(output.hidden_BLD)).logits()[0]
     return np.asarray(jax.nn.log_softmax(logits, axis=-1))
 
 
@@ -569,7 +605,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN_ROPE | {"rope_theta": 1e4}},
     },
     "phi3": {"sliding_window": None, "partial_rotary_factor": 0.5},
-    "granite": {"attention_bias": True},
+    "granite": {"attention_bias": True, "logits_scaling": 1.5},
     "smollm3": {},
     "arcee": {},
     "gpt2": {"n_positions": 96},
@@ -585,7 +621,8 @@ def write_lively_folder(folder: Path, config: dict[str, Any]) -> None:
     lively = {}
     for name, values in write_folder(folder, config).items():
         if values.ndim == 1:
-            lively[name] = 3 * values + np.float32(not name.endswith("bias"))
+            one_is_added = name.endswith("bias") or "gemma" in config["model_type"]
+            lively[name] = 3 * values + np.float32(0 if one_is_added else 1)
         else:
             lively[name] = values * np.float32(3 if "emb" in name or "wte" in name else 10 / values.shape[-1] ** 0.5)
     save_file(lively, folder / "model.safetensors")
@@ -597,24 +634,150 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     config = config_of(name.split(",")[0], **({"max_position_embeddings": 96} | MODELS[name]))
     write_lively_folder(tmp_path / "hf", config)
     assert call("import", f"--from={tmp_path}/hf", f"--workdir={tmp_path}/work") == 0
-    for dtype in ("float32", "float16"):
-        check_same(tmp_path / "work", "import", dtype, tmp_path / dtype, name)
+    check_same(tmp_path / "work", "import", "float32", tmp_path / "float32", name)
+    if "moe" not in name and "mixtral" not in name:  # whose products of float16 have no counterpart here
+        # An activation on the border of two numbers of float16 is rounded to either of them.
+        check_same(tmp_path / "work", "import", "float16", tmp_path / "float16", name, bound=1e-2)
 
 
 def test_llama_cpp_computes_the_same_for_a_run(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     for dtype in ("float32", "float16"):
         check_same(run, "instruct", dtype, tmp_path / dtype, "trained here")
+    prompt = list(range(40))
+    expected = ours_of(run, "instruct", prompt, "float32")
+    for dtype in ("bfloat16", "q8_0"):
+        to = tmp_path / dtype / "m.gguf"
+        assert call("export", f"--workdir={run}", f"--to={to}", f"--dtype={dtype}") == 0
+        difference = float(np.abs(Theirs(to).log_probabilities(prompt) - expected).max())
+        print(f"| trained here | {dtype} | {difference:.1e} | {expected.std():.2f} |")
+        assert difference <= 0.02
 
 
-def check_same(workdir: Path, stage: str, dtype: str, folder: Path, name: str) -> None:
-    """Greedy tokens are equal, and log-probabilities up to 1e-3."""
+def check_same(workdir: Path, stage: str, dtype: str, folder: Path, name: str, bound: float = 1e-3) -> None:
+    """Greedy tokens are equal, and log-probabilities up to `bound`."""
     assert call("export", f"--workdir={workdir}", f"--to={folder}/m.gguf", f"--stage={stage}", f"--dtype={dtype}") == 0
     theirs = Theirs(folder / "m.gguf")
     prompt = np.random.default_rng(0).integers(0, 280, LENGTH - 16).tolist()
     ids = prompt + theirs.greedy(prompt, NEW)
-    expected = ours_of(workdir, stage, ids, rounded=dtype == "float16")
+    expected = ours_of(workdir, stage, ids, dtype)
     assert np.array_equal(expected.argmax(-1)[len(prompt) - 1 : -1], ids[len(prompt) :])
     difference = float(np.abs(theirs.log_probabilities(ids) - expected).max())
     print(f"| {name} | {dtype} | {difference:.1e} | {expected.std():.2f} |")
-    assert difference <= 1e-3 < 100 * expected.std()
+    assert difference <= bound < expected.std() / 50
+
+
+PIECES = (
+    *("the ", "Ann", "'s", "'S", "'LL", "n't", " it's", "I'M", "1984", "٣٤", "½", "Ⅷ", "²", "12345678", " 7", "a1b2"),
+    *(" ", "  ", "   ", "\t", "\n", "\r\n", "\n\n ", " \n", "\u00a0", "\u2003", "\u3000", "\u0085", "\u200b", "\ufeff"),
+    *(
+        "\u180e",
+        "\u2028",
+        "\x0b",
+        "\x1f",
+        "\x1c",
+        "\x7f",
+        "\u2581",
+        "\u2581\u2581a",
+        "é",
+        "e\u0301",
+        "ß",
+        "ﬁ",
+        "İ",
+        "ǅ",
+    ),
+    *(
+        "日本語",
+        "中文，",
+        "한국어",
+        "עברית",
+        "العربية",
+        "हिन्दी",
+        "ไทย",
+        "🙂",
+        "👩‍👩‍👧",
+        "🇩🇪",
+        "\U0001d518",
+        "\u0378",
+        "\ue000",
+    ),
+    *("<|end|>", "<|endoftext|>", "<s>", "</s>", "<0x0A>", "[PAD7]", "<unk>", "<|im_end|>", "Ġ", "ĊĊ", "Ā"),
+    *(
+        "...",
+        "!?",
+        "--",
+        "$5",
+        "@x",
+        "#1",
+        "{}[]",
+        "\\n",
+        "=" * 9,
+        "ab" * 20,
+        "_",
+        "`",
+        "“”",
+        "—",
+        "\u0300",
+        "A\u0300\u0301",
+    ),
+)
+"""What tokenizers disagree about."""
+
+
+def nasty_texts(count: int = 500) -> list[str]:
+    rng = np.random.default_rng(0)
+    singles = [*PIECES, *(f"{piece} x" for piece in PIECES)]
+    mixed = ["".join(rng.choice(PIECES, rng.integers(2, 12))) for _ in range(count - len(singles))]
+    return [*singles, *mixed]
+
+
+def check_same_ids(content: dict[str, Any], folder: Path) -> None:
+    """A tokenizer.json gives the same ids here and there."""
+    folder.mkdir(parents=True)
+    write_json(folder / "tokenizer.json", content)
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<s>"})
+    source = TokenizerConfig(kind="file", path=str(folder / "tokenizer.json"))
+    ours = make_tokenizer(source, iter(()), folder / "made" / "tokenizer.json", tasks=())
+    keys = vocabulary(content, ours.vocab_size, "x") | {"tokenizer.ggml.add_bos_token": False}
+    keys |= hyperparameters(choose_arch(model_config(), 16).arch, model_config(), 16)
+    gguf_export._write(gguf, folder / "x.gguf", "llama", keys, lambda: iter(()), "F32")
+    theirs = Theirs(folder / "x.gguf", vocab_only=True)
+
+    differing = [
+        (text, ours.encode(text).tolist(), theirs.encode(text))
+        for text in nasty_texts()
+        if ours.encode(text).tolist() != theirs.encode(text)
+    ]
+    assert not differing, f"{len(differing)} of 500, such as {differing[:3]}"
+
+
+@pytest.mark.parametrize("name", [*SPLITS, "sentencepiece", "sentencepiece without a space in front"])
+def test_llama_cpp_encodes_nasty_texts_the_same(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    texts = nasty_texts()
+    joined = " ".join(texts).replace(" ", "\u2581")
+    cuts = np.random.default_rng(1).integers(0, len(joined) - 5, 2000)
+    words = dict.fromkeys(joined[cut : cut + 2 + n % 4] for n, cut in enumerate(cuts))
+    words = [word for word in words if not {*"<>"} & {*word}]  # else text that spells a control token becomes one
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    match name:
+        case "sentencepiece":
+            content = sentencepiece(words)
+        case "sentencepiece without a space in front":
+            content = sentencepiece(words, normalizer=escape)
+        case _:
+            content = json.loads(bpe(SPLITS[name][0], texts, 3000, **SPLITS[name][1]).to_str())
+    check_same_ids(content, tmp_path / "x")
+
+
+def test_llama_cpp_encodes_nasty_texts_as_a_run_does(run: Path, tmp_path: Path) -> None:
+    theirs = Theirs(export_of(run, tmp_path))
+    ours = load_tokenizer(run / "tokenizer" / "tokenizer.json")
+    assert all(ours.encode(text).tolist() == theirs.encode(text) for text in nasty_texts())
+    assert theirs.llama.tokenize(b"say red", add_bos=True, special=True)[0] == ours.begin[0]
+    assert theirs.llama.tokenize(b"<|end|>", add_bos=False, special=True) == [ours.specials.end_of_turn]
+
+
+def export_of(workdir: Path, folder: Path) -> Path:
+    assert call("export", f"--workdir={workdir}", f"--to={folder}/out/m.gguf") == 0
+    return folder / "out" / "m.gguf"
