@@ -84,8 +84,10 @@ def _no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LONGEST = (
     *("interop/test_parity.py", "reliability/test_stops.py", "reliability/test_crash_points.py", "test_stages.py"),
+    *("reliability/test_buckets.py", "test_serve.py", "interop/test_gguf.py", "reliability/test_server.py"),
     *("test_lora.py", "test_sharding.py", "reliability/test_hosts_lost.py", "reliability/test_hang.py"),
     *("test_interop.py", "reliability/test_disk_full.py", "reliability/test_goes_on.py", "test_own_parts.py"),
+    *("test_experiments.py", "test_engine.py"),
     *("test_docs.py", "reliability/test_resume.py", "reliability/test_fuzz.py", "test_anchor.py", "test_door.py"),
     *("reliability/test_nonfinite.py", "reliability/test_lock.py", "reliability/test_corruption.py", "test_model.py"),
     *("reliability/test_durability.py", "interop/test_folders.py", "test_compilation.py", "test_generate.py"),
