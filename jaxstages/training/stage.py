@@ -346,12 +346,13 @@ def _status(setup: StageSetup, loop: Loop, step: int) -> str:
 def _next_command(setup: StageSetup) -> str:
     names = list(recipes.stages(setup.recipe))
     later = names[names.index(setup.name) + 1 :]
+    code = " --config=RECIPE" if recipes.own_parts(setup.recipe) else ""  # recipe.json has no code
+    where = f"--workdir={setup.workdir}{code}"
     if later:
         command = later[0] if later[0] in recipes.STAGES else f"train --stage={later[0]}"
-    else:
-        command = "chat" if setup.config.data.task == "chat" else "generate --prompt=TEXT"
-    code = " --config=RECIPE" if recipes.own_parts(setup.recipe) else ""  # recipe.json has no code
-    return f"`jaxstages {command} --workdir={setup.workdir}{code}`"
+        return f"`jaxstages {command} {where}`"
+    command = "chat" if setup.config.data.task == "chat" else "generate --prompt=TEXT"
+    return f"`jaxstages {command} {where}`, or `jaxstages serve {where}` for a page in the browser"
 
 
 def _watch(start: Mapping[str, Any], best: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
