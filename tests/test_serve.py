@@ -412,17 +412,18 @@ def test_a_body_that_does_not_arrive_is_given_up(models: dict[str, ServedModel])
             assert b" 408 " in client.recv(4096).split(b"\r\n")[0]
 
 
+@pytest.mark.parametrize("call", ["add", "step"])
 def test_a_model_that_fails_fails_its_answers_only(
-    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
 ) -> None:
-    step = Engine.step
+    original = getattr(Engine, call)
 
-    def fail_once(engine: Engine) -> None:
-        monkeypatch.setattr(Engine, "step", step)
+    def fail_once(*_: Any) -> None:
+        monkeypatch.setattr(Engine, call, original)
         raise RuntimeError("out of memory")
 
     with serving(models) as address:
-        monkeypatch.setattr(Engine, "step", fail_once)
+        monkeypatch.setattr(Engine, call, fail_once)
         status, body = post(address, "/v1/chat/completions", json.dumps(CHAT).encode())
         assert status == 500 and "log" in json.loads(body)["error"]["message"]
         assert post(address, "/v1/chat/completions", json.dumps(CHAT).encode())[0] == 200

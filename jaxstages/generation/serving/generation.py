@@ -1,6 +1,7 @@
 """One request under way: its answers in the scheduler, and the response, whole or as server-sent events."""
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -52,7 +53,8 @@ class Generation:
         loop, request = asyncio.get_running_loop(), self._request
 
         def on_tokens(tokens: list[NewToken], reason: str) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, (index, tokens, reason))
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and the client with it
+                loop.call_soon_threadsafe(self._events.put_nowait, (index, tokens, reason))
 
         return Answer(
             prompt, request.sampling, on_tokens, request.seed, choice=index, num_alternatives=request.num_alternatives

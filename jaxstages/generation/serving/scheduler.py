@@ -69,23 +69,29 @@ class Scheduler:
                 if self._closing:
                     return
             for name, engine in self.engines.items():
-                self._admit(self._waiting[name], engine)
-                if engine.answers:
-                    self._step(name, engine)
+                self._advance(name, engine)
 
-    def _admit(self, waiting: deque[Answer], engine: Engine) -> None:
-        while waiting and engine.has_room:
-            with self._changed:
-                answer = waiting.popleft()
-                if not answer.cancelled:
-                    engine.add(answer)
-
-    def _step(self, name: str, engine: Engine) -> None:
+    def _advance(self, name: str, engine: Engine) -> None:
+        """Let answers join, and take a step."""
+        joining = None
         try:
-            engine.step()
+            while engine.has_room and (joining := self._next(name)) is not None:
+                engine.add(joining)
+            if engine.answers:
+                engine.step()
         except Exception as error:  # out of memory, for example: the answers under way fail, the server goes on
             warn(f"{name}: {type(error).__name__}: {error}")
-            failed = engine.answers
+            failed = {*engine.answers, *([joining] if joining is not None else [])}
             engine.reset()
             for answer in failed:
                 answer.on_tokens([], "error")
+
+    def _next(self, name: str) -> Answer | None:
+        """Take the next answer that waits; None if there is none."""
+        with self._changed:
+            waiting = self._waiting[name]
+            while waiting:
+                answer = waiting.popleft()
+                if not answer.cancelled:
+                    return answer
+        return None

@@ -17,7 +17,7 @@ class ServedModel:
     name: name of the stage, which requests give as `model`.
     task: task of the stage; prompts of completions are written in its format.
     chat: its chat template; None if it was not trained on chats.
-    created: Unix time at which its checkpoint was written.
+    created: Unix time at which it was loaded.
     fingerprint: identifies its parameters.
     facts: fields of `/v1/models` beyond those of OpenAI's API.
     """
