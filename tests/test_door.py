@@ -141,6 +141,7 @@ def test_the_flags_are_frozen() -> None:
         *("top_k", "top_p", "min_p", "repetition_penalty", "stop", "from", "to", "dtype", "adapter", "lengthen"),
         *("debug_nans", "coordinator", "process_count", "process_id", "beam_options", "topology"),
         *("step", "data", "finish", "profile", "batch"),
+        *("host", "port", "slots", "queue", "drafts", "timeout"),
         *("parallel", "index", "halving", "first_rung", "hours", "metric", "plot"),
     }
 

@@ -304,7 +304,13 @@ FLAGS = (
     ),
     Flag("seed", "S", "Seed of sampling; the same seed gives the same answers.", SAMPLING, kind=int, default=0),
     # Serving
-    Flag("host", "ADDRESS", "Address to listen on; 0.0.0.0 is open to the network.", ("serve",), default="127.0.0.1"),
+    Flag(
+        "host",
+        "ADDRESS",
+        "Address to listen on; any but this one may be open to the network.",
+        ("serve",),
+        default="127.0.0.1",
+    ),
     Flag("port", "N", "Port to listen on; 0 takes a free one.", ("serve",), int, 8000, at_least=0),
     Flag("slots", "N", "Answers at a time, for each stage.", ("serve",), int, 8, at_least=1),
     Flag("queue", "N", "Answers that may wait for a slot; more are refused with status 429.", ("serve",), int, 64, 0),
