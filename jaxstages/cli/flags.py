@@ -235,6 +235,15 @@ FLAGS = (
     # Experiments
     Flag("parallel", "N", "Trials at a time; with several GPUs, each has its own.", ("sweep",), int, 1, at_least=1),
     Flag(
+        "together",
+        "",
+        "Train the swept stage of all trials with one compiled step, if they differ in seed, peak_lr, weight decay or "
+        "betas only.",
+        ("sweep",),
+        kind=bool,
+        default=False,
+    ),
+    Flag(
         "index",
         "I",
         "Run only this trial, counted from 0, for arrays of a cluster: --index=$SLURM_ARRAY_TASK_ID.",

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 HELP = {"--help", "-help", "-h"}
 
+TOGETHER = "_together"
+"""Internal command of `sweep --together`, for the process that trains the trials."""
+
 
 def main(argv: list[str], before_jax: Callable[[], None] = lambda: None) -> int:
     """Run one command and return the exit code.
@@ -109,6 +112,12 @@ def _announce_to_other_processes(code: int, text: str) -> None:
 def _dispatch(argv: list[str], before_jax: Callable[[], None]) -> int:
     """Run a command. Returns the exit code of one that hands on another process's; errors are raised."""
     command = argv[1]
+    if command == TOGETHER:
+        from jaxstages.cli.together import train_trials
+
+        before_jax()
+        train_trials(Path(argv[2]), argv[3], argv[4:])
+        return 0
     check_command(command)
     if command == "sweep":
         return _sweep(argv)

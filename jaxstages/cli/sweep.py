@@ -45,6 +45,7 @@ class SweepOptions:
     """parallel: trials at a time. index: the only trial to run, for arrays of a cluster; None runs all.
     halving, first_rung: factor and first rung of successive halving; a factor of 0 trains every trial to its end.
     hours: no trial starts after this time, and those that run save and end; 0 is no limit.
+    together: train the swept stage of all trials in one process, with one compiled step.
     """
 
     parallel: int = 1
@@ -52,6 +53,7 @@ class SweepOptions:
     halving: int = 0
     first_rung: int = 0
     hours: float = 0.0
+    together: bool = False
 
 
 class Sweep:
@@ -85,6 +87,8 @@ class Sweep:
         if options.halving:
             steps = recipes.stages(recipe)[self._swept].loop.steps
             self._halving = make_halving(options.halving, options.first_rung, steps)
+        if options.together and (options.halving or options.index is not None):
+            raise ValueError("--together trains all trials to their end; leave out --halving and --index")
 
     # One trial ----------------------------------------------------------------------------------------------------
 
@@ -139,6 +143,16 @@ class Sweep:
         stop = f"--config.{_field(self._swept)}.loop.stop_after={self._halving.rungs[rung]}"
         return self._command(workdir, trial, ["run"], [stop])
 
+    def command_together(self) -> list[str]:
+        """Return the command that trains the swept stage of all trials with one compiled step."""
+        from jaxstages.cli.main import TOGETHER
+
+        return [sys.executable, "-m", "jaxstages", TOGETHER, str(self.folder), self._swept, *self._config_flags]
+
+    def is_trained(self, trial: Trial) -> bool:
+        """Whether the swept stage of a trial is finished."""
+        return result_file(self.folder / trial.name / self._swept).exists()
+
     # All trials -----------------------------------------------------------------------------------------------------
 
     def run_all(self) -> None:
@@ -151,7 +165,10 @@ class Sweep:
         write_json(self.folder / "sweep.json", {"trials": [trial._asdict() for trial in self.trials]})
         with stop_signals() as signals:
             signals.unsaved = True  # the trials save; this process waits for them
-            failed = _Driver(self, signals).run()
+            driver = _Driver(self, signals)
+            if self.options.together:
+                driver.train_together()
+            failed = driver.run()
         if failed:
             logs = ", ".join(str(self.folder / f"{name}.log") for name in failed)
             raise ValueError(
@@ -207,6 +224,24 @@ class _Driver:
                     del self._running[name]
                     self._ended(name, code, time.monotonic() - began, len(waiting))
 
+    def train_together(self) -> None:
+        """Train the swept stage of all trials in one process. A trial that it could not train is left to `run`."""
+        sweep = self._sweep
+        waiting = [trial for trial in sweep.trials if not sweep.is_trained(trial)]
+        if len(waiting) < 2:
+            return
+        for trial in waiting:
+            self._wait_for_lock(trial)
+            if sweep.prepare(trial, self._run_parent):
+                return  # `run` reports it
+        log = sweep.folder / "together.log"
+        say(f"sweep: trains {len(waiting)} trials together; see {log}", "cyan")
+        code = self._run_to_end(sweep.command_together(), log)
+        if code == INTERRUPTED:
+            self._interrupt("its trials were interrupted")
+        if code:
+            say(f"sweep: ended with code {code}; see {log}; what is left is trained one trial at a time", "yellow")
+
     def _next(self, waiting: list[Trial]) -> Trial | None:
         halving = self._sweep._halving
         if halving is not None and (name := promotable(halving, self._rung, self._scores)) is not None:
@@ -215,9 +250,7 @@ class _Driver:
         return waiting.pop(0) if waiting else None
 
     def _start(self, trial: Trial) -> None:
-        workdir = self._sweep.folder / trial.name
-        if not is_bucket(workdir) and workdir.is_dir():
-            acquire_lock(workdir / "LOCK", wait=True).close()  # a trial of a sweep that was killed is saving
+        self._wait_for_lock(trial)
         if code := self._sweep.prepare(trial, self._run_parent):
             self._failed[trial.name] = code
             say(f"{trial.name}: the stages before it failed with code {code}", "red")
@@ -227,14 +260,23 @@ class _Driver:
         self._running[trial.name] = (process, time.monotonic())
         say(f"{trial.name}: started" + (f", to rung {rung + 1}" if rung is not None else ""))
 
+    def _wait_for_lock(self, trial: Trial) -> None:
+        workdir = self._sweep.folder / trial.name
+        if not is_bucket(workdir) and workdir.is_dir():
+            acquire_lock(workdir / "LOCK", wait=True).close()  # a trial of a sweep that was killed is saving
+
     def _run_parent(self, command: list[str], log: Path) -> int:
         say(f"{log.stem}: {command[3]}, for all trials that start from it", "cyan")
+        return self._run_to_end(command, log)
+
+    def _run_to_end(self, command: list[str], log: Path) -> int:
+        """Run a process that no other runs beside, and return its exit code."""
         process = self._spawn(command, log)
         while process.poll() is None:
-            if self._signals.poll():
+            if self._signals.poll() or time.monotonic() > self._end:
                 process.terminate()
                 process.wait()
-                self._interrupt("a signal asked to stop")
+                self._check_time()
             time.sleep(POLL_SECONDS)
         return process.returncode
 

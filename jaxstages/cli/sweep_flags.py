@@ -7,9 +7,9 @@ from absl import flags
 
 from jaxstages.cli.parse import CONFIG, parse
 from jaxstages.cli.recipe_files import recipe_path
-from jaxstages.config import Recipe
+from jaxstages.config import Recipe, stages
 from jaxstages.config.checks import validate
-from jaxstages.experiments.sweep import Trial, make_trials, split_values
+from jaxstages.experiments.sweep import Trial, make_trials, shared_stages, split_values
 
 PREFIX = "--sweep."
 
@@ -51,6 +51,7 @@ def parse_sweep(argv: list[str]) -> SweepLine:
         raise ValueError("sweep needs --config=RECIPE, such as --config=demo")
     file = next(word.partition("=")[2] for word in config_words if word.partition("=")[0] in CONFIG)
     trials = make_trials(product, _trials_of_recipe(recipe_path(file)))
+    changed_recipes = []
     for trial in trials:
         try:
             changed = parse("sweep", [*rest, *trial.flags]).recipe
@@ -58,7 +59,20 @@ def parse_sweep(argv: list[str]) -> SweepLine:
             validate(changed)
         except (ValueError, flags.Error) as error:
             raise ValueError(f"trial {trial.name}: {error}") from error
+        changed_recipes.append(changed)
+    if values.together:
+        _check_together(recipe, trials, changed_recipes)
     return SweepLine(values, recipe, config_words, trials)
+
+
+def _check_together(recipe: Recipe, trials: list[Trial], changed: list[Recipe]) -> None:
+    from jaxstages.training.together import check_together  # imports jax, which other sweeps need not wait for
+
+    stage = list(stages(recipe))[len(shared_stages(trials, recipe))]
+    try:
+        check_together(changed, stage)
+    except ValueError as error:
+        raise ValueError(f"--together: {error}") from error
 
 
 def _config_words(argv: list[str]) -> list[str]:

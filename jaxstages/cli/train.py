@@ -54,7 +54,7 @@ def train(
     if options.finish and not has_begun(workdir / name):
         raise ValueError(f"--finish: {workdir / name} has saved no step; there is nothing to hand on")
 
-    with _prepared(recipe, workdir, [name], process):
+    with prepared(recipe, workdir, [name], process):
         if lengthen and multihost.is_process_zero():
             _reopen(recipe, workdir, name)
         multihost.barrier(f"{name} may go on")
@@ -68,7 +68,7 @@ def run_stages(
     names = list(recipes.stages(recipe))
     if not names:
         raise ValueError("the recipe has no stage to run; name one that has with --config=RECIPE")
-    with _prepared(recipe, workdir, names, process):
+    with prepared(recipe, workdir, names, process):
         if all(_train(recipe, workdir, name, options) for name in names):
             stage_matrix(recipe, workdir)
             if multihost.is_process_zero():
@@ -126,7 +126,7 @@ def _reopen(recipe: Recipe, workdir: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _prepared(recipe: Recipe, workdir: Path, names: list[str], process: ProcessInfo | None) -> Iterator[None]:
+def prepared(recipe: Recipe, workdir: Path, names: list[str], process: ProcessInfo | None) -> Iterator[None]:
     """Hold the run's lock, with the data of all stages prepared, so that a fault in a late stage shows now and not
     after hours.
 

@@ -107,10 +107,10 @@ def _custom_loss(program: Program, model: Model) -> LossFn:
     return loss
 
 
-def jit_step(program: Program, remat: str) -> tuple[Any, Any]:
-    """Return the step and the jitted step, `step(state, batch, anchor_batch, base=, reference=)`.
+def make_step(program: Program, remat: str) -> Any:
+    """Return the step of a stage as a pure function, `step(state, batch, anchor_batch, base=, reference=)`.
 
-    Base and reference are arguments, so that the compiled program does not contain them as constants. They get no
+    Base and reference are arguments, so that a compiled program does not contain them as constants. They get no
     gradient.
     """
     config, optim, neftune = program.config.loop, program.config.optim, program.config.neftune_alpha
@@ -148,17 +148,23 @@ def jit_step(program: Program, remat: str) -> tuple[Any, Any]:
 
         return make(trained_loss, anchor=None if reference is None else penalty)(state, batch, anchor_batch)
 
+    return step
+
+
+def jit_step(program: Program, remat: str) -> tuple[Any, Any]:
+    """Return the step of `make_step`, and the jitted step."""
+    step = make_step(program, remat)
     debug = jax.config.values["jax_debug_nans"]
     jitted = jax.jit(
         step,
         donate_argnums=() if debug else 0,  # with --debug_nans the loop runs the step again to find the operation
         out_shardings=(shardings_of(program.abstract_state), None),
-        compiler_options=_compiler_options(program),
+        compiler_options=compiler_options(program),
     )
     return step, jitted
 
 
-def _compiler_options(program: Program) -> dict[str, str | bool]:
+def compiler_options(program: Program) -> dict[str, str | bool]:
     """Parse `loop.compiler_options`, and compile a small program with them.
 
     Raises:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,7 +150,9 @@ class Loop:
                 "data has changed, perhaps with the version of grain. Install the versions in recipe.json, or use "
                 "another --workdir"
             )
-        self._saved_step = step
+        self._first = self._last = self._saved_step = step
+        self._pending: collections.deque[tuple[int, Sums]] = collections.deque()
+        self._bar = Progress(training.name, self._config.steps, step)
         self._note = ""
         self._eval_patience = COMPILING  # the first evaluation compiles
 
@@ -166,21 +168,10 @@ class Loop:
         """
         training = self._training
         pure_step, train_step = training.compile_step()
-        training.heartbeat(COMPILING)
-
-        if not first:
-            self._evaluate_start(state)
-        if self.should_stop() or self._evaluate_and_save(first, state, last):
+        if self.begin(state, first, last):
             return state, first
 
-        freeze_gc_and_trim_heap()
-        bar = Progress(training.name, self._config.steps, first)
-        pending: collections.deque[tuple[int, Sums]] = collections.deque()
-        self._restart_clock()
-        training.heartbeat(COMPILING)
-
-        batches = prefetch(training.batches.load, range(first, last), group=training.group, init=lower_thread_priority)
-        for k, batch in enumerate(batches, start=first):
+        for k, batch in enumerate(self.batches(), start=first):
             try:
                 with training.profiler.step(k + 1):
                     state, sums = train_step(state, *batch)
@@ -188,35 +179,75 @@ class Loop:
                 with jax.disable_jit():
                     pure_step(state, *batch)  # raises at the operation that makes the NaN
                 raise
-            pending.append((k + 1, sums))
-            training.profiler.after(k + 1, sums)
-
-            if k == first:  # compilation does not count as training time
-                jax.block_until_ready(sums)
-                training.checkpoints.compile_for(to_items(state, self.stopping_state))
-                training.signals.unsaved = True
-                self._restart_clock()
-
-            if len(pending) > training.group or k % self._config.log_every == 0:  # training lines must be on time
-                while len(pending) > 1:
-                    self._read_sums(*pending.popleft())
-
-            training.heartbeat(1.0)
-            training.checkpoints.poll()
-            training.track()
-            step = k + 1
-            bar.update(step, self._note)
-            if not (training.signals.poll() or self._is_due(step, last)):
-                continue
-
-            while pending:  # only a state with finite sums may be saved
-                self._read_sums(*pending.popleft())
-            paused = time.monotonic()
-            bar.clear()
-            if self._evaluate_and_save(step, state, last):
-                return state, step
-            self._clock += time.monotonic() - paused
+            if self.after_step(k + 1, state, sums):
+                return state, k + 1
         return state, max(first, last)
+
+    # The parts of `run`, which `together.py` calls for several loops at once.
+
+    def begin(self, state: TrainState, first: int, last: int) -> bool:
+        """Evaluate and save what is due before the first step; return whether the stage ends there.
+
+        Raises:
+            Interrupted: a signal requested a stop.
+        """
+        training = self._training
+        self._first, self._last = first, last
+        training.heartbeat(COMPILING)
+        if not first:
+            self._evaluate_start(state)
+        if self.should_stop() or self._evaluate_and_save(first, state):
+            return True
+
+        freeze_gc_and_trim_heap()
+        self._bar = Progress(training.name, self._config.steps, first)  # its rate is that of the steps alone
+        self._restart_clock()
+        training.heartbeat(COMPILING)
+        return False
+
+    def batches(self) -> Iterator[tuple[Any, ...]]:
+        """Yield the batches of the steps to run, as the arguments of a step after the state."""
+        training, steps = self._training, range(self._first, self._last)
+        return prefetch(training.batches.load, steps, group=training.group, init=lower_thread_priority)
+
+    def after_step(self, step: int, state: TrainState, sums: Sums) -> bool:
+        """Log, evaluate and save what is due after a step; return whether early stopping ends the stage.
+
+        Args:
+            sums: of the step, perhaps not computed yet.
+
+        Raises:
+            Diverged: too many steps in a row were not finite.
+            Interrupted: a signal requested a stop; everything is saved.
+        """
+        training, pending = self._training, self._pending
+        pending.append((step, sums))
+        training.profiler.after(step, sums)
+
+        if step == self._first + 1:  # compilation does not count as training time
+            jax.block_until_ready(sums)
+            training.checkpoints.compile_for(to_items(state, self.stopping_state))
+            training.signals.unsaved = True
+            self._restart_clock()
+
+        if len(pending) > training.group or (step - 1) % self._config.log_every == 0:  # training lines must be on time
+            while len(pending) > 1:
+                self._read_sums(*pending.popleft())
+
+        training.heartbeat(1.0)
+        training.checkpoints.poll()
+        training.track()
+        self._bar.update(step, self._note)
+        if not (training.signals.poll() or self._is_due(step)):
+            return False
+
+        while pending:  # only a state with finite sums may be saved
+            self._read_sums(*pending.popleft())
+        paused = time.monotonic()
+        self._bar.clear()
+        stops = self._evaluate_and_save(step, state)
+        self._clock += time.monotonic() - paused
+        return stops
 
     def should_stop(self) -> bool:
         """Return whether early stopping ends the stage."""
@@ -234,10 +265,10 @@ class Loop:
         scheduled = step % self._config.eval_every == 0 or step == self._ends_at
         return scheduled and self.progress.evaluated < step
 
-    def _is_due(self, step: int, last: int) -> bool:
-        return self._evaluation_is_due(step) or step % self._config.save_every == 0 or step == last
+    def _is_due(self, step: int) -> bool:
+        return self._evaluation_is_due(step) or step % self._config.save_every == 0 or step == self._last
 
-    def _evaluate_and_save(self, step: int, state: TrainState, last: int) -> bool:
+    def _evaluate_and_save(self, step: int, state: TrainState) -> bool:
         """Evaluate and save if due at this step; return whether early stopping ends the stage.
 
         Raises:
@@ -251,7 +282,7 @@ class Loop:
 
         interrupted = training.signals.requested
         stops = self.should_stop()
-        if (improved or stops or interrupted or self._is_due(step, last)) and step != self._saved_step:
+        if (improved or stops or interrupted or self._is_due(step)) and step != self._saved_step:
             self._save(step, state)
         if interrupted:
             training.checkpoints.check_last(step)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from jaxstages.runtime import multihost
 from jaxstages.runtime.chips import chip_of
 from jaxstages.runtime.console import duration, say
 from jaxstages.runtime.files import write_json
-from jaxstages.runtime.signals import stop_signals, watchdog
+from jaxstages.runtime.signals import Stop, stop_signals, watchdog
 from jaxstages.runtime.workdir import result_file
 from jaxstages.training.compile import compile_step
 from jaxstages.training.diagnosis import Verdict, judge
@@ -64,6 +64,38 @@ class RunOptions(NamedTuple):
     profile: tuple[int, int] | None = None
 
 
+class OpenStage(NamedTuple):
+    """A stage that is ready to run from its initial state, or to resume, with its files open.
+
+    initial: its initial state. step: the step of that state. last: the last step to run.
+    """
+
+    setup: StageSetup
+    options: RunOptions
+    training: Training
+    loop: Loop
+    initial: InitialState
+    step: int
+    last: int
+    began: float
+
+    def finish(self, state: TrainState, step: int) -> dict[str, Any] | None:
+        """End the stage at a step that the loop has saved. Returns its result; None if `stop_after` ended the run.
+
+        Raises:
+            Diverged, ValueError: there is nothing to hand on.
+            OSError: the last save failed.
+        """
+        config = self.setup.config.loop
+        self.training.checkpoints.check_last(step)
+        self.training.writer.sync()
+        self.training.signals.unsaved = False
+        if step < config.steps and not self.options.finish and not self.loop.should_stop():
+            say(f"{self.setup.name}: stop_after={config.stop_after} reached; start again without it to go on", "yellow")
+            return None
+        return _finish(self.setup, self.loop, state, step, self.initial.parent, self.began)
+
+
 def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[str, Any] | None:
     """Train a stage from its initial state to its end, and write its result.
 
@@ -75,10 +107,28 @@ def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[s
         Interrupted: a signal asked to stop; everything is saved.
         OSError: a save failed; those before it stand.
     """
+    with open_stage(setup, options, stop_signals(multihost.preemption_poll())) as stage:
+        with contextlib.closing(stage.training.profiler):
+            state, step = stage.loop.run(stage.initial.state, stage.step, stage.last)
+        return stage.finish(state, step)
+
+
+@contextlib.contextmanager
+def open_stage(
+    setup: StageSetup, options: RunOptions, signals: contextlib.AbstractContextManager[Stop]
+) -> Iterator[OpenStage]:
+    """Restore or initialize a stage, and open its files until the end of the block.
+
+    Args:
+        signals: receives requests to stop.
+
+    Raises:
+        ValueError: the start rules or the contract forbid it.
+    """
     began = time.monotonic()
     config, stop, finish = setup.config.loop, setup.config.early_stopping, options.finish
     stopping = early_stopping(mode=stop.mode, patience=stop.patience, min_delta=stop.min_delta)
-    with Checkpoints(setup.folder, config.keep) as checkpoints, stop_signals(multihost.preemption_poll()) as signals:
+    with Checkpoints(setup.folder, config.keep) as checkpoints, signals as stop_requests:
         initial = restore_or_init(setup, checkpoints, stopping)
         step = int(initial.state.step)
         _check_length(setup, step, finish)
@@ -116,22 +166,13 @@ def train_stage(setup: StageSetup, options: RunOptions = RunOptions()) -> dict[s
                 stopping=stopping,
                 profiler=Profiler(options.profile, setup.folder),
                 utilization=_utilization(setup),
-                signals=signals,
+                signals=stop_requests,
                 heartbeat=heartbeat,
             )
             last = step if finish else min(config.steps, config.stop_after or config.steps)
             loop = Loop(training, step, last if finish else config.steps, initial.stopping, initial.progress)
             evaluate_params = make_stage_evaluate(setup, before_batch=loop.before_eval_batch)
-
-            with contextlib.closing(training.profiler):
-                state, step = loop.run(initial.state, step, last)
-            checkpoints.check_last(step)
-            writer.sync()
-            signals.unsaved = False
-            if step < config.steps and not finish and not loop.should_stop():
-                say(f"{setup.name}: stop_after={config.stop_after} reached; start again without it to go on", "yellow")
-                return None
-            return _finish(setup, loop, state, step, initial.parent, began)
+            yield OpenStage(setup, options, training, loop, initial, step, last, began)
 
 
 def _check_length(setup: StageSetup, step: int, finish: bool) -> None:

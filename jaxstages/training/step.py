@@ -37,7 +37,7 @@ def make_train_step(
     loss: LossFn,
     tx: optax.GradientTransformationExtraArgs,
     *,
-    seed: int = 0,
+    seed: int | Array = 0,
     accumulate: int = 1,
     spike_sigma: float = 0.0,
     average: float = 0.0,
