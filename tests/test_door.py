@@ -142,7 +142,7 @@ def test_the_flags_are_frozen() -> None:
         *("debug_nans", "coordinator", "process_count", "process_id", "beam_options", "topology"),
         *("step", "data", "finish", "profile", "batch"),
         *("host", "port", "slots", "queue", "drafts", "timeout"),
-        *("parallel", "index", "halving", "first_rung", "hours", "metric", "plot"),
+        *("parallel", "index", "halving", "first_rung", "hours", "metric", "plot", "together"),
     }
 
 
