@@ -189,6 +189,9 @@ COMMANDS = {
     ),
 }
 
+TOGETHER = "_together"
+"""Internal command of `sweep --together`, for the process that trains the trials."""
+
 TRAIN_ONE = (*STAGES, "train")
 TRAINING = ("run", *TRAIN_ONE)
 SAMPLING = ("generate", "chat")

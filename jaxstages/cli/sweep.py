@@ -145,7 +145,7 @@ class Sweep:
 
     def command_together(self) -> list[str]:
         """Return the command that trains the swept stage of all trials with one compiled step."""
-        from jaxstages.cli.main import TOGETHER
+        from jaxstages.cli.flags import TOGETHER
 
         return [sys.executable, "-m", "jaxstages", TOGETHER, str(self.folder), self._swept, *self._config_flags]
 
