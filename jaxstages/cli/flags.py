@@ -10,6 +10,9 @@ from absl import flags
 
 from jaxstages.config import STAGES
 
+TOGETHER = "_together"
+"""Internal command of `sweep --together`, for the process that trains the trials."""
+
 
 class Command(NamedTuple):
     """A command, for the help.

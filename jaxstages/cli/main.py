@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # must be set before jax is 
 
 from absl import flags, logging
 
+from jaxstages.cli.flags import TOGETHER
 from jaxstages.cli.help import check_command, help_text
 from jaxstages.cli.parse import parse
 from jaxstages.cli.resolve import resolve_recipe
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from jaxstages.training.stage import RunOptions
 
 HELP = {"--help", "-help", "-h"}
-
-TOGETHER = "_together"
-"""Internal command of `sweep --together`, for the process that trains the trials."""
 
 
 def main(argv: list[str], before_jax: Callable[[], None] = lambda: None) -> int:
