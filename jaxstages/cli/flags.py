@@ -10,6 +10,9 @@ from absl import flags
 
 from jaxstages.config import STAGES
 
+TOGETHER = "_together"
+"""Internal command of `sweep --together`, for the process that trains the trials."""
+
 
 class Command(NamedTuple):
     """A command, for the help.
@@ -188,9 +191,6 @@ COMMANDS = {
         "docs/plan.md",
     ),
 }
-
-TOGETHER = "_together"
-"""Internal command of `sweep --together`, for the process that trains the trials."""
 
 TRAIN_ONE = (*STAGES, "train")
 TRAINING = ("run", *TRAIN_ONE)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxstages import config as recipes
+from jaxstages.cli.flags import TOGETHER
 from jaxstages.config import Recipe
 from jaxstages.config.metrics import higher_is_better
 from jaxstages.experiments.runs import read_run
@@ -145,8 +146,6 @@ class Sweep:
 
     def command_together(self) -> list[str]:
         """Return the command that trains the swept stage of all trials with one compiled step."""
-        from jaxstages.cli.flags import TOGETHER
-
         return [sys.executable, "-m", "jaxstages", TOGETHER, str(self.folder), self._swept, *self._config_flags]
 
     def is_trained(self, trial: Trial) -> bool:
