@@ -11,6 +11,7 @@ that says so last; old ones are deleted by us, that object first.
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -89,6 +90,11 @@ class _Manager(ocp.CheckpointManager):
         """
         del step
         return False
+
+
+SAVE_IN_FLIGHT = threading.Lock()
+"""Locked from the start of a save to its end. Orbax counts the operations of saves by process, not by manager: two stages
+that save at the same time would wait for each other forever."""
 
 
 class Checkpoints:
@@ -216,16 +222,32 @@ class Checkpoints:
         with self._errors_as_os_error():
             if not is_small:
                 self._start(arguments)
-            self._future = self._thread.submit(self._finish, arguments if is_small else None)
+            self._future = self._thread.submit(self._start_and_finish if is_small else self._finish, arguments)
 
     def _start(self, arguments: ocp.args.Composite) -> None:
-        if not self._open_manager().save(self._step, args=arguments, force=True):
-            raise OSError(f"checkpoint {self._step} was not taken")
+        """Start a save, which `_finish` has to end."""
+        SAVE_IN_FLIGHT.acquire()
+        try:
+            if not self._open_manager().save(self._step, args=arguments, force=True):
+                raise OSError(f"checkpoint {self._step} was not taken")
+        except BaseException:
+            SAVE_IN_FLIGHT.release()
+            raise
 
-    def _finish(self, arguments: ocp.args.Composite | None) -> None:
-        """Complete a save in its thread; with `arguments`, also start it."""
-        if arguments is not None:
-            self._start(arguments)
+    def _start_and_finish(self, arguments: ocp.args.Composite) -> None:
+        self._start(arguments)
+        self._finish(arguments)
+
+    def _finish(self, arguments: ocp.args.Composite) -> None:
+        """Complete a save in its thread."""
+        del arguments  # Orbax has them
+        try:
+            self._wait_for_orbax()
+        finally:
+            SAVE_IN_FLIGHT.release()
+
+    def _wait_for_orbax(self) -> None:
+        """Wait until the checkpoint is complete, durable and, once in a run, read back."""
         manager = self._open_manager()
         manager.wait_until_finished()
         manager.check_for_errors()
