@@ -93,8 +93,8 @@ class _Manager(ocp.CheckpointManager):
 
 
 SAVE_IN_FLIGHT = threading.Lock()
-"""Locked from the start of a save to its end. Orbax counts the operations of saves by process, not by manager: two stages
-that save at the same time would wait for each other forever."""
+"""Locked from the start of a save to its end. Orbax counts the operations of saves by process, not by manager: two
+stages that save at the same time would wait for each other forever."""
 
 
 class Checkpoints:
