@@ -221,8 +221,8 @@ class Recipe:
     prompts: tuple[str, ...] = ()
     """Prompts that every stage answers at the end of a run, to show what each stage has taught."""
     trackers: tuple[str | Callable | Makes, ...] = setting((), choices=("wandb", "mlflow"))
-    """Where the numbers of `metrics.jsonl` are sent, too: "wandb", "mlflow", or a tracker of your own. It may change at
-    any time."""
+    """Trackers that also get the numbers of `metrics.jsonl`: "wandb", "mlflow", or a tracker of your own. They may
+    change at any time."""
     cache: str = ""
     """Folder for prepared rows; by default `WORKDIR/cache`."""
 

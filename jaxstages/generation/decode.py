@@ -81,7 +81,7 @@ def make_decode(model: Model, sampling: Sampling) -> Decode:
         positions_BP = jnp.broadcast_to(start + jnp.arange(slots, dtype=jnp.int32)[None, :], prompts_BP.shape)
         output, cache = step(params, prompts_BP, positions_BP, cache)
         last_BV = _logits_at(output, lengths_B - start - 1)
-        seen_BV = _seen(texts_BT, lengths_B, last_BV.shape[1]) if sampling.repetition_penalty != 1 else None
+        seen_BV = seen_tokens(texts_BT, lengths_B, last_BV.shape[1]) if sampling.repetition_penalty != 1 else None
         first_B = choose(last_BV, keys_B, jnp.int32(0), seen_BV)
         out_BM = jnp.broadcast_to(first_B[:, None], (len(first_B), sampling.max_new_tokens))
         return Decoding(jnp.int32(1), out_BM, first_B, lengths_B, keys_B, _mark_seen(seen_BV, first_B), cache)
@@ -118,7 +118,7 @@ def _logits_at(output: Array | HiddenAndHead, index_B: Array) -> Float[Array, "B
     return state_B1D[:, 0].astype(jnp.float32)
 
 
-def _seen(texts_BT: Array, lengths_B: Array, vocab: int) -> Bool[Array, "B V"]:
+def seen_tokens(texts_BT: Array, lengths_B: Array, vocab: int) -> Bool[Array, "B V"]:
     """Mark the tokens that occur in each text. Padding counts as the text's first token, which occurs anyway."""
     rows, slots = texts_BT.shape
     is_text_BT = jnp.arange(slots)[None, :] < lengths_B[:, None]

@@ -252,13 +252,13 @@ def _verify(gguf: Any, path: Path, keys: dict[str, Any], items: Callable[[], Any
         if name not in stored:
             continue
         tensor = stored[name]
-        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
+        read_back = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
         values = np.ascontiguousarray(values, np.float32).reshape(-1)
-        shape_differs = len(found) != len(values) or tensor.tensor_type.name != types[name]
-        if shape_differs or np.any(np.abs(found - values) > _rounding(values, types[name])):
+        shape_differs = len(read_back) != len(values) or tensor.tensor_type.name != types[name]
+        if shape_differs or np.any(np.abs(read_back - values) > _rounding(values, types[name])):
             wrong.append(name)
         elif len(values):
-            largest = max(largest, float(np.max(np.abs(found - values))))
+            largest = max(largest, float(np.max(np.abs(read_back - values))))
     if wrong:
         raise OSError(f"{path} is not what was to be written: {', '.join(wrong[:5])} differ; is the disk in order?")
     return largest

@@ -159,7 +159,7 @@ PLAIN: Mapping[str, Allowed] = {
     "experts.count": (0,),
     "experts.normalize": (True,),
 }
-"""What an architecture computes unless its table says otherwise."""
+"""Defaults of the tables of architectures."""
 
 
 class Arch(NamedTuple):
@@ -295,7 +295,7 @@ ARCHS = (
 
 
 class Choice(NamedTuple):
-    """How llama.cpp computes a model.
+    """An architecture of llama.cpp.
 
     model: the same model within `context`.
     context: longest context, in tokens.

@@ -11,7 +11,7 @@ from jaxstages.generation.serving.served_model import ServedModel
 from jaxstages.generation.text_stream import TextStream
 
 TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-"""How Hermes and Qwen write calls."""
+"""Format of the calls of Hermes and Qwen."""
 
 
 class Piece(NamedTuple):
@@ -44,10 +44,12 @@ class Choice:
 
     def feed(self, tokens: list[NewToken], reason: str) -> Piece:
         """Add tokens, up to a stop string."""
-        parts, used = [], []
-        for token in tokens:
-            parts.append(self._stream.feed([token.id]))
-            used.append(token)
+        parts: list[str] = []
+        used: list[NewToken] = []
+        # One by one, if a stop string may end the choice in the middle; each call decodes the whole text.
+        for group in [[token] for token in tokens] if self._request.stops else [tokens]:
+            parts.append(self._stream.feed([token.id for token in group]))
+            used += group
             if self._stream.ended:
                 reason = "stop"
                 break

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jaxstages.generation.decode import seen_tokens
 from jaxstages.generation.sampling import keep_from, keep_top_k, keep_top_p, penalize
 from jaxstages.types import HiddenAndHead, Model, Params
 
@@ -161,11 +162,11 @@ def make_serving_decode(model: Model, num_slots: int) -> ServingDecode:
             text_RT = texts.text_RT.at[row, at_R].set(chosen_R, mode="drop")
             return Extended(text_RT, texts.length_R + goes_on_R.astype(jnp.int32), log_probs)
 
-        most = most_steps + num_drafts
+        max_new = most_steps + num_drafts
         log_probs = LogProbs(
-            jnp.zeros((num_rows, most), jnp.float32),
-            jnp.zeros((num_rows, most, MAX_ALTERNATIVES), jnp.int32),
-            jnp.zeros((num_rows, most, MAX_ALTERNATIVES), jnp.float32),
+            jnp.zeros((num_rows, max_new), jnp.float32),
+            jnp.zeros((num_rows, max_new, MAX_ALTERNATIVES), jnp.int32),
+            jnp.zeros((num_rows, max_new, MAX_ALTERNATIVES), jnp.float32),
         )
         texts = Extended(jnp.asarray(rows.text_RT), jnp.asarray(rows.length_R), log_probs)
         is_whole_cache = num_rows == num_slots
@@ -217,7 +218,9 @@ def make_choose_for_rows(rows: Rows) -> Callable[[Array, Extended], Int[Array, "
     def choose(logits_RV: Array, texts: Extended) -> Array:
         logits_RV = _if_any(
             rows.penalty_R != 1,
-            lambda x: penalize(x, _seen(texts, x.shape[1]), jnp.asarray(rows.penalty_R)[:, None]),
+            lambda x: penalize(
+                x, seen_tokens(texts.text_RT, texts.length_R, x.shape[1]), jnp.asarray(rows.penalty_R)[:, None]
+            ),
             logits_RV,
         )
         likeliest_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
@@ -247,11 +250,3 @@ def make_choose_for_rows(rows: Rows) -> Callable[[Array, Extended], Int[Array, "
 
 def _if_any(flags_R: Any, function: Callable[[Array], Array], x: Array) -> Array:
     return jax.lax.cond(jnp.any(flags_R), function, lambda x: x, x)
-
-
-def _seen(texts: Extended, vocab: int) -> Bool[Array, "R V"]:
-    """Mark the tokens that occur in each text."""
-    num_rows, slots = texts.text_RT.shape
-    is_text_RT = jnp.arange(slots)[None] < texts.length_R[:, None]
-    tokens_RT = jnp.where(is_text_RT, texts.text_RT, texts.text_RT[:, :1])
-    return jnp.zeros((num_rows, vocab), bool).at[jnp.arange(num_rows)[:, None], tokens_RT].set(True)
