@@ -1,7 +1,6 @@
 """Models of transformers, imported, are the same models; exported, transformers loads them as they were.
 
-The models of `ZOO` go through the commands; those of `MORE`, which differ from them by a table, through the functions
-below these.
+The models of `ZOO` are also packed and decoded; those of `MORE` differ from them by a table only.
 
 Runs where the extra `parity` is installed (torch, transformers). Bounds are those of float32: log-probabilities differ
 by at most 2e-5 over 288 tokens of noise, of text, and of a row of three documents, each of which transformers sees by
@@ -106,58 +105,6 @@ def packed(rows: np.ndarray) -> Batch:
     return Batch(*map(jnp.asarray, (rows, rows, weights, segments, positions)))
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenizer: Path, rows: np.ndarray) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = make(name, tmp_path / "theirs", tokenizer)
-    work = tmp_path / "work"
-    call("import", f"--from={tmp_path}/theirs", f"--workdir={work}")
-    recipe = resolve_recipe(None, work)
-    assert recipe.model.family == name.split(",")[0]
-    setup = setup_stage(recipe, "import", work, with_data=False)
-    spread, _ = read_parent(setup.folder, setup.program, setup.contract)
-    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), spread)
-    ours = make_model(recipe.model, setup.data.tokenizer.vocab_size)
-
-    logits = jax.jit(lambda p, b: ours.apply(p, b, None))(params, packed(rows))
-    found = np.asarray(jax.nn.log_softmax(logits, axis=-1))
-    assert found.shape[-1] == VOCAB
-    alone = max(float(np.abs(found[r] - theirs_of(model, rows[r])).max()) for r in (0, 1))
-    parts = [(start, stop) for start, stop in zip((0, *CUTS), CUTS, strict=False)]
-    together = max(float(np.abs(found[2, a:b] - theirs_of(model, rows[2, a:b])).max()) for a, b in parts)
-    assert alone <= MOST and together <= MOST, (alone, together)
-    assert float(np.abs(theirs_of(model, rows[2])[CUTS[0] :] - found[2, CUTS[0] :]).max()) > 0.01, "documents are apart"
-
-    import torch
-
-    prompt = rows[1, :48]
-    with torch.no_grad():
-        whole = model.generate(
-            torch.tensor(prompt, dtype=torch.long)[None],
-            attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
-            **{"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": None},
-        )
-    one = make_mesh(MeshConfig(), jax.devices()[:1])
-    answers = make_answers(ours, Sampling(max_new_tokens=NEW), context=LENGTH, batch_size=1, rows=batch_sharding(one))
-    assert next(answers(params, [prompt.tolist()], 0)) == [whole[0, len(prompt) :].tolist()]
-
-    from transformers import AutoModelForCausalLM
-
-    call("export", f"--workdir={work}", f"--to={tmp_path}/ours")
-    words: Any = {"output_loading_info": True, "attn_implementation": "eager"}
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **words)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    assert type(again) is type(model)
-    exported = max(float(np.abs(theirs_of(again.eval(), row) - theirs_of(model, row)).max()) for row in rows)
-    assert exported == 0.0
-    call("import", f"--from={tmp_path}/ours", f"--workdir={tmp_path}/again")
-    results = [read_json(folder / "import" / "result.json") for folder in (work, tmp_path / "again")]
-    assert results[0]["params_sha256"] == results[1]["params_sha256"]
-    assert resolve_recipe(None, tmp_path / "again").model == recipe.model
-    FIGURES.append(f"| {name} | {alone:.1e} | {together:.1e} | {NEW} of {NEW} | {exported:g} |")
-
-
 def opened(folder: Path) -> tuple[ModelConfig, Params]:
     """The model of a folder, read without a workdir."""
     found = describe(folder)
@@ -216,6 +163,58 @@ def check_export(config: ModelConfig, params: Params, model: Any, folder: Path, 
     assert max(float(np.abs(theirs_of(again.eval(), row) - theirs_of(model, row)).max()) for row in rows) <= MOST
     assert read_config(again.config.to_dict(), "x").model == read_config(written, "x").model
     return again
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenizer: Path, rows: np.ndarray) -> None:
+    """Log-probabilities of whole rows and of packed documents, tokens decoded with a cache, and the export."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make(name, tmp_path / "theirs", tokenizer)
+    config, params = opened(tmp_path / "theirs")
+    ours = make_model(config, config.vocab_size)
+    logits = jax.jit(lambda p, b: ours.apply(p, b, None))(params, packed(rows))
+    log_probs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    assert log_probs.shape[-1] == VOCAB
+    alone = max(float(np.abs(log_probs[r] - theirs_of(model, rows[r])).max()) for r in (0, 1))
+    parts = [(start, stop) for start, stop in zip((0, *CUTS), CUTS, strict=False)]
+    together = max(float(np.abs(log_probs[2, a:b] - theirs_of(model, rows[2, a:b])).max()) for a, b in parts)
+    assert alone <= MOST and together <= MOST, (alone, together)
+    assert float(np.abs(theirs_of(model, rows[2])[CUTS[0] :] - log_probs[2, CUTS[0] :]).max()) > 0.01, "no boundaries"
+
+    prompt = rows[1, :48]
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    answers = make_answers(ours, Sampling(max_new_tokens=NEW), context=LENGTH, batch_size=1, rows=batch_sharding(one))
+    assert next(answers(params, [prompt.tolist()], 0)) == [greedy_of(model, prompt, NEW)[len(prompt) :].tolist()]
+
+    again = check_export(config, params, model, tmp_path / "ours", rows)
+    assert type(again) is type(model)
+    FIGURES.append(f"| {name} | {alone:.1e} | {together:.1e} | {NEW} of {NEW} | equal |")
+
+
+BY_COMMAND = ("llama, grouped heads wider than D/H, llama3 scaling", "gpt2", "gemma3_text", "qwen3_moe")
+"""Models that also go through the commands; `test_folders.py` does so with every family, without transformers."""
+
+
+@pytest.mark.parametrize("name", BY_COMMAND)
+def test_import_and_export_by_command(name: str, tmp_path: Path, tokenizer: Path, rows: np.ndarray) -> None:
+    """transformers loads the exported folder as the same model, to the bit, and a second import has the same digest."""
+    from transformers import AutoModelForCausalLM
+
+    model = make(name, tmp_path / "theirs", tokenizer)
+    call("import", f"--from={tmp_path}/theirs", f"--workdir={tmp_path}/work")
+    recipe = resolve_recipe(None, tmp_path / "work")
+    assert recipe.model.family == name.split(",")[0]
+    call("export", f"--workdir={tmp_path}/work", f"--to={tmp_path}/ours")
+    words: Any = {"output_loading_info": True, "attn_implementation": "eager"}
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **words)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert type(again) is type(model)
+    assert all(np.array_equal(theirs_of(again.eval(), row), theirs_of(model, row)) for row in rows)
+    call("import", f"--from={tmp_path}/ours", f"--workdir={tmp_path}/again")
+    results = [read_json(tmp_path / work / "import" / "result.json") for work in ("work", "again")]
+    assert results[0]["params_sha256"] == results[1]["params_sha256"]
+    assert resolve_recipe(None, tmp_path / "again").model == recipe.model
 
 
 @pytest.mark.parametrize("name", MORE)
