@@ -72,7 +72,7 @@ hypothesis.settings.load_profile("steady")
 def _single_device() -> Iterator[None]:
     """Train stages on the first of the eight devices: programs for all of them take several times as long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(setup, "make_mesh", lambda config, devices=None: make_mesh(config, devices or jax.devices()[:1]))
         yield
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -87,6 +88,42 @@ def test_a_run_that_ends_early_leaves_the_others_as_they_are(tmp_path: Path) -> 
     assert isinstance(diverged, Diverged)
     assert isinstance(whole, dict) and isinstance(resumed, dict) and resumed["steps"] == whole["steps"] > 20
     assert resumed["best"]["loss"] == pytest.approx(whole["best"]["loss"], abs=1e-5)
+
+
+def test_a_shared_batch_is_that_of_the_runs_that_go_on(tmp_path: Path) -> None:
+    """The first of three runs with one seed stops early; its last batch is not trained on again by the others."""
+    recipes = [changed(tmp_path, rate=rate, steps=40) for rate in (1e-9, 3e-3, 2e-3)]
+    for recipe in recipes:
+        assert recipe.pretrain is not None
+        recipe.pretrain.loop.eval_every = 10
+        recipe.pretrain.early_stopping = EarlyStoppingConfig(patience=1, min_delta=0.05)
+    alone, together = (setups_of(tmp_path / name, recipes) for name in ("alone", "together"))
+    expected = [train_stage(setup) for setup in alone]
+    results = train_together(together, Stop())
+    for setup, reference, result, wanted in zip(together, alone, results, expected, strict=True):
+        assert isinstance(result, dict) and wanted is not None and result["steps"] == wanted["steps"]
+        assert curve(setup, "eval") == pytest.approx(curve(reference, "eval"), abs=1e-5)
+
+
+def test_runs_are_spread_over_devices(tmp_path: Path) -> None:
+    """Five runs on two devices: three share one, two the other, and one of these stops early."""
+    rates = (3e-3, 2e-3, 1e-3, 1e-9, 5e-4)
+    recipes = [changed(tmp_path, seed, rate, steps=40) for seed, rate in enumerate(rates)]
+    for recipe in recipes:
+        assert recipe.pretrain is not None
+        recipe.pretrain.loop.eval_every = 10
+        recipe.pretrain.early_stopping = EarlyStoppingConfig(patience=1, min_delta=0.02)
+    alone = setups_of(tmp_path / "alone", recipes)
+    expected = [train_stage(setup) for setup in alone]
+    together = [
+        setup_stage(recipe, "pretrain", tmp_path / "together" / str(index), devices=[jax.devices()[index % 2]])
+        for index, recipe in enumerate(recipes)
+    ]
+    results = train_together(together, Stop())
+    for setup, reference, result, wanted in zip(together, alone, results, expected, strict=True):
+        assert isinstance(result, dict) and wanted is not None and result["steps"] == wanted["steps"]
+        assert curve(setup, "eval") == pytest.approx(curve(reference, "eval"), abs=1e-5), setup.folder
+    assert len({result["steps"] for result in results if isinstance(result, dict)}) > 1, "one stops early"
 
 
 def test_an_interrupted_run_is_resumed_alone(tmp_path: Path) -> None:

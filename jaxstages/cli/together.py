@@ -1,8 +1,11 @@
 """The process of `sweep --together`: it trains the swept stage of all trials with one compiled step."""
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
+
+import jax
 
 from jaxstages.cli.parse import parse
 from jaxstages.cli.resolve import resolve_recipe
@@ -18,7 +21,7 @@ from jaxstages.types import Interrupted
 
 
 def train_trials(folder: Path, stage: str, config_flags: Sequence[str]) -> None:
-    """Train a stage of those trials of a sweep that have not finished it.
+    """Train a stage of those trials of a sweep that have not finished it, spread over the devices of this machine.
 
     Args:
         folder: folder of the sweep, with its `sweep.json`.
@@ -31,12 +34,12 @@ def train_trials(folder: Path, stage: str, config_flags: Sequence[str]) -> None:
     trials = [Trial(**trial) for trial in read_json(folder / "sweep.json")["trials"]]
     trials = [trial for trial in trials if not result_file(folder / trial.name / stage).exists()]
     with contextlib.ExitStack() as locks:
-        setups = []
+        setups, devices = [], itertools.cycle(jax.local_devices())
         for trial in trials:
             workdir = folder / trial.name
             recipe = resolve_recipe(parse("sweep", ["", "sweep", *config_flags, *trial.flags])[1], workdir)
             locks.enter_context(prepared(recipe, workdir, [stage], None))
-            setups.append(setup_stage(recipe, stage, workdir))
+            setups.append(setup_stage(recipe, stage, workdir, devices=[next(devices)]))
         check_together([setup.recipe for setup in setups], stage)
 
         with stop_signals() as signals:

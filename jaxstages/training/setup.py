@@ -93,13 +93,20 @@ def make_stage_evaluate(
     return evaluate
 
 
-def setup_stage(recipe: Recipe, name: str, workdir: Path | str, with_data: bool = True) -> StageSetup:
+def setup_stage(
+    recipe: Recipe,
+    name: str,
+    workdir: Path | str,
+    with_data: bool = True,
+    devices: Sequence[jax.Device] | None = None,
+) -> StageSetup:
     """Set up stage `name`, all but its initial state.
 
     Args:
         workdir: folder of the run, as a Path. Its tokenizer is trained if there is none.
         with_data: prepare the rows too; without them the stage can generate, and `program.abstract_state` is complete,
             but it can neither train nor evaluate.
+        devices: the devices of the mesh; None for all.
 
     Raises:
         ValueError: the recipe has no such stage, or a part of it does not fit the mesh or the data.
@@ -112,7 +119,7 @@ def setup_stage(recipe: Recipe, name: str, workdir: Path | str, with_data: bool 
         raise ValueError(f"recipe {recipe.name!r} has no stage {name}; it has {', '.join(stages)}")
     config = stages[name]
     check_sums()
-    mesh = make_mesh(recipe.mesh)
+    mesh = make_mesh(recipe.mesh, devices)
     check_fit(recipe, name, config, mesh)
     tokenizer = open_tokenizer(recipe, workdir)
     datasets, sets = prepare_stage(recipe, name, config, tokenizer, workdir) if with_data else ([], [])

@@ -1,14 +1,14 @@
 """One compiled step for several runs of a stage that differ in seed and float hyperparameters only.
 
-The step of `compile.py` is vectorized over the runs: states are stacked, and the numbers in which the runs differ are
-arguments. Everything else of a run is its own: batches, guard, evaluations, early stopping, checkpoints.
+The step of `compile.py` is vectorized over the runs of a device: states are stacked, and the numbers in which the runs
+differ are arguments. Everything else of a run is its own: batches, guard, evaluations, early stopping, checkpoints.
 
 Legend: T runs.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,10 +71,13 @@ def check_together(runs: Sequence[Recipe], name: str) -> None:
 
 
 def train_together(setups: Sequence[StageSetup], signals: Stop) -> list[dict[str, Any] | Exception | None]:
-    """Train a stage of several runs with one compiled step. Each is resumed, evaluated, saved and finished as alone.
+    """Train a stage of several runs, those of each device with one compiled step. Each run is resumed, evaluated, saved
+    and finished as alone.
 
-    Runs need not be at the same step. The slot of a run that has ended is idle; when half of the slots are, the step is
-    compiled for the others.
+    Args:
+        setups: stages with a mesh of one device each. Those on the same device share a step, and devices work in
+            parallel.
+        signals: receives requests to stop, for all runs.
 
     Returns:
         For each run, its result, None if `stop_after` ended it, or the error that ended it.
@@ -99,19 +102,52 @@ def train_together(setups: Sequence[StageSetup], signals: Stop) -> list[dict[str
 
     for index in range(len(runs)):
         go_on(index, None)
+    devices = [setup.program.mesh.devices.flat[0] for setup in setups]
+    groups: dict[jax.Device, _Group] = {}
     while waiting:
-        members = dict(waiting)
-        aligned = len({(setups[k].recipe.seed, int(state.step)) for k, (state, _) in members.items()}) == 1
-        step = compile_together([setups[k].program for k in members], shared_batch=aligned)
-
-        while len(waiting) > len(members) // 2:
-            members |= waiting
-            states, sums = step(*zip(*members.values(), strict=True))
-            for slot, index in enumerate(members):
-                members[index] = (states[slot], members[index][1])
-                if index in waiting:
-                    go_on(index, (states[slot], sums[slot]))
+        results: dict[int, tuple[TrainState, Sums]] = {}
+        for device in dict.fromkeys(devices[index] for index in waiting):
+            active = {index: run for index, run in waiting.items() if devices[index] == device}
+            if device not in groups or groups[device].too_large_for(active):
+                groups[device] = _Group(setups, active)
+            results |= groups[device].step(active)
+        # Only now does anything wait for a result: by then all devices are at work.
+        for index, result in results.items():
+            go_on(index, result)
     return outcomes
+
+
+class _Group:
+    """The runs of one device, and their compiled step.
+
+    Runs need not be at the same step. The slot of a run that has ended is idle: its state is advanced, and dropped.
+    """
+
+    def __init__(self, setups: Sequence[StageSetup], runs: Mapping[int, tuple[TrainState, Batch]]) -> None:
+        self._slots = dict(runs)
+        self._shared_batch = (
+            len({(setups[index].recipe.seed, int(state.step)) for index, (state, _) in runs.items()}) == 1
+        )
+        self._step = compile_together([setups[index].program for index in runs], self._shared_batch)
+
+    def too_large_for(self, active: Mapping[int, Any]) -> bool:
+        """Return whether at least half of the slots are idle."""
+        return len(active) <= len(self._slots) // 2
+
+    def step(self, active: Mapping[int, tuple[TrainState, Batch]]) -> dict[int, tuple[TrainState, Sums]]:
+        """Dispatch a step of the runs that are active, and return their results."""
+        self._slots |= active
+        states = [state for state, _ in self._slots.values()]
+        batches = [batch for _, batch in (active if self._shared_batch else self._slots).values()]
+        new_states, sums = self._step(states, batches)
+        self._slots = {
+            index: (state, batch) for (index, (_, batch)), state in zip(self._slots.items(), new_states, strict=True)
+        }
+        return {
+            index: (state, each)
+            for index, state, each in zip(self._slots, new_states, sums, strict=True)
+            if index in active
+        }
 
 
 def _in_turns(
@@ -158,8 +194,8 @@ def compile_together(programs: Sequence[Program], shared_batch: bool = False) ->
     first, numbers = programs[0], differing_numbers(programs)
     if first.mesh.size > 1:
         raise ValueError(
-            f"runs can be trained together on one device, and the mesh has {first.mesh.size}; set CUDA_VISIBLE_DEVICES "
-            "to one of them"
+            f"runs that are trained together have a mesh of one device each, and this one has {first.mesh.size}; pass "
+            "setup_stage one of them as devices"
         )
 
     def step(numbers: dict[str, jax.Array], state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:

@@ -192,7 +192,7 @@ def outcome(work: Path) -> dict[str, Any]:
 def quick_runs() -> Iterator[None]:
     """On one device, as all tests are by `tests/conftest.py`; only test_buckets.py still asks for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(setup, "make_mesh", lambda config, devices=None: make_mesh(config, devices or jax.devices()[:1]))
         yield
 
 
