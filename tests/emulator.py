@@ -1,4 +1,4 @@
-"""An emulator of Google Cloud Storage on loopback, behind a proxy that can fail."""
+"""Emulators of buckets on loopback: Google Cloud Storage, behind a proxy that can fail, and S3."""
 
 import atexit
 import functools
@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -136,6 +137,20 @@ def start() -> Proxy:
             time.sleep(0.05)
 
 
+@functools.cache
+def start_s3() -> None:
+    """Start an emulator of S3, once in a process; children of this process use it too."""
+    server = pytest.importorskip("moto.server", reason="no emulator of S3 is installed")
+    moto = server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    moto.start()
+    atexit.register(moto.stop)
+    host, port = moto.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= keys | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    request = urllib.request.Request(f"http://{host}:{port}/{BUCKET}", method="PUT")
+    urllib.request.urlopen(request).close()
+
+
 @contextmanager
 def failing(proxy: Proxy, rate: float, kinds: tuple[str, ...] = FAULTS, seed: int = 0) -> Iterator[None]:
     """Let a share of the requests fail until the end of the block."""
@@ -147,9 +162,9 @@ def failing(proxy: Proxy, rate: float, kinds: tuple[str, ...] = FAULTS, seed: in
         proxy.rate = 0.0
 
 
-def folder(path: Path) -> Any:
-    """Return a folder of the bucket named like a local one."""
+def folder(path: Path, scheme: str = "gs") -> Any:
+    """Return a folder of the bucket named like a local one. scheme: "gs" or "s3"."""
     from jaxstages.runtime.bucket import bucket_path
 
-    start()
-    return bucket_path(f"gs://{BUCKET}/{urllib.parse.quote(str(path).strip('/'))}")
+    (start if scheme == "gs" else start_s3)()
+    return bucket_path(f"{scheme}://{BUCKET}/{re.sub('[^A-Za-z0-9/._-]', '-', str(path).strip('/'))}")

@@ -28,6 +28,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BucketPath:
     return emulator.folder(tmp_path)
 
 
+@pytest.fixture(params=["gs", "s3"])
+def either(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A folder in either kind of bucket."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return emulator.folder(tmp_path, request.param)
+
+
 def test_a_path_is_local_or_in_a_bucket(folder: BucketPath) -> None:
     path: Any = parse_path("gs://bucket/runs/a/", "--workdir")
     assert str(path / "b.json") == "gs://bucket/runs/a/b.json" == os.fspath(path / "b.json")
@@ -37,7 +44,8 @@ def test_a_path_is_local_or_in_a_bucket(folder: BucketPath) -> None:
     for address, words in {
         "gs://bucket": "names no folder in a bucket",
         "ftp://host/a": "is no local path, and no folder in a bucket",
-        "s3://bucket/a": "those begin with gs://",
+        "hf://bucket/a": "those begin with gs:// or s3://",
+        "gs://bucket/a*": "would be taken for a pattern",
         "https://host/a": "is no local path",
         "file:///a/b": "is no local path",
         "gs:/bucket/a": "is no local path",
@@ -48,29 +56,30 @@ def test_a_path_is_local_or_in_a_bucket(folder: BucketPath) -> None:
         local_path("gs://bucket/a", "--out")
 
 
-def test_objects(folder: BucketPath, tmp_path: Path) -> None:
-    assert not folder.exists() and not folder.is_dir() and [*folder.glob("*")] == []
+def test_objects(either: Any, tmp_path: Path) -> None:
+    assert not either.exists() and not either.is_dir() and [*either.glob("*")] == []
     with pytest.raises(FileNotFoundError):
-        [*folder.iterdir()]
-    write_json(folder / "a.json", {"é": 1})  # type: ignore[arg-type]
-    (folder / "inner" / "b.txt").write_text("b")
-    assert json.loads((folder / "a.json").read_text()) == {"é": 1}
-    assert [path.name for path in folder.iterdir()] == ["a.json", "inner"]
-    assert folder.is_dir() and (folder / "inner").is_dir() and (folder / "a.json").is_file()
-    assert [path.name for path in folder.glob("*.json")] == ["a.json"]
-    assert bucket.list_objects(folder).keys() == {"a.json", "inner/b.txt"}  # type: ignore[arg-type]
+        [*either.iterdir()]
+    write_json(either / "a.json", {"é": 1})
+    (either / "inner" / "b.txt").write_text("b")
+    assert json.loads((either / "a.json").read_text()) == {"é": 1}
+    assert [path.name for path in either.iterdir()] == ["a.json", "inner"]
+    assert either.is_dir() and (either / "inner").is_dir() and (either / "a.json").is_file()
+    assert [path.name for path in either.glob("*.json")] == ["a.json"]
+    assert bucket.list_objects(either).keys() == {"a.json", "inner/b.txt"}
     # A listing by prefix would take the second for a part of the first.
-    assert bucket.list_objects(folder / "inn") == {}  # type: ignore[arg-type]
-    assert (folder / "a.json").rename(folder / "c.json").exists() and not (folder / "a.json").exists()
+    assert bucket.list_objects(either / "inn") == {}
+    assert (either / "a.json").rename(either / "c.json").exists() and not (either / "a.json").exists()
     (tmp_path / "d").write_text("d")
-    copy_file(tmp_path / "d", folder / "d")  # type: ignore[arg-type]
-    bucket.move(folder / "inner", folder / "moved")  # type: ignore[arg-type]
-    assert bucket.list_objects(folder).keys() == {"c.json", "d", "moved/b.txt"}  # type: ignore[arg-type]
-    remove_tree(folder)  # type: ignore[arg-type]
-    remove_tree(folder)  # type: ignore[arg-type]
-    assert not folder.exists()
-    with pytest.raises(FileNotFoundError):
-        (folder / "d").unlink()
+    copy_file(tmp_path / "d", either / "d")
+    bucket.move(either / "inner", either / "moved")
+    assert bucket.list_objects(either).keys() == {"c.json", "d", "moved/b.txt"}
+    remove_tree(either)
+    remove_tree(either)
+    assert not either.exists()
+    if str(either).startswith("gs:"):  # S3 does not tell
+        with pytest.raises(FileNotFoundError):
+            (either / "d").unlink()
 
 
 def test_an_error_of_storage_is_no_missing_file(folder: BucketPath) -> None:
@@ -94,8 +103,8 @@ def test_faults_that_pass_are_retried(folder: BucketPath, monkeypatch: pytest.Mo
     assert sum(proxy.counts[kind] for kind in emulator.FAULTS) > 10
 
 
-def test_create_decides_between_two_writers(folder: BucketPath) -> None:
-    path: Any = folder / "a"
+def test_create_decides_between_two_writers(either: Any) -> None:
+    path: Any = either / "a"
     written: list[int] = []
 
     def write(number: int) -> None:
@@ -109,27 +118,27 @@ def test_create_decides_between_two_writers(folder: BucketPath) -> None:
     assert not bucket.create(path, b"another")
 
 
-def test_a_manifest_notices_every_change(folder: Any) -> None:
+def test_a_manifest_notices_every_change(either: Any) -> None:
     contents = {"meta/metadata": b"{}", "params/d/1": os.urandom(200_000), "params/d/2": b"abc"}
     for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    manifest.write_manifest(folder)
-    manifest.check(folder)
-    assert manifest.sizes(folder)["params/d/1"] == 200_000
+        (either / name).write_bytes(content)
+    manifest.write_manifest(either)
+    manifest.check(either)
+    assert manifest.sizes(either)["params/d/1"] == 200_000
     for name, content in contents.items():
         for other in (content[:-1], b"", bytes(len(content)), contents["meta/metadata"] + b" "):
-            (folder / name).write_bytes(other)
+            (either / name).write_bytes(other)
             with pytest.raises(manifest.Damaged, match=name):
-                manifest.check(folder)
-        (folder / name).unlink()
+                manifest.check(either)
+        (either / name).unlink()
         with pytest.raises(manifest.Damaged, match=f"missing or unlisted are {name}"):
-            manifest.check(folder)
-        (folder / name).write_bytes(content)
-    (folder / "more").write_bytes(b"")
+            manifest.check(either)
+        (either / name).write_bytes(content)
+    (either / "more").write_bytes(b"")
     with pytest.raises(manifest.Damaged, match="more"):
-        manifest.check(folder)
-    moved = manifest.quarantine(folder, folder.parent / "quarantine", "why")
-    assert not folder.exists() and manifest.sizes(moved).keys() > contents.keys()
+        manifest.check(either)
+    moved = manifest.quarantine(either, either.parent / "quarantine", "why")
+    assert not either.exists() and manifest.sizes(moved).keys() > contents.keys()
     assert moved.with_name(f"{moved.name}.reason").read_text() == "why\n"
 
 
@@ -284,12 +293,24 @@ class Failure:
 def failures() -> list[Failure]:
     from google.auth.exceptions import DefaultCredentialsError, RefreshError
 
-    gcsfs = pytest.importorskip("gcsfs.retry")
+    gcsfs, botocore = pytest.importorskip("gcsfs.retry"), pytest.importorskip("botocore.exceptions")
+
+    def of_s3(code: str, kind: type[OSError]) -> OSError:
+        """What s3fs makes of an error of S3."""
+        error = kind("as it says")
+        error.__cause__ = botocore.ClientError({"Error": {"Code": code, "Message": "no"}}, "PutObject")
+        return error
+
     return [
+        Failure(botocore.NoCredentialsError(), "aws sso login"),
+        Failure(of_s3("ExpiredToken", PermissionError), "aws sso login"),
+        Failure(of_s3("AccessDenied", PermissionError), "let it read, write, list and delete objects"),
+        Failure(of_s3("NoSuchBucket", FileNotFoundError), "create the bucket"),
+        Failure(of_s3("SlowDown", OSError), "overloaded or down"),
         Failure(gcsfs.HttpError({"code": 401, "message": "Invalid Credentials"}), "gcloud auth"),
         Failure(DefaultCredentialsError("none"), "gcloud auth"),
         Failure(RefreshError("expired"), "gcloud auth"),
-        Failure(gcsfs.HttpError({"code": 403, "message": "no"}), "role of an object admin"),
+        Failure(gcsfs.HttpError({"code": 403, "message": "no"}), "let it read, write, list and delete objects"),
         Failure(gcsfs.HttpError({"code": 404, "message": "no"}), "create the bucket"),
         Failure(gcsfs.HttpError({"code": 503, "message": "busy"}), "overloaded or down"),
         Failure(gcsfs.HttpError({"code": 429, "message": "slow down"}), "overloaded or down"),
@@ -304,9 +325,11 @@ def test_errors_of_storage_name_a_remedy() -> None:
     assert bucket.explain(KeyError("a")) == ""
 
 
-def test_a_missing_bucket(capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    emulator.start()
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_missing_bucket(
+    scheme: str, capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulator.folder(tmp_path, scheme)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command = ["jaxstages", "prepare", "--config=demo", "--workdir=gs://no-such-bucket/runs/a"]
-    assert main(command) in (2, 74)
-    assert "no-such-bucket" in capfd.readouterr().err
+    assert main(["jaxstages", "prepare", "--config=demo", f"--workdir={scheme}://no-such-bucket/runs/a"]) == 74
+    assert "create the bucket, or correct its name" in capfd.readouterr().err

@@ -6,7 +6,8 @@ compares files with the manifest, then shapes and dtypes, then fingerprints of a
 each step.
 
 On disk, a checkpoint is renamed when it is complete. In a bucket Orbax writes it under its final name, and an object
-that says so last; old ones are deleted by us, that object first.
+that says so last; old ones are deleted by us, that object first. What Orbax can't write to is the subject of
+`staging.py`.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from jaxstages.checkpoint.fingerprint import (
     tree_of,
 )
 from jaxstages.checkpoint.metadata import FORMAT, read_meta, saved_kind, stored_shapes
+from jaxstages.checkpoint.staging import is_staged, orbax_folder, publish, readable
 from jaxstages.runtime import bucket, manifest, multihost
 from jaxstages.runtime.bucket import is_bucket
 from jaxstages.runtime.console import say
@@ -101,8 +103,10 @@ class Checkpoints:
     """The checkpoints of one stage: the latest `keep`, and the best. The caller must have the run's lock."""
 
     def __init__(self, stage_dir: Path, keep: int) -> None:
-        self._stage_dir, self._keep, self._best = stage_dir, keep, _KeepBest(is_bucket(stage_dir))
+        self._stage_dir, self._keep = stage_dir, keep
         self._folder = checkpoints_folder(stage_dir).absolute()
+        self._orbax_folder = orbax_folder(self._folder)
+        self._best = _KeepBest(is_bucket(self._orbax_folder))
         self._manager: _Manager | None = None
         self._thread = ThreadPoolExecutor(1, "save", lower_thread_priority)
         self.saved_step = -1
@@ -141,7 +145,8 @@ class Checkpoints:
             if step < 0:
                 break
             try:
-                restored = _restore(self._folder / str(step), target)
+                with readable(self._folder / str(step)) as folder:
+                    restored = _restore(folder, target)
             except Damaged as error:
                 self._quarantine(step, error)
                 continue
@@ -247,26 +252,29 @@ class Checkpoints:
             SAVE_IN_FLIGHT.release()
 
     def _wait_for_orbax(self) -> None:
-        """Wait until the checkpoint is complete, durable and, once in a run, read back."""
+        """Wait until the checkpoint is complete, durable and, once in a run, read back. Then delete older ones."""
         manager = self._open_manager()
         manager.wait_until_finished()
         manager.check_for_errors()
 
-        if multihost.is_process_zero() and is_bucket(self._folder):
-            for step in steps_of(self._stage_dir)[: -self._keep]:
-                if step != self._best.step:
-                    bucket.remove(self._folder / str(step), first=(COMMITTED,))
-        elif multihost.is_process_zero():
+        folder = self._orbax_folder / str(self._step)
+        if multihost.is_process_zero() and not is_bucket(folder):
             # Files that Orbax wrote after the manifest, and the name of the folder.
-            folder = self._folder / str(self._step)
-            for path in (*folder.iterdir(), folder, self._folder):
+            for path in (*folder.iterdir(), folder, self._orbax_folder):
                 sync(path)
             # Orbax moves deleted checkpoints here, and leaves them.
-            remove_tree(self._folder / TRASH)
+            remove_tree(self._orbax_folder / TRASH)
 
         if not self._is_proven and jax.process_count() == 1:  # with several processes, Orbax would communicate
             self._read_back()
         self._is_proven = True
+
+        if is_staged(self._folder):
+            publish(folder, self._folder / str(self._step))
+        if multihost.is_process_zero() and is_bucket(self._folder):
+            for step in steps_of(self._stage_dir)[: -self._keep]:
+                if step != self._best.step:
+                    bucket.remove(self._folder / str(step), first=(COMMITTED,))
 
     def _read_back(self) -> None:
         """Restore the checkpoint that was just saved and compare it, once in a run: intact files do not prove that a
@@ -275,7 +283,7 @@ class Checkpoints:
         Raises:
             Damaged: it can't be read, or differs.
         """
-        folder = self._folder / str(self._step)
+        folder = self._orbax_folder / str(self._step)
         for name, tree in self._abstract_items.items():
             leaves = named_leaves(tree)
             sizes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in leaves.items()}
@@ -317,18 +325,18 @@ class Checkpoints:
                     [checkpoint_managers.LatestN(self._keep), self._best]
                 ),
                 # A kill during a deletion leaves no half checkpoint in the list.
-                todelete_subdir=None if is_bucket(self._folder) else TRASH,
+                todelete_subdir=None if is_bucket(self._orbax_folder) else TRASH,
                 async_options=ocp.AsyncOptions(timeout_secs=600, post_finalization_callback=self._finalize),
             )
-            self._manager = _Manager(os.fspath(self._folder), options=options)
+            self._manager = _Manager(os.fspath(self._orbax_folder), options=options)
         return self._manager
 
     def _finalize(self) -> None:
         """Write metadata and manifest. Orbax calls this in a thread before the rename, or the last object: after an
         error there is no checkpoint."""
-        folder = self._folder / str(self._step)
+        folder = self._orbax_folder / str(self._step)
         if not is_bucket(folder):
-            (folder,) = self._folder.glob(f"{self._step}.orbax-checkpoint-tmp*")
+            (folder,) = self._orbax_folder.glob(f"{self._step}.orbax-checkpoint-tmp*")
         computed = self._fetch_fingerprint()
         if bad := [path for path in computed.not_finite if path.startswith(HANDED_ON)]:
             raise Diverged(f"step {self._step} is not saved: {', '.join(bad)} is not finite; the one before it stands")
@@ -337,8 +345,11 @@ class Checkpoints:
         manifest.write_manifest(folder)
 
     def _remove_leftovers(self) -> None:
-        """Remove what a kill, or a failed save, left: unfinished and deleted checkpoints, nothing else."""
+        """Remove what a kill, or a failed save, left: unfinished and deleted checkpoints, and local copies of published
+        ones; nothing else."""
         leftovers = [*self._folder.glob("*.orbax-checkpoint-tmp*"), self._folder / TRASH]
+        if is_staged(self._folder):
+            remove_tree(self._orbax_folder)
         if is_bucket(self._folder):
             complete = {str(step) for step in steps_of(self._stage_dir)}
             leftovers = [path for path in self._folder.glob("*") if path.name.isdecimal() and path.name not in complete]
@@ -413,7 +424,8 @@ def read_params(stage_dir: Path, step: int, target: Params, item: str = "params"
     manifest.check(folder)
     saved = {path: text for path, text in read_meta(folder)["fingerprint"].items() if path.startswith(f"{item}/")}
     _check_fits(folder, saved, {item: target})
-    params = read_in_parts(folder / item, target)
+    with readable(folder / item) as local:
+        params = read_in_parts(local, target)
     if fingerprint({item: params}).digests != saved:
         name = "parameters" if item == "params" else f"{item} parameters"
         raise Damaged(f"{folder} is damaged: its {name} are not what was saved")

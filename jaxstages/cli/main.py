@@ -69,10 +69,10 @@ def _failed(error: Exception) -> int:
             return _end(2, str(error))
         case FloatingPointError():
             return _end(70, f"--debug_nans: {str(error).splitlines()[0]} {_location(error)}")
-        case OSError():
-            return _end(74, f"{error}; nothing that was saved before is lost")
         case _ if reason := bucket.explain(error):
             return _end(74, f"{reason}; nothing that was saved before is lost")
+        case OSError():
+            return _end(74, f"{error}; nothing that was saved before is lost")
 
     if (code := getattr(error, "exit_code", None)) is not None:  # Diverged, Interrupted
         return _end(code, str(error))

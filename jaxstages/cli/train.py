@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import finished
+from jaxstages.checkpoint.staging import check_processes
 from jaxstages.cli.resolve import flatten_fields, keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.config.checks import validate
@@ -134,6 +135,7 @@ def prepared(recipe: Recipe, workdir: Path, names: list[str], process: ProcessIn
     recipe, versions and rows.
     """
     check_workdir(workdir)
+    check_processes(workdir, 1 if process is None else process.process_count)
     validate(recipe, result_file(workdir / recipes.IMPORT).exists())
     with contextlib.ExitStack() as stack:
         if process is not None:

@@ -9,6 +9,7 @@ of the network for a missing result trains a stage again.
 """
 
 import base64
+import contextlib
 import fnmatch
 import functools
 import importlib
@@ -19,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-SCHEMES = ("gs",)
-"""Schemes of buckets that can be a workdir; Orbax can't write to s3:// (orbax#2739). The others can be read."""
+SCHEMES = ("gs", "s3")
+"""Schemes of buckets that can be a workdir. The others of `PACKAGES` can be read."""
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
 """The package that fsspec needs for a scheme; in the extra `bucket`, and `hf` for the last one."""
@@ -84,12 +85,13 @@ class BucketPath(PurePosixPath):
         return self.read_bytes().decode(encoding, errors)
 
     def write_bytes(self, content: bytes) -> None:
-        file_system(self).pipe_file(str(self), content)
+        _write(self, content, "overwrite")
 
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
         self.write_bytes(text.encode(encoding))
 
     def unlink(self, missing_ok: bool = False) -> None:
+        """Delete an object. Where there is none, S3 raises nothing."""
         try:
             file_system(self).rm_file(str(self))
         except FileNotFoundError:
@@ -115,7 +117,7 @@ def is_bucket(path: Any) -> bool:
 
 
 def bucket_path(address: str) -> BucketPath:
-    """Parse gs://BUCKET/PREFIX.
+    """Parse gs://BUCKET/PREFIX or s3://BUCKET/PREFIX.
 
     Raises:
         ValueError: the scheme is not known, the package for it is missing, or there is no prefix.
@@ -123,11 +125,13 @@ def bucket_path(address: str) -> BucketPath:
     scheme, _, rest = address.partition("://")
     if scheme not in SCHEMES or not address.startswith(f"{scheme}://"):
         raise ValueError(
-            f"{address} is no local path, and no folder in a bucket that can be written to: those begin with gs://; "
-            "name one, or a mounted path. Data can also be read from s3://, https:// and hf://"
+            f"{address} is no local path, and no folder in a bucket that can be written to: those begin with gs:// or "
+            "s3://; name one, or a mounted path. Data can also be read from https:// and hf://"
         )
     if not rest.strip("/").partition("/")[2]:
         raise ValueError(f"{address} names no folder in a bucket; write {scheme}://BUCKET/FOLDER")
+    if bad := [character for character in "*?[" if character in rest]:
+        raise ValueError(f"{address} has {' '.join(bad)} in its name, which would be taken for a pattern; rename it")
     open_file_system(scheme)
     return BucketPath(f"{scheme}:/{rest.strip('/')}")
 
@@ -162,16 +166,32 @@ def create(path: Path, content: bytes) -> bool:
     A request whose answer was lost is sent again, and then finds its own object: that counts as written.
     """
     try:
-        file_system(path).pipe_file(str(path), content, mode="create")
+        _write(path, content, "create")
     except FileExistsError:
         return path.read_bytes() == content
     return True
 
 
+def _write(path: Path | BucketPath, content: bytes, mode: str) -> None:
+    with _not_found_is_no_bucket(path):
+        file_system(path).pipe_file(str(path), content, mode=mode)
+
+
+@contextlib.contextmanager
+def _not_found_is_no_bucket(path: Path | BucketPath) -> Iterator[None]:
+    """Name the bucket where only its absence can be the reason for a FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        name = "/".join(path.parts[:2]).replace(":/", "://")
+        raise OSError(f"there is no bucket {name}; create the bucket, or correct its name") from error
+
+
 def list_objects(folder: Path) -> dict[str, Object]:
     """Map the name of each object under a folder, relative to it, to its size and checksum. Empty if there is none."""
     prefix = str(folder).partition("://")[2] + "/"
-    entries = file_system(folder).find(str(folder), detail=True)
+    with _not_found_is_no_bucket(folder):
+        entries = file_system(folder).find(str(folder), detail=True)
     return {
         name.removeprefix(prefix): Object(int(entry["size"]), _checksum(entry))
         for name, entry in entries.items()
@@ -229,14 +249,19 @@ def move(folder: Path, target: Path, first: Sequence[str] = ()) -> None:
 def upload(local: Path, folder: Path, last: str) -> None:
     """Copy a local folder's files into a bucket. The file named `last` follows when all others are there."""
     names = sorted(str(path.relative_to(local)) for path in local.rglob("*") if path.is_file())
-    names = [name for name in names if name != last]
-    if names:
-        file_system(folder).put([str(local / name) for name in names], [str(folder / name) for name in names])
+    put(local, folder, [name for name in names if name != last])
     (folder / last).write_bytes((local / last).read_bytes())
 
 
-def download(folder: Path, local: Path, last: str) -> None:
-    """Copy the objects under a folder into a local one. The object named `last` follows when all others are there.
+def put(local: Path, folder: Path, names: Sequence[str]) -> None:
+    """Copy several files of a local folder into a bucket."""
+    if names:
+        file_system(folder).put([str(local / name) for name in names], [str(folder / name) for name in names])
+
+
+def download(folder: Path, local: Path, last: str = "") -> None:
+    """Copy the objects under a folder into a local one. The object named `last`, if any, follows when all others are
+    there.
 
     Raises:
         OSError: the local disk has too little space. Nothing is downloaded then.
@@ -249,9 +274,10 @@ def download(folder: Path, local: Path, last: str) -> None:
     if names:
         file_system(folder).get([str(folder / name) for name in names], [str(local / name) for name in names])
     local.mkdir(parents=True, exist_ok=True)
-    temporary = local / f"{last}.tmp"
-    temporary.write_bytes((folder / last).read_bytes())
-    temporary.replace(local / last)
+    if last:
+        temporary = local / f"{last}.tmp"
+        temporary.write_bytes((folder / last).read_bytes())
+        temporary.replace(local / last)
 
 
 def check_free_space(local: Path, size: int, name: str) -> None:
@@ -279,21 +305,29 @@ def cache_base() -> Path:
 
 def explain(error: BaseException) -> str:
     """Return one line about an error of storage, with a remedy; "" for any other error."""
-    module = type(error).__module__.partition(".")[0]
-    if module not in {"gcsfs", "s3fs", "fsspec", "google", "aiohttp", "botocore", "aiobotocore", "requests"}:
+    # s3fs raises built-in errors, such as FileNotFoundError for a missing bucket, with botocore's as the cause.
+    cause = error.__cause__
+    origin = cause if cause is not None and _package(cause) == "botocore" else error
+    if _package(origin) not in {"gcsfs", "s3fs", "fsspec", "google", "aiohttp", "botocore", "aiobotocore", "requests"}:
         return ""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    code = str(getattr(error, "code", "") or "")
+    text = " ".join(str(origin).split())[:300] or type(origin).__name__
+    code = str(getattr(origin, "code", "") or getattr(origin, "response", {}).get("Error", {}).get("Code", ""))
     remedy = "check the network, and start again"
-    if module == "google" or code == "401" or "redentials" in text:
-        remedy = (
-            "the credentials are missing or expired; run `gcloud auth application-default login`, or give the machine "
-            "a service account"
-        )
+    if _package(origin) == "google" or code in S3_LOGIN or code == "401" or "redentials" in text:
+        login = "aws sso login" if _package(origin) == "botocore" else "gcloud auth application-default login"
+        remedy = f"the credentials are missing or expired; run `{login}`, or give the machine an account"
     elif code in ("403", "AccessDenied"):
-        remedy = "the account may not use this bucket; give it the role of an object admin there"
+        remedy = "the account may not use this bucket; let it read, write, list and delete objects there"
     elif code in ("404", "NoSuchBucket"):
         remedy = "create the bucket, or correct its name"
-    elif code == "429" or code.startswith("5"):
+    elif code in ("429", "SlowDown") or code.startswith("5"):
         remedy = "the storage is overloaded or down; wait, and start again"
     return f"storage failed: {text}; {remedy}"
+
+
+S3_LOGIN = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired")
+"""Codes of S3 for credentials that are wrong or expired."""
+
+
+def _package(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]

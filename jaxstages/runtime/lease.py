@@ -75,7 +75,7 @@ class Lease:
 
     def _is_dead(self, number: int, owner: dict[str, Any]) -> bool:
         """Return whether a lease has ended, after watching it for as long as that takes to tell."""
-        if owner["host"] == socket.gethostname() and not _runs_here(owner["pid"]):
+        if owner["host"] == socket.gethostname() and not runs_here(owner["pid"]):
             say(f"{self._workdir}: {_name(owner)} was killed; this process takes over its lease", "yellow")
             return True
         say(f"{self._workdir}: {_name(owner)} has a lease; is it renewed within {LEASE_SECONDS:.0f} s?", "yellow")
@@ -135,7 +135,7 @@ def _name(owner: dict[str, Any]) -> str:
     return f"{owner['host']} pid {owner['pid']}"
 
 
-def _runs_here(pid: int) -> bool:
+def runs_here(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

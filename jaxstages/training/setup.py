@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -98,7 +99,7 @@ def setup_stage(
     name: str,
     workdir: Path | str,
     with_data: bool = True,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> StageSetup:
     """Set up stage `name`, all but its initial state.
 

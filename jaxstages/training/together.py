@@ -103,7 +103,7 @@ def train_together(setups: Sequence[StageSetup], signals: Stop) -> list[dict[str
     for index in range(len(runs)):
         go_on(index, None)
     devices = [setup.program.mesh.devices.flat[0] for setup in setups]
-    groups: dict[jax.Device, _Group] = {}
+    groups: dict[Any, _Group] = {}
     while waiting:
         results: dict[int, tuple[TrainState, Sums]] = {}
         for device in dict.fromkeys(devices[index] for index in waiting):

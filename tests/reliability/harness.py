@@ -1,6 +1,5 @@
 """Runs of a tiny recipe in child processes, how they ended, and what makes two of them the same."""
 
-import contextlib
 import json
 import os
 import random
@@ -10,22 +9,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-import pytest
-
 from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import read_meta
 from jaxstages.config import AnchorConfig, EarlyStoppingConfig, Recipe
-from jaxstages.models.sharding import make_mesh
 from jaxstages.runtime.bucket import is_bucket
 from jaxstages.runtime.files import read_json
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, steps_of
-from jaxstages.training import setup
 from jaxstages.training.metric_writer import read_metrics
 from tests import compiled
 from tests.reliability.child import PHASES, SLOTS, shared
@@ -186,14 +179,6 @@ def outcome(work: Path) -> dict[str, Any]:
             ],
         }
     return found
-
-
-@contextlib.contextmanager
-def quick_runs() -> Iterator[None]:
-    """On one device, as all tests are by `tests/conftest.py`; only test_buckets.py still asks for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_mesh", lambda config, devices=None: make_mesh(config, devices or jax.devices()[:1]))
-        yield
 
 
 def unlike(found: Any, expected: Any, path: str = "") -> list[str]:

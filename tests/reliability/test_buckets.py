@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jaxstages.runtime import bucket
+from jaxstages.runtime.bucket import cache_base, local_copy
 from jaxstages.runtime.manifest import UNLISTED
 from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, quarantine_folder
 from tests import emulator
@@ -24,7 +25,6 @@ from tests.reliability.harness import (
     garbage,
     outcome,
     print_table,
-    quick_runs,
     torment,
     unlike,
 )
@@ -89,6 +89,21 @@ def test_three_stages_end_in_the_same_bits_as_on_a_disk(home: Home, whole: dict[
     assert (work / "stage_matrix.json").exists() and (work / "report.html").exists()
     assert any((work / "pretrain" / "tensorboard").iterdir())
     print_table("a run in a bucket", {**proxy.counts, "MB sent": proxy.sent / 1e6, "MB received": proxy.received / 1e6})
+
+
+def test_an_s3_bucket_is_published_to(short: Home, whole_of_short: dict[str, Any], tmp_path: Path) -> None:
+    """Orbax writes to a local folder, which another machine lacks; nothing is left there."""
+    work, dice, tally = emulator.folder(tmp_path, "s3"), random.Random(3), Tally()
+    child = short.start(work, more=("--config.pretrain.loop.stop_after=7",), XDG_CACHE_HOME=str(tmp_path / "first"))
+    assert child.wait() == 0, child.log()
+    assert torment(short, work, signal.SIGKILL, dice, tally, 1) == 1
+    assert unlike(outcome(work), whole_of_short) == [] and garbage(work) == []
+    assert max(tally.unsaved, default=0) <= SAVE_EVERY
+    assert not local_copy(checkpoints_folder(work / "pretrain")).exists()
+    assert not [*(cache_base() / "reading").iterdir()]
+
+    child = short.start(work, more=("--coordinator=127.0.0.1:1", "--process_count=2", "--process_id=0"))
+    assert child.wait() == 2 and "2 processes can't write a checkpoint there together" in child.log()
 
 
 def test_killed_at_random_instants(
@@ -171,10 +186,9 @@ class KeptInBucket(Kept):
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeptInBucket]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> KeptInBucket:
     folder = tmp_path_factory.mktemp("kept")
-    with quick_runs():
-        yield KeptInBucket(folder, work=in_bucket(folder))
+    return KeptInBucket(folder, work=in_bucket(folder))
 
 
 @pytest.mark.parametrize("kind", KINDS)
