@@ -28,7 +28,7 @@ sys.exit(code)
         (("run", "--workdri=x"), 2),
         (("run", "--workdir=new", "--config=configs/demo.py", "--config.pretrain.optim.clip_nrom=1"), 2),
         (("run", "--workdir=new", "--config=configs/demo.py", "--config.pretrain.optim.name=adam"), 2),
-        (("run", "--workdir=s3://bucket/run", "--config=configs/demo.py"), 2),
+        (("run", "--workdir=ftp://host/run", "--config=configs/demo.py"), 2),
         (("checkpoints", "list", "--workdir=tests/reliability/golden/run"), 0),
         (("checkpoints", "verify", "--workdir=tests/reliability/golden/run"), 0),
     ],
@@ -42,6 +42,17 @@ def test_help_mistakes_and_listings_come_at_once(words: tuple[str, ...], code: i
     seconds, loaded = done.stdout.splitlines()[-2:]
     assert loaded.strip() == "LOADED", loaded
     assert float(seconds.split()[1]) < 1.0
+
+
+def test_tensorboard_does_not_import_torch(tmp_path: Path) -> None:
+    """tensorboardX would, where it is installed, for tensors of torch."""
+    (tmp_path / "torch.py").write_text("")
+    program = "import sys; from pathlib import Path; from jaxstages.training.event_file import EventFile as File; "
+    program += (
+        "File(Path(sys.argv[1])).write_scalars(1, {'loss': 1.0}); assert 'torch' not in sys.modules; import torch"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "events")], env=environment, check=True)
 
 
 def test_a_reader_that_leaves_is_no_traceback() -> None:

@@ -136,9 +136,13 @@ def batches_by_step(
     position = interleave(weights or [source.index["rows"] for source in sources], late)
     local = local_rows or range(batch_size)
 
+    @functools.lru_cache(2**12)  # of a small source, Grain takes milliseconds for a row, and a digest asks again
+    def shuffled(number: int, n: int) -> int:
+        return int(order[number][n])
+
     def rows_of_batch(k: int) -> list[Position]:
         positions = [position(k * batch_size + i) for i in range(batch_size)]
-        return [(number, int(order[number][n])) for number, n in positions]
+        return [(number, shuffled(number, n)) for number, n in positions]
 
     def batch(k: int) -> Batch:
         return to_batch([rows[number][i] for number, i in rows_of_batch(k)[local.start : local.stop]])

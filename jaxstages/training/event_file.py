@@ -4,14 +4,29 @@ Each event is flushed when it is written, so a kill loses none: tensorboardX's o
 thread, through a queue that can't be waited for.
 """
 
+import contextlib
 import importlib
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 TENSORBOARD = "tensorboard"
 """Folder of event files."""
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Keep tensorboardX from importing torch where it is installed: that takes seconds, and is for its tensors only."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class EventFile:
@@ -22,7 +37,8 @@ class EventFile:
         Args:
             first: events of earlier files from this step on are replaced by those of this file.
         """
-        from tensorboardX.event_file_writer import EventsWriter  # imports torch where it is installed: seconds
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
 
         # Generated modules, whose names type checkers can't see.
         events: Any = importlib.import_module("tensorboardX.proto.event_pb2")

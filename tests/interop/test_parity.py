@@ -46,7 +46,7 @@ from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
 WHY = "the extra `parity` is not installed: pip install 'jaxstages[parity]'"
-pytest.importorskip("torch", reason=WHY)
+torch = pytest.importorskip("torch", reason=WHY)
 pytest.importorskip("transformers", reason=WHY)
 pytest.importorskip("peft", reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -89,8 +89,6 @@ def call(*words: str) -> None:
 
 
 def theirs_of(model: Any, tokens: np.ndarray) -> np.ndarray:
-    import torch
-
     with torch.no_grad():
         logits = model(torch.tensor(tokens, dtype=torch.long)[None]).logits[0]
         return torch.log_softmax(logits.float(), -1).numpy()
@@ -121,8 +119,6 @@ def opened(folder: Path) -> tuple[ModelConfig, Params]:
 
 
 def greedy_of(model: Any, prompt: np.ndarray, new: int) -> np.ndarray:
-    import torch
-
     ids = torch.tensor(prompt, dtype=torch.long)[None]
     words = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "eos_token_id": None}
     with torch.no_grad():
@@ -313,7 +309,6 @@ def test_adapters_of_projections_in_one_tensor_go_there_and_back(name: str, tmp_
 
 
 def test_adapters_that_peft_wrote_are_imported_beside_their_base(tmp_path: Path, tokenizer: Path) -> None:
-    import torch
     from peft import LoraConfig as Theirs
     from peft import get_peft_model
 

@@ -7,7 +7,6 @@ last step that was read (low and high byte), slot 4 the step of the stage's last
 
 import mmap
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,6 @@ def main() -> None:
     slots = shared(os.environ["JAXSTAGES_TEST_PHASES"])
     with stop_signals():  # as the door itself does, which is one import later here
         slots[0] = PHASES.index("import")
-        sys.modules["torch"] = None  # type: ignore[assignment]  # tensorboardX would load what only tests/interop needs
         import jaxstages.cli.main  # noqa: F401
         from jaxstages.generation import decode
         from jaxstages.runtime import lost_host

@@ -48,7 +48,6 @@ with stop_signals():  # as the door itself does, before the slow imports
     import jaxstages.cli.main
     from tests import compiled as shared
 
-    sys.modules["torch"] = None  # tensorboardX would load what only tests/interop needs
     shared.write_whole_files()
 
     make_batches, read, compile_any = stage._batches, loop.Loop._read_sums, compiler.compile_or_get_cached
