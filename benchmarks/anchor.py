@@ -1,6 +1,7 @@
 """How much of its earlier text does an imported model forget, with and without an anchor?
 
     python benchmarks/anchor.py --text=TEXT.jsonl --chats=CHATS.jsonl --tokenizer=DIR --out=runs/anchor [--seeds=0,1,2]
+        [--weights=0,0.3,1,3]
 
 TEXT has {"text"} a line, CHATS {"messages"}. A small Llama is trained by transformers on the first nine tenths of each
 text, and written as a Hugging Face folder with the tokenizer of DIR. It is then imported and instruct-tuned on the
@@ -20,7 +21,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WEIGHTS = (0.0, 0.3, 1.0, 3.0)
 CONTEXT, STEPS = 128, 1500
 """Tokens in a row, and steps of 16 rows that the imported model is trained for."""
 
@@ -99,6 +99,7 @@ def main() -> None:
     for name in ("text", "chats", "tokenizer", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--weights", default="0,0.3,1,3", help="of the anchor; the first is compared with")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def main() -> None:
     config += [f"--config.instruct.mixture.old.data.train={(str(train),)!r}"]
     config += [f"--config.instruct.mixture.old.data.validation={(str(valid),)!r}"]
     rows, seeds = [], [int(seed) for seed in options.seeds.split(",")]
-    for weight in WEIGHTS:
+    for weight in map(float, options.weights.split(",")):
         trials = [trial(config, out / f"weight{weight:g}-{seed}", weight, seed) for seed in seeds]
         forgot = [each["old"] - each["start"] for each in trials]
         chats = [each["chats"] for each in trials]

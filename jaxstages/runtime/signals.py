@@ -145,7 +145,7 @@ def python_signals() -> Iterator[None]:
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[Callable[[float], None]]:
     """End a hanging process: `heartbeat(factor)` restarts a timer of `seconds * factor`. When it expires, the stacks of
-    all threads are printed, and the process ends with code 1."""
+    all threads are printed, and the process ends with code 1. The time in which Ctrl-Z suspends it does not count."""
     last_time, last_factor = float("-inf"), 0.0
 
     def heartbeat(factor: float = 1.0) -> None:
@@ -155,7 +155,20 @@ def watchdog(seconds: float) -> Iterator[Callable[[float], None]]:
             faulthandler.dump_traceback_later(seconds * factor, exit=True, file=2)
             last_time, last_factor = now, factor
 
+    def suspend(number: int, frame: Any) -> None:
+        nonlocal last_time
+        faulthandler.cancel_dump_traceback_later()
+        os.kill(os.getpid(), signal.SIGSTOP)  # continues here
+        if last_factor:
+            last_time = float("-inf")
+            heartbeat(last_factor)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTSTP, suspend) if in_main_thread else None
     try:
         yield heartbeat
     finally:
+        last_factor = 0.0  # a handler that outlives this block restarts nothing
         faulthandler.cancel_dump_traceback_later()
+        if in_main_thread:
+            signal.signal(signal.SIGTSTP, previous or signal.SIG_DFL)

@@ -167,6 +167,34 @@ ASKED = """if step == {step}:
             while not self._training.signals.requested: time.sleep(0.01)"""
 
 
+SUSPENDED = """
+import time
+from jaxstages.runtime.signals import watchdog
+
+with watchdog(1.0) as heartbeat:
+    heartbeat()
+    print("begun", flush=True)
+    for _ in range(20):
+        time.sleep(0.1)
+        heartbeat()
+    print("suspended", flush=True)
+    time.sleep(5)
+"""
+
+
+def test_the_time_in_which_ctrl_z_suspends_a_run_does_not_count() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "begun\n"
+    child.send_signal(signal.SIGTSTP)
+    time.sleep(1.5)
+    child.send_signal(signal.SIGCONT)
+    out, err = child.communicate(timeout=30)
+    assert out == "suspended\n" and child.returncode == 1 and "Timeout" in err, "a hang still ends it"
+
+
 def test_each_signal_ends_a_run_as_it_should_and_it_goes_on_to_the_same(lab: Lab, slow: dict[str, Any]) -> None:
     for number, step in ((signal.SIGINT, 4), (signal.SIGUSR1, 7)):
         run = lab.start("signals", read=ASKED.format(step=step))
