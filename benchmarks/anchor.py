@@ -86,7 +86,7 @@ def trial(config: list[str], workdir: Path, weight: float, seed: int) -> dict[st
     if not result.exists():
         flags = [*config, f"--config.seed={seed}", f"--config.instruct.anchor.weight={weight}"]
         command = [sys.executable, "-m", "jaxstages", "instruct", f"--workdir={workdir}", *flags]
-        with workdir.parent / f"{workdir.name}.log".open("w") as log:
+        with (workdir.parent / f"{workdir.name}.log").open("w") as log:
             subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
     lines = [json.loads(line) for line in (workdir / "instruct" / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if line["kind"] == "eval"]
