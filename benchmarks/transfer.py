@@ -53,9 +53,9 @@ def quoted(paths: list[Path]) -> str:
 
 
 def pretrain(data: Path, out: Path, seed: int) -> Path:
-    """The workdir of a pretrained model."""
+    """Return the workdir of a pretrained model."""
     workdir = out / f"pretrain-{seed}"
-    pairs = [f"--config.pretrain.mixture.{side}.data" for side in ("english", "french")]
+    pairs = [f"--config.pretrain.mixture.{side}.data" for side in ("english", "french", "copies")]
     flags = [f"--config.seed={seed}", f"--config.cache={out / 'cache'}"]
     flags += [f"--config.pretrain.data.train={quoted(sorted((data / 'prose').glob('*.jsonl')))}"]
     flags += [f"{part}.train={quoted([data / 'pairs' / 'train.jsonl'])}" for part in pairs]
