@@ -1,6 +1,7 @@
 """Does pretraining pay? Fine-tuning from `configs/text_to_chat.py`'s pretrained checkpoint, and from scratch.
 
-    python benchmarks/transfer.py --data=DATA --out=runs/transfer [--tasks=translate,classify] [--seeds=0,1,2]
+    python benchmarks/transfer.py --data=DATA --out=runs/transfer [--tasks=translate,classify]
+        [--sizes=2000,10000,5,20,all] [--seeds=0,1,2]
 
 DATA has the folders that the recipes' headers name. Each trial is an ordinary workdir below --out, and one that is
 finished is not run again: the script can be stopped at any time. For each task and size, both kinds of start get the
@@ -113,13 +114,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", default="translate,classify")
+    parser.add_argument("--sizes", default="2000,10000,5,20,all", help="of the training sets, of either task")
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()
     data, out = options.data.resolve(), options.out.resolve()
     seeds = [int(seed) for seed in options.seeds.split(",")]
     rows = []
     for task in options.tasks.split(","):
-        for size in {"translate": TRANSLATE, "classify": CLASSIFY}[task]:
+        sizes = {"translate": TRANSLATE, "classify": CLASSIFY}[task]
+        for size in (size for size in sizes if size.name in options.sizes.split(",")):
             for start in STARTS:
                 first = {rate: trial(task, size, start, rate, seeds[0], data, out) for rate in RATES}
                 rate = max(first, key=lambda r: first[r][BETTER[task]])
