@@ -103,7 +103,7 @@ def test_a_stage_on_two_devices_comes_to_the_same(
 ) -> None:
     """Hand-over, training with an anchor, answers and the matrix on a mesh. More meshes: `test_sharding.py`."""
     recipe, work = again(run, "instruct")
-    monkeypatch.setattr("jaxstages.training.setup.make_mesh", lambda config: make_mesh(config, jax.devices()[:2]))
+    monkeypatch.setattr("jaxstages.training.setup.make_mesh", lambda config, _: make_mesh(config, jax.devices()[:2]))
     assert recipe.instruct
     recipe.mesh = MeshConfig(data=1, fsdp=2)
     recipe.instruct.anchor = AnchorConfig(weight=1e-6, batch_size=8, texts=2)  # its penalty is lost in rounding
