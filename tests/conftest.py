@@ -114,10 +114,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How much the tests under `reliability/` do: the defaults are for `make test`, `make soak` gives more."""
     for name, count, what in (
-        ("kills", 2, "SIGKILLs at random instants"),
+        ("kills", 3, "SIGKILLs at random instants"),
         ("terms", 2, "SIGTERMs at random instants"),
         ("faults", 40, "random faults in checkpoints"),
-        ("every", 300, "each how many-th crash point is gone on from"),
+        ("every", 200, "each how many-th crash point is gone on from"),
         ("errors", 1000, "each how many-th call fails"),
         ("native", 1, "crash points inside native code"),
         ("races", 1, "pairs of runs in one directory"),

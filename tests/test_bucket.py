@@ -332,4 +332,4 @@ def test_a_missing_bucket(
     emulator.folder(tmp_path, scheme)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["jaxstages", "prepare", "--config=demo", f"--workdir={scheme}://no-such-bucket/runs/a"]) == 74
-    assert "create the bucket, or correct its name" in capfd.readouterr().err
+    assert f"no bucket {scheme}://no-such-bucket; create the bucket, or correct its name" in capfd.readouterr().err

@@ -225,9 +225,11 @@ class Checkpoints:
 
         arguments = ocp.args.Composite(**{name: to_save(tree) for name, tree in items.items()})
         with self._errors_as_os_error():
-            if not is_small:
+            if is_small:
+                self._future = self._thread.submit(self._start_and_finish, arguments)
+            else:
                 self._start(arguments)
-            self._future = self._thread.submit(self._start_and_finish if is_small else self._finish, arguments)
+                self._future = self._thread.submit(self._finish)
 
     def _start(self, arguments: ocp.args.Composite) -> None:
         """Start a save, which `_finish` has to end."""
@@ -241,11 +243,10 @@ class Checkpoints:
 
     def _start_and_finish(self, arguments: ocp.args.Composite) -> None:
         self._start(arguments)
-        self._finish(arguments)
+        self._finish()
 
-    def _finish(self, arguments: ocp.args.Composite) -> None:
+    def _finish(self) -> None:
         """Complete a save in its thread."""
-        del arguments  # Orbax has them
         try:
             self._wait_for_orbax()
         finally:

@@ -43,14 +43,11 @@ def publish(local: Path, folder: Path) -> None:
     Raises:
         OSError: an object has another size than its file.
     """
-    files = [path for path in local.rglob("*") if path.is_file() and path.name != MANIFEST]
-    sizes = {str(path.relative_to(local)): path.stat().st_size for path in files}
-    bucket.put(local, folder, list(sizes))
-    objects = bucket.list_objects(folder)
-    for name, size in sizes.items():
-        if name not in objects or objects[name].size != size:
-            raise OSError(f"{folder / name} is not the object of {size} bytes that was sent")
-    manifest.write_manifest(folder)
+    bucket.upload(local, folder, last=MANIFEST)
+    if missing := manifest.sizes(local).items() - manifest.sizes(folder).items():
+        name, size = min(missing)
+        raise OSError(f"{folder / name} is not the object of {size} bytes that was sent")
+    manifest.write_manifest(folder)  # with the checksums of the bucket, in place of the local ones
     (folder / COMMITTED).write_bytes(b"")
 
 

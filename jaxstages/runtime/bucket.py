@@ -26,6 +26,12 @@ SCHEMES = ("gs", "s3")
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
 """The package that fsspec needs for a scheme; in the extra `bucket`, and `hf` for the last one."""
 
+GLOB_CHARACTERS = "*?["
+"""Characters that fsspec and Orbax take for a pattern anywhere in a path."""
+
+S3_LOGIN = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired")
+"""Codes of S3 for credentials that are wrong or expired."""
+
 REQUEST_SECONDS = 300
 """Time for one request, after which it is sent again. gcsfs would wait forever."""
 
@@ -130,7 +136,7 @@ def bucket_path(address: str) -> BucketPath:
         )
     if not rest.strip("/").partition("/")[2]:
         raise ValueError(f"{address} names no folder in a bucket; write {scheme}://BUCKET/FOLDER")
-    if bad := [character for character in "*?[" if character in rest]:
+    if bad := [character for character in GLOB_CHARACTERS if character in rest]:
         raise ValueError(f"{address} has {' '.join(bad)} in its name, which would be taken for a pattern; rename it")
     open_file_system(scheme)
     return BucketPath(f"{scheme}:/{rest.strip('/')}")
@@ -249,14 +255,10 @@ def move(folder: Path, target: Path, first: Sequence[str] = ()) -> None:
 def upload(local: Path, folder: Path, last: str) -> None:
     """Copy a local folder's files into a bucket. The file named `last` follows when all others are there."""
     names = sorted(str(path.relative_to(local)) for path in local.rglob("*") if path.is_file())
-    put(local, folder, [name for name in names if name != last])
-    (folder / last).write_bytes((local / last).read_bytes())
-
-
-def put(local: Path, folder: Path, names: Sequence[str]) -> None:
-    """Copy several files of a local folder into a bucket."""
+    names = [name for name in names if name != last]
     if names:
         file_system(folder).put([str(local / name) for name in names], [str(folder / name) for name in names])
+    (folder / last).write_bytes((local / last).read_bytes())
 
 
 def download(folder: Path, local: Path, last: str = "") -> None:
@@ -308,13 +310,14 @@ def explain(error: BaseException) -> str:
     # s3fs raises built-in errors, such as FileNotFoundError for a missing bucket, with botocore's as the cause.
     cause = error.__cause__
     origin = cause if cause is not None and _package(cause) == "botocore" else error
-    if _package(origin) not in {"gcsfs", "s3fs", "fsspec", "google", "aiohttp", "botocore", "aiobotocore", "requests"}:
+    package = _package(origin)
+    if package not in {"gcsfs", "s3fs", "fsspec", "google", "aiohttp", "botocore", "aiobotocore", "requests"}:
         return ""
     text = " ".join(str(origin).split())[:300] or type(origin).__name__
     code = str(getattr(origin, "code", "") or getattr(origin, "response", {}).get("Error", {}).get("Code", ""))
     remedy = "check the network, and start again"
-    if _package(origin) == "google" or code in S3_LOGIN or code == "401" or "redentials" in text:
-        login = "aws sso login" if _package(origin) == "botocore" else "gcloud auth application-default login"
+    if package == "google" or code in S3_LOGIN or code == "401" or "redentials" in text:
+        login = "aws sso login" if package == "botocore" else "gcloud auth application-default login"
         remedy = f"the credentials are missing or expired; run `{login}`, or give the machine an account"
     elif code in ("403", "AccessDenied"):
         remedy = "the account may not use this bucket; let it read, write, list and delete objects there"
@@ -323,10 +326,6 @@ def explain(error: BaseException) -> str:
     elif code in ("429", "SlowDown") or code.startswith("5"):
         remedy = "the storage is overloaded or down; wait, and start again"
     return f"storage failed: {text}; {remedy}"
-
-
-S3_LOGIN = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch", "TokenRefreshRequired")
-"""Codes of S3 for credentials that are wrong or expired."""
 
 
 def _package(error: BaseException) -> str:

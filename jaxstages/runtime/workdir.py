@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import IO
 
 from jaxstages.config import CHECKPOINTED_STAGES
-from jaxstages.runtime.bucket import is_bucket
+from jaxstages.runtime.bucket import GLOB_CHARACTERS, is_bucket
 from jaxstages.runtime.files import acquire_lock, parse_path
 from jaxstages.runtime.lease import Lease
 from jaxstages.runtime.manifest import COMMITTED
-
-GLOB_CHARACTERS = "*?["
-"""Characters that Orbax takes for a pattern anywhere in a path: it would find none of its own checkpoints."""
 
 
 def check_workdir(workdir: Path) -> None:

@@ -139,15 +139,9 @@ class _Group:
         self._slots |= active
         states = [state for state, _ in self._slots.values()]
         batches = [batch for _, batch in (active if self._shared_batch else self._slots).values()]
-        new_states, sums = self._step(states, batches)
-        self._slots = {
-            index: (state, batch) for (index, (_, batch)), state in zip(self._slots.items(), new_states, strict=True)
-        }
-        return {
-            index: (state, each)
-            for index, state, each in zip(self._slots, new_states, sums, strict=True)
-            if index in active
-        }
+        results = dict(zip(self._slots, zip(*self._step(states, batches), strict=True), strict=True))
+        self._slots = {index: (state, self._slots[index][1]) for index, (state, _) in results.items()}
+        return {index: results[index] for index in active}
 
 
 def _in_turns(

@@ -15,12 +15,12 @@ import pytest
 
 from jaxstages.cli.main import main
 from tests import compiled
-from tests.interop.test_choices import write_questions
+from tests.interop.test_choices import WHY, write_questions
 from tests.tiny import PEOPLE, THINGS, write_data
 
 pytest.importorskip("lm_eval", reason="the extra `lm-eval` is not installed: pip install 'jaxstages[lm-eval]'")
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+pytest.importorskip("torch", reason=WHY)
+pytest.importorskip("transformers", reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[2]

@@ -107,7 +107,7 @@ class Engine:
     Args:
         num_drafts: while a single answer is under way, draft this many tokens by looking up the answer's last tokens in
             its text, and verify them in one step (prompt lookup; a case of speculative decoding, Leviathan et al.
-                2023). A draft is accepted where the model chooses the same token, so answers do not change. The engine
+            2023). A draft is accepted where the model chooses the same token, so answers do not change. The engine
             drafts as long as that saves time. 0 is off.
     """
 
