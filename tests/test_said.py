@@ -36,8 +36,8 @@ from tests.tiny import write_data
     ("text", "complaint"),
     [
         (
-            "s3://bucket/run",
-            "--workdir: s3://bucket/run is no local path, and no folder in a bucket",
+            "az://bucket/run",
+            "--workdir: az://bucket/run is no local path, and no folder in a bucket",
         ),
         ("file:///tmp/run", "file:///tmp/run is no local path"),
         ("hdfs:/run", "name one, or a mounted path"),
@@ -76,11 +76,11 @@ def test_python_refuses_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(ValueError, match=words):
             train(tiny_recipe(tmp_path / "data"), path, "pretrain")
     recipe = tiny_recipe(tmp_path / "data")
-    recipe.cache = "s3://bucket/cache"
-    with pytest.raises(ValueError, match="config.cache: s3://bucket/cache is no local path"):
+    recipe.cache = "az://bucket/cache"
+    with pytest.raises(ValueError, match="config.cache: az://bucket/cache is no local path"):
         train(recipe, tmp_path / "work", "pretrain")
-    recipe.cache, recipe.pretrain, recipe.finetune.init_from = "", None, "s3://bucket/run/pretrain"
-    with pytest.raises(ValueError, match="init_from: s3://bucket/run/pretrain is no local path"):
+    recipe.cache, recipe.pretrain, recipe.finetune.init_from = "", None, "az://bucket/run/pretrain"
+    with pytest.raises(ValueError, match="init_from: az://bucket/run/pretrain is no local path"):
         train(recipe, tmp_path / "work", "finetune")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "work"]
 
