@@ -13,6 +13,8 @@ from jaxstages.config.data import CleanConfig, DuplicatesConfig
 from jaxstages.data import prepare as preparing
 from jaxstages.data import sources
 from jaxstages.data.sources import Source
+from jaxstages.runtime.bucket import local_copy
+from tests import emulator
 from tests.test_clean import words
 from tests.tiny import recipe as tiny_recipe
 
@@ -73,6 +75,26 @@ def test_the_bytes_are_those_of_the_local_path(tmp_path: Path, small_shards: Non
     assert next(index for index in indices if "near_duplicates" in index)["near_duplicates"] == 25
     said = capfd.readouterr().out
     assert "an Apache Beam pipeline on DirectRunner" in said and said.count("near-duplicates") >= 2
+
+
+def test_workers_share_nothing_but_a_bucket(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = emulator.folder(tmp_path)
+    recipe = recipe_of(tmp_path)
+    for file in tmp_path.glob("*.jsonl"):
+        (bucket / "data" / file.name).write_bytes(file.read_bytes())
+    recipe.pretrain.data.train = (f"{bucket}/data/*.jsonl",)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
+    prepare_all(recipe, tmp_path / "local", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+    prepare_all(recipe, bucket / "beam", FOUR)
+    rows = {path.name for path in (tmp_path / "local" / "cache").iterdir() if path.is_dir()}
+    assert len(rows) == 3
+    for name in rows:
+        written = {path.name: path.read_bytes() for path in (bucket / "beam" / "cache" / name).iterdir()}
+        for copy in (tmp_path / "local" / "cache", local_copy(bucket / "beam" / "cache")):
+            assert {path.name: path.read_bytes() for path in (copy / name).iterdir()} == written
 
 
 def test_shards_that_are_there_are_not_made_again(tmp_path: Path, small_shards: None) -> None:

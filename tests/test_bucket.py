@@ -251,7 +251,17 @@ def test_a_source_in_a_bucket_is_the_same_source(folder: Any, tmp_path: Path) ->
     with emulator.failing(emulator.start(), 0.0):
         open_source(f"{folder}/*.jsonl", tmp_path)
         assert emulator.start().counts["GET"] <= 2, "nothing is fetched twice"
+
+    copies = remote.fetch(f"{folder}/*.jsonl")
+    for file in copies:
+        file.copy.unlink()  # as on another machine
+    assert [item.where for item in there.read()] == [
+        f"{folder}/{name}.jsonl:{i}" for name in "ab" for i in range(1, 31)
+    ]
     (folder / "b.jsonl").write_text(lines + lines)
+    copies[1].copy.unlink()
+    with pytest.raises(ValueError, match="b.jsonl has changed since the start"):
+        list(there.read())
     assert open_source(f"{folder}/*.jsonl", tmp_path).records == 90
     with pytest.raises(ValueError, match=r"no file matches 'gs://.*none\*'"):
         open_source(f"{folder}/none*", tmp_path)

@@ -13,14 +13,15 @@ One worker computes where shards begin, from 4 bytes a record; everything else i
 part, signature or shard, and more than once, so each attempt writes a shard to a folder of its own and moves it when it
 is complete.
 
-All machines have to see the sources and the cache under the same path.
+All machines have to see the sources and the cache under the same path: on a shared disk or, which is simpler, in a
+bucket.
 """
 
 import array
 import bisect
 import functools
 import shlex
-import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -55,8 +56,10 @@ from jaxstages.data.shards import (
 )
 from jaxstages.data.sources import Part, Source
 from jaxstages.data.tasks import make_task
+from jaxstages.runtime import bucket
+from jaxstages.runtime.bucket import is_bucket, local_copy
 from jaxstages.runtime.console import say
-from jaxstages.runtime.files import make_folder, read_json, rename_durably, write_json
+from jaxstages.runtime.files import copy_file, make_folder, read_json, remove_tree, rename_durably, write_json
 
 DROPPED, SIZES = "dropped", "sizes"
 """Names of additional outputs."""
@@ -66,6 +69,9 @@ BEGINS = "begins.json"
 
 ITEM_CODER = beam.coders.PickleCoder()
 """A malformed item may have half a surrogate pair, which Beam's coder of text refuses."""
+
+AnyPath = Any
+"""Path, or BucketPath, which is none to Beam: it compares arguments with their annotations."""
 
 Signed = tuple[int, bytes, bytes]
 """Order, signature and band keys of a document."""
@@ -97,7 +103,7 @@ def _pipeline(options: Any, folder: Path, title: str) -> Iterator[Any]:
     """
     name = options.get_all_options()["runner"] or "DirectRunner"
     say(f"{title}: an Apache Beam pipeline on {name}")
-    shutil.rmtree(_scratch(folder), ignore_errors=True)  # a killed run leaves one
+    remove_tree(_scratch(folder))  # a killed run leaves one
 
     # Beam's DirectRunner first tries to download a runner without --direct_num_workers, and ends as this one.
     pipeline = beam.Pipeline(FnApiRunner() if name == "DirectRunner" else None, options=options)
@@ -116,12 +122,25 @@ def _pipeline(options: Any, folder: Path, title: str) -> Iterator[Any]:
 
 def _write(folder: Path, write: Callable[[Path], None], files: Callable[[Path], list[Path]]) -> None:
     """Write to a folder of this attempt's own, and then move the files in their order: the runner may try the same work
-    twice at once."""
+    twice at once. To a bucket they are uploaded, one by one, from the worker's disk."""
+    if is_bucket(folder):
+        with tempfile.TemporaryDirectory() as attempt:
+            write(Path(attempt))
+            for temporary, path in zip(files(Path(attempt)), files(folder), strict=True):
+                copy_file(temporary, path)
+        return
     attempt = _scratch(folder) / uuid.uuid4().hex
     make_folder(attempt)
     write(attempt)
     for temporary, path in zip(files(attempt), files(folder), strict=True):
         rename_durably(temporary, path)
+
+
+def _finish(folder: Path) -> None:
+    """Remove what the workers left, and download what they wrote to a bucket."""
+    remove_tree(_scratch(folder))
+    if is_bucket(folder):
+        bucket.download(folder, local_copy(folder))
 
 
 def _parts(pipeline: Any, source: Source) -> Any:
@@ -158,7 +177,7 @@ def find_near_duplicates(options: Any, source: Source, config: DataConfig, folde
             | "by part" >> beam.GroupByKey()
             | "write" >> beam.Map(write_dropped_of_part, folder)
         )
-    shutil.rmtree(_scratch(folder), ignore_errors=True)
+    _finish(folder)
 
 
 class _JoinSignature(beam.PTransform):
@@ -237,7 +256,7 @@ def pairs_of(group: tuple[bytes, Iterable[int]]) -> Iterator[tuple[int, int]]:
             yield earlier, later
 
 
-def write_dropped_of_part(group: tuple[int, Iterable[int]], folder: Path) -> None:
+def write_dropped_of_part(group: tuple[int, Iterable[int]], folder: AnyPath) -> None:
     number, orders = group
     _write(folder, lambda attempt: write_dropped(attempt, orders), lambda parent: [dropped_file(parent, number)])
 
@@ -266,15 +285,16 @@ def write_shards(options: Any, source: Source, dropped: Path | None, spec: RowSp
     begins_file = _scratch(folder) / BEGINS
     if not begins_file.exists():
         raise ValueError(
-            f"{begins_file}: no worker wrote it; give --workdir, or config.cache, a path that all machines share"
+            f"{begins_file}: no worker wrote it; give --workdir, or config.cache, a path that all machines share, or "
+            "one in a bucket"
         )
     shards = len(read_json(begins_file))
-    shutil.rmtree(_scratch(folder))
+    _finish(folder)
     return shards
 
 
 def read_items(
-    numbered: tuple[int, Part], dropped: Path | None, cut: bool, part: str, config: DataConfig
+    numbered: tuple[int, Part], dropped: AnyPath | None, cut: bool, part: str, config: DataConfig
 ) -> Iterator[tuple[int, bytes] | Any]:
     """Yield order and item of everything in a part, and at the end all sizes to `SIZES`."""
     number, read = numbered
@@ -298,9 +318,8 @@ def shard_begins(sizes_of_parts: Iterable[tuple[int, bytes]], limits: ShardLimit
 
 
 def write_begins(sizes_of_parts: Iterable[tuple[int, bytes]], limits: ShardLimits, folder: Path) -> list[int]:
-    begins, attempt = shard_begins(sizes_of_parts, limits), _scratch(folder) / uuid.uuid4().hex
-    write_json(attempt, begins)
-    rename_durably(attempt, _scratch(folder) / BEGINS)
+    begins = shard_begins(sizes_of_parts, limits)
+    _write(_scratch(folder), lambda attempt: write_json(attempt / BEGINS, begins), lambda parent: [parent / BEGINS])
     return begins
 
 

@@ -119,8 +119,9 @@ class Prepared:
 class Engine(NamedTuple):
     """How near-duplicates and shards are computed. All engines write the same bytes.
 
-    find_near_duplicates: `(source, config, folder)`: writes to the folder which documents have an earlier
-        near-duplicate.
+    Folders are in the cache, and so perhaps in a bucket. At the end, `local_copy` of the folder has its files.
+
+    find_near_duplicates: `(source, config, folder)`: writes which documents have an earlier near-duplicate.
     write_shards: `(source, dropped, spec, folder)`: writes the shards that do not exist yet, without the documents
         listed in the folder `dropped`, and returns the number of all shards.
     """
@@ -149,15 +150,17 @@ def prepare(
         ValueError: more malformed records than `config.max_bad_share`, or nothing left to train on.
     """
 
-    def write(folder: Path) -> None:
+    folder = rows_folder(source, part, config, tokenizer, context, cache)
+
+    def write(local: Path) -> None:
         dropped = find_near_duplicates(source, config, cache, engine)
         spec = RowSpec(part, config, tokenizer, context)
         shards = (engine or LOCAL).write_shards(source, dropped, spec, folder)
-        write_json(folder / "index.json", _summarize(folder, shards, source.name, spec))
+        write_json(local / "index.json", _summarize(local, shards, source.name, spec))
 
-    folder = _complete(rows_folder(source, part, config, tokenizer, context, cache), write)
-    _check_cache(folder, source)
-    prepared = Prepared(folder, read_json(folder / "index.json"))
+    local = _complete(folder, write)
+    _check_cache(local, source)
+    prepared = Prepared(local, read_json(local / "index.json"))
     _check_usable(prepared.index, config)
     return prepared
 
@@ -207,7 +210,11 @@ def _complete(folder: Path, write: Callable[[Path], None]) -> Path:
     """Return the local folder of a complete cache. Write its files first, if it is incomplete.
 
     A cache in a bucket is written on the local disk and uploaded, or, if it is complete there, downloaded. The manifest
-    is the last object in both directions.
+    is the last object in both directions. An object of the right size is not sent again: the name of the cache
+    determines its content.
+
+    Args:
+        write: writes all files but the manifest into the given local folder.
     """
     local = local_copy(folder)
     # Complete caches may be read-only: write nothing there, not even a lock.
@@ -220,12 +227,12 @@ def _complete(folder: Path, write: Callable[[Path], None]) -> Path:
                 write(local)
                 manifest.write_manifest(local)
     if is_bucket(folder) and not _is_complete(folder):
-        bucket.upload(local, folder, manifest.MANIFEST)
+        bucket.upload(local, folder, manifest.MANIFEST, skip_same_size=True)
     return local
 
 
 def find_near_duplicates(source: Source, config: DataConfig, cache: Path, engine: Engine | None = None) -> Path | None:
-    """Return the folder that lists the records with an earlier near-duplicate; None if near-duplicates stay.
+    """Return the folder in the cache that lists the records with an earlier near-duplicate; None if they stay.
 
     The whole source is searched before any of it is held out, so held-out records have no near-duplicate among the
     training records.
@@ -237,13 +244,12 @@ def find_near_duplicates(source: Source, config: DataConfig, cache: Path, engine
         cache, [VERSION, "gone", source.fingerprint, _task_key(config), *_text_fingerprint_parts(config)]
     )
 
-    def write(folder: Path) -> None:
+    def write(local: Path) -> None:
         (engine or LOCAL).find_near_duplicates(source, config, folder)
-        count = sum(len(load_array(file)) for file in folder.glob("gone-*.npy"))
-        write_json(folder / "index.json", {"source": source.name, "near_duplicates": count})
+        count = sum(len(load_array(file)) for file in local.glob("gone-*.npy"))
+        write_json(local / "index.json", {"source": source.name, "near_duplicates": count})
 
-    folder = _complete(folder, write)
-    _check_cache(folder, source)
+    _check_cache(_complete(folder, write), source)
     return folder
 
 
@@ -291,6 +297,7 @@ def _find_near_duplicates_locally(source: Source, config: DataConfig, folder: Pa
             yield batch
         progress.end(done)
 
+    folder = local_copy(folder)
     scratch = folder.with_suffix(".scratch")
     shutil.rmtree(scratch, ignore_errors=True)  # a killed run leaves one
     scratch.mkdir()
@@ -312,6 +319,7 @@ def _write_shards_locally(source: Source, dropped: Path | None, spec: RowSpec, f
 
     Threads are enough: the tokenizer, which takes most of the time, releases Python's lock.
     """
+    folder = local_copy(folder)
     task = make_task(spec.config, spec.tokenizer, spec.context)
 
     def write(block: tuple[int, list[Item]]) -> int:

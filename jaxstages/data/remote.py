@@ -5,7 +5,7 @@ A copy is used again as long as the remote file has the same size and version.
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxstages.runtime.bucket import cache_base, check_free_space, open_file_system
 from jaxstages.runtime.console import say
@@ -19,8 +19,34 @@ def is_remote(name: str) -> bool:
     return re.match(r"(gs|s3|https?|hf)://", name) is not None
 
 
-def fetch(name: str) -> list[Path]:
-    """Return local copies of the files that an address or a pattern names, in order.
+class RemoteFile(NamedTuple):
+    """A remote file and its copy on the local disk.
+
+    version: size and version of the remote file that the copy was made from.
+    """
+
+    address: str
+    copy: Path
+    version: dict[str, str]
+
+    def fetch(self) -> Path:
+        """Return the copy. It is downloaded again on a machine that has none, such as a worker of a pipeline.
+
+        Raises:
+            ValueError: the remote file has changed since.
+        """
+        if not self.copy.exists():
+            fs = open_file_system(self.address.partition("://")[0])
+            info = fs.info(self.address)
+            current = _version(info)
+            if any(current[key] != self.version[key] for key in current.keys() & self.version.keys()):
+                raise ValueError(f"{self.address} has changed since the start; start again")
+            _download(fs, self.address, self.copy, info)
+        return self.copy
+
+
+def fetch(name: str) -> list[RemoteFile]:
+    """Download the files that an address or a pattern names, in order, unless their copies are current.
 
     Raises:
         ValueError: no file matches, or the package for the address is missing.
@@ -42,7 +68,10 @@ def fetch(name: str) -> list[Path]:
     check_free_space(folder, sum(remote[path].get("size") or 0 for path in missing), name)
     for path in missing:
         _download(fs, path, copies[path], remote[path])
-    return list(copies.values())
+    return [
+        RemoteFile(path if "://" in path else f"{scheme}://{path}", copy, _version(remote[path]))
+        for path, copy in copies.items()
+    ]
 
 
 def _version(info: dict[str, Any]) -> dict[str, str]:

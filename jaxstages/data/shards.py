@@ -5,6 +5,7 @@ and packed by itself into a shard: `rows-00000.array_record`, `where-00000.txt` 
 `counts-00000.npy`, and `shard-00000.json`, which is written last.
 """
 
+import io
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
@@ -256,6 +257,6 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 def load_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path)
+        return np.load(io.BytesIO(path.read_bytes()))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}; remove {path.parent}, and it is made again") from error

@@ -148,7 +148,8 @@ def _dataset_and_split(kind: str, address: str) -> tuple[str, str]:
 
 
 def _open_files(name: str) -> Source:
-    files = remote.fetch(name) if remote.is_remote(name) else _matching(name)
+    fetched = remote.fetch(name) if remote.is_remote(name) else []
+    files = [each.copy for each in fetched] or _matching(name)
     for file in files:
         if re.search(r"[\t\n\r\ud800-\udfff]", str(file)):
             raise ValueError(f"{str(file)!r}: a tab, a new line or what is not UTF-8 in a file's name; rename it")
@@ -158,9 +159,16 @@ def _open_files(name: str) -> Source:
         if not file.stat().st_size:
             raise ValueError(f"{file} is empty; remove it from {name!r} or fill it")
 
-    parts = tuple(functools.partial(_read_file, file) for file in files)
+    read = [functools.partial(_read_remote_file, each) for each in fetched]
+    parts = tuple(read or [functools.partial(_read_file, file) for file in files])
     texts = len(files) if all(file.suffix == ".txt" for file in files) else 0
     return Source(name, parts, _fingerprint(files), sum(map(_count_records, files)), texts)
+
+
+def _read_remote_file(file: remote.RemoteFile) -> Iterator[Item]:
+    """Read the copy, and name the address, which is the same on all machines."""
+    for item in _read_file(file.fetch()):
+        yield item._replace(where=item.where.replace(str(file.copy), file.address, 1))
 
 
 def _read_file(file: Path) -> Iterator[Item]:

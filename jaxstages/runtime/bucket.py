@@ -252,10 +252,18 @@ def move(folder: Path, target: Path, first: Sequence[str] = ()) -> None:
     remove(folder, first)
 
 
-def upload(local: Path, folder: Path, last: str) -> None:
-    """Copy a local folder's files into a bucket. The file named `last` follows when all others are there."""
-    names = sorted(str(path.relative_to(local)) for path in local.rglob("*") if path.is_file())
-    names = [name for name in names if name != last]
+def upload(local: Path, folder: Path, last: str, skip_same_size: bool = False) -> None:
+    """Copy a local folder's files into a bucket. The file named `last` follows when all others are there.
+
+    Args:
+        skip_same_size: leave an object alone that is there with the size of the file.
+    """
+    present = list_objects(folder) if skip_same_size else {}
+    files = sorted(path for path in local.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(local)): path.stat().st_size for path in files}
+    names = [
+        name for name, size in sizes.items() if name != last and (name not in present or present[name].size != size)
+    ]
     if names:
         file_system(folder).put([str(local / name) for name in names], [str(folder / name) for name in names])
     (folder / last).write_bytes((local / last).read_bytes())
