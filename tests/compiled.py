@@ -45,6 +45,15 @@ def environment() -> dict[str, str]:
     }
 
 
+def use_folder() -> None:
+    """Configure JAX as `environment` does, in a process that has imported it."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def write_whole_files() -> None:
     """JAX writes an entry in place: a process that reads meanwhile, or after a kill, would get half of it, and warn."""
     from jax._src.lru_cache import LRUCache

@@ -49,9 +49,7 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Else most of the time goes to compiling the same small models again: in another test, or in the other worker.
 compiled.write_whole_files()
-jax.config.update("jax_compilation_cache_dir", str(compiled.folder()))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+compiled.use_folder()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -91,15 +89,16 @@ def _no_terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LONGEST = (
-    *("interop/test_parity.py", "reliability/test_stops.py", "reliability/test_crash_points.py", "test_stages.py"),
-    *("reliability/test_buckets.py", "test_serve.py", "interop/test_gguf.py", "reliability/test_server.py"),
-    *("test_lora.py", "test_sharding.py", "reliability/test_hosts_lost.py", "reliability/test_hang.py"),
-    *("test_interop.py", "reliability/test_disk_full.py", "reliability/test_goes_on.py", "test_own_parts.py"),
-    *("test_experiments.py", "test_engine.py"),
-    *("test_docs.py", "reliability/test_resume.py", "reliability/test_fuzz.py", "test_anchor.py", "test_door.py"),
-    *("reliability/test_nonfinite.py", "reliability/test_lock.py", "reliability/test_corruption.py", "test_model.py"),
-    *("reliability/test_durability.py", "interop/test_folders.py", "test_compilation.py", "test_generate.py"),
-    *("test_mixture.py", "test_kernels.py", "reliability/test_security.py", "test_world.py"),
+    *("reliability/test_buckets.py", "test_together.py", "test_stages.py", "test_sharding.py", "test_lora.py"),
+    *("interop/test_parity.py", "reliability/test_crash_points.py", "test_interop.py", "reliability/test_stops.py"),
+    *("reliability/test_hang.py", "reliability/test_disk_full.py", "reliability/test_goes_on.py", "test_docs.py"),
+    *("reliability/test_nonfinite.py", "interop/test_folders.py", "test_serve.py", "reliability/test_resume.py"),
+    *("test_primitives.py", "reliability/test_hosts_lost.py", "test_own_parts.py", "test_chat.py"),
+    *("reliability/test_server.py", "test_anchor.py", "reliability/test_lock.py", "test_door.py", "test_model.py"),
+    *("reliability/test_fuzz.py", "test_generate.py", "reliability/test_durability.py"),
+    *("reliability/test_corruption.py", "test_engine.py", "test_compilation.py", "test_report.py", "test_optim.py"),
+    *("interop/test_gguf.py", "reliability/test_security.py", "test_world.py", "test_losses.py"),
+    *("test_experiments.py", "test_mixture.py", "test_kernels.py"),
 )
 """The files that take long, in about this order: were one begun last, a worker would wait for the other."""
 

@@ -22,6 +22,7 @@ from jaxstages.runtime.workdir import checkpoint_folder, checkpoints_folder, ste
 from jaxstages.training.metric_writer import read_metrics
 from tests import compiled
 from tests.reliability.child import PHASES, SLOTS, shared
+from tests.reliability.forked import Forked
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -86,8 +87,16 @@ class Home:
         prefix: tuple[str, ...] = (),
         more: tuple[str, ...] = (),
         log: Path | None = None,
+        fork: bool = True,
         **environment: str,
     ) -> "Child":
+        """Start a run in a child process.
+
+        Args:
+            prefix: words of a command that starts it, such as strace.
+            log: file for its output, by default beside the workdir.
+            fork: take a process that has imported the program, see `forked.py`.
+        """
         log = log or (self.folder if is_bucket(work) else work.parent) / f"{work.name}.log"
         phases = self.folder / f"{work.name}{'.'.join(more[2:])}.phases"
         phases.write_bytes(bytes(SLOTS))
@@ -98,8 +107,10 @@ class Home:
             "PYTHONFAULTHANDLER": "1",
         }
         env |= compiled.environment()
-        output = log.open("ab")
         words = (*self.command, f"--config={self.folder}/recipe.py", f"--workdir={work}", *self.more, *more)
+        if fork and not prefix:
+            return Child(Forked(words, env | environment, log), work, log, shared(str(phases)), words)
+        output = log.open("ab")
         process = subprocess.Popen(
             [*prefix, sys.executable, str(ROOT / "tests" / "reliability" / "child.py"), *words],
             env=env | environment,
@@ -117,7 +128,7 @@ class Home:
 
 @dataclass
 class Child:
-    process: subprocess.Popen
+    process: subprocess.Popen | Forked
     work: Path
     output: Path
     slots: Any
@@ -256,7 +267,7 @@ def torment(home: Home, work: Path, number: int, dice: random.Random, tally: Tal
     """
     sent = 0
     while True:
-        child = home.start(work)
+        child = home.start(work, fork=False)
         if sent < most:
             phase = dice.choice([None, *PHASES[1:]])
             delay = dice.uniform(0, 6.0) if phase is None else dice.expovariate(1 / 0.02)
