@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 BENCH := --rows=C1,C2,C3
-SOAK := --kills=500 --terms=200 --pairs=200 --hosts=4 --stages=3 --lost=10 --faults=2000 --every=1 --errors=1 --native=120 --fuzz=20000 --races=50 --disks=8
+SOAK := --kills=500 --terms=200 --pairs=200 --hosts=4 --stages=3 --lost=10 --faults=2000 --every=1 --errors=1 --native=120 --fuzz=20000 --races=50 --disks=8 --strikes=200
 
 .PHONY: .venv demo chat demo-control test coverage soak bench check lock clean
 

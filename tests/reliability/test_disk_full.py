@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +56,6 @@ def test_no_file_may_grow(home: Home, whole: dict[str, Any], tmp_path: Path, req
         assert garbage(work) == []
     print_table(f"file sizes limited to {chosen} bytes", dict(ends))
     assert ends[74]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid():
-        pytest.skip("a file system of its own needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]).returncode:
-        pytest.skip("tmpfs can't be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_disk_that_fills_up(
