@@ -28,7 +28,7 @@ from tests.reliability.harness import free_port
 
 BUCKET = "bucket"
 
-FAULTS = ("429", "500", "503", "reset", "truncated", "slow")
+FAULTS = ("429", "500", "502", "503", "reset", "truncated", "slow")
 """What the proxy may do to a request: an answer with this status, or something that networks do."""
 
 

@@ -77,6 +77,15 @@ def test_the_bytes_are_those_of_the_local_path(tmp_path: Path, small_shards: Non
     assert "an Apache Beam pipeline on DirectRunner" in said and said.count("near-duplicates") >= 2
 
 
+def test_workers_that_write_elsewhere_end_the_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty list of near-duplicates would be taken for a complete one."""
+    recipe = recipe_of(tmp_path)
+    monkeypatch.setattr(beam, "_write", lambda *_: None)
+    with pytest.raises(ValueError, match=r"written.json is missing, so the workers wrote elsewhere; set --workdir"):
+        prepare_all(recipe, tmp_path / "work", ONE)
+    assert not [*(tmp_path / "work").rglob("MANIFEST.json")]
+
+
 def test_workers_share_nothing_but_a_bucket(
     tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,11 +180,19 @@ def test_a_dead_lease_is_taken_over_in_its_time(folder: Any, seconds: float, cap
 
 
 def test_a_killed_run_of_this_host_need_not_be_waited_for(folder: Any, seconds: float) -> None:
-    owner = {"host": lease.socket.gethostname(), "pid": 2**22 - 3, "id": "x"}
+    owner = {"host": "h", "machine": lease.machine(), "pid": 2**22 - 3, "id": "x"}
     (folder / "LEASE" / "00000041").write_text(json.dumps(owner))
     began = time.monotonic()
     Lease(folder).close()
     assert time.monotonic() - began < seconds
+
+
+def test_a_pid_of_another_container_on_this_host_tells_nothing(folder: Any, seconds: float) -> None:
+    owner = {"host": lease.socket.gethostname(), "machine": "another", "pid": 2**22 - 3, "id": "x"}
+    (folder / "LEASE" / "00000041").write_text(json.dumps(owner))
+    began = time.monotonic()
+    Lease(folder).close()
+    assert time.monotonic() - began >= seconds
 
 
 def test_a_sleeper_that_creates_an_old_number_is_not_the_owner(folder: Any, seconds: float) -> None:
@@ -218,20 +226,24 @@ def test_of_many_at_once_one_gets_it(folder: Any, seconds: float) -> None:
     leases[0].close()
 
 
-@pytest.mark.parametrize("lost", ["taken over", "can't be renewed"])
+@pytest.mark.parametrize("lost", ["taken over", "can't be renewed", "in time"])
 def test_a_run_without_its_lease_ends(folder: Any, seconds: float, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
     ends: list[str] = []
     monkeypatch.setattr(lease, "_end", lambda reason: ends.append(reason))
-    mine = Lease(folder)
+    mine, hanging = Lease(folder), threading.Event()
     if lost == "taken over":
         (folder / "LEASE" / "00000099").write_text(json.dumps({"host": "elsewhere", "pid": 1, "id": "x"}))
+    elif lost == "in time":  # the request hangs
+        monkeypatch.setattr(mine, "_create", lambda *_: hanging.wait())
     else:
         monkeypatch.setattr(mine, "_create", lambda *_: (_ for _ in ()).throw(OSError("no network")))
     end = time.monotonic() + 4 * seconds
     while not ends and time.monotonic() < end:
         time.sleep(0.05)
+    took = time.monotonic() - mine._renewed
     mine._closed.set()
-    assert lost in ends[0]
+    hanging.set()
+    assert lost in ends[0] and took < seconds, "before another process may take over"
 
 
 # Data -------------------------------------------------------------------------------------------------------------
@@ -262,9 +274,36 @@ def test_a_source_in_a_bucket_is_the_same_source(folder: Any, tmp_path: Path) ->
     copies[1].copy.unlink()
     with pytest.raises(ValueError, match="b.jsonl has changed since the start"):
         list(there.read())
+    (folder / "b.jsonl").write_text(lines)
+    again = open_source(f"{folder}/*.jsonl", tmp_path)
+    (folder / "b.jsonl").write_text(lines.replace("text", "word"))
+    open_source(f"{folder}/*.jsonl", tmp_path)  # the copy is another version's by now, as one that a worker has kept
+    with pytest.raises(ValueError, match="b.jsonl has changed since the start"):
+        list(again.read())
+    (folder / "b.jsonl").write_text(lines + lines)
     assert open_source(f"{folder}/*.jsonl", tmp_path).records == 90
     with pytest.raises(ValueError, match=r"no file matches 'gs://.*none\*'"):
         open_source(f"{folder}/none*", tmp_path)
+
+
+def test_errors_about_a_file_name_its_address(folder: Any, tmp_path: Path) -> None:
+    (folder / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match=f"^{folder}/a.jsonl is empty"):
+        open_source(f"{folder}/*.jsonl", tmp_path)
+
+
+def test_the_strongest_version_is_compared_and_none_is_not_current(tmp_path: Path) -> None:
+    head = {"name": "a", "size": 3, "type": "file", "ETag": "e", "LastModified": "10:00:00"}
+    assert (
+        remote._version(head) == remote._version(head | {"LastModified": "10:00:00.123"}) == {"size": "3", "ETag": "e"}
+    )
+    assert remote._version({"size": 3, "Last-Modified": "10:00"}) != remote._version(
+        {"size": 3, "Last-Modified": "10:01"}
+    )
+    (tmp_path / "a").write_text("abc")
+    for info in ({"size": 3}, {}):
+        (tmp_path / "a.version.json").write_text(json.dumps(remote._version(info)))
+        assert not remote._is_current(tmp_path / "a", info)
 
 
 def test_a_source_at_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +340,7 @@ class Failure:
 
 
 def failures() -> list[Failure]:
-    from google.auth.exceptions import DefaultCredentialsError, RefreshError
+    from google.auth.exceptions import DefaultCredentialsError, RefreshError, TransportError
 
     gcsfs, botocore = pytest.importorskip("gcsfs.retry"), pytest.importorskip("botocore.exceptions")
 
@@ -311,7 +350,13 @@ def failures() -> list[Failure]:
         error.__cause__ = botocore.ClientError({"Error": {"Code": code, "Message": "no"}}, "PutObject")
         return error
 
+    requests = pytest.importorskip("requests.exceptions")
     return [
+        Failure(botocore.ReadTimeoutError(endpoint_url="https://s3"), "check the network"),
+        Failure(botocore.ConnectionClosedError(endpoint_url="https://s3"), "check the network"),
+        Failure(requests.ProxyError(), "check the network"),
+        Failure(TransportError("no name"), "check the network"),
+        Failure(OSError("Forbidden: https://storage"), "let it read, write, list and delete objects"),
         Failure(botocore.NoCredentialsError(), "aws sso login"),
         Failure(of_s3("ExpiredToken", PermissionError), "aws sso login"),
         Failure(of_s3("AccessDenied", PermissionError), "let it read, write, list and delete objects"),

@@ -10,6 +10,7 @@ import pytest
 
 from jaxstages.config import DataConfig, TokenizerConfig
 from jaxstages.data.chat import make_chat
+from jaxstages.data.control_tokens import PRIVATE_USE, _unused_characters
 from jaxstages.data.conversation import read_conversation
 from jaxstages.data.packing import best_fit, lay_out, pack
 from jaxstages.data.tasks import Example, is_held_out, make_task, render
@@ -42,6 +43,13 @@ def test_control_tokens_have_no_bytes_and_are_left_out_of_text(tokenizer: Tokeni
     assert all(tokenizer.token_bytes()[i] == 0 for i in tokenizer.specials)
     ids = [tokenizer.specials.user, *tokenizer.encode("hello").tolist(), tokenizer.specials.end_of_turn]
     assert tokenizer.decode(ids) == "hello"
+
+
+def test_texts_with_every_private_use_character_are_refused() -> None:
+    """Control tokens in a text are written with unused ones meanwhile."""
+    assert next(_unused_characters("a")) == chr(PRIVATE_USE[0])
+    with pytest.raises(ValueError, match="every private-use character"):
+        next(_unused_characters("".join(map(chr, PRIVATE_USE))))
 
 
 def test_character_tokenizer(tmp_path: Path) -> None:
@@ -181,6 +189,11 @@ def test_best_fit_loses_nothing_and_never_overflows(lengths: list[int]) -> None:
     assert all(sum(lengths[i] for i in row) <= 32 for row in rows)
     # At most one row can be half empty: what is in it would have fitted another.
     assert sum(sum(lengths[i] for i in row) * 2 <= 32 for row in rows) <= 1
+
+
+def test_best_fit_limits_the_examples_of_a_row() -> None:
+    assert best_fit([1] * 7, 10, most=3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert best_fit([1] * 7, 10) == [[*range(7)]]
 
 
 def test_best_fit_is_near_full_on_many_short_examples() -> None:

@@ -19,7 +19,7 @@ import scipy.stats
 from jaxstages import config as recipes
 from jaxstages.cli import sweep as driver
 from jaxstages.cli.main import main
-from jaxstages.cli.sweep import Sweep, SweepOptions
+from jaxstages.cli.sweep import PARENTS, Sweep, SweepOptions
 from jaxstages.cli.sweep_flags import parse_sweep
 from jaxstages.config import Recipe
 from jaxstages.experiments.compare import compare, format_table, notes_of, table_of
@@ -33,6 +33,7 @@ from jaxstages.experiments.sweep import (
     shared_stages,
     split_values,
 )
+from jaxstages.runtime.signals import Stop
 from jaxstages.types import Interrupted
 from tests.tiny import recipe as tiny_recipe
 
@@ -329,6 +330,55 @@ def test_a_signal_or_the_end_of_the_time_ends_trials_and_the_sweep_goes_on(fake:
     timer.wait()
     fake(["1", "2"]).run_all()
     assert all(sweep.is_done(trial) for trial in sweep.trials)
+
+
+def test_each_trial_has_a_device_that_no_other_has(fake: Any) -> None:
+    running = driver._Driver(fake(["1", "2", "3"], parallel=2), Stop())
+    running._devices = [{"DEVICE": "0"}, {"DEVICE": "1"}]
+    process = subprocess.Popen(["true"])
+    process.wait()
+    assert running._free_slot() == 0
+    running._running = {"b": driver._Running(process, 0.0, 1)}
+    assert running._free_slot() == 0, "the other trial has ended first"
+    running._running["c"] = driver._Running(process, 0.0, 0)
+    running._running["d"] = driver._Running(process, 0.0, 0)
+    assert running._free_slot() == 1
+
+
+def test_a_signal_reaches_the_trial_of_an_index(fake: Any) -> None:
+    sweep = fake(["1", "2"], seconds=60)
+    timer = subprocess.Popen([sys.executable, "-c", f"import time, os; time.sleep(1); os.kill({os.getpid()}, 15)"])
+    began = time.monotonic()
+    assert sweep.run_one(0) == -signal.SIGTERM, "the fake has no handler"
+    timer.wait()
+    assert time.monotonic() - began < 30
+
+
+def test_a_trial_that_another_process_trains_is_waited_for(fake: Any, capfd: pytest.CaptureFixture) -> None:
+    from jaxstages.runtime.workdir import lock
+
+    sweep = fake(["1", "2"], hours=1e-4)
+    with lock(sweep.folder / "peak_lr=1"), pytest.raises(Interrupted, match="are over"):
+        sweep.run_all()
+    assert "peak_lr=1: waits for the process that trains it" in capfd.readouterr().out
+    fake(["1", "2"]).run_all()
+    assert all(sweep.is_done(trial) for trial in sweep.trials)
+
+
+def test_a_parent_that_fails_is_named_by_its_log(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = fake(["1", "2"])
+    command = sweep._command
+    failing = [sys.executable, "-c", "raise SystemExit(70)", "pretrain"]
+    monkeypatch.setattr(
+        sweep, "_command", lambda work, *rest: failing if PARENTS in work.parts else command(work, *rest)
+    )
+    with pytest.raises(ValueError, match=r"2 of 2 trials failed; see [^ ,]+parents/all.log, and start"):
+        sweep.run_all()
+
+
+def test_a_sweep_needs_a_folder_on_a_disk(config: str, capfd: pytest.CaptureFixture) -> None:
+    assert main(["jaxstages", "sweep", config, "--workdir=gs://bucket/sweep", "--sweep.seed=0,1"]) == 2
+    assert "--workdir=gs://bucket/sweep: a local path is wanted" in capfd.readouterr().err
 
 
 def test_one_trial_by_its_index(fake: Any) -> None:

@@ -170,6 +170,12 @@ def test_text_is_cut_before_a_stop_string_that_spans_tokens() -> None:
     assert first.feed([1, 2, 1]) == "H" and first.ended
 
 
+def test_text_is_withheld_from_a_string_on_until_the_end() -> None:
+    stream = TextStream(text_of, held_from=["!\n"])
+    assert [stream.feed([i]) for i in (1, 2, 1, 2, 3, 1)] == ["Hi", "", "!Hi", "", "", ""]
+    assert stream.feed([], last=True) == "!\nHi"
+
+
 def test_no_half_character_is_shown() -> None:
     spoken = TextStream(text_of)
     assert [spoken.feed([i]) for i in (1, 5, 6, 7, 2, 5)] == ["Hi", "", "é", "", "\ufffd!", ""]

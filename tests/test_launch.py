@@ -137,6 +137,25 @@ def test_a_command_that_was_asked_to_stop_is_not_started_again(project: Path) ->
     assert process.wait(20) == 75 and (project / "heard").read_text() == "asked\n"
 
 
+def test_a_trial_of_an_array_is_asked_to_stop_and_is_queued_again(project: Path) -> None:
+    program = project / ".venv" / "bin" / "jaxstages"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        "#!/bin/bash\ntrap 'echo asked >heard; exit 75' TERM\ntouch there\nwhile true; do sleep 0.05; done\n"
+    )
+    program.chmod(0o755)
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_JOB_ID": "7"}
+    command = ["launch/slurm_array.sbatch", "demo", "runs/a", "--sweep.seed=0,1,2"]
+    process = subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 20
+    while not (project / "there").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)  # to the script alone, as `--signal=B:TERM` does
+    assert "scontrol requeue 7_2" in process.communicate(timeout=20)[0]
+    assert process.returncode == 75 and (project / "heard").read_text() == "asked\n"
+
+
 def read_yaml(name: str) -> Any:
     return yaml.safe_load((LAUNCH / name).read_text())
 

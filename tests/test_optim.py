@@ -13,7 +13,7 @@ from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.select import global_norm
 from jaxstages.models.sharding import make_mesh
 from jaxstages.models.transformer import make_model
-from jaxstages.training.optimizer import check_optimizer_paths, make_optimizer, make_schedule
+from jaxstages.training.optimizer import check_optimizer_paths, make_optimizer, make_schedule, path_matches
 from jaxstages.training.step import init_state, make_train_step, plateau_factor
 from tests.tiny import VOCAB, mixed_batch, model_config
 
@@ -295,3 +295,12 @@ def test_muon_takes_each_expert_for_itself_and_leaves_the_router_to_adamw() -> N
     outside = {"router": ("vocab", "embed", "expert")}
     alone = update(outside, {"router": params["router"]}, {"router": grads["router"]})
     np.testing.assert_allclose(both["router"], alone["router"], rtol=1e-6)
+
+
+def test_an_adapter_goes_by_the_path_of_its_matrix_too() -> None:
+    params = {"query": {"lora_a": 0.0, "lora_b": 0.0}, "norm": {"scale": 0.0}}
+    assert path_matches(("query/kernel$",), params) == {
+        "query": {"lora_a": True, "lora_b": True},
+        "norm": {"scale": False},
+    }
+    assert path_matches(("lora_a$",), params) == {"query": {"lora_a": True, "lora_b": False}, "norm": {"scale": False}}

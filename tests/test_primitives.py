@@ -299,7 +299,15 @@ def test_loss_head_equals_its_reference(name: str, vocab: int, softcap: float | 
 @pytest.mark.parametrize("name", ["cpu", "accelerator"])
 def test_embedding_lookup_equals_its_reference(name: str) -> None:
     table, tokens = normal(0, 9, 4), jnp.asarray([[3, 0, 8], [8, 8, 1]], jnp.int32)
-    np.testing.assert_array_equal(TABLES[name].embed(table, tokens), REFERENCE.embed(table, tokens))
+    embeddings = (ops.embed(table, tokens, jnp.float32) for ops in (TABLES[name], REFERENCE))
+    np.testing.assert_array_equal(*embeddings)
+
+
+def test_gradients_of_a_frequent_token_add_up_in_float32() -> None:
+    """In bfloat16 a sum of ones stops at 256."""
+    tokens = jnp.zeros((4, 500), jnp.int32)
+    gradient = jax.grad(lambda table: REFERENCE.embed(table, tokens, jnp.bfloat16).astype(jnp.float32).sum())
+    np.testing.assert_array_equal(gradient(jnp.ones((2, 3))), [[2000.0] * 3, [0.0] * 3])
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

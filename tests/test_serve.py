@@ -227,6 +227,10 @@ ERRORS: list[tuple[dict[str, Any], int, str | None, str]] = [
     (CHAT | {"messages": [{"role": "user", "content": "red " * 99}]}, 400, "messages", "context of 64"),
     (CHAT | {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "messages", "no tools"),
     (CHAT | {"tools": 3}, 400, "messages", "tools"),
+    (CHAT | {"tools": [{"function": "f"}]}, 400, "messages", "without a name"),
+    (CHAT | {"tools": "[" * 100_000}, 400, "messages", ""),
+    (CHAT | {"messages": [*RED, {"role": "assistant", "content": "red"}] * 200 + RED}, 400, "messages", "at most 256"),
+    (CHAT | {"temperature": 10**400}, 400, "temperature", "number"),
     (CHAT | {"temperature": -1}, 400, "temperature", "temperature=-1"),
     (CHAT | {"temperature": "hot"}, 400, "temperature", "number"),
     (CHAT | {"temperature": True}, 400, "temperature", "number"),
@@ -370,7 +374,10 @@ def test_a_full_queue_refuses_and_recovers(slow_model: ServedModel) -> None:
             statuses = [pool.submit(post, address, "/v1/chat/completions", body) for _ in range(8)]
             codes = sorted(each.result()[0] for each in statuses)
         assert codes.count(200) >= 4 and {*codes} == {200, 429}
-        assert post(address, "/v1/chat/completions", json.dumps(CHAT | {"n": 5}).encode())[0] == 429, "no slots for it"
+        status, body = post(address, "/v1/chat/completions", json.dumps(CHAT | {"n": 5}).encode())
+        assert status == 400 and "asks for 5 answers; this server takes at most 4" in body.decode(), (
+            "it would never fit"
+        )
         assert post(address, "/v1/chat/completions", json.dumps(CHAT | {"max_tokens": 2}).encode())[0] == 200
 
 

@@ -415,6 +415,17 @@ def test_conditions_on_the_best_step(finished: tuple[Recipe, Path], tmp_path: Pa
         train(recipe, work, "finetune")
 
 
+def test_a_condition_on_a_score_of_the_stage_itself(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """The score is measured at the start, too, else no evaluation could be compared with it."""
+    recipe, work = copy.deepcopy(finished[0]), tmp_path / "work"
+    shutil.copytree(finished[1], work)
+    shutil.rmtree(work / "finetune")
+    shutil.rmtree(work / "instruct")
+    recipe.finetune.evaluation.metrics = ("exact_match",)
+    recipe.finetune.early_stopping.within = (("exact_match", 100.0),)
+    assert train(recipe, work, "finetune")["best_step"] > 0
+
+
 def test_the_average_is_handed_on_where_it_is_better(
     finished: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

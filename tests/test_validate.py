@@ -4,13 +4,16 @@ import dataclasses
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jaxstages.config import DatasetConfig, ModelConfig, Recipe, StageConfig
 from jaxstages.config.checks import validate
 from jaxstages.config.setting import rules_of
+from jaxstages.data.stage_data import prepare_stages
 from tests.tiny import recipe as tiny_recipe
+from tests.tiny import write_data
 
 
 def changed(tmp_path: Path, path: str, value: object) -> Recipe:
@@ -78,6 +81,55 @@ def test_held_out_data_that_is_training_data_is_refused(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     recipe.pretrain.data.holdout, recipe.pretrain.data.validation = 0.0, recipe.pretrain.data.train
     with pytest.raises(ValueError, match="is in train and in validation"):
+        validate(recipe)
+
+
+def test_a_pattern_that_includes_the_held_out_file_is_refused(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    (tmp_path / "text2.jsonl").write_text((tmp_path / "text.jsonl").read_text().replace("colour", "color"))
+    recipe = tiny_recipe(tmp_path)
+    data = recipe.pretrain.data
+    data.holdout, data.train, data.validation = 0.0, (f"{tmp_path}/text*.jsonl",), (f"{tmp_path}/text2.jsonl",)
+    validate(recipe)
+    with pytest.raises(
+        ValueError, match=r"held-out source '\S+text2.jsonl' and training source '\S+text\*.jsonl' have"
+    ):
+        prepare_stages(recipe, tmp_path / "work", ["pretrain"])
+    data.train = (f"{tmp_path}/text.jsonl",)
+    prepare_stages(recipe, tmp_path / "work", ["pretrain"])
+
+
+def focal(model: Any, params: Any, batch: Any, key: Any) -> dict[str, Any]:
+    raise NotImplementedError
+
+
+def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    recipe.finetune.loss, recipe.finetune.optim.label_smoothing = focal, 0.1
+    with pytest.raises(ValueError, match="label_smoothing=0.1 does not apply to config.finetune.loss; set it to 0"):
+        validate(recipe)
+    recipe = tiny_recipe(tmp_path)
+    recipe.finetune.evaluation.choice = ("piqa/test.jsonl", "arc/test.jsonl")
+    with pytest.raises(ValueError, match="two files are named 'test'"):
+        validate(recipe)
+
+
+def test_a_data_set_with_the_name_of_a_stage_is_refused(tmp_path: Path) -> None:
+    """It would replace that stage's data where both are mixed."""
+    recipe = tiny_recipe(tmp_path)
+    recipe.extra_stages = {"law": recipe.instruct}
+    recipe.pretrain.mixture = {"law": DatasetConfig(data=recipe.finetune.data, share=(0.1,))}
+    with pytest.raises(ValueError, match="'law' can't be the name of a data set"):
+        validate(recipe)
+
+
+def test_the_direction_of_an_own_metric_holds_where_it_is_watched(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    recipe.finetune.evaluation.metrics = (same_length,)
+    recipe.instruct.early_stopping.metric, recipe.instruct.early_stopping.mode = "watch/finetune/same_length", "max"
+    validate(recipe)
+    recipe.instruct.early_stopping.mode = "min"
+    with pytest.raises(ValueError, match='is better when higher; set mode="max"'):
         validate(recipe)
 
 

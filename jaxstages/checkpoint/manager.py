@@ -5,9 +5,9 @@ reports a failed save at the next one. So a checkpoint gets a manifest before it
 compares files with the manifest, then shapes and dtypes, then fingerprints of all leaves. The loop polls the save at
 each step.
 
-On disk, a checkpoint is renamed when it is complete. In a bucket Orbax writes it under its final name, and an object
-that says so last; old ones are deleted by us, that object first. What Orbax can't write to is the subject of
-`staging.py`.
+On disk, a checkpoint is renamed when it is complete. In a bucket, Orbax writes under the final name and adds a marker
+object last; this module deletes old checkpoints itself, marker first. `staging.py` handles buckets that Orbax can't
+write to.
 """
 
 import contextlib
@@ -188,9 +188,8 @@ class Checkpoints:
             except Damaged as error:
                 self._quarantine(best, error)
         say(
-            f"{self._stage_dir.name}: its best step so far, {best}, is lost: {self._folder / str(best)} is not there, "
-            f"or not as it was saved. It goes on from step {step}, which is whole, and the best is chosen anew from "
-            "there on",
+            f"{self._stage_dir.name}: its best step so far, {best}, is lost: {self._folder / str(best)} is missing or "
+            f"damaged. Training resumes from step {step}, which is intact; the best step is chosen again from there",
             "yellow",
         )
         return True
@@ -381,7 +380,9 @@ class Checkpoints:
                 with contextlib.suppress(Exception):  # `wait`, or the error being raised, has reported it
                     self._manager.close()
             if multihost.is_process_zero():
-                self._remove_leftovers()
+                # After an error, that error is raised; the next start removes what is left.
+                with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+                    self._remove_leftovers()
 
 
 def _abstract(leaf: Any) -> Any:

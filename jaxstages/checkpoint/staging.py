@@ -6,13 +6,14 @@ object, `COMMITTED`, is there, as in buckets that Orbax writes to itself. A chec
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxstages.runtime import bucket, manifest
 from jaxstages.runtime.bucket import cache_base, is_bucket, local_copy
-from jaxstages.runtime.files import remove_tree
-from jaxstages.runtime.lease import runs_here
+from jaxstages.runtime.files import make_folder, remove_tree
+from jaxstages.runtime.lease import machine, runs_here
 from jaxstages.runtime.manifest import COMMITTED, MANIFEST
 
 ORBAX_SCHEME = "gs:"
@@ -33,7 +34,7 @@ def check_processes(workdir: Path, processes: int) -> None:
 
 
 def orbax_folder(folder: Path) -> Path:
-    """Return the folder that Orbax writes to, for one in which checkpoints are to be: the same, or a local one."""
+    """Return the folder that Orbax writes checkpoints to: `folder` itself, or its local copy if it is staged."""
     return local_copy(folder) if is_staged(folder) else folder
 
 
@@ -41,7 +42,7 @@ def publish(local: Path, folder: Path) -> None:
     """Copy a finished checkpoint into its bucket.
 
     Raises:
-        OSError: an object has another size than its file.
+        OSError: an object's size differs from its file's.
     """
     bucket.upload(local, folder, last=MANIFEST)
     if missing := manifest.sizes(local).items() - manifest.sizes(folder).items():
@@ -65,10 +66,12 @@ def readable(folder: Path) -> Iterator[Path]:
         yield folder
         return
     copies = cache_base() / "reading"
-    for left in copies.glob("*"):  # by a process that was killed
-        if not runs_here(int(left.name)):
+    for left in copies.glob(f"{machine()}.*.*"):
+        pid = left.name.split(".")[1]
+        if pid.isdecimal() and not runs_here(int(pid)):  # it was killed
             remove_tree(left)
-    own = copies / str(os.getpid())
+    make_folder(copies)
+    own = Path(tempfile.mkdtemp(prefix=f"{machine()}.{os.getpid()}.", dir=copies))
     try:
         bucket.download(folder, own / folder.name)
         yield own / folder.name

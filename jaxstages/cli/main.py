@@ -26,7 +26,7 @@ from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.config import IMPORT, STAGES, Recipe, stages
 from jaxstages.runtime import bucket
 from jaxstages.runtime.cluster import ENVIRONMENT, ProcessInfo, detect_process
-from jaxstages.runtime.files import parse_path
+from jaxstages.runtime.files import local_path, parse_path
 from jaxstages.runtime.workdir import check_workdir
 
 if TYPE_CHECKING:
@@ -128,17 +128,17 @@ def _sweep(argv: list[str]) -> int:
     from jaxstages.cli.sweep_flags import parse_sweep
 
     line = parse_sweep(argv)
-    folder = _workdir("sweep", line.values)
+    folder = _workdir("sweep", line.values, local_path)
     options = SweepOptions(
         **{field.name: getattr(line.values, field.name) for field in dataclasses.fields(SweepOptions)}
     )
     return sweep(line.recipe, folder, line.trials, line.config_flags, options)
 
 
-def _workdir(command: str, values: flags.FlagValues) -> Path:
+def _workdir(command: str, values: flags.FlagValues, parse: Callable[[str, str], Path] = parse_path) -> Path:
     if values.workdir is None:
         raise ValueError(f"{command} needs --workdir=DIR, the folder of the run")
-    workdir = parse_path(values.workdir, "--workdir")
+    workdir = parse(values.workdir, "--workdir")
     check_workdir(workdir)
     return workdir
 

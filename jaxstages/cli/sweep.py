@@ -4,6 +4,7 @@ The driver starts one process per trial and keeps no state of its own: the workd
 was killed goes on when it is started again.
 """
 
+import collections
 import contextlib
 import math
 import os
@@ -11,9 +12,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from jaxstages import config as recipes
 from jaxstages.cli.flags import TOGETHER
@@ -28,9 +31,8 @@ from jaxstages.experiments.sweep import (
     promotable,
     shared_stages,
 )
-from jaxstages.runtime.bucket import is_bucket
 from jaxstages.runtime.console import duration, say
-from jaxstages.runtime.files import acquire_lock, make_folder, write_json
+from jaxstages.runtime.files import acquire_lock, make_folder, sync, write_json
 from jaxstages.runtime.signals import END_WITH_PARENT, INTERRUPTED, Stop, stop_signals
 from jaxstages.runtime.workdir import has_begun, lock, result_file
 from jaxstages.types import Interrupted
@@ -107,8 +109,8 @@ class Sweep:
         values = [value for _, value in run.curve(self._swept, "eval", stop.metric)]
         if not values:
             return math.nan
-        metrics = recipes.stages(self.recipe)[self._swept].evaluation.metrics
-        return -max(values) if higher_is_better(stop.metric, metrics) else min(values)
+        higher = higher_is_better(stop.metric, recipes.all_metrics(self.recipe))
+        return -max(values) if higher else min(values)
 
     def prepare(self, trial: Trial, run: Callable[[list[str], Path], int]) -> int:
         """Give a trial the stages that it shares with others: train them once, then copy them. Returns an exit code."""
@@ -116,33 +118,36 @@ class Sweep:
         if not self._shared or has_begun(workdir / self._shared[0]):
             return 0
         parent = parent_trial(trial, self.recipe)
-        parent_dir = self.folder / PARENTS / parent.name
+        parent_dir, log = self.folder / PARENTS / parent.name, self.parent_log(trial)
         make_folder(parent_dir.parent)
         with acquire_lock(parent_dir.with_name(f"{parent.name}.lock"), wait=True):  # of several --index processes
             for name in self._shared:
                 if not result_file(parent_dir / name).exists():
                     command = [name] if name in recipes.STAGES else ["train", f"--stage={name}"]
-                    if code := run(
-                        self._command(parent_dir, parent, command), parent_dir.with_name(f"{parent.name}.log")
-                    ):
+                    if code := run(self._command(parent_dir, parent, command), log):
                         return code
         copy = workdir.with_name(f".{workdir.name}.tmp")
         shutil.rmtree(copy, ignore_errors=True)
         for name in ("tokenizer", recipes.IMPORT, *self._shared):
             if (parent_dir / name).is_dir():
                 shutil.copytree(parent_dir / name, copy / name)
+        for path in (*copy.rglob("*"), copy):
+            sync(path)
         shutil.rmtree(workdir, ignore_errors=True)  # nothing has begun there
         copy.rename(workdir)
+        sync(workdir.parent)
         return 0
+
+    def parent_log(self, trial: Trial) -> Path:
+        """Return the log of the run that trains the stages which a trial shares with others."""
+        return self.folder / PARENTS / f"{parent_trial(trial, self.recipe).name}.log"
 
     def command_of(self, trial: Trial, rung: int | None = None) -> list[str]:
         """Return the command that trains a trial, to its end or to a rung."""
-        workdir = self.folder / trial.name
-        if self._halving is None or rung is None or rung == len(self._halving.rungs) - 1:
-            stop = f"--config.{_field(self._swept)}.loop.stop_after=0"
-            return self._command(workdir, trial, ["run"], [stop] if self._halving else [])
-        stop = f"--config.{_field(self._swept)}.loop.stop_after={self._halving.rungs[rung]}"
-        return self._command(workdir, trial, ["run"], [stop])
+        rungs = self._halving.rungs if self._halving else []
+        steps = rungs[rung] if rungs and rung is not None and rung < len(rungs) - 1 else 0
+        more = [f"--config.{_field(self._swept)}.loop.stop_after={steps}"] if rungs else []
+        return self._command(self.folder / trial.name, trial, ["run"], more)
 
     def command_together(self) -> list[str]:
         """Return the command that trains the swept stage of all trials with one compiled step."""
@@ -169,13 +174,13 @@ class Sweep:
                 driver.train_together()
             failed = driver.run()
         if failed:
-            logs = ", ".join(str(self.folder / f"{name}.log") for name in failed)
+            logs = ", ".join(dict.fromkeys(map(str, failed.values())))  # of one parent, the trials have the same log
             raise ValueError(
                 f"{len(failed)} of {len(self.trials)} trials failed; see {logs}, and start the sweep again"
             )
 
     def run_one(self, index: int) -> int:
-        """Run one trial in the foreground, and return its exit code."""
+        """Run one trial in the foreground, and return its exit code. A signal is forwarded to it."""
         if not 0 <= index < len(self.trials):
             raise ValueError(f"--index={index}: the sweep has {len(self.trials)} trials, 0 to {len(self.trials) - 1}")
         if self._halving is not None:
@@ -183,11 +188,26 @@ class Sweep:
         trial = self.trials[index]
         say(f"trial {index + 1} of {len(self.trials)}: {trial.name}", "cyan")
 
-        def run(command: list[str], log: Path) -> int:
-            del log
-            return subprocess.run(command, check=False).returncode
+        def run(command: list[str]) -> int:
+            process, signals.unsaved = _spawn(command), True  # the trial saves; this process waits for it
+            while process.poll() is None:
+                if signals.poll():
+                    process.terminate()
+                    process.wait()
+                time.sleep(POLL_SECONDS)
+            signals.unsaved = False
+            return process.returncode
 
-        return self.prepare(trial, run) or run(self.command_of(trial), self.folder)
+        with stop_signals() as signals:
+            return self.prepare(trial, lambda command, _: run(command)) or run(self.command_of(trial))
+
+
+class _Running(NamedTuple):
+    """Process of a trial, the time of its start, and its slot; see `_device_slots`."""
+
+    process: subprocess.Popen
+    began: float
+    slot: int
 
 
 class _Driver:
@@ -195,16 +215,16 @@ class _Driver:
 
     def __init__(self, sweep: Sweep, signals: Stop) -> None:
         self._sweep, self._signals = sweep, signals
-        self._running: dict[str, tuple[subprocess.Popen, float]] = {}
+        self._running: dict[str, _Running] = {}
         self._seconds: list[float] = []
-        self._failed: dict[str, int] = {}
+        self._failed: dict[str, Path] = {}
         self._rung = dict.fromkeys((trial.name for trial in sweep.trials), 0)
         self._scores: dict[str, dict[int, float]] = {trial.name: {} for trial in sweep.trials}
         self._end = time.monotonic() + sweep.options.hours * 3600 if sweep.options.hours else math.inf
         self._devices = _device_slots(sweep.options.parallel)
 
-    def run(self) -> list[str]:
-        """Run to the end, and return the names of the trials that failed."""
+    def run(self) -> dict[str, Path]:
+        """Run to the end. Returns the trials that failed, each with its log."""
         waiting = [trial for trial in self._sweep.trials if not self._sweep.is_done(trial)]
         done = len(self._sweep.trials) - len(waiting)
         say(
@@ -216,12 +236,12 @@ class _Driver:
             while len(self._running) < self._sweep.options.parallel and (trial := self._next(waiting)) is not None:
                 self._start(trial)
             if not self._running:
-                return list(self._failed)
+                return self._failed
             time.sleep(POLL_SECONDS)
-            for name, (process, began) in list(self._running.items()):
-                if (code := process.poll()) is not None:
+            for name, trial in list(self._running.items()):
+                if (code := trial.process.poll()) is not None:
                     del self._running[name]
-                    self._ended(name, code, time.monotonic() - began, len(waiting))
+                    self._ended(name, code, time.monotonic() - trial.began, len(waiting))
 
     def train_together(self) -> None:
         """Train the swept stage of all trials in one process. A trial that it could not train is left to `run`."""
@@ -235,7 +255,7 @@ class _Driver:
                 return  # `run` reports it
         log = sweep.folder / "together.log"
         say(f"sweep: trains {len(waiting)} trials together; see {log}", "cyan")
-        code = self._run_to_end(sweep.command_together(), log)
+        code = self._run_to_end(sweep.command_together(), log, {})
         if code == INTERRUPTED:
             self._interrupt("its trials were interrupted")
         if code:
@@ -251,26 +271,46 @@ class _Driver:
     def _start(self, trial: Trial) -> None:
         self._wait_for_lock(trial)
         if code := self._sweep.prepare(trial, self._run_parent):
-            self._failed[trial.name] = code
-            say(f"{trial.name}: the stages before it failed with code {code}", "red")
+            if code == INTERRUPTED:
+                self._interrupt(f"the parent of {trial.name} was interrupted")
+            log = self._failed[trial.name] = self._sweep.parent_log(trial)
+            say(f"{trial.name}: the stages before it failed with code {code}; see {log}", "red")
             return
-        rung = self._rung[trial.name] if self._sweep._halving else None
-        process = self._spawn(self._sweep.command_of(trial, rung), self._sweep.folder / f"{trial.name}.log")
-        self._running[trial.name] = (process, time.monotonic())
+        rung, slot = self._rung[trial.name] if self._sweep._halving else None, self._free_slot()
+        process = _spawn(self._sweep.command_of(trial, rung), self._log(trial.name), self._devices[slot])
+        self._running[trial.name] = _Running(process, time.monotonic(), slot)
         say(f"{trial.name}: started" + (f", to rung {rung + 1}" if rung is not None else ""))
 
+    def _free_slot(self) -> int:
+        """Return the slot with the fewest trials."""
+        used = collections.Counter(trial.slot for trial in self._running.values())
+        return min(range(len(self._devices)), key=lambda slot: used[slot])
+
+    def _log(self, name: str) -> Path:
+        return self._sweep.folder / f"{name}.log"
+
     def _wait_for_lock(self, trial: Trial) -> None:
-        workdir = self._sweep.folder / trial.name
-        if not is_bucket(workdir) and workdir.is_dir():
-            acquire_lock(workdir / "LOCK", wait=True).close()  # a trial of a sweep that was killed is saving
+        """Wait while another process trains a trial: one of a sweep that was killed, which is saving, or a run that was
+        started by hand."""
+        workdir, waits = self._sweep.folder / trial.name, False
+        while workdir.is_dir():
+            try:
+                acquire_lock(workdir / "LOCK", wait=False).close()
+                return
+            except BlockingIOError:
+                if not waits:
+                    say(f"{trial.name}: waits for the process that trains it", "yellow")
+                waits = True
+                self._check_time()
+                time.sleep(POLL_SECONDS)
 
     def _run_parent(self, command: list[str], log: Path) -> int:
         say(f"{log.stem}: {command[3]}, for all trials that start from it", "cyan")
-        return self._run_to_end(command, log)
+        return self._run_to_end(command, log, self._devices[self._free_slot()])
 
-    def _run_to_end(self, command: list[str], log: Path) -> int:
-        """Run a process that no other runs beside, and return its exit code."""
-        process = self._spawn(command, log)
+    def _run_to_end(self, command: list[str], log: Path, environment: dict[str, str]) -> int:
+        """Run a process and return its exit code. No trial is started meanwhile."""
+        process = _spawn(command, log, environment)
         while process.poll() is None:
             if self._signals.poll() or time.monotonic() > self._end:
                 process.terminate()
@@ -279,26 +319,12 @@ class _Driver:
             time.sleep(POLL_SECONDS)
         return process.returncode
 
-    def _spawn(self, command: list[str], log: Path) -> subprocess.Popen:
-        make_folder(log.parent)
-        slot = len(self._running) % len(self._devices)
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                command,
-                env=os.environ | self._devices[slot] | {END_WITH_PARENT: str(os.getpid())},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C reaches it through this process, once
-            )
-
     def _ended(self, name: str, code: int, seconds: float, waiting: int) -> None:
         trial = next(trial for trial in self._sweep.trials if trial.name == name)
         if code == INTERRUPTED:
             self._interrupt(f"{name} was interrupted")
         if code:
-            self._failed[name] = code
-            say(f"{name}: failed with code {code}; see {self._sweep.folder / f'{name}.log'}", "red")
+            self._report_failure(name, code)
             return
         self._seconds.append(seconds)
         score = self._sweep.score(trial)
@@ -307,6 +333,10 @@ class _Driver:
         eta = sum(self._seconds) / len(self._seconds) * left / self._sweep.options.parallel
         say(f"{name}: done in {duration(seconds)}, {_shown(score)}; {left} to go, ETA {duration(eta)}", "green")
 
+    def _report_failure(self, name: str, code: int) -> None:
+        self._failed[name] = self._log(name)
+        say(f"{name}: failed with code {code}; see {self._log(name)}", "red")
+
     def _check_time(self) -> None:
         if self._signals.poll():
             self._interrupt("a signal asked to stop")
@@ -314,11 +344,36 @@ class _Driver:
             self._interrupt(f"--hours={self._sweep.options.hours:g} are over")
 
     def _interrupt(self, reason: str) -> None:
-        for process, _ in self._running.values():
-            process.terminate()
-        for process, _ in self._running.values():
-            process.wait()
-        raise Interrupted(f"sweep: {reason}; its trials have saved, start it again to go on")
+        for trial in self._running.values():
+            trial.process.terminate()
+        for name, trial in self._running.items():
+            if (code := trial.process.wait()) not in (0, INTERRUPTED):
+                self._report_failure(name, code)
+        saved = "the trials that did not fail" if self._failed else "its trials"
+        raise Interrupted(f"sweep: {reason}; {saved} have saved, start it again to go on")
+
+
+def _spawn(
+    command: list[str], log: Path | None = None, environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen:
+    """Start a process that does not outlive this one.
+
+    Args:
+        log: file for its output; None is the output of this process.
+    """
+    with contextlib.ExitStack() as files:
+        output = None
+        if log is not None:
+            make_folder(log.parent)
+            output = files.enter_context(log.open("ab"))
+        return subprocess.Popen(
+            command,
+            env=os.environ | environment | {END_WITH_PARENT: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if log is not None else None,
+            start_new_session=True,  # a terminal's Ctrl-C reaches it through this process, once
+        )
 
 
 def _shown(score: float) -> str:

@@ -47,9 +47,10 @@ def train_trials(folder: Path, stage: str, config_flags: Sequence[str]) -> None:
             outcomes = train_together(setups, signals)
 
     failures = {t.name: each for t, each in zip(trials, outcomes, strict=True) if isinstance(each, Exception)}
-    if any(isinstance(error, Interrupted) for error in failures.values()):
-        raise Interrupted(f"{stage}: the trials have saved; start the sweep again to go on")
-    for name, error in failures.items():
-        say(f"{name}: {error}", "red")
+    interrupted = [name for name, error in failures.items() if isinstance(error, Interrupted)]
+    for name in failures.keys() - interrupted:
+        say(f"{name}: {failures[name]}", "red")
+    if interrupted:
+        raise Interrupted(f"{stage}: {len(interrupted)} trials have saved; start the sweep again to go on")
     if failures:
         raise ValueError(f"{stage}: {len(failures)} of {len(trials)} trials failed: {', '.join(failures)}")

@@ -11,6 +11,7 @@ import re
 import reprlib
 import string
 import typing
+from pathlib import Path
 from typing import Any
 
 from jaxstages.config import (
@@ -24,6 +25,7 @@ from jaxstages.config import (
     ModelConfig,
     Recipe,
     StageConfig,
+    all_metrics,
     check_type,
     differences,
     stages,
@@ -134,11 +136,11 @@ TASKS_OF_STAGE = {"pretrain": ("lm", "own"), "finetune": ("seq2seq", "classify",
 FOLDERS = ("cache", "tensorboard", "tokenizer")
 """Folders of a workdir that are not stages."""
 
-RESERVED_NAMES = (*CHECKPOINTED_STAGES, "watch", "average", "loss")
+RESERVED_NAMES = (*CHECKPOINTED_STAGES, "watch", "average", "choice", "loss")
 """Names with a meaning in metric names, which the data sets of a mixture cannot have."""
 
 
-def _check_stage(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> None:
+def _check_stage(name: str, stage: StageConfig, recipe: Recipe, earlier: tuple[str, ...]) -> None:
     where = f"config.{name}"
     _check_data(stage.data, f"{where}.data")
     _check_own(stage.optim.name, stage.optim.own, f"{where}.optim", "name")
@@ -152,9 +154,16 @@ def _check_stage(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> Non
         )
     _check_metrics(stage.evaluation.metrics, stage.data.task, f"{where}.evaluation.metrics")
     _check_replay(name, stage, earlier)
-    _check_mixture(name, stage)
+    _check_mixture(name, stage, recipe)
     _check_watch(name, stage, earlier)
-    _check_early_stopping(name, stage, earlier)
+    _check_early_stopping(name, stage, recipe, earlier)
+    for field in ("label_smoothing", "z_loss"):
+        if stage.loss is not None and (value := getattr(stage.optim, field)):
+            raise ValueError(f"{where}.optim.{field}={value} does not apply to {where}.loss; set it to 0")
+
+    choices = [Path(source).name.partition(".")[0] for source in stage.evaluation.choice]
+    if repeated := [choice for choice in choices if choices.count(choice) > 1]:
+        raise ValueError(f"{where}.evaluation.choice: two files are named {repeated[0]!r}; rename one of them")
 
     lengths = {"steps": stage.loop.steps, "epochs": stage.loop.epochs, "tokens": stage.loop.tokens}
     if sum(value > 0 for value in lengths.values()) != 1:
@@ -238,12 +247,12 @@ def _check_replay(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> No
         raise ValueError(f"{where} names {repeated[0]} twice; add the shares up")
 
 
-def _check_mixture(name: str, stage: StageConfig) -> None:
+def _check_mixture(name: str, stage: StageConfig, recipe: Recipe) -> None:
     where = f"config.{name}"
     datasets = stage.mixture.values()
     for key, dataset in stage.mixture.items():
         path = f"{where}.mixture.{key}"
-        if not key.isidentifier() or key in RESERVED_NAMES:
+        if not key.isidentifier() or key in (*RESERVED_NAMES, *stages(recipe)):
             raise ValueError(f"{where}.mixture: {key!r} can't be the name of a data set; use another word")
         if len(dataset.share) not in (1, 2):
             raise ValueError(f"{path}.share={dataset.share} must be one share, or two: (0.0, 0.2)")
@@ -272,7 +281,7 @@ def _check_watch(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> Non
             )
 
 
-def _check_early_stopping(name: str, stage: StageConfig, earlier: tuple[str, ...]) -> None:
+def _check_early_stopping(name: str, stage: StageConfig, recipe: Recipe, earlier: tuple[str, ...]) -> None:
     metric, where = stage.early_stopping.metric, f"config.{name}.early_stopping"
     evaluated = (*LOSSES, *map(metric_name, stage.evaluation.metrics))
     prefixes = tuple(f"{key}/" for key in stage.mixture) + tuple(f"watch/{key}/" for key in earlier)
@@ -283,7 +292,7 @@ def _check_early_stopping(name: str, stage: StageConfig, earlier: tuple[str, ...
             "evaluation.metrics)"
         )
 
-    better, mode = ("higher", "max") if higher_is_better(metric, stage.evaluation.metrics) else ("lower", "min")
+    better, mode = ("higher", "max") if higher_is_better(metric, all_metrics(recipe)) else ("lower", "min")
     if stage.early_stopping.mode != mode:
         raise ValueError(f'{where}: {metric} is better when {better}; set mode="{mode}"')
 
@@ -408,7 +417,9 @@ def validate(recipe: Recipe, imported: bool = False) -> None:
         raise ValueError('config.tokenizer.path is empty; kind "file" needs the path of a tokenizer.json or .model')
 
     for index, (name, stage) in enumerate(stages(recipe).items()):
-        _check_stage(name, stage, names[:index])
+        _check_stage(name, stage, recipe, names[:index])
         _check_anchor(name, stage, imported)
         _check_lora(name, stage, imported)
         _check_generation(name, stage, recipe)
+        if not isinstance(recipe.model, ModelConfig) and (stage.neftune_alpha or stage.loop.remat != "none"):
+            raise ValueError(f"config.{name}: neftune_alpha and loop.remat do not apply to your own model; reset them")

@@ -6,6 +6,7 @@ After `checks.validate` nothing writes to them.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxstages.config.data import DataConfig, TokenizerConfig
 from jaxstages.config.mesh import MeshConfig
@@ -231,6 +232,12 @@ def stages(recipe: Recipe) -> dict[str, StageConfig]:
     """Return the stages of a recipe by name, in order."""
     named = {name: getattr(recipe, name) for name in STAGES if getattr(recipe, name) is not None}
     return named | recipe.extra_stages
+
+
+def all_metrics(recipe: Recipe) -> list[Any]:
+    """Return `evaluation.metrics` of all stages and of the data sets of their mixtures."""
+    parts = [part for stage in stages(recipe).values() for part in (stage, *stage.mixture.values())]
+    return [metric for part in parts for metric in part.evaluation.metrics]
 
 
 def stage_number(recipe: Recipe, name: str) -> int:

@@ -49,7 +49,9 @@ class _Rows:
                 return np.frombuffer(reader.read(), np.int32).reshape(FIELDS, self._prepared.index["context"])
         except Exception as error:  # array_record has no type of its own for a wrong checksum
             folder = self._prepared.folder
-            raise ValueError(f"{folder} is damaged at row {row}: {error}; remove it, and it is made again") from error
+            raise ValueError(
+                f"{folder} is damaged at row {row}: {error}; remove it, and it is prepared again"
+            ) from error
 
 
 def to_batch(rows: Sequence[np.ndarray]) -> Batch:

@@ -20,6 +20,7 @@ bucket.
 import array
 import bisect
 import functools
+import re
 import shlex
 import tempfile
 import uuid
@@ -64,14 +65,18 @@ from jaxstages.runtime.files import copy_file, make_folder, read_json, remove_tr
 DROPPED, SIZES = "dropped", "sizes"
 """Names of additional outputs."""
 
-BEGINS = "begins.json"
-"""File in the scratch folder with the orders of the shards' first items."""
+BEGINS, WRITTEN = "begins.json", "written.json"
+"""Files in the scratch folder: the orders of the shards' first items; the parts with near-duplicates."""
+
+STORAGE_ERRORS = r"\[Errno|\b(gcsfs|botocore|aiohttp|requests|google)\.[\w.]+: "
+"""How errors of a disk or a bucket begin in the text that a runner passes on."""
 
 ITEM_CODER = beam.coders.PickleCoder()
 """A malformed item may have half a surrogate pair, which Beam's coder of text refuses."""
 
 AnyPath = Any
-"""Path, or BucketPath, which is none to Beam: it compares arguments with their annotations."""
+"""A Path or BucketPath. Annotated as Any, because Beam checks arguments against annotations and BucketPath is no
+Path."""
 
 Signed = tuple[int, bytes, bytes]
 """Order, signature and band keys of a document."""
@@ -114,8 +119,10 @@ def _pipeline(options: Any, folder: Path, title: str) -> Iterator[Any]:
     except Exception as error:  # the runners have no common type, and workers' errors come as text
         lines = reversed(str(error).splitlines())
         reason = next((line.strip() for line in lines if ": " in line), type(error).__name__)
-        kind = OSError if "[Errno" in reason else ValueError
-        raise kind(f"{title}: the Beam pipeline failed: {reason}") from error
+        if re.search(STORAGE_ERRORS, reason):
+            remedy = "check the workers' disks, network and rights, and start again"
+            raise OSError(f"{title}: the Beam pipeline failed: {reason}; {remedy}") from error
+        raise ValueError(f"{title}: the Beam pipeline failed: {reason}") from error
     if state not in (None, PipelineState.DONE):
         raise ValueError(f"{title}: the Beam pipeline ended as {state}; see its runner's log, and start it again")
 
@@ -134,6 +141,39 @@ def _write(folder: Path, write: Callable[[Path], None], files: Callable[[Path], 
     write(attempt)
     for temporary, path in zip(files(attempt), files(folder), strict=True):
         rename_durably(temporary, path)
+
+
+def _gather(pipeline: Any, values: Any, empty: Any, title: str) -> Any:
+    """Gather all elements of a collection, and `empty`, in a list in one worker. Without `empty` there would be no list
+    of a collection without elements."""
+    return (
+        (values, pipeline | f"no {title}" >> beam.Create([empty]))
+        | f"with none of {title}" >> beam.Flatten()
+        | f"with one key for {title}" >> beam.Map(lambda value: (0, value))
+        | f"gather {title}" >> beam.GroupByKey()
+        | f"list {title}" >> beam.Map(lambda group: list(group[1]))
+    )
+
+
+def _write_result(folder: Path, name: str, value: list[int]) -> list[int]:
+    """Write a result of the pipeline to the scratch folder, where `_read_result` expects it."""
+    _write(_scratch(folder), lambda attempt: write_json(attempt / name, value), lambda parent: [parent / name])
+    return value
+
+
+def _read_result(folder: Path, name: str) -> list[int]:
+    """Read what a worker has written. Raises ValueError if it has written it elsewhere."""
+    file = _scratch(folder) / name
+    if not file.exists():
+        raise _wrote_elsewhere(file)
+    return read_json(file)
+
+
+def _wrote_elsewhere(file: Path) -> ValueError:
+    return ValueError(
+        f"{file} is missing, so the workers wrote elsewhere; set --workdir, or config.cache, to a path that all "
+        "machines share, or to a bucket"
+    )
 
 
 def _finish(folder: Path) -> None:
@@ -170,13 +210,19 @@ def find_near_duplicates(options: Any, source: Source, config: DataConfig, folde
             | "of the earlier" >> _JoinSignature(signatures, send_signature)
             | "of the later" >> _JoinSignature(signatures, compare_signatures, duplicates.threshold)
         )
-        _ = (
+        written = (
             (firsts[DROPPED], dropped)
             | beam.Flatten()
             | "part" >> beam.Map(lambda order: (order >> PART_BITS, order))
             | "by part" >> beam.GroupByKey()
             | "write" >> beam.Map(write_dropped_of_part, folder)
         )
+        _ = _gather(pipeline, written, -1, "parts") | beam.Map(
+            lambda numbers: _write_result(folder, WRITTEN, sorted(number for number in numbers if number >= 0))
+        )
+    for number in _read_result(folder, WRITTEN):
+        if not dropped_file(folder, number).exists():
+            raise _wrote_elsewhere(dropped_file(folder, number))
     _finish(folder)
 
 
@@ -256,9 +302,11 @@ def pairs_of(group: tuple[bytes, Iterable[int]]) -> Iterator[tuple[int, int]]:
             yield earlier, later
 
 
-def write_dropped_of_part(group: tuple[int, Iterable[int]], folder: AnyPath) -> None:
+def write_dropped_of_part(group: tuple[int, Iterable[int]], folder: AnyPath) -> int:
+    """Write the near-duplicates of a part, and return its number."""
     number, orders = group
     _write(folder, lambda attempt: write_dropped(attempt, orders), lambda parent: [dropped_file(parent, number)])
+    return number
 
 
 def write_shards(options: Any, source: Source, dropped: Path | None, spec: RowSpec, folder: Path) -> int:
@@ -268,13 +316,8 @@ def write_shards(options: Any, source: Source, dropped: Path | None, spec: RowSp
         read = _parts(pipeline, source) | "read" >> beam.FlatMap(
             read_items, dropped, cuts_texts(source, spec.config), spec.part, spec.config
         ).with_outputs(SIZES, main="items")
-        no_sizes = pipeline | "no sizes" >> beam.Create([(-1, b"")])  # a source may have no parts
-        begins = (
-            (read[SIZES], no_sizes)
-            | beam.Flatten()
-            | "together" >> beam.Map(lambda sizes: (0, sizes))
-            | "all sizes" >> beam.GroupByKey()
-            | "begin" >> beam.Map(lambda group: write_begins(group[1], limits, folder))
+        begins = _gather(pipeline, read[SIZES], (-1, b""), "sizes") | "begin" >> beam.Map(
+            lambda sizes: _write_result(folder, BEGINS, shard_begins(sizes, limits))
         )
         _ = (
             read.items
@@ -282,13 +325,7 @@ def write_shards(options: Any, source: Source, dropped: Path | None, spec: RowSp
             | "by shard" >> beam.GroupByKey()
             | "write" >> beam.ParDo(_WriteShard(spec, folder))
         )
-    begins_file = _scratch(folder) / BEGINS
-    if not begins_file.exists():
-        raise ValueError(
-            f"{begins_file}: no worker wrote it; give --workdir, or config.cache, a path that all machines share, or "
-            "one in a bucket"
-        )
-    shards = len(read_json(begins_file))
+    shards = len(_read_result(folder, BEGINS))
     _finish(folder)
     return shards
 
@@ -314,12 +351,6 @@ def shard_begins(sizes_of_parts: Iterable[tuple[int, bytes]], limits: ShardLimit
     for order, shard in zip(orders, shards, strict=True):
         if shard == len(begins):
             begins.append(order)
-    return begins
-
-
-def write_begins(sizes_of_parts: Iterable[tuple[int, bytes]], limits: ShardLimits, folder: Path) -> list[int]:
-    begins = shard_begins(sizes_of_parts, limits)
-    _write(_scratch(folder), lambda attempt: write_json(attempt / BEGINS, begins), lambda parent: [parent / BEGINS])
     return begins
 
 

@@ -258,6 +258,7 @@ def make_template_writer(tokenizer: Tokenizer, aliased: AliasedTokenizer) -> Tem
     def prompt(messages: Messages, tools: Tools) -> tuple[str, list[Span]]:
         hidden, messages, tools = hide(messages, tools)
         text = write(messages, tools, True).text
+        _check_nothing_left_out(messages, tools, text)
         earlier = find_examples(messages, tools).texts if _answer_indices(messages) else []
         is_continued = len(earlier) == 1 and text.startswith(earlier[0][0])
         return alias_with_spans(text, earlier[0][1] if is_continued else [], hidden)

@@ -188,3 +188,4 @@ def _unused_characters(*values: Any) -> Iterator[str]:
     text = json.dumps(values, ensure_ascii=False, default=str)
     used = {character for character in text if ord(character) in PRIVATE_USE}
     yield from (character for character in map(chr, PRIVATE_USE) if character not in used)
+    raise ValueError("the texts use every private-use character of Unicode; leave some out")

@@ -249,9 +249,13 @@ def _tools(record: Record) -> Tools:
     """Read the tools of a record: a list of functions, or its JSON.
 
     Raises:
-        ValueError: "tools" is something else.
+        ValueError: "tools" is something else, or a tool has no name.
     """
     tools = _decoded(record.get("tools"), '"tools"')
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f'"tools" is no list of functions: {reprlib.repr(tools)}')
+    for tool in tools or []:
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f'"tools" has one without a name: {reprlib.repr(tool)}')
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or []] or None

@@ -179,15 +179,17 @@ def generated_folder(cache: Path, key: list[Any]) -> Path:
     return _cache_folder(cache, [VERSION, "generated", *key])
 
 
-def write_generated(folder: Path, name: str, examples: list[Example], tokenizer: Tokenizer, context: int) -> None:
-    """Pack generated examples into a cache of one shard."""
+def write_generated(
+    folder: Path, name: str, examples: list[Example], tokenizer: Tokenizer, context: int, most: int
+) -> None:
+    """Pack generated examples into a cache of one shard, at most `most` into a row."""
     spec = RowSpec("train", DataConfig(task="lm"), tokenizer, context)
     statistics = {"bad": 0, "bad_named": [], "cut_examples": 0, "cut_tokens": 0, "questions": [], "unread": {}}
     statistics |= {"records": len(examples)}
     origins = [f"{name}:{number}" for number in range(1, len(examples) + 1)]
 
     def write(folder: Path) -> None:
-        write_examples(folder, 0, examples, origins, spec, statistics)
+        write_examples(folder, 0, examples, origins, spec, statistics, most)
         write_json(folder / "index.json", _summarize(folder, 1, name, spec))
 
     _complete(folder, write)
@@ -272,7 +274,7 @@ def _check_cache(folder: Path, source: Source | None = None) -> None:
         manifest.check(folder, HASH_MAX_BYTES)
     except manifest.Damaged as error:
         origin = f" from {source.name}" if source else ""
-        raise ValueError(f"{error}; remove {folder}, and it is made again{origin}") from error
+        raise ValueError(f"{error}; remove {folder} to prepare it again{origin}") from error
 
 
 def _find_near_duplicates_locally(source: Source, config: DataConfig, folder: Path) -> None:

@@ -61,8 +61,9 @@ def open_tokenizer(recipe: Recipe, workdir: Path, engine: Engine | None = None) 
 
 def _parent_tokenizer(recipe: Recipe) -> Path | None:
     """Return the tokenizer of the other run that a stage starts from; None if there is no such run, or it has none."""
+    own = ("parent", "scratch", *recipes.stages(recipe))
     for stage in recipes.stages(recipe).values():
-        if stage.init_from not in ("parent", "scratch") and not stage.init_from.startswith("hf:"):
+        if stage.init_from not in own and not stage.init_from.startswith("hf:"):
             file = tokenizer_file(parse_path(stage.init_from, "init_from").parent)
             if file.is_file():
                 return file

@@ -222,15 +222,22 @@ def write_shard(folder: Path, shard: int, items: list[Item], task: Task, spec: R
 
 
 def write_examples(
-    folder: Path, shard: int, examples: list[Example], origins: list[str], spec: RowSpec, statistics: dict[str, Any]
+    folder: Path,
+    shard: int,
+    examples: list[Example],
+    origins: list[str],
+    spec: RowSpec,
+    statistics: dict[str, Any],
+    most: int = 0,
 ) -> None:
     """Pack examples into the rows of a shard.
 
     Args:
         origins: record, `file:line`, of each example.
+        most: the largest number of examples in a row; 0 is no limit.
         statistics: further entries of the shard's JSON, beside the counts of examples, rows and tokens.
     """
-    rows, groups = pack(examples, spec.context)
+    rows, groups = pack(examples, spec.context, most)
     temporary = rows_file(folder, shard).with_suffix(".tmp")
     writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record a group, for random access
     for row in rows:
@@ -259,4 +266,4 @@ def load_array(path: Path) -> np.ndarray:
     try:
         return np.load(io.BytesIO(path.read_bytes()))
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}; remove {path.parent}, and it is made again") from error
+        raise ValueError(f"{path} is damaged: {error}; remove {path.parent} to prepare it again") from error

@@ -3,11 +3,11 @@
 | source                 | records                                                                        |
 | ---------------------- | ------------------------------------------------------------------------------ |
 | `notes/*.txt`          | {"text": the whole file}                                                       |
-| `pairs/*.jsonl`        | a JSON object a line; `.jsonl.gz` too                                          |
-| `pairs/*.json`         | the objects of an array, or one a line                                         |
-| `pairs/*.csv`          | a row each, by the names in the first one; `.tsv` too                          |
-| `pairs/*.parquet`      | a row each; what is null there is missing                                      |
-| `pairs/*.array_record` | a JSON object each                                                             |
+| `pairs/*.jsonl`        | one JSON object per line; `.jsonl.gz` too                                      |
+| `pairs/*.json`         | the objects of an array, or one per line                                       |
+| `pairs/*.csv`          | one record per row, with the names of the first row; `.tsv` too                |
+| `pairs/*.parquet`      | one record per row; null values are missing fields                             |
+| `pairs/*.array_record` | one JSON object per record                                                     |
 | `gs://BUCKET/*.jsonl`  | files in a bucket; `s3://`, `https://HOST/FILE`, `hf://datasets/OWNER/NAME/*`   |
 | `tfds:NAME:SPLIT`      | any TFDS builder (`NAME/CONFIG` too), or the folder of a prepared one          |
 | `hf:NAME:SPLIT`        | a Hugging Face dataset (`hf:OWNER/NAME/CONFIG:SPLIT` too; needs jaxstages[hf])  |
@@ -26,7 +26,7 @@ import importlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +93,7 @@ class Source(NamedTuple):
     fingerprint: str
     records: int
     texts: int = 0
+    files: frozenset[bytes] = frozenset()
 
     def read(self) -> Iterator[Item]:
         """Read all items, from the beginning each time."""
@@ -148,8 +149,16 @@ def _dataset_and_split(kind: str, address: str) -> tuple[str, str]:
 
 
 def _open_files(name: str) -> Source:
-    fetched = remote.fetch(name) if remote.is_remote(name) else []
-    files = [each.copy for each in fetched] or _matching(name)
+    if not remote.is_remote(name):
+        files = _matching(name)
+        return _source_of_files(name, files, tuple(functools.partial(_read_file, file) for file in files))
+    fetched = remote.fetch(name)
+    with remote.errors_name_addresses(fetched):
+        parts = tuple(functools.partial(_read_remote_file, file) for file in fetched)
+        return _source_of_files(name, [file.copy for file in fetched], parts)
+
+
+def _source_of_files(name: str, files: Sequence[Path], parts: tuple[Part, ...]) -> Source:
     for file in files:
         if re.search(r"[\t\n\r\ud800-\udfff]", str(file)):
             raise ValueError(f"{str(file)!r}: a tab, a new line or what is not UTF-8 in a file's name; rename it")
@@ -159,16 +168,16 @@ def _open_files(name: str) -> Source:
         if not file.stat().st_size:
             raise ValueError(f"{file} is empty; remove it from {name!r} or fill it")
 
-    read = [functools.partial(_read_remote_file, each) for each in fetched]
-    parts = tuple(read or [functools.partial(_read_file, file) for file in files])
     texts = len(files) if all(file.suffix == ".txt" for file in files) else 0
-    return Source(name, parts, _fingerprint(files), sum(map(_count_records, files)), texts)
+    digests = frozenset(_digest(file, *_stamp(file)) for file in files)
+    return Source(name, parts, _fingerprint(files), sum(map(_count_records, files)), texts, digests)
 
 
 def _read_remote_file(file: remote.RemoteFile) -> Iterator[Item]:
     """Read the copy, and name the address, which is the same on all machines."""
-    for item in _read_file(file.fetch()):
-        yield item._replace(where=item.where.replace(str(file.copy), file.address, 1))
+    with remote.errors_name_addresses([file]):
+        for item in _read_file(file.fetch()):
+            yield item._replace(where=item.where.replace(str(file.copy), file.address, 1))
 
 
 def _read_file(file: Path) -> Iterator[Item]:

@@ -93,6 +93,21 @@ def _rows(
     return [prepare(open_source(name, cache), part, data, tokenizer, context, cache, engine) for name in names]
 
 
+def _check_held_out_files(recipe: Recipe, name: str, stage: StageConfig, cache: Path) -> None:
+    """Raises ValueError if a file of a held-out source is also a training source's: patterns may overlap."""
+    trained: dict[bytes, str] = {}
+    for data, _, _ in shares_of(recipe, name, stage).values():
+        for source in data.train:
+            trained |= dict.fromkeys(open_source(source, cache).files, str(source))
+    for data in (stage.data, *(part.data for part in stage.mixture.values())):
+        for source in data.validation:
+            if common := open_source(source, cache).files & trained.keys():
+                raise ValueError(
+                    f"config.{name}: held-out source {str(source)!r} and training source {trained[min(common)]!r} "
+                    "have a file in common; narrow the pattern, or use data.holdout"
+                )
+
+
 def data_names(
     recipe: Recipe, name: str, stage: StageConfig, tokenizer: Tokenizer, workdir: Path
 ) -> dict[str, list[str]]:
@@ -174,6 +189,7 @@ def prepare_stage(
 ) -> tuple[list[Dataset], list[EvaluationSet]]:
     """Return the data sets and evaluation sets of a stage, and prepare the rows that are missing in the cache."""
     context, cache = recipe.model.context, cache_folder(recipe, workdir)
+    _check_held_out_files(recipe, name, stage, cache)
 
     datasets = []
     for key, (data, share, late) in shares_of(recipe, name, stage).items():

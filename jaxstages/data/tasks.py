@@ -168,7 +168,7 @@ def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
     check_tokens(tokenizer, config.task)
     if config.own is not None:
         encode_record = config.own.make(tokenizer, context)
-        return Task(lambda record: record, lambda records: [_checked(encode_record(record)) for record in records])
+        return Task(lambda record: _checked(encode_record(record), context), list)
     if config.task == "chat":
         return _chat_task(make_chat(tokenizer), tokenizer, context + 1, config.answers)
     end = tokenizer.specials.end_of_text
@@ -196,8 +196,8 @@ def make_task(config: DataConfig, tokenizer: Tokenizer, context: int) -> Task:
     return Task(draft, finish)
 
 
-def _checked(encoded: Encoded) -> Encoded:
-    """Raises ValueError where an own task returns an example of a wrong form."""
+def _checked(encoded: Encoded, context: int) -> Encoded:
+    """Raises ValueError where an own task returns an example of a wrong form or length."""
     for example in encoded.examples:
         ids, weights = np.asarray(example.ids), np.asarray(example.weights)
         if ids.ndim != 1 or ids.shape != weights.shape or not len(ids) or weights[0]:
@@ -205,6 +205,8 @@ def _checked(encoded: Encoded) -> Encoded:
                 f"an own task returned ids of shape {ids.shape} and weights of shape {weights.shape}; both must be "
                 "[n], and weights[0] must be 0, because nothing predicts the first token"
             )
+        if not 2 <= len(ids) <= context + 1:
+            raise ValueError(f"an own task returned {len(ids)} ids; an example has 2 to {context + 1}, for the context")
     return encoded
 
 

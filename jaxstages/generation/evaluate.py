@@ -133,14 +133,22 @@ def make_scorer(
 ) -> Callable[[Params], Report] | None:
     """Make `scorer(params)`: the metrics of a set from answers to its held-out questions, with a few of the answers.
 
-    Returns None if the recipe has no metrics, or the set no questions.
+    Returns None if the recipe has no metrics.
 
     Args:
         answer_with: `answer_with(max_new_tokens)` returns a function that answers prompts.
+
+    Raises:
+        ValueError: there are metrics, and the set has no questions.
     """
-    questions = held_out_questions(each.held_out, each.config.max_examples)
-    if not each.config.metrics or not questions:
+    if not each.config.metrics:
         return None
+    questions = held_out_questions(each.held_out, each.config.max_examples)
+    if not questions:
+        raise ValueError(
+            f"{each.prefix}evaluation.metrics needs answers, and the held-out records have no questions; return "
+            "Encoded(question=...) in a task of your own, or leave the metrics out"
+        )
     references = [question.reference for question in questions]
     prompts = [question.prompt for question in questions]
 

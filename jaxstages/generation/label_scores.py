@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from jaxstages.data.batches import to_batch
 from jaxstages.data.packing import lay_out
 from jaxstages.data.tasks import Example
+from jaxstages.runtime.multihost import gather_to_host
 from jaxstages.types import Batch, Model, Params
 
 
@@ -54,7 +55,7 @@ def make_likeliest(
             before_batch()
             batch = rows[start : start + batch_size]
             padding = [np.zeros_like(rows[0])] * (batch_size - len(batch))
-            scores += np.asarray(score(params, to_batch([*batch, *padding])))[: len(batch)].tolist()
+            scores += gather_to_host(score(params, to_batch([*batch, *padding])))[: len(batch)].tolist()
         return np.asarray(scores).reshape(len(prompts), len(labels)).argmax(axis=1).tolist()
 
     return likeliest

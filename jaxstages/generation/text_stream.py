@@ -19,8 +19,14 @@ class TextStream:
     | `Hi` `!` `\\n` `\\nSo` | Hi! and ended            |
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
-        self._decode, self._stops = decode, stops
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), held_from: Sequence[str] = ()
+    ) -> None:
+        """
+        Args:
+            held_from: strings from which on the text is withheld until its end, such as the beginning of a tool call.
+        """
+        self._decode, self._stops, self._held_from = decode, stops, held_from
         self.ids: list[int] = []
         self.text = ""
         self.ended = False
@@ -41,12 +47,18 @@ class TextStream:
             self.ended, text = True, text[: min(stop_positions)]
         elif not last:
             text = text.rstrip(REPLACEMENT)
-            text = text[: len(text) - _partial_stop(text, self._stops)]
+            text = text[: len(text) - _partial_stop(text, (*self._stops, *self._held_from))]
+            text = text[: min((at for word in self._held_from if (at := text.find(word)) >= 0), default=len(text))]
 
         if not (text.startswith(self.text) or last or self.ended):
             return ""  # the decoder may still change earlier text
         new_text, self.text = text[len(self.text) :], text
         return new_text
+
+    def would_end(self, ids: Sequence[int]) -> bool:
+        """Return whether a stop string comes with these tokens."""
+        text = self._decode([*self.ids, *ids])
+        return any(stop in text for stop in self._stops)
 
 
 def _partial_stop(text: str, stops: Sequence[str]) -> int:

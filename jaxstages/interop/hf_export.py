@@ -274,7 +274,11 @@ def tokenizer_json(setup: StageSetup, stage: str) -> dict[str, Any]:
     """Return the tokenizer.json of the run, or of the imported folder without the tokens that later stages need."""
     file = tokenizer_file(setup.workdir)
     imported = source_folder(setup.workdir) / file.name
-    return read_json(imported if stage == recipes.IMPORT and imported.is_file() else file)
+    content = read_json(imported if stage == recipes.IMPORT and imported.is_file() else file)
+    if stage == recipes.IMPORT:  # one that was made of a SentencePiece file has tokens of later stages
+        rows = exported_rows(setup, stage)
+        content["added_tokens"] = [token for token in content.get("added_tokens", []) if token["id"] < rows]
+    return content
 
 
 def chat_template(setup: StageSetup, stage: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxstages.config import LoraConfig
 from jaxstages.interop.layout import TOKEN_ROWS, TensorSlot, by_plain_names, parts_of
-from jaxstages.interop.tensors import StoredTensor, header_of, read_rows
+from jaxstages.interop.tensors import INDEX, SINGLE, StoredTensor, header_of, read_rows
 from jaxstages.models.lora_layer import DOWN, KERNEL, MAGNITUDE, UP
 from jaxstages.runtime.files import read_json
 from jaxstages.types import Params
@@ -35,16 +35,17 @@ ORDINARY = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Return whether a folder has adapters; transformers applies them to a model in the same folder, too."""
+    return (folder / CONFIG).is_file()
 
 
 def model_folder(folder: Path) -> Path:
-    """Return the folder of the base if `folder` has adapters, else `folder` itself.
+    """Return the folder of the base if `folder` has adapters and no model, else `folder` itself.
 
     Raises:
         ValueError: the base is not on this machine.
     """
-    if not is_adapter(folder):
+    if not is_adapter(folder) or any((folder / name).is_file() for name in (SINGLE, INDEX)):
         return folder
     name = read_json(folder / CONFIG, {"peft_type": (str,)}).get("base_model_name_or_path")
     for base in (Path(name), folder / name) if isinstance(name, str) and name else ():

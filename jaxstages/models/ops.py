@@ -32,7 +32,7 @@ class Ops(NamedTuple):
     norm: `norm(x, scale_D, centred, epsilon)`, layer norm if centred, else RMS norm.
     activation: `activation(name, x)`, a function of `ACTIVATIONS`.
     attention: see `Attend`.
-    embed: `embed(table_VD, tokens_BL) -> [B, L, D]`.
+    embed: `embed(table_VD, tokens_BL, dtype) -> [B, L, D]`, see `embed`.
     loss_head: see `LossHead`.
     prepare_decode: `prepare_decode(params, dtype)` converts the parameters of one layer for decoding.
     """
@@ -41,7 +41,7 @@ class Ops(NamedTuple):
     norm: Callable[[Array, Array, bool, float], Array]
     activation: Callable[[str, Array], Array]
     attention: Attend
-    embed: Callable[[Array, Array], Array]
+    embed: Callable[[Array, Array, Any], Array]
     loss_head: LossHead
     prepare_decode: Callable[[Params, Any], Params]
 
@@ -66,9 +66,10 @@ def linear_transposed(x: Float[Array, "*B I"], kernel_OI: Float[Array, "O I"]) -
     return out_MO.reshape(*x.shape[:-1], len(kernel_OI))
 
 
-def embed(table_VD: Float[Array, "V D"], tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-    """`table[tokens]`."""
-    return table_VD[tokens_BL]
+def embed(table_VD: Float[Array, "V D"], tokens_BL: Int[Array, "B L"], dtype: Any) -> Float[Array, "B L D"]:
+    """`table[tokens]` in a dtype. Gradients of a token's occurrences are added up in the dtype of the table: a sum in
+    bfloat16 stops growing at 256 equal terms."""
+    return table_VD[tokens_BL].astype(dtype)
 
 
 # Norms.

@@ -117,22 +117,25 @@ def _row_axes(hooks: ShardingHooks) -> tuple[str, ...]:
 # Embedding lookup.
 
 
-def sharded_embedding_lookup(table_VD: Array, tokens_BL: Array, hooks: ShardingHooks) -> Array:
-    """`table[tokens]`, [B, L, D]. Devices that store other columns of the table exchange rows for columns."""
+def sharded_embedding_lookup(table_VD: Array, tokens_BL: Array, dtype: Any, hooks: ShardingHooks) -> Array:
+    """`table[tokens]` in a dtype, [B, L, D]. Devices that store other columns of the table exchange rows for columns.
+
+    Devices exchange rows in that dtype; gradients are added up in the dtype of the table.
+    """
     if not set(hooks.mesh_axes(GATHERED)) <= set(hooks.mesh_axes("rows")):
-        return hooks.constrain(table_VD[tokens_BL], (*ROWS, ""))
-    return _lookup(table_VD, tokens_BL, hooks)
+        return hooks.constrain(table_VD[tokens_BL].astype(dtype), (*ROWS, ""))
+    return _lookup(table_VD, tokens_BL, dtype, hooks)
 
 
 _TABLE = ("vocab", GATHERED)
 
 
-def _lookup_embeddings(table_VD: Array, tokens_BL: Array, hooks: ShardingHooks) -> Array:
+def _lookup_embeddings(table_VD: Array, tokens_BL: Array, dtype: Any, hooks: ShardingHooks) -> Array:
     column_axes, vocab_axes = hooks.mesh_axes(GATHERED), hooks.mesh_axes("vocab")
 
     def local(table: Array, tokens: Array) -> Array:
         slots, is_local = _local_slots(table, tokens, hooks)
-        embeddings = jnp.where(is_local[..., None], table[slots], 0)
+        embeddings = jnp.where(is_local[..., None], table[slots].astype(dtype), 0)
         if column_axes:
             embeddings = jax.lax.all_to_all(embeddings, column_axes, split_axis=0, concat_axis=2, tiled=True)
         return jax.lax.psum(embeddings, vocab_axes) if vocab_axes else embeddings
@@ -151,11 +154,11 @@ def _local_slots(table: Array, tokens: Array, hooks: ShardingHooks) -> tuple[Arr
     return jnp.where(is_local, slots, 0), is_local
 
 
-def _lookup_forward(table_VD: Array, tokens_BL: Array, hooks: ShardingHooks) -> tuple[Array, Any]:
-    return _lookup_embeddings(table_VD, tokens_BL, hooks), (table_VD, tokens_BL)
+def _lookup_forward(table_VD: Array, tokens_BL: Array, dtype: Any, hooks: ShardingHooks) -> tuple[Array, Any]:
+    return _lookup_embeddings(table_VD, tokens_BL, dtype, hooks), (table_VD, tokens_BL)
 
 
-def _lookup_backward(hooks: ShardingHooks, residuals: Any, d_out_BLD: Array) -> tuple[Array, None]:
+def _lookup_backward(dtype: Any, hooks: ShardingHooks, residuals: Any, d_out_BLD: Array) -> tuple[Array, None]:
     column_axes = hooks.mesh_axes(GATHERED)
     to_reduce = tuple(axis for axis in _row_axes(hooks) if axis not in column_axes)
 
@@ -163,13 +166,14 @@ def _lookup_backward(hooks: ShardingHooks, residuals: Any, d_out_BLD: Array) -> 
         slots, is_local = _local_slots(table, tokens, hooks)
         if column_axes:
             d_out = jax.lax.all_to_all(d_out, column_axes, split_axis=2, concat_axis=0, tiled=True)
-        d_table = jnp.zeros(table.shape, d_out.dtype).at[slots].add(jnp.where(is_local[..., None], d_out, 0))
+        d_rows = jnp.where(is_local[..., None], d_out, 0).astype(table.dtype)
+        d_table = jnp.zeros_like(table).at[slots].add(d_rows)
         return jax.lax.psum(d_table, to_reduce) if to_reduce else d_table
 
     return hooks.shard_map(local, (_TABLE, ROWS, (*ROWS, "")), _TABLE)(*residuals, d_out_BLD), None
 
 
-_lookup = with_backward(_lookup_embeddings, _lookup_forward, _lookup_backward, static=(2,))
+_lookup = with_backward(_lookup_embeddings, _lookup_forward, _lookup_backward, static=(2, 3))
 
 
 # Attention.

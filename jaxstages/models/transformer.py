@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         dtype = jnp.dtype(config.dtype)
 
         embedding_VD: Any = self.param("embedding", normal_init("vocab", "embed"), (self.vocab, config.width))
-        x_BLD = self.backend.ops.embed(embedding_VD.astype(dtype), tokens_BL)
+        x_BLD = self.backend.ops.embed(embedding_VD, tokens_BL, dtype)
         if self.neftune and not deterministic:
             x_BLD = x_BLD + self._embedding_noise(x_BLD, segments_BL)
         if config.scaled_embedding:
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         if config.attention.position == "learned":
             axes = ("position", "embed")
             table: Any = self.param("position_embedding", normal_init(*axes), (config.context, config.width))
-            x_BLD = x_BLD + hooks.gather_param(table.astype(dtype), axes)[positions_BL]
+            x_BLD = x_BLD + hooks.gather_param(table, axes)[positions_BL].astype(dtype)
         x_BLD = nn.Dropout(config.dropout, deterministic=deterministic)(x_BLD)
 
         if self.stacked:

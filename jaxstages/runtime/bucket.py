@@ -1,8 +1,8 @@
 """Buckets: paths such as gs://BUCKET/FOLDER with the methods of `pathlib.Path` that a run needs, through fsspec.
 
 A bucket differs from a disk. An object is written or replaced as a whole, and everyone sees it at once. There is no
-rename, no append and no lock; folders are prefixes of names. So what consists of several objects is complete when the
-last one, its marker, is there, and `create` (only if absent) decides between two writers.
+rename, no append and no lock; folders are prefixes of names. A group of objects is complete when its last object, the
+marker, exists. `create` writes only if the object is absent, and so decides between two writers.
 
 `etils.epath` is not used for a run's own files: its `exists` answers False on any error, and a run that takes an error
 of the network for a missing result trains a stage again.
@@ -211,7 +211,7 @@ def _checksum(entry: dict[str, Any]) -> str:
 
 
 def has_checksum(content: bytes, checksum: str) -> bool:
-    """Return whether a content has a checksum; True for a kind that can't be computed here."""
+    """Return whether the content matches the checksum; True if this kind can't be computed here."""
     kind, _, value = checksum.partition(":")
     if kind != "crc32c":
         return True
@@ -319,12 +319,17 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__
     origin = cause if cause is not None and _package(cause) == "botocore" else error
     package = _package(origin)
+    forbidden = type(error) is OSError and str(error).startswith("Forbidden: ")  # by gcsfs, for code 403
+    package = "gcsfs" if forbidden else package
     if package not in {"gcsfs", "s3fs", "fsspec", "google", "aiohttp", "botocore", "aiobotocore", "requests"}:
         return ""
     text = " ".join(str(origin).split())[:300] or type(origin).__name__
-    code = str(getattr(origin, "code", "") or getattr(origin, "response", {}).get("Error", {}).get("Code", ""))
+    response = getattr(origin, "response", None)  # of S3, a dict; other packages have their own, or None
+    code = response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
+    code = "403" if forbidden else str(getattr(origin, "code", None) or code)
     remedy = "check the network, and start again"
-    if package == "google" or code in S3_LOGIN or code == "401" or "redentials" in text:
+    unreachable = type(origin).__name__ == "TransportError"  # of google.auth
+    if (package == "google" and not unreachable) or code in S3_LOGIN or code == "401" or "redentials" in text:
         login = "aws sso login" if package == "botocore" else "gcloud auth application-default login"
         remedy = f"the credentials are missing or expired; run `{login}`, or give the machine an account"
     elif code in ("403", "AccessDenied"):

@@ -1,15 +1,16 @@
 """A lease on a workdir in a bucket: one run at a time, and a killed run's lease ends by itself.
 
-A lease is a sequence of numbered objects, `LEASE/00000017`, each created only if absent. The owner is who created the
-highest number. To renew, to take over and to release is to create the next number, which one process alone can do; then
-the numbers before it are deleted. A process that was asleep meanwhile may still create a number that was deleted, so it
-looks again afterwards: a higher one is another's.
+A lease is a sequence of numbered objects, `LEASE/00000017`, each created only if absent. The creator of the highest
+number owns the lease. To renew, to take over and to release is to create the next number, which only one process can
+do; then the numbers before it are deleted. A process that was suspended meanwhile may still create a number that was
+deleted, so it looks again afterwards: if there is a higher one, another process owns the lease.
 
-Clocks are not compared. Whoever meets a lease watches it: a number that rises is renewed, one that stays for
-LEASE_SECONDS is dead.
+Clocks are not compared. A process that finds a lease watches it: if the number rises, the owner is alive; if it stays
+for LEASE_SECONDS, the owner is dead.
 """
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -46,9 +47,10 @@ class Lease:
             ValueError: another process, named in the message, renews it.
         """
         self._workdir, self._folder = workdir, workdir / "LEASE"
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        self._owner = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        self._renewed = 0.0
+        """Time at which the last successful renewal was sent: the object is not older."""
         self._number = self._acquire()
-        self._renewed = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -61,6 +63,7 @@ class Lease:
                 continue
             if owner != RELEASED and not self._is_dead(number, owner):
                 raise ValueError(f"{self._workdir} is in use by {_name(owner)}; wait for it, or take another --workdir")
+            self._renewed = time.monotonic()
             if self._create(number + 1, self._owner):
                 return number + 1
 
@@ -75,10 +78,14 @@ class Lease:
 
     def _is_dead(self, number: int, owner: dict[str, Any]) -> bool:
         """Return whether a lease has ended, after watching it for as long as that takes to tell."""
-        if owner["host"] == socket.gethostname() and not runs_here(owner["pid"]):
+        if owner.get("machine") == machine() and not runs_here(owner["pid"]):
             say(f"{self._workdir}: {_name(owner)} was killed; this process takes over its lease", "yellow")
             return True
-        say(f"{self._workdir}: {_name(owner)} has a lease; is it renewed within {LEASE_SECONDS:.0f} s?", "yellow")
+        say(
+            f"{self._workdir} is held by {_name(owner)}; waits up to {LEASE_SECONDS:.0f} s to see whether the lease is "
+            "renewed",
+            "yellow",
+        )
         end = time.monotonic() + LEASE_SECONDS
         while time.monotonic() < end:
             time.sleep(min(LEASE_SECONDS / RENEWALS / 4, 2.0))
@@ -102,15 +109,25 @@ class Lease:
         return True
 
     def _renew(self) -> None:
-        """Renew the lease. End the process if that is not possible: another one may write to the workdir."""
-        while not self._closed.wait(LEASE_SECONDS / RENEWALS):
+        """Renew the lease. End the process if that does not succeed in time: another one may write to the workdir."""
+        interval, reason = LEASE_SECONDS / RENEWALS, f"the lease of {self._workdir} can't be renewed"
+        while not self._closed.wait(interval):
+            sent = time.monotonic()
+            deadline = self._renewed + LEASE_SECONDS - interval
+            # A request that hangs must not delay the end. After a suspension, which may have been longer, the request
+            # itself tells whether another process has taken over.
+            timer = threading.Timer(max(deadline - sent, interval), _end, [f"{reason} in time"])
+            timer.daemon = True
+            timer.start()
             try:
                 if not self._create(self._number + 1, self._owner):
                     _end(f"another process has taken over the lease of {self._workdir}")
-                self._number, self._renewed = self._number + 1, time.monotonic()
+                self._number, self._renewed = self._number + 1, sent
             except Exception as error:
-                if time.monotonic() - self._renewed > LEASE_SECONDS * (1 - 1 / RENEWALS):
-                    _end(f"the lease of {self._workdir} can't be renewed: {bucket.explain(error) or error}")
+                if time.monotonic() > deadline:
+                    _end(f"{reason}: {bucket.explain(error) or error}")
+            finally:
+                timer.cancel()
 
     def close(self) -> None:
         """Release the lease."""
@@ -135,11 +152,23 @@ def _name(owner: dict[str, Any]) -> str:
     return f"{owner['host']} pid {owner['pid']}"
 
 
+@functools.cache
+def machine() -> str:
+    """Return a name of the PID namespace of this process: elsewhere, such as in another container, a PID means
+    nothing."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}-{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:  # not on Linux
+        return socket.gethostname()
+
+
 def runs_here(pid: int) -> bool:
+    """Return whether a process of this PID namespace is running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # of another user
+        pass
     return True

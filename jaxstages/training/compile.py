@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxstages.models.losses import cross_entropy_loss, kl_sum
 from jaxstages.models.select import global_norm, limit_memory
 from jaxstages.models.sharding import shardings_of
+from jaxstages.runtime import multihost
 from jaxstages.runtime.console import say
 from jaxstages.training.optimizer import path_matches
 from jaxstages.training.program import Program
@@ -41,8 +42,11 @@ def compile_step(program: Program, base: Any = (), reference: Params | None = No
         base: frozen parameters beside the stage's adapters.
         reference: parameters of the parent, for the anchor.
     """
-    device, remat = program.mesh.devices.flat[0], program.config.loop.remat
-    policies, limit = (REMAT_ORDER, _memory_limit(device)) if remat == "auto" else ((remat,), 0)
+    device, remat = program.mesh.local_devices[0], program.config.loop.remat
+    policies, limit = (remat,), 0
+    if remat == "auto":  # all processes have to choose the same program
+        limits = multihost.gather_floats({"limit": float(_memory_limit(device))})["limit"]
+        policies, limit = REMAT_ORDER, int(min(limits))
 
     policy, (step, jitted), compiled = first_that_fits(program, policies, MEMORY_FRACTION * limit)
     if remat == "auto":

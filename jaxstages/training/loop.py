@@ -290,9 +290,12 @@ class Loop:
         return stops
 
     def _evaluate_start(self, state: TrainState) -> None:
-        """Evaluate the initial parameters of the stage."""
+        """Evaluate the initial parameters of the stage; their answers only if `early_stopping.within` compares them."""
+        own = {prefix: names for prefix, names in self._training.scores.items() if not prefix.startswith("watch/")}
+        scores = tuple(prefix + name for prefix, names in own.items() for name in names)
+        needs_answers = any(name.startswith(scores) for name, _ in self._training.config.early_stopping.within)
         try:
-            report = self._report(state.params, False)
+            report = self._report(state.params, needs_answers)
         except EvaluationInterrupted:
             raise Interrupted(f"{self._training.name}: interrupted before its first step; start it again") from None
         self.progress.start = {name: plain(value) for name, value in report.metrics.items()}
@@ -407,7 +410,8 @@ class Loop:
         else:
             self._report_skipped(step, values)
         self.progress.tokens += int(values["tokens"])
-        self._clock_tokens += int(values["tokens"])
+        if step > self._first + 1:  # the clock starts after the first step, which compiles
+            self._clock_tokens += int(values["tokens"])
         if step % self._config.log_every == 0 or step == self._config.steps:
             self._log_train(step, values)
 
@@ -417,7 +421,7 @@ class Loop:
         self.progress.seconds += seconds
         interval = self.progress.interval
         weight = interval["weight"] or math.nan  # NaN, logged as null, if no step of the interval was applied
-        loss, rate = interval["nll"] / weight, self._clock_tokens / seconds
+        loss, rate = interval["nll"] / weight, self._clock_tokens / seconds if self._clock_tokens else math.nan
         # A skipped step does not advance the step count of the optimizer.
         learning_rate = float(np.asarray(training.schedule(step - int(values["skipped"] + values["applied"]))))
         line = {

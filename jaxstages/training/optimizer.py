@@ -29,6 +29,7 @@ from optax import contrib
 
 from jaxstages.config.optimizer import OptimConfig, ScheduleConfig
 from jaxstages.config.parts import Makes
+from jaxstages.models.lora_layer import ADAPTER
 from jaxstages.models.select import global_norm
 from jaxstages.types import Params
 
@@ -83,11 +84,19 @@ def path_of(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _paths_of(path: Any) -> tuple[str, ...]:
+    """Return the paths by which patterns can name a parameter: an adapter also goes by that of its matrix."""
+    own = path_of(path)
+    parent, _, leaf = own.rpartition("/")
+    return (own, f"{parent}/kernel") if leaf in ADAPTER else (own,)
+
+
 def path_matches(patterns: tuple[str, ...], params: Params) -> Params:
-    """Return a tree of bools: whether the path of each parameter contains a match of one of the regular expressions."""
+    """Return a tree of bools: whether a path of each parameter contains a match of one of the regular expressions. An
+    adapter also goes by the path of its matrix."""
 
     def matches(path: Any, _: Any) -> bool:
-        return any(re.search(pattern, path_of(path)) for pattern in patterns)
+        return any(re.search(pattern, name) for pattern in patterns for name in _paths_of(path))
 
     return jax.tree_util.tree_map_with_path(matches, params)
 
@@ -298,6 +307,8 @@ def _rates(config: OptimConfig, params: Params) -> Params:
     """Return a tree of floats, the learning-rate factor of each parameter: the first match in `config.rates`, or 1."""
 
     def rate(path: Any, _: Any) -> float:
-        return next((float(factor) for pattern, factor in config.rates if re.search(pattern, path_of(path))), 1.0)
+        names = _paths_of(path)
+        matching = (float(rate) for pattern, rate in config.rates if any(re.search(pattern, name) for name in names))
+        return next(matching, 1.0)
 
     return jax.tree_util.tree_map_with_path(rate, params)

@@ -157,7 +157,7 @@ def open_stage(
                 batches=_batches(setup, initial),
                 evaluate=evaluate,
                 scores={each.prefix: [*map(metric_name, each.config.metrics)] for each in setup.data.evaluation_sets},
-                allowed=lambda metrics, start: _within(setup.config, metrics, start),
+                allowed=lambda metrics, start: _within(setup, metrics, start),
                 schedule=setup.program.schedule,
                 meta=_meta(setup, initial),
                 checkpoints=checkpoints,
@@ -271,12 +271,13 @@ def _reference(initial: InitialState) -> Params | None:
     return None if initial.anchor is None else initial.anchor.reference
 
 
-def _within(config: recipes.StageConfig, metrics: Metrics, start: Mapping[str, Any]) -> bool:
+def _within(setup: StageSetup, metrics: Metrics, start: Mapping[str, Any]) -> bool:
     """Whether every condition of `early_stopping.within` holds: no such metric is worse by more than its limit."""
-    for name, limit in config.early_stopping.within:
+    known = [metric for each in setup.data.evaluation_sets for metric in each.config.metrics]
+    for name, limit in setup.config.early_stopping.within:
         before = start.get(name)  # absent from runs that began before there was a watch
         change = metrics[name] - (math.nan if before is None else before)
-        if not (-change if higher_is_better(name, config.evaluation.metrics) else change) <= limit:
+        if not (-change if higher_is_better(name, known) else change) <= limit:
             return False
     return True
 

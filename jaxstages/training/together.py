@@ -8,6 +8,7 @@ Legend: T runs.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,11 @@ from jaxstages.config import Recipe
 from jaxstages.models.select import limit_memory
 from jaxstages.runtime.signals import Stop
 from jaxstages.training.compile import abstract_batch, compiler_options, make_step
+from jaxstages.training.loop import COMPILING
 from jaxstages.training.optimizer import make_optimizer
 from jaxstages.training.program import Program
 from jaxstages.training.setup import StageSetup
-from jaxstages.training.stage import RunOptions, open_stage
+from jaxstages.training.stage import OpenStage, RunOptions, open_stage
 from jaxstages.types import Batch, Diverged, Interrupted, Sums, TrainState
 
 FREE = ("schedule.peak_lr", "schedule.end_factor", "beta1", "beta2", "weight_decay", "muon_lr_factor")
@@ -36,7 +38,7 @@ Numbers = dict[str, np.ndarray]
 """Field -> value of each run [T]."""
 
 TogetherStep = Callable[..., tuple[Sequence[TrainState], Sequence[Sums]]]
-"""`step(states, batches) -> (states, sums)`, each a sequence with an item a run. The states are donated."""
+"""`step(states, batches) -> (states, sums)`, each a sequence with an item per run. The states are donated."""
 
 
 # The stages -------------------------------------------------------------------------------------------------------
@@ -86,7 +88,8 @@ def train_together(setups: Sequence[StageSetup], signals: Stop) -> list[dict[str
         ValueError: the runs can't be trained together.
     """
     check_together([setup.recipe for setup in setups], setups[0].name)
-    runs = [_in_turns(setup, signals) for setup in setups]
+    opened: dict[int, OpenStage] = {}
+    runs = [_in_turns(setup, signals, functools.partial(opened.__setitem__, i)) for i, setup in enumerate(setups)]
     waiting: dict[int, tuple[TrainState, Batch]] = {}
     outcomes: list[dict[str, Any] | Exception | None] = [None] * len(runs)
 
@@ -109,6 +112,7 @@ def train_together(setups: Sequence[StageSetup], signals: Stop) -> list[dict[str
         for device in dict.fromkeys(devices[index] for index in waiting):
             active = {index: run for index, run in waiting.items() if devices[index] == device}
             if device not in groups or groups[device].too_large_for(active):
+                opened[next(iter(active))].training.heartbeat(COMPILING)  # the watchdog's timer is that of all runs
                 groups[device] = _Group(setups, active)
             results |= groups[device].step(active)
         # Only now does anything wait for a result: by then all devices are at work.
@@ -145,13 +149,17 @@ class _Group:
 
 
 def _in_turns(
-    setup: StageSetup, signals: Stop
+    setup: StageSetup, signals: Stop, on_open: Callable[[OpenStage], None]
 ) -> Generator[tuple[TrainState, Batch], tuple[TrainState, Sums], dict[str, Any] | None]:
     """Train a stage whose steps are computed by the caller.
 
     Yields the state and batch of a step, receives its results, and returns the result of the stage.
+
+    Args:
+        on_open: called with the stage when its files are open.
     """
     with open_stage(setup, RunOptions(), contextlib.nullcontext(Stop(signals.poll))) as stage:
+        on_open(stage)
         state, step = stage.initial.state, stage.step
         if not stage.loop.begin(state, step, stage.last):
             for (batch,) in stage.loop.batches():

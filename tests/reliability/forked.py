@@ -5,7 +5,6 @@ in that nothing can happen to it while it imports, and that variables which JAX 
 the server. Tests that kill at any instant start theirs by `python`.
 """
 
-import atexit
 import contextlib
 import faulthandler
 import multiprocessing
@@ -64,7 +63,4 @@ def _run(words: list[str], environment: dict[str, str], log: str) -> None:
 
     from tests.reliability.child import main
 
-    try:
-        main()
-    finally:  # multiprocessing leaves these out
-        atexit._run_exitfuncs()
+    main()

@@ -10,7 +10,9 @@ from jaxstages.generation.serving.protocol import Request
 from jaxstages.generation.serving.served_model import ServedModel
 from jaxstages.generation.text_stream import TextStream
 
-TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+CALL_BEGIN = "<tool_call>"
+
+TOOL_CALL = re.compile(CALL_BEGIN + r"\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 """Format of the calls of Hermes and Qwen."""
 
 
@@ -36,7 +38,8 @@ class Choice:
         self.tokens: list[NewToken] = []
         self.tool_calls: list[dict[str, Any]] = []
         self._request = request
-        self._stream = TextStream(request.model.tokenizer.decode, request.stops)
+        held_from = (CALL_BEGIN,) if request.has_tools else ()
+        self._stream = TextStream(request.model.tokenizer.decode, request.stops, held_from)
 
     @property
     def text(self) -> str:
@@ -46,8 +49,9 @@ class Choice:
         """Add tokens, up to a stop string."""
         parts: list[str] = []
         used: list[NewToken] = []
-        # One by one, if a stop string may end the choice in the middle; each call decodes the whole text.
-        for group in [[token] for token in tokens] if self._request.stops else [tokens]:
+        # One by one only if a stop string ends the choice in the middle: each call decodes the whole text.
+        ends = bool(self._request.stops) and self._stream.would_end([token.id for token in tokens])
+        for group in [[token] for token in tokens] if ends else [tokens]:
             parts.append(self._stream.feed([token.id for token in group]))
             used += group
             if self._stream.ended:
@@ -60,7 +64,8 @@ class Choice:
         if reason == "stop" and self._request.has_tools:
             self.tool_calls = _tool_calls(self.text)
             self.finish_reason = "tool_calls" if self.tool_calls else reason
-        return Piece("".join(parts), used, self.finish_reason)
+        text = "".join(parts)
+        return Piece(text.partition(CALL_BEGIN)[0] if self.tool_calls else text, used, self.finish_reason)
 
 
 def _tool_calls(text: str) -> list[dict[str, Any]]:

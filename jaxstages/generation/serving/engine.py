@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -119,7 +119,7 @@ class Engine:
         self._init_cache = jax.jit(decoder.init_cache, static_argnums=(0, 1))
         self._params = jax.jit(decoder.prepare)(params)
 
-        self.context, self.num_slots, self._num_drafts = context, num_slots, num_drafts
+        self.context, self.num_slots, self._num_drafts = context, num_slots, min(num_drafts, context - 1)
         self._chunks = [size for size in CHUNKS if size <= context] or [context]
         self._row_counts = sorted({min(4**power, num_slots) for power in range(num_slots.bit_length())})
         self._step_seconds = CALL_SECONDS
@@ -129,8 +129,8 @@ class Engine:
 
     def reset(self) -> None:
         """Forget all answers and texts."""
-        # Drafts are read beyond the end of the context.
-        self._cache = self._init_cache(self.num_slots, self.context + self._num_drafts)
+        self._cache: Any = None  # there may be no room for two
+        self._cache = self._init_cache(self.num_slots, self.context)
         self.slots = [Slot(index) for index in range(self.num_slots)]
 
     @property
@@ -197,7 +197,9 @@ class Engine:
     def _extend_answers(self, ready: list[Slot]) -> None:
         started = time.monotonic()
         is_alone = len(ready) == 1
-        draft = look_up_draft(ready[0].text, self._num_drafts) if is_alone and self._wants_draft() else None
+        has_room = len(ready[0].text) + self._num_drafts <= self.context  # a model knows no position beyond it
+        wants_draft = is_alone and has_room and self._wants_draft()
+        draft = look_up_draft(ready[0].text, self._num_drafts) if wants_draft else None
         if draft is not None:
             rows, drafts_RD = ready, np.asarray([draft], np.int32)
         else:

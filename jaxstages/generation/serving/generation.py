@@ -10,11 +10,11 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from jaxstages.generation.serving.choices import Choice, Piece, chat_logprobs, completion_logprobs
+from jaxstages.generation.serving.choices import CALL_BEGIN, Choice, Piece, chat_logprobs, completion_logprobs
 from jaxstages.generation.serving.engine import Answer, NewToken
 from jaxstages.generation.serving.metrics import ServerMetrics
 from jaxstages.generation.serving.protocol import ApiError, Request
-from jaxstages.generation.serving.scheduler import QueueFull, Scheduler
+from jaxstages.generation.serving.scheduler import QueueFull, Scheduler, Stopped
 
 CLIENT_CLOSED = 499
 """Status by which a request is counted whose client went away (nginx's)."""
@@ -43,11 +43,18 @@ class Generation:
         prompts = [prompt for prompt in request.prompts for _ in range(request.n)]
         self._choices = [Choice(request, index, len(prompt)) for index, prompt in enumerate(prompts)]
         self._answers = [self._make_answer(index, prompt) for index, prompt in enumerate(prompts)]
+        most = scheduler.capacity(request.model.name)
+        if len(prompts) > most:
+            metrics.count_request(request.model.name, 400)
+            raise ApiError(400, f"the request asks for {len(prompts)} answers; this server takes at most {most}", "n")
         try:
             scheduler.submit(request.model.name, self._answers)
         except QueueFull as error:
-            self._count(429)
+            metrics.count_request(request.model.name, 429)
             raise ApiError(429, "too many requests wait; try again later", code="queue_full") from error
+        except Stopped as error:
+            metrics.count_request(request.model.name, 503)
+            raise ApiError(503, "the model has stopped after an error; restart the server") from error
 
     def _make_answer(self, index: int, prompt: list[int]) -> Answer:
         loop, request = asyncio.get_running_loop(), self._request
@@ -144,7 +151,8 @@ class Generation:
             return {"text": choice.text, **common, "logprobs": log_probs}
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.tool_calls:
-            message |= {"content": None, "tool_calls": choice.tool_calls}
+            text = choice.text.partition(CALL_BEGIN)[0].strip()
+            message |= {"content": text or None, "tool_calls": choice.tool_calls}
         log_probs = chat_logprobs(request.model, choice.tokens) if wants_log_probs else None
         return {"message": message, **common, "logprobs": log_probs}
 

@@ -22,6 +22,9 @@ from jaxstages.generation.serving.served_model import ServedModel
 COMPLETION_TOKENS = 16
 """Default `max_tokens` of a completion; a chat answer may fill the context."""
 
+MAX_MESSAGES = 256
+"""Messages of a chat. A template is rendered up to three times for each answer among them."""
+
 MAX_CHOICES = 16
 """Most answers to one request: `n` times the number of prompts."""
 
@@ -136,8 +139,10 @@ def parse_chat(content: dict[str, Any], models: Mapping[str, ServedModel]) -> Re
     tools = content.get("tools") if content.get("tool_choice") != "none" else None
     try:
         messages, tools = read_prompt(content.get("messages", []), tools)
+        if len(messages) > MAX_MESSAGES:
+            raise ValueError(f"there are {len(messages)} messages; at most {MAX_MESSAGES} are answered")
         prompt = model.chat.prompt(messages, tools)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ApiError(400, str(error), "messages") from error
 
     alternatives = None
@@ -292,7 +297,11 @@ def _boolean(content: dict[str, Any], name: str) -> bool:
 
 def _number(content: dict[str, Any], name: str, default: float) -> float:
     value = content.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        is_number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        is_number = False
+    if not is_number:
         raise ApiError(400, f"{name} must be a number", name)
     return float(value)
 

@@ -8,6 +8,10 @@ from jaxstages.generation.serving.engine import Answer, Engine
 from jaxstages.runtime.console import warn
 
 
+class Stopped(Exception):
+    """The scheduler's thread has ended."""
+
+
 class QueueFull(Exception):
     """As many answers wait as the scheduler accepts."""
 
@@ -50,7 +54,14 @@ class Scheduler:
         return sum(len(engine.answers) for engine in self.engines.values())
 
     def submit(self, name: str, answers: list[Answer]) -> None:
-        """Queue answers for an engine, all or none. Raises QueueFull if there are too many."""
+        """Queue answers for an engine, all or none.
+
+        Raises:
+            QueueFull: there are too many.
+            Stopped: the thread has ended after an error.
+        """
+        if not self.is_running:
+            raise Stopped
         engine = self.engines[name]
         with self._changed:
             for waiting in self._waiting.values():
@@ -62,7 +73,20 @@ class Scheduler:
             self._waiting[name].extend(answers)
             self._changed.notify()
 
+    def capacity(self, name: str) -> int:
+        """Return the largest number of answers that can be queued at once."""
+        return self.engines[name].num_slots + self._max_waiting
+
     def _run(self) -> None:
+        try:
+            self._advance_all()
+        finally:  # also after an error for which there is no remedy: nobody must wait for an answer
+            with self._changed:
+                left = [answer for waiting in self._waiting.values() for answer in waiting]
+            for answer in (*left, *(answer for engine in self.engines.values() for answer in engine.answers)):
+                answer.on_tokens([], "error")
+
+    def _advance_all(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self.num_waiting or self.num_busy)
@@ -82,9 +106,9 @@ class Scheduler:
         except Exception as error:  # out of memory, for example: the answers under way fail, the server goes on
             warn(f"{name}: {type(error).__name__}: {error}")
             failed = {*engine.answers, *([joining] if joining is not None else [])}
-            engine.reset()
             for answer in failed:
                 answer.on_tokens([], "error")
+            engine.reset()
 
     def _next(self, name: str) -> Answer | None:
         """Take the next answer that waits; None if there is none."""

@@ -36,6 +36,8 @@ class ServedModel:
         return self.engine.context
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        if self.task == "chat" and self.chat is not None:  # one that is already made
+            return [self.chat.prompt([{"role": "user", "content": text}], None) for text in texts]
         return encode_prompts(self.task, self.tokenizer, texts)
 
     @functools.cached_property
