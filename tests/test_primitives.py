@@ -323,6 +323,20 @@ def test_attention_equals_its_reference(spec: AttentionSpec) -> None:
     close(output_and_gradients(cpu.OPS), output_and_gradients(REFERENCE), 5e-6)
 
 
+def test_an_accelerator_decodes_with_kernels_in_the_dtype_of_the_model() -> None:
+    kernel, scale = normal(0, 6, 4), jnp.ones(6)
+    experts = {"router": normal(1, 6, 2)} | dict.fromkeys(("gate", "up", "down"), normal(2, 2, 6, 4))
+    adapted = {"kernel": kernel, "lora_a": normal(3, 6, 1)}
+    layer = {"query": {"kernel": kernel, "bias": scale}, "key": adapted, "norm": {"scale": scale}, "experts": experts}
+    dtypes = jax.tree.map(lambda x: x.dtype.name, ACCELERATOR.prepare_decode(layer, jnp.bfloat16))
+    assert dtypes == {
+        "query": {"kernel": "bfloat16", "bias": "float32"},
+        "key": {"kernel": "float32", "lora_a": "float32"},
+        "norm": {"scale": "float32"},
+        "experts": {"router": "float32", "gate": "bfloat16", "up": "bfloat16", "down": "bfloat16"},
+    }
+
+
 def test_a_prepared_layer_decodes_to_the_same_numbers() -> None:
     """CPU transposes kernels, and leaves those that have an adapter."""
     kernel, bias = normal(0, 6, 2, 4), normal(1, 2, 4)

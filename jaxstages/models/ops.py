@@ -218,6 +218,17 @@ def prepare_decode(params: Params, dtype: Any) -> Params:
     return params
 
 
+def cast_kernels(params: Any, dtype: Any) -> Any:
+    """Cast the kernels of a layer, as the layer would before each product. A kernel with an adapter next to it, a
+    router, biases and the scales of norms stay as they are."""
+    if not isinstance(params, dict):
+        return params
+    cast: set[str] = {"gate", "up", "down"} if "router" in params else set()
+    if params.keys() - {"bias"} == {"kernel"}:
+        cast = {"kernel"}
+    return {name: leaf.astype(dtype) if name in cast else cast_kernels(leaf, dtype) for name, leaf in params.items()}
+
+
 REFERENCE = Ops(
     linear=linear,
     norm=norm,

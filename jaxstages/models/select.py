@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxstages.models.attention import Attend
 from jaxstages.models.fused_cross_entropy import Form, make_loss_head
-from jaxstages.models.ops import REFERENCE, Ops
+from jaxstages.models.ops import REFERENCE, Ops, cast_kernels
 from jaxstages.models.spmd import sharded
 from jaxstages.types import SINGLE_DEVICE, ShardingHooks
 
@@ -21,8 +21,10 @@ ACCELERATOR = REFERENCE._replace(
     norm=jax.checkpoint(REFERENCE.norm, static_argnums=(2, 3)),
     activation=jax.checkpoint(REFERENCE.activation, static_argnums=(0,)),
     loss_head=make_loss_head(Form()),
+    prepare_decode=cast_kernels,
 )
-"""The reference with less memory: norms and activations keep only their input for the backward pass."""
+"""The reference with less memory: norms and activations keep only their input for the backward pass, and decoding has
+its kernels in the model's dtype."""
 
 
 def select_ops(

@@ -183,10 +183,13 @@ def make_model(
 
     def prepare(params: Params) -> Params:
         prepare_layer, dtype = single_device.ops.prepare_decode, jnp.dtype(config.dtype)
-        parts = unstack(params, config.layers)
-        return {
-            name: prepare_layer(part, dtype) if name.startswith("layers_") else part for name, part in parts.items()
-        }
+
+        def prepare_part(name: str, part: Any) -> Any:
+            if name in ("embedding", "head", "position_embedding"):
+                return part.astype(dtype)
+            return prepare_layer(part, dtype) if name.startswith("layers_") else part
+
+        return {name: prepare_part(name, part) for name, part in unstack(params, config.layers).items()}
 
     def decode(params: Params, tokens_BL: Array, positions_BL: Array, caches: Any) -> tuple[HiddenAndHead, Any]:
         # Flax's type also includes the variables that `mutable` would return.
