@@ -423,7 +423,8 @@ def test_a_condition_on_a_score_of_the_stage_itself(finished: tuple[Recipe, Path
     shutil.rmtree(work / "instruct")
     recipe.finetune.evaluation.metrics = ("exact_match",)
     recipe.finetune.early_stopping.within = (("exact_match", 100.0),)
-    assert train(recipe, work, "finetune")["best_step"] > 0
+    assert train(recipe, work, "finetune")
+    assert read_json(work / "finetune" / "result.json")["best_step"] > 0
 
 
 def test_the_average_is_handed_on_where_it_is_better(

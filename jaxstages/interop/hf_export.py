@@ -274,11 +274,10 @@ def tokenizer_json(setup: StageSetup, stage: str) -> dict[str, Any]:
     """Return the tokenizer.json of the run, or of the imported folder without the tokens that later stages need."""
     file = tokenizer_file(setup.workdir)
     imported = source_folder(setup.workdir) / file.name
-    content = read_json(imported if stage == recipes.IMPORT and imported.is_file() else file)
-    if stage == recipes.IMPORT:  # one that was made of a SentencePiece file has tokens of later stages
-        rows = exported_rows(setup, stage)
-        content["added_tokens"] = [token for token in content.get("added_tokens", []) if token["id"] < rows]
-    return content
+    if stage != recipes.IMPORT or imported.is_file():
+        return read_json(imported if stage == recipes.IMPORT else file)
+    content, rows = read_json(file), exported_rows(setup, stage)  # made of a SentencePiece file
+    return content | {"added_tokens": [token for token in content["added_tokens"] if token["id"] < rows]}
 
 
 def chat_template(setup: StageSetup, stage: str) -> Any:

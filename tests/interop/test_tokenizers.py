@@ -4,10 +4,12 @@ Runs where the extra `parity` is installed.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -23,13 +25,21 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TEXT = "Ann likes red. Bob likes blue, and grey is a colour."
 
 
-def exported(tokenizer: Tokenizer, workdir: Path, stage: str) -> Any:
-    """As transformers loads it."""
+def exported(tokenizer: Tokenizer, workdir: Path, stage: str, new_tokens: Sequence[str] = ()) -> Any:
+    """As transformers loads it.
+
+    Args:
+        new_tokens: tokens that the import has added.
+    """
     from transformers import AutoTokenizer
 
     folder = workdir / "out"
     folder.mkdir()
-    setup: Any = SimpleNamespace(workdir=workdir, data=SimpleNamespace(tokenizer=tokenizer))
+    (workdir / "import").mkdir(exist_ok=True)
+    (workdir / "import" / "result.json").write_text(json.dumps({"source": {"new_tokens": [*new_tokens]}}))
+    program = SimpleNamespace(abstract_params={"embedding": np.zeros((tokenizer.vocab_size, 1))})
+    data = SimpleNamespace(tokenizer=tokenizer)
+    setup: Any = SimpleNamespace(workdir=workdir, folder=workdir / "import", data=data, program=program)
     hf_export._write_tokenizer(setup, stage, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return AutoTokenizer.from_pretrained(folder)
@@ -93,3 +103,14 @@ def test_a_post_processor_counts_and_not_add_bos_token(
         for left in (tmp_path / "out").iterdir():
             left.unlink()
         (tmp_path / "out").rmdir()
+
+
+def test_an_import_is_exported_without_the_tokens_of_later_stages(tmp_path: Path) -> None:
+    """Its embedding has no rows for them."""
+    file, path = foreign(tmp_path / "theirs", False, None), tmp_path / "tokenizer" / "tokenizer.json"
+    path.parent.mkdir()
+    ours = make_tokenizer(TokenizerConfig(kind="file", path=str(file)), iter(()), path, {"seq2seq"})
+    size = len(json.loads(file.read_text())["model"]["vocab"])
+    new_tokens = [text for text in ours.backend.get_vocab() if ours.backend.token_to_id(text) >= size]
+    assert new_tokens
+    assert len(exported(ours, tmp_path, "import", new_tokens)) == size
