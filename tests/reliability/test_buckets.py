@@ -130,7 +130,8 @@ def test_requests_that_fail(
     work, proxy, codes = in_bucket(tmp_path / f"rate{rate}"), emulator.start(), Counter()
     with emulator.failing(proxy, rate, seed=round(100 * rate)):
         for _ in range(20):
-            child = short.start(work)
+            # A renewal may take several tries with a pause between them: 3 s are too short for that.
+            child = short.start(work, JAXSTAGES_LEASE_SECONDS="60")
             code = child.wait(600)
             codes[code] += 1
             if code == 0:
