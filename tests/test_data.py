@@ -192,7 +192,7 @@ def test_best_fit_loses_nothing_and_never_overflows(lengths: list[int]) -> None:
 
 
 def test_best_fit_limits_the_examples_of_a_row() -> None:
-    assert best_fit([1] * 7, 10, most=3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert best_fit([1] * 7, 10, max_examples=3) == [[0, 1, 2], [3, 4, 5], [6]]
     assert best_fit([1] * 7, 10) == [[*range(7)]]
 
 

@@ -69,7 +69,7 @@ BEGINS, WRITTEN = "begins.json", "written.json"
 """Files in the scratch folder: the orders of the shards' first items; the parts with near-duplicates."""
 
 STORAGE_ERRORS = r"\[Errno|\b(gcsfs|botocore|aiohttp|requests|google)\.[\w.]+: "
-"""How errors of a disk or a bucket begin in the text that a runner passes on."""
+"""Pattern of disk and bucket errors in the error message of a runner."""
 
 ITEM_CODER = beam.coders.PickleCoder()
 """A malformed item may have half a surrogate pair, which Beam's coder of text refuses."""

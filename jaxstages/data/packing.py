@@ -10,14 +10,14 @@ FIELDS = 5
 """A row on disk is int32 [5, L]: the fields of `Batch` in their order, weights as the bits of float32."""
 
 
-def best_fit(lengths: Sequence[int], space: int, most: int = 0) -> list[list[int]]:
+def best_fit(lengths: Sequence[int], space: int, max_examples: int = 0) -> list[list[int]]:
     """Assign examples to rows: longest first, each to the row where it leaves the least space (best-fit decreasing).
 
     | lengths 5 3 2 2, space 7 | rows [0, 2], [1, 3] |
     |                          | 5+2=7 and 3+2=5     |
 
     Args:
-        most: the largest number of examples in a row; 0 is no limit.
+        max_examples: the largest number of examples in a row; 0 is no limit.
 
     Takes O(n log n) for the sort, then constant time per example: `by_space[s]` lists the rows with s slots left, and
     bit s of `free` is set if there are any.
@@ -42,7 +42,7 @@ def best_fit(lengths: Sequence[int], space: int, most: int = 0) -> list[list[int
             left, row = space, len(rows)
             rows.append([])
         rows[row].append(i)
-        if len(rows[row]) == most:  # not offered again
+        if len(rows[row]) == max_examples:  # not offered again
             continue
         by_space[left - need].append(row)
         free |= 1 << (left - need)
@@ -72,11 +72,11 @@ def lay_out(examples: Sequence[Example], length: int) -> np.ndarray:
     return row
 
 
-def pack(examples: Sequence[Example], length: int, most: int = 0) -> tuple[list[np.ndarray], list[list[int]]]:
+def pack(examples: Sequence[Example], length: int, max_examples: int = 0) -> tuple[list[np.ndarray], list[list[int]]]:
     """Pack examples into rows of `length` slots. Returns the rows, and the indices of the examples in each.
 
     Args:
-        most: see `best_fit`.
+        max_examples: see `best_fit`.
     """
-    groups = best_fit([len(example.ids) - 1 for example in examples], length, most)
+    groups = best_fit([len(example.ids) - 1 for example in examples], length, max_examples)
     return [lay_out([examples[i] for i in group], length) for group in groups], groups

@@ -180,16 +180,16 @@ def generated_folder(cache: Path, key: list[Any]) -> Path:
 
 
 def write_generated(
-    folder: Path, name: str, examples: list[Example], tokenizer: Tokenizer, context: int, most: int
+    folder: Path, name: str, examples: list[Example], tokenizer: Tokenizer, context: int, max_examples: int
 ) -> None:
-    """Pack generated examples into a cache of one shard, at most `most` into a row."""
+    """Pack generated examples into a cache of one shard, at most `max_examples` into a row."""
     spec = RowSpec("train", DataConfig(task="lm"), tokenizer, context)
     statistics = {"bad": 0, "bad_named": [], "cut_examples": 0, "cut_tokens": 0, "questions": [], "unread": {}}
     statistics |= {"records": len(examples)}
     origins = [f"{name}:{number}" for number in range(1, len(examples) + 1)]
 
     def write(folder: Path) -> None:
-        write_examples(folder, 0, examples, origins, spec, statistics, most)
+        write_examples(folder, 0, examples, origins, spec, statistics, max_examples)
         write_json(folder / "index.json", _summarize(folder, 1, name, spec))
 
     _complete(folder, write)

@@ -116,7 +116,7 @@ def _has_version(copy: Path, version: dict[str, str]) -> bool:
 def _is_current(copy: Path, info: dict[str, Any]) -> bool:
     """Return whether a copy is that of the remote file now. Without a version nobody can tell."""
     version = _version(info)
-    return version.keys() != {"size"} and bool(version) and _has_version(copy, version)
+    return bool(version.keys() - {"size"}) and _has_version(copy, version)
 
 
 def _download(fs: Any, address: str, copy: Path, info: dict[str, Any]) -> None:

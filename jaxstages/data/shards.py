@@ -228,16 +228,16 @@ def write_examples(
     origins: list[str],
     spec: RowSpec,
     statistics: dict[str, Any],
-    most: int = 0,
+    max_examples: int = 0,
 ) -> None:
     """Pack examples into the rows of a shard.
 
     Args:
         origins: record, `file:line`, of each example.
-        most: the largest number of examples in a row; 0 is no limit.
+        max_examples: the largest number of examples in a row; 0 is no limit.
         statistics: further entries of the shard's JSON, beside the counts of examples, rows and tokens.
     """
-    rows, groups = pack(examples, spec.context, most)
+    rows, groups = pack(examples, spec.context, max_examples)
     temporary = rows_file(folder, shard).with_suffix(".tmp")
     writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one record a group, for random access
     for row in rows:

@@ -39,14 +39,14 @@ def open_anchor(setup: StageSetup, parent: Params, parent_sha256: str) -> Prepar
     """
     config, context, seed = setup.config.anchor, setup.recipe.model.context, setup.recipe.seed
     # The attention was chosen for rows with so many segments.
-    most = max(rows.max_segments() for rows in setup.data.all_rows)
-    key = [parent_sha256, setup.data.tokenizer.sha256, context, config.texts, seed, most]
+    max_examples = max(rows.max_segments() for rows in setup.data.all_rows)
+    key = [parent_sha256, setup.data.tokenizer.sha256, context, config.texts, seed, max_examples]
     folder = generated_folder(cache_folder(setup.recipe, setup.workdir), key)
     if not multihost.broadcast_from_zero(int(multihost.is_process_zero() and open_prepared(folder) is not None)):
         say(f"{setup.name}: the parent generates {config.texts} texts of up to {context} tokens for the anchor", "cyan")
         examples = generate_texts(setup, parent)
         if multihost.is_process_zero():
-            write_generated(folder, f"{setup.name}/anchor", examples, setup.data.tokenizer, context, most)
+            write_generated(folder, f"{setup.name}/anchor", examples, setup.data.tokenizer, context, max_examples)
         multihost.barrier("the anchor's rows are written")
     prepared = open_prepared(folder)
     assert prepared is not None

@@ -43,10 +43,12 @@ class Generation:
         prompts = [prompt for prompt in request.prompts for _ in range(request.n)]
         self._choices = [Choice(request, index, len(prompt)) for index, prompt in enumerate(prompts)]
         self._answers = [self._make_answer(index, prompt) for index, prompt in enumerate(prompts)]
-        most = scheduler.capacity(request.model.name)
-        if len(prompts) > most:
+        capacity = scheduler.capacity(request.model.name)
+        if len(prompts) > capacity:
             metrics.count_request(request.model.name, 400)
-            raise ApiError(400, f"the request asks for {len(prompts)} answers; this server takes at most {most}", "n")
+            raise ApiError(
+                400, f"the request asks for {len(prompts)} answers; this server takes at most {capacity}", "n"
+            )
         try:
             scheduler.submit(request.model.name, self._answers)
         except QueueFull as error:
