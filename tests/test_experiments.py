@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from jaxstages.cli import sweep as driver
 from jaxstages.cli.main import main
 from jaxstages.cli.sweep import PARENTS, Sweep, SweepOptions
 from jaxstages.cli.sweep_flags import parse_sweep
-from jaxstages.config import Recipe
-from jaxstages.experiments.compare import compare, format_table, notes_of, table_of
+from jaxstages.config import Metric, Recipe
+from jaxstages.experiments.compare import compare, format_table, notes_of, row_curve, table_of
 from jaxstages.experiments.runs import Run, find_runs, read_run
 from jaxstages.experiments.sweep import (
     Trial,
@@ -35,9 +36,14 @@ from jaxstages.experiments.sweep import (
 )
 from jaxstages.runtime.signals import Stop
 from jaxstages.types import Interrupted
+from tests.own_parts import first_letter
 from tests.tiny import recipe as tiny_recipe
 
 LR = "finetune.optim.schedule.peak_lr"
+
+
+def length_gap(predictions: Sequence[str], references: Sequence[str]) -> float:
+    return sum(abs(len(p) - len(r)) for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
 def write_run(folder: Path, recipe: Recipe, loss: float, **result: Any) -> Path:
@@ -116,11 +122,66 @@ def test_an_unfinished_run_is_compared_by_its_best_evaluation_so_far(runs: list[
     assert comparison.rows[1].values["loss"].mean == 1.5 and comparison.rows[1].status == ["unfinished"]
     assert math.isnan(comparison.rows[1].tokens.mean)
 
+    # By its own early stopping, and not by the parameters that it began with.
+    lines = [{"step": 0, "kind": "eval", "loss": 0.5}, *unfinished.metrics["finetune"]]
+    lines[-1] = lines[-1] | {"bleu": 10.0}
+    lines[-2] = lines[-2] | {"bleu": 40.0}
+    unfinished = unfinished._replace(metrics=unfinished.metrics | {"finetune": lines})
+    values = compare([runs[0], unfinished], metric="bleu").rows[1].values
+    assert values["loss"].mean == 1.5 and values["bleu"].mean == 10.0
+
+
+def test_a_run_that_has_not_measured_the_metric_is_left_out_by_name(runs: list[Run]) -> None:
+    lines = [{"step": 0, "kind": "eval", "loss": 9.0}]
+    begun = runs[5]._replace(results={}, metrics=runs[5].metrics | {"finetune": lines})
+    comparison = compare([*runs[:5], begun], metric="bleu")
+    assert [len(row.runs) for row in comparison.rows] == [3, 2] and comparison.unmeasured == [begun]
+    assert f"left out: {begun.folder} has not measured bleu yet" in notes_of(comparison)
+    with pytest.raises(ValueError, match="no run has measured rouge; name one of loss, perplexity, bleu"):
+        compare(runs, metric="rouge")
+
+
+def test_a_seed_counts_once_and_a_shared_path_too(runs: list[Run]) -> None:
+    copies = [run._replace(folder=run.folder.with_name("again")) for run in runs[:3]]
+    comparison = compare([*runs[:3], *copies])
+    assert [len(row.runs) for row in comparison.rows] == [3, 3], "not six samples of one recipe"
+    assert comparison.rows[1].difference is not None and comparison.rows[1].difference.test == "equal in 3 seeds"
+    folder = runs[0].folder
+    assert find_runs([str(folder), str(folder.parent / ".." / folder.parent.name / folder.name)]) == [folder]
+
+
+def test_fields_that_no_result_depends_on_are_not_compared(runs: list[Run]) -> None:
+    stopped = copy.deepcopy(runs[1])
+    stopped.recipe["finetune"]["loop"] |= {"stop_after": 100, "keep": 7}
+    assert [len(row.runs) for row in compare([runs[0], stopped, runs[2]]).rows] == [3]
+
+
+def test_a_mean_curve_ends_where_a_seed_ends(runs: list[Run]) -> None:
+    shorter = runs[1]._replace(metrics={"finetune": runs[1].metrics["finetune"][:2]})
+    (row,) = compare([runs[0], shorter, runs[2]]).rows
+    assert {step: len(values) for step, values in row_curve(row, "finetune", "eval", "loss").items()} == {2: 3, 4: 3}
+
+
+def test_a_pattern_leaves_the_parents_of_a_sweep_out(runs: list[Run], tmp_path: Path) -> None:
+    write_run(tmp_path / "sweep/parents/all", tiny_recipe(tmp_path / "data"), 9.0)
+    assert find_runs([f"{tmp_path}/sweep/*"]) == [run.folder for run in sorted(runs, key=lambda run: run.folder)]
+
+
+def test_custom_metrics_have_their_own_direction(tmp_path: Path) -> None:
+    runs = []
+    for seed, loss in enumerate(LOSSES[1e-3]):
+        recipe = changed(tiny_recipe(tmp_path / "data"), seed, 1e-3)
+        recipe.finetune.evaluation.metrics = (first_letter, Metric(length_gap, better="min"))
+        scores = {"loss": loss, "first_letter": 3.0, "length_gap": 1.0, "watch/finetune/first_letter": 2.0}
+        runs.append(read_run(write_run(tmp_path / str(seed), recipe, loss, best=scores)))
+    assert compare(runs, metric="first_letter").higher and compare(runs, metric="watch/finetune/first_letter").higher
+    assert not compare(runs, metric="length_gap").higher
+
 
 def test_what_can_t_be_compared_is_one_line(runs: list[Run], tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     with pytest.raises(ValueError, match="has not begun instruct; it has finetune"):
         compare(runs, stage="instruct")
-    with pytest.raises(ValueError, match="does not measure chrf; name one of loss, perplexity, bleu"):
+    with pytest.raises(ValueError, match="no run has measured chrf; name one of loss, perplexity, bleu"):
         compare(runs, metric="chrf")
     for words, line in (
         (["compare"], "needs two runs or more"),
@@ -229,11 +290,19 @@ def test_the_recipe_of_every_trial_is_checked_before_any_is_run(config: str, tmp
         (["--sweep.seed"], "has no values"),
         (["--sweep.seed=1", "--sweep.seed=2"], "given twice"),
         ([], "nothing is swept"),
+        ([f"--sweep.{LR}=1e-3,0.001"], "trials peak_lr=1e-3 and peak_lr=0.001 have the same recipe"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_sweep([*argv, *words])
     (tmp_path / "recipe.py").write_text(CONFIG + '\n\ndef sweep():\n    return [{"seed": 5}, {"seed": 6}]\n')
     assert [trial.name for trial in parse_sweep(argv).trials] == ["seed=5", "seed=6"]
+    flags = ["jaxstages", "sweep", "--config", f"{tmp_path}/recipe.py", "--config.name", "mine"]
+    assert parse_sweep([*flags, f"--sweep.{LR}=1,2"]).config_flags == [config, "--config.name=mine"]
+    future = f"from __future__ import annotations\nimport dataclasses\n{CONFIG}"
+    own = "\n@dataclasses.dataclass\nclass Own:\n    field: int = 1\n"
+    baseline = '\ndef sweep():\n    return [{}, {"seed": 6}]\n'
+    (tmp_path / "recipe.py").write_text(future + own + baseline)
+    assert [trial.name for trial in parse_sweep(argv).trials] == ["base", "seed=6"]
     (tmp_path / "recipe.py").write_text(CONFIG + "\n\ndef sweep():\n    return 5\n")
     with pytest.raises(ValueError, match="must return a list of dicts"):
         parse_sweep(argv)
@@ -405,6 +474,43 @@ def test_halving_ends_with_the_best_at_a_part_of_the_cost(fake: Any) -> None:
     assert cost <= 0.45 * 27 * 81
 
 
+def test_a_halving_sweep_goes_on_as_if_it_had_not_ended(fake: Any) -> None:
+    rates = [str(rate) for rate in range(6, 15)]
+    fake(rates, halving=3, first_rung=9).run_all()
+    sweep = fake(rates, halving=3, first_rung=9)
+    before = calls(sweep)
+    sweep.run_all()
+    assert calls(sweep) == before, "nothing is promoted that was not"
+    assert driver._Driver(sweep, Stop())._rung == {
+        f"peak_lr={rate}": {"6": 2, "7": 1, "8": 1}.get(rate, 0) for rate in rates
+    }
+
+
+def test_halving_needs_an_evaluation_at_a_rung(fake: Any) -> None:
+    with pytest.raises(ValueError, match=r"--first_rung=4: .* a multiple of the stage's loop.eval_every=3, or change"):
+        fake(["1", "2"], halving=3, first_rung=4)
+    with pytest.raises(ValueError, match=r"--first_rung=3 has no effect without --halving=FACTOR"):
+        fake(["1", "2"], first_rung=3)
+
+
+def test_what_was_trained_by_another_recipe_is_refused(fake: Any) -> None:
+    """Else its trials would be skipped as done, or start from a parent of another sweep."""
+    sweep = fake(["1", "2"])
+    sweep.run_all()
+    same = {trial.name: sweep.recipe for trial in sweep.trials}
+    sweep.check_begun(same)
+    other = copy.deepcopy(sweep.recipe)
+    other.instruct.optim.beta1 = 0.5
+    with pytest.raises(ValueError, match=r"sweep/peak_lr=2 was begun with another recipe: config.instruct.optim.beta1"):
+        sweep.check_begun(same | {"peak_lr=2": other})
+    (sweep.folder / "peak_lr=3").mkdir()
+    other = copy.deepcopy(sweep.recipe)
+    other.pretrain.optim.beta1 = 0.5
+    sweep = fake(["3"])
+    with pytest.raises(ValueError, match=r"parents/all was begun with another recipe: config.pretrain.optim.beta1"):
+        sweep.check_begun({"peak_lr=3": other})
+
+
 def test_rungs_and_promotions() -> None:
     assert make_halving(3, 3, 81).rungs == [3, 9, 27, 81] and make_halving(4, 10, 100).rungs == [10, 40, 100]
     for factor, first in ((1, 3), (3, 0), (3, 81)):
@@ -483,7 +589,7 @@ def test_a_report_of_several_runs_has_their_curves_and_the_table(
         (["report", "sweep", "--workdir=a"], "report needs --workdir=DIR for a single run, or DIR DIR"),
         (["report", "sweep", "--to=a.pdf"], "end its name with .html"),
         (["report", "sweep/peak_lr=0.001,seed=0"], "is a single run; use jaxstages report --workdir="),
-        (["report", "sweep", "--metric=chrf"], "does not measure chrf; name one of"),
+        (["report", "sweep", "--metric=chrf"], "no run has measured chrf; name one of"),
         (["report", "sweep", "--stage=instruct"], "has not begun instruct"),
         (
             ["report", "--workdir=sweep/peak_lr=0.001,seed=0", "--metric=loss"],

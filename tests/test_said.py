@@ -20,7 +20,8 @@ from jaxstages.config import DataConfig, Recipe
 from jaxstages.data.prepare import prepare
 from jaxstages.data.sources import open_source
 from jaxstages.data.tokenizer import load_tokenizer
-from jaxstages.runtime.console import Progress
+from jaxstages.experiments.stage_matrix import show_matrix
+from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.files import local_path, write_json
 from jaxstages.runtime.signals import stop_signals
 from jaxstages.runtime.workdir import tokenizer_file
@@ -28,6 +29,15 @@ from jaxstages.training.loop import with_error
 from jaxstages.training.metric_writer import MetricsWriter
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
+
+def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Answers and paths may contain what rich takes for markup or for an emoji."""
+    text = "[/INST] [b]data/[ab]*.txt :smile:"
+    matrix = {"checkpoints": ["pretrain"], "columns": [], "values": [[]], "signatures": []}
+    show_matrix(matrix | {"prompts": [{"prompt": text, "answers": {"pretrain": text}}]})
+    say(text)
+    assert capsys.readouterr().out.count(text) == 3
+
 
 # Paths.
 

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxstages.checkpoint.metadata import finished, read_meta, saved_kind
 from jaxstages.runtime import manifest
-from jaxstages.runtime.console import say
+from jaxstages.runtime.console import say, table_console
 from jaxstages.runtime.workdir import begun_stages, checkpoint_folder, quarantine_folder, result_file, steps_of
 
 
@@ -56,7 +55,7 @@ def _list(folders: list[Path]) -> None:
             scores = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value)
             cells = (f"{meta['carried']['tokens']:,}", f"{sum(sizes) / 1e6:.2f}", str(len(sizes)), scores)
             table.add_row(folder.name, str(step), ", ".join(marks) or "recent", *cells)
-    Console(width=None if Console().is_terminal else 140).print(table)
+    table_console(140).print(table)
     for folder in folders:
         for reason in sorted(quarantine_folder(folder).glob("*.reason")):
             say(f"in quarantine: {reason.with_suffix('')}: {reason.read_text(encoding='utf-8').strip()}", "yellow")
@@ -99,7 +98,7 @@ def _diff(workdir: Path, first: str, second: str) -> None:
     for path in sorted(digests[0].keys() | digests[1]):
         before, after = (leaves.get(path.removeprefix("params/")) for leaves in params)
         table.add_row(path, _change(path, digests[0].get(path), digests[1].get(path), before, after))
-    Console(width=None if Console().is_terminal else 140).print(table)
+    table_console(140).print(table)
     say("a parameter's change is the norm of the difference, as a share of the norm before")
 
 

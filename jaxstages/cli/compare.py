@@ -7,7 +7,7 @@ from rich.table import Table
 
 from jaxstages.experiments.compare import FORMATS, compare, format_table, notes_of, plot_curves, table_of
 from jaxstages.experiments.runs import find_runs, read_run
-from jaxstages.runtime.console import say
+from jaxstages.runtime.console import say, table_console
 from jaxstages.runtime.files import local_path, write_text
 
 MAX_FIELDS = 4
@@ -35,7 +35,7 @@ def compare_runs(
     comparison = compare([read_run(folder) for folder in folders], stage, metric)
     headings, cells = table_of(comparison)
 
-    console = Console(width=None if Console().is_terminal else 200)
+    console = table_console(200)
     fields = len(comparison.rows[0].fields)
     if fields > MAX_FIELDS:
         names, values = headings[1 : 1 + fields], [line[1 : 1 + fields] for line in cells]

@@ -263,8 +263,18 @@ FLAGS = (
         default=0,
         at_least=0,
     ),
-    Flag("first_rung", "STEPS", "Steps of the swept stage up to the first rung.", ("sweep",), int, 0, at_least=0),
-    Flag("hours", "H", "Start no trial after H hours; those that run save and end.", ("sweep",), float, 0.0),
+    Flag(
+        "first_rung",
+        "STEPS",
+        "Steps of the swept stage up to the first rung, a multiple of its eval_every.",
+        ("sweep",),
+        int,
+        0,
+        at_least=0,
+    ),
+    Flag(
+        "hours", "H", "Start no trial after H hours; those that run save and end.", ("sweep",), float, 0.0, at_least=0
+    ),
     Flag("metric", "NAME", "Metric to compare; default: that of early stopping.", ("compare", "report")),
     Flag("plot", "FILE.svg", "Draw the metric over the steps: .svg, .png or .pdf.", ("compare",)),
     # Generation

@@ -35,7 +35,7 @@ def inspect(recipe: Recipe, workdir: Path, stage: str | None, number: int = 0) -
             stack.enter_context(lock(workdir))
             keep_recipe(recipe, workdir)
         setup = setup_stage(recipe, stage or next(iter(recipes.stages(recipe)), recipes.IMPORT), workdir)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     mixed, loop = setup.data.mix(setup.config.loop, setup.config.late_from), setup.config.loop
     batches = batches_by_step(
         mixed.sources, batch_size=loop.batch_size, seed=recipe.seed, weights=mixed.weights, late=mixed.late

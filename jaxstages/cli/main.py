@@ -132,7 +132,7 @@ def _sweep(argv: list[str]) -> int:
     options = SweepOptions(
         **{field.name: getattr(line.values, field.name) for field in dataclasses.fields(SweepOptions)}
     )
-    return sweep(line.recipe, folder, line.trials, line.config_flags, options)
+    return sweep(line, folder, options)
 
 
 def _workdir(command: str, values: flags.FlagValues, parse: Callable[[str, str], Path] = parse_path) -> Path:

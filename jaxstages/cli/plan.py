@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax
 from jaxstages import config as recipes
 from jaxstages.config import MeshConfig, ModelConfig, Recipe, StageConfig
 from jaxstages.config.checks import validate
+from jaxstages.interop.hf_import import describe, find_folder, source_of, tokenizer_of, with_model_of
 from jaxstages.models.attention import Attend
 from jaxstages.models.flops import Flops, flops_per_token
 from jaxstages.models.kernels import KERNELS, Machine, Shape
@@ -49,12 +51,24 @@ class Plan(NamedTuple):
 def plan(recipe: Recipe, stage: str | None, topology_name: str) -> None:
     """Print the plan of a stage, by default the recipe's first, on a topology."""
     validate(recipe)
+    recipe = _with_local_import(recipe)
     stages = recipes.stages(recipe)
     name = stage or next(iter(stages))
     if name not in stages:
         raise ValueError(f"recipe {recipe.name!r} has no stage {name}; it has {', '.join(stages)}")
     topology = topology_of(topology_name)
     _show(recipe, stages[name], topology, make_plan(recipe, name, topology))
+
+
+def _with_local_import(recipe: Recipe) -> Recipe:
+    """Return the recipe with the model that it imports, if that is here: a plan downloads nothing."""
+    if (source := source_of(recipe)) is None:
+        return recipe
+    if not Path(source).is_dir():
+        say(f"{source}, which the recipe imports, is not here: config.model is planned instead", "yellow")
+        return recipe
+    folder = find_folder(source)
+    return with_model_of(recipe, describe(folder), tokenizer_of(folder))
 
 
 def make_plan(recipe: Recipe, name: str, topology: Topology) -> Plan:

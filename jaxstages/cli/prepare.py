@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxstages import config as recipes
@@ -10,6 +9,7 @@ from jaxstages.cli.resolve import keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.data.prepare import Engine
 from jaxstages.data.stage_data import prepare_stages
+from jaxstages.runtime.console import table_console
 from jaxstages.runtime.workdir import lock
 
 
@@ -53,5 +53,4 @@ def prepare_all(recipe: Recipe, workdir: Path, beam_options: str | None) -> None
                     f"{100 * index['scored'] / index['tokens']:.1f} %",
                     f"{index['cut_examples']:,}",
                 )
-        console = Console(width=None if Console().is_terminal else 140)
-        console.print(table)
+        table_console(140).print(table)

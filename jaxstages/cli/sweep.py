@@ -8,6 +8,7 @@ import collections
 import contextlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from typing import NamedTuple
 
 from jaxstages import config as recipes
 from jaxstages.cli.flags import TOGETHER
+from jaxstages.cli.resolve import resolve_recipe
+from jaxstages.cli.sweep_flags import SweepLine
 from jaxstages.config import Recipe
 from jaxstages.config.metrics import higher_is_better
 from jaxstages.experiments.runs import read_run
@@ -34,7 +37,7 @@ from jaxstages.experiments.sweep import (
 from jaxstages.runtime.console import duration, say
 from jaxstages.runtime.files import acquire_lock, make_folder, sync, write_json
 from jaxstages.runtime.signals import END_WITH_PARENT, INTERRUPTED, Stop, stop_signals
-from jaxstages.runtime.workdir import has_begun, lock, result_file
+from jaxstages.runtime.workdir import has_begun, lock, result_file, steps_of
 from jaxstages.types import Interrupted
 
 POLL_SECONDS = 0.2
@@ -88,8 +91,10 @@ class Sweep:
         self._swept = self._stages[len(self._shared)]
         self._halving: Halving | None = None
         if options.halving:
-            steps = recipes.stages(recipe)[self._swept].loop.steps
-            self._halving = make_halving(options.halving, options.first_rung, steps)
+            loop = recipes.stages(recipe)[self._swept].loop
+            self._halving = make_halving(options.halving, options.first_rung, loop.steps, loop.eval_every)
+        elif options.first_rung:
+            raise ValueError(f"--first_rung={options.first_rung} has no effect without --halving=FACTOR; add that")
         if options.together and (options.halving or options.index is not None):
             raise ValueError("--together trains all trials to their end; leave out --halving and --index")
 
@@ -102,11 +107,40 @@ class Sweep:
     def is_done(self, trial: Trial) -> bool:
         return all(result_file(self.folder / trial.name / name).exists() for name in self._stages)
 
-    def score(self, trial: Trial) -> float:
-        """Return the metric of early stopping in the swept stage, so that lower is better; NaN if there is none yet."""
+    def check_begun(self, recipe_of: Mapping[str, Recipe]) -> None:
+        """Check that runs which have begun, trials and the parents that they share, are those of this sweep.
+
+        Args:
+            recipe_of: name of a trial -> its recipe.
+
+        Raises:
+            ValueError: a run was begun with another recipe.
+        """
+        for trial in self.trials:
+            # A trial differs from its parent in later stages only, which have not begun there.
+            for workdir in (self.folder / trial.name, self._parent_folder(trial)):
+                resolve_recipe(recipe_of[trial.name], workdir)
+
+    def rungs(self, trial: Trial) -> dict[int, float]:
+        """Return the score of a trial at each rung that it has completed, by the rung's index."""
+        stage_dir = self.folder / trial.name / self._swept
+        if self._halving is None or not has_begun(stage_dir):
+            return {}
+        *before, _ = self._halving.rungs
+        step = math.inf if result_file(stage_dir).exists() else steps_of(stage_dir)[-1]
+        scores = {index: self.score(trial, rung) for index, rung in enumerate(before) if step >= rung}
+        return scores | ({len(before): self.score(trial)} if self.is_done(trial) else {})
+
+    def score(self, trial: Trial, up_to: float = math.inf) -> float:
+        """Return the best value of the early-stopping metric in the swept stage, so that lower is better; NaN if there
+        is none yet.
+
+        Args:
+            up_to: the last step that counts.
+        """
         run = read_run(self.folder / trial.name)
         stop = recipes.stages(self.recipe)[self._swept].early_stopping
-        values = [value for _, value in run.curve(self._swept, "eval", stop.metric)]
+        values = [value for step, value in run.curve(self._swept, "eval", stop.metric) if 0 < step <= up_to]
         if not values:
             return math.nan
         higher = higher_is_better(stop.metric, recipes.all_metrics(self.recipe))
@@ -118,7 +152,7 @@ class Sweep:
         if not self._shared or has_begun(workdir / self._shared[0]):
             return 0
         parent = parent_trial(trial, self.recipe)
-        parent_dir, log = self.folder / PARENTS / parent.name, self.parent_log(trial)
+        parent_dir, log = self._parent_folder(trial), self.parent_log(trial)
         make_folder(parent_dir.parent)
         with acquire_lock(parent_dir.with_name(f"{parent.name}.lock"), wait=True):  # of several --index processes
             for name in self._shared:
@@ -138,9 +172,13 @@ class Sweep:
         sync(workdir.parent)
         return 0
 
+    def _parent_folder(self, trial: Trial) -> Path:
+        """Return the workdir of the run that trains the stages which a trial shares with others."""
+        return self.folder / PARENTS / parent_trial(trial, self.recipe).name
+
     def parent_log(self, trial: Trial) -> Path:
-        """Return the log of the run that trains the stages which a trial shares with others."""
-        return self.folder / PARENTS / f"{parent_trial(trial, self.recipe).name}.log"
+        parent_dir = self._parent_folder(trial)
+        return parent_dir.with_name(f"{parent_dir.name}.log")
 
     def command_of(self, trial: Trial, rung: int | None = None) -> list[str]:
         """Return the command that trains a trial, to its end or to a rung."""
@@ -185,21 +223,21 @@ class Sweep:
             raise ValueError(f"--index={index}: the sweep has {len(self.trials)} trials, 0 to {len(self.trials) - 1}")
         if self._halving is not None:
             raise ValueError("--halving compares trials while they run, and does not go with --index; leave one out")
-        trial = self.trials[index]
+        trial, end = self.trials[index], self.ends_at()
         say(f"trial {index + 1} of {len(self.trials)}: {trial.name}", "cyan")
 
         def run(command: list[str]) -> int:
             process, signals.unsaved = _spawn(command), True  # the trial saves; this process waits for it
-            while process.poll() is None:
-                if signals.poll():
-                    process.terminate()
-                    process.wait()
-                time.sleep(POLL_SECONDS)
+            code = _wait(process, lambda: signals.poll() or time.monotonic() > end)
             signals.unsaved = False
-            return process.returncode
+            return code
 
         with stop_signals() as signals:
             return self.prepare(trial, lambda command, _: run(command)) or run(self.command_of(trial))
+
+    def ends_at(self) -> float:
+        """Return the time, as of `time.monotonic`, at which `--hours` are over."""
+        return time.monotonic() + self.options.hours * 3600 if self.options.hours else math.inf
 
 
 class _Running(NamedTuple):
@@ -218,15 +256,16 @@ class _Driver:
         self._running: dict[str, _Running] = {}
         self._seconds: list[float] = []
         self._failed: dict[str, Path] = {}
-        self._rung = dict.fromkeys((trial.name for trial in sweep.trials), 0)
-        self._scores: dict[str, dict[int, float]] = {trial.name: {} for trial in sweep.trials}
-        self._end = time.monotonic() + sweep.options.hours * 3600 if sweep.options.hours else math.inf
+        self._scores = {trial.name: sweep.rungs(trial) for trial in sweep.trials}
+        self._rung = {name: max(scores, default=0) for name, scores in self._scores.items()}
+        self._end = sweep.ends_at()
         self._devices = _device_slots(sweep.options.parallel)
 
     def run(self) -> dict[str, Path]:
         """Run to the end. Returns the trials that failed, each with its log."""
-        waiting = [trial for trial in self._sweep.trials if not self._sweep.is_done(trial)]
-        done = len(self._sweep.trials) - len(waiting)
+        unfinished = [trial for trial in self._sweep.trials if not self._sweep.is_done(trial)]
+        waiting = [trial for trial in unfinished if not self._scores[trial.name]]  # the others wait at a rung
+        done = len(self._sweep.trials) - len(unfinished)
         say(
             f"sweep: {len(self._sweep.trials)} trials, {done} of them done; {self._sweep.options.parallel} at a time",
             "bold",
@@ -310,14 +349,9 @@ class _Driver:
 
     def _run_to_end(self, command: list[str], log: Path, environment: dict[str, str]) -> int:
         """Run a process and return its exit code. No trial is started meanwhile."""
-        process = _spawn(command, log, environment)
-        while process.poll() is None:
-            if self._signals.poll() or time.monotonic() > self._end:
-                process.terminate()
-                process.wait()
-                self._check_time()
-            time.sleep(POLL_SECONDS)
-        return process.returncode
+        code = _wait(_spawn(command, log, environment), lambda: self._signals.poll() or time.monotonic() > self._end)
+        self._check_time()
+        return code
 
     def _ended(self, name: str, code: int, seconds: float, waiting: int) -> None:
         trial = next(trial for trial in self._sweep.trials if trial.name == name)
@@ -328,7 +362,8 @@ class _Driver:
             return
         self._seconds.append(seconds)
         score = self._sweep.score(trial)
-        self._scores[name][self._rung[name]] = score
+        self._scores[name] = self._sweep.rungs(trial)
+        self._rung[name] = max(self._scores[name], default=0)
         left = waiting + len(self._running)
         eta = sum(self._seconds) / len(self._seconds) * left / self._sweep.options.parallel
         say(f"{name}: done in {duration(seconds)}, {_shown(score)}; {left} to go, ETA {duration(eta)}", "green")
@@ -376,6 +411,16 @@ def _spawn(
         )
 
 
+def _wait(process: subprocess.Popen, is_over: Callable[[], bool]) -> int:
+    """Wait for a process, and end it once `is_over()`. Returns its exit code."""
+    while process.poll() is None:
+        if is_over():
+            process.terminate()
+            process.wait()
+        time.sleep(POLL_SECONDS)
+    return process.returncode
+
+
 def _shown(score: float) -> str:
     return "no score" if math.isnan(score) else f"best {abs(score):.4g}"
 
@@ -386,34 +431,33 @@ def _field(stage: str) -> str:
 
 def _device_slots(parallel: int) -> list[dict[str, str]]:
     """Return the environment of each slot: with several trials at a time on a machine with GPUs, a GPU each."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     numbers = visible.split(",") if visible else []
-    if not numbers and parallel > 1 and shutil.which("nvidia-smi"):
+    if visible is None and parallel > 1 and shutil.which("nvidia-smi"):
         with contextlib.suppress(OSError):
             listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-            numbers = [str(number) for number in range(listed.count("GPU "))]
+            numbers = [str(number) for number in range(len(re.findall(r"^GPU \d", listed, re.MULTILINE)))]
     if parallel == 1 or len(numbers) < 2:
         return [{}]
     return [{"CUDA_VISIBLE_DEVICES": number} for number in numbers]
 
 
-def sweep(
-    recipe: Recipe, folder: Path, trials: Sequence[Trial], config_flags: Sequence[str], options: SweepOptions
-) -> int:
+def sweep(line: SweepLine, folder: Path, options: SweepOptions) -> int:
     """Run a sweep, or the trial with an index, then compare the runs. Returns an exit code.
 
     Raises:
-        ValueError: another sweep runs in the folder, or trials failed.
+        ValueError: another sweep runs in the folder, or trained there with another recipe, or trials failed.
         Interrupted: every trial is resumable.
     """
-    running = Sweep(folder, recipe, trials, config_flags, options)
+    running = Sweep(folder, line.recipe, line.trials, line.config_flags, options)
+    running.check_begun({trial.name: recipe for trial, recipe in zip(line.trials, line.recipes, strict=True)})
     if options.index is not None:
         return running.run_one(options.index)
     with lock(folder):
         running.run_all()
     from jaxstages.cli.compare import compare_runs
 
-    begun = [str(folder / trial.name) for trial in trials if (folder / trial.name / "recipe.json").is_file()]
+    begun = [str(folder / trial.name) for trial in line.trials if (folder / trial.name / "recipe.json").is_file()]
     if len(begun) > 1:
         compare_runs(begun, None, None, None, None)
     return 0

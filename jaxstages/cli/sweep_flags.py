@@ -1,6 +1,8 @@
 """The command line of a sweep: `--sweep.FIELD=V1,V2`, the recipe's own `sweep()`, and a recipe for each trial."""
 
 import importlib.util
+import itertools
+import sys
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -17,13 +19,14 @@ PREFIX = "--sweep."
 class SweepLine(NamedTuple):
     """A parsed command line.
 
-    recipe: without the changes of a trial. config_flags: the flags that make it.
+    recipe: without the changes of a trial. config_flags: the flags that make it. recipes: of the trials.
     """
 
     values: flags.FlagValues
     recipe: Recipe
     config_flags: list[str]
     trials: list[Trial]
+    recipes: list[Recipe]
 
 
 def parse_sweep(argv: list[str]) -> SweepLine:
@@ -59,10 +62,13 @@ def parse_sweep(argv: list[str]) -> SweepLine:
             validate(changed)
         except (ValueError, flags.Error) as error:
             raise ValueError(f"trial {trial.name}: {error}") from error
+        if changed in changed_recipes:
+            first = trials[changed_recipes.index(changed)].name
+            raise ValueError(f"the trials {first} and {trial.name} have the same recipe; list each value once")
         changed_recipes.append(changed)
     if values.together:
         _check_together(recipe, trials, changed_recipes)
-    return SweepLine(values, recipe, config_words, trials)
+    return SweepLine(values, recipe, config_words, trials, changed_recipes)
 
 
 def _check_together(recipe: Recipe, trials: list[Trial], changed: list[Recipe]) -> None:
@@ -78,11 +84,12 @@ def _check_together(recipe: Recipe, trials: list[Trial], changed: list[Recipe]) 
 def _config_words(argv: list[str]) -> list[str]:
     """Return `--config=RECIPE` and `--config.FIELD=VALUE`, each as one word."""
     words = []
-    for index, word in enumerate(argv):
-        if word in CONFIG:
-            words.append(f"--config={argv[index + 1]}")
-        elif word.partition("=")[0] in CONFIG or word.startswith("--config."):
-            words.append(word)
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
+        name, equals, _ = word.partition("=")
+        if name not in CONFIG and not name.startswith("--config."):
+            continue
+        # Only a field that is a bool can stand without a value.
+        words.append(word if equals or following.startswith("--") else f"{word}={following}")
     return words
 
 
@@ -99,6 +106,7 @@ def _trials_of_recipe(value: str) -> list[dict[str, Any]]:
     spec = importlib.util.spec_from_file_location("jaxstages_sweep_recipe", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     make = getattr(module, "sweep", None)
     listed = make() if make is not None else []

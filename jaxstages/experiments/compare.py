@@ -12,15 +12,20 @@ from typing import Any, NamedTuple
 import scipy.stats
 from tabulate import tabulate
 
-from jaxstages.config import flat_fields
+from jaxstages import config as recipes
 from jaxstages.config.metrics import LOSSES, higher_is_better
-from jaxstages.experiments.runs import Run, stage_config
+from jaxstages.experiments.runs import Run, best_line, stage_config
 from jaxstages.runtime.console import duration
+from jaxstages.runtime.files import make_folder
 
 stats: Any = scipy.stats
 
-UNCOMPARED = ("config.name", "config.cache", "config.trackers", "config.seed")
-"""Fields that do not make two runs different experiments: runs that differ in the seed alone are repetitions."""
+UNCOMPARED = (
+    *("config.name", "config.cache", "config.trackers", "config.seed"),
+    *(f".loop.{name}" for name in ("stop_after", "save_every", "log_every", "keep", "hang_seconds")),
+)
+"""Ends of the fields that do not make two runs different experiments: runs that differ in the seed alone are
+repetitions."""
 
 FORMATS = {".md": "github", ".tex": "latex_booktabs", ".html": "html", ".csv": "csv"}
 """File types of `write_table`, and their names in tabulate."""
@@ -54,7 +59,7 @@ class Difference(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Runs that differ in nothing but the seed.
+    """Runs of one recipe, with a different seed each.
 
     fields: the fields in which the rows differ.
     values: by metric, of the step that each run hands on.
@@ -74,13 +79,14 @@ class Row(NamedTuple):
 
 class Comparison(NamedTuple):
     """stage, metric: what is compared, and the metric that decides. higher: whether higher values of it are better.
-    rows: in the order of the runs.
+    rows: in the order of the runs. unmeasured: runs without a value of the metric yet, which no row has.
     """
 
     stage: str
     metric: str
     higher: bool
     rows: list[Row]
+    unmeasured: list[Run]
 
 
 def compare(runs: Sequence[Run], stage: str | None = None, metric: str | None = None) -> Comparison:
@@ -91,25 +97,26 @@ def compare(runs: Sequence[Run], stage: str | None = None, metric: str | None = 
         metric: by default the metric of early stopping.
 
     Raises:
-        ValueError: the runs have no stage in common, or do not measure the metric.
+        ValueError: the runs have no stage in common, or none measures the metric.
     """
     stage = stage or common_stages(runs)[-1]
     for run in runs:
         if stage not in run.stages:
             raise ValueError(f"{run.folder} has not begun {stage}; it has {', '.join(run.stages) or 'no stage'}")
-    config = stage_config(runs[0].recipe, stage)
-    metric = metric or str(config["early_stopping"]["metric"])
-    higher = higher_is_better(metric, config["evaluation"]["metrics"])
+    metric = metric or str(stage_config(runs[0].recipe, stage)["early_stopping"]["metric"])
+    higher = higher_is_better(metric, recipes.all_metrics(recipes.from_dict(runs[0].recipe)))
 
-    groups = _group_by_fields(runs)
+    reached = {id(run): _reached(run, stage) for run in runs}
+    measured = [run for run in runs if metric in reached[id(run)]]
+    unmeasured = [run for run in runs if metric not in reached[id(run)]]
+    if not measured:
+        known = dict.fromkeys(name for values in reached.values() for name in values if not name.endswith("_se"))
+        raise ValueError(
+            f"{stage}: no run has measured {metric}; "
+            + (f"name one of {', '.join(known)} with --metric" if known else "compare them after an evaluation")
+        )
+    groups = _group_by_fields(measured)
     differing = _differing_fields([fields for fields, _ in groups])
-    reached = {id(run): _reached(run, stage, metric, higher) for run in runs}
-    for run in runs:
-        if metric not in reached[id(run)]:
-            raise ValueError(
-                f"{run.folder}/{stage} does not measure {metric}; name one of "
-                f"{', '.join(name for name in reached[id(run)] if not name.endswith('_se'))} with --metric"
-            )
 
     rows: list[Row] = []
     for fields, members in groups:
@@ -129,10 +136,11 @@ def compare(runs: Sequence[Run], stage: str | None = None, metric: str | None = 
                 difference=None,
             )
         )
+    decided = {id(run): reached[id(run)][metric] for run in measured}
     for index, row in enumerate(rows[1:], start=1):
-        difference = _difference(rows[0].runs, row.runs, {key: values[metric] for key, values in reached.items()})
+        difference = _difference(rows[0].runs, row.runs, decided)
         rows[index] = row._replace(difference=difference)
-    return Comparison(stage, metric, higher, rows)
+    return Comparison(stage, metric, higher, rows, unmeasured)
 
 
 def common_stages(runs: Sequence[Run]) -> list[str]:
@@ -144,11 +152,15 @@ def common_stages(runs: Sequence[Run]) -> list[str]:
 
 
 def _group_by_fields(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
-    """Group runs that differ in UNCOMPARED fields only, in their order."""
+    """Group runs that differ in UNCOMPARED fields only, in their order. A second run with the same seed is no further
+    sample, so it begins a group of its own."""
     groups: list[tuple[dict[str, Any], list[Run]]] = []
     for run in runs:
-        fields = {name: value for name, value in flat_fields(run.recipe).items() if name not in UNCOMPARED}
-        members = next((members for others, members in groups if others == fields), None)
+        fields = recipes.flat_fields(run.recipe)
+        fields = {name: value for name, value in fields.items() if not name.endswith(UNCOMPARED)}
+        same = (members for others, members in groups if others == fields)
+        seed = run.recipe["seed"]
+        members = next((members for members in same if all(seed != each.recipe["seed"] for each in members)), None)
         if members is None:
             groups.append((fields, [run]))
         else:
@@ -161,15 +173,9 @@ def _differing_fields(recipes: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name in names if any(fields.get(name) != recipes[0].get(name) for fields in recipes)]
 
 
-def _reached(run: Run, stage: str, metric: str, higher: bool) -> dict[str, float]:
+def _reached(run: Run, stage: str) -> dict[str, float]:
     """Return the metrics of the step that a stage hands on; of an unfinished one, of its best evaluation so far."""
-    if stage in run.results:
-        best = run.results[stage]["best"]
-    else:
-        lines = [line for line in run.metrics[stage] if line["kind"] == "eval" and line.get(metric) is not None]
-        if not lines:
-            return {}
-        best = (max if higher else min)(lines, key=lambda line: line[metric])
+    best = run.results[stage]["best"] if stage in run.results else best_line(run, stage) or {}
     hidden = ("step", "kind")
     return {name: float(value) for name, value in best.items() if name not in hidden and value is not None}
 
@@ -238,7 +244,8 @@ def notes_of(comparison: Comparison) -> list[str]:
         f"{comparison.stage}: {comparison.metric} decides, {direction} is better; mean ± standard deviation over n"
     ]
     tests = [row.difference.test for row in comparison.rows if row.difference is not None]
-    return notes + [f"p: {test}" for test in dict.fromkeys(tests)]
+    notes += [f"p: {test}" for test in dict.fromkeys(tests)]
+    return notes + [f"left out: {run.folder} has not measured {comparison.metric} yet" for run in comparison.unmeasured]
 
 
 def format_table(headings: Sequence[str], cells: Sequence[Sequence[str]], suffix: str) -> str:
@@ -261,12 +268,11 @@ def row_label(row: Row) -> str:
 
 
 def row_curve(row: Row, stage: str, kind: str, metric: str) -> dict[int, list[float]]:
-    """Return the values of a metric in all runs of a row by step, in the order of the steps."""
-    by_step: dict[int, list[float]] = {}
-    for run in row.runs:
-        for step, value in run.curve(stage, kind, metric):
-            by_step.setdefault(step, []).append(value)
-    return dict(sorted(by_step.items()))
+    """Return the values of a metric in all runs of a row by step, at the steps that all of them have: where one ends,
+    the mean of the others would jump."""
+    curves = [dict(run.curve(stage, kind, metric)) for run in row.runs]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return {step: [curve[step] for curve in curves] for step in steps}
 
 
 def plot_curves(comparison: Comparison, file: Path) -> None:
@@ -286,4 +292,5 @@ def plot_curves(comparison: Comparison, file: Path) -> None:
     axes.set_ylabel(f"{comparison.stage}: {comparison.metric}")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
+    make_folder(file.parent)
     figure.savefig(file)

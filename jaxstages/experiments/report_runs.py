@@ -65,12 +65,13 @@ def _stage_parts(comparison: Comparison, number: int) -> list[Markup]:
 
     headings, cells = table_of(comparison)
     notes = [tag("p", note, class_="note") for note in notes_of(comparison)]
-    means = "A curve is the mean over the seeds of a row." if any(len(row.runs) > 1 for row in comparison.rows) else ""
+    has_means = any(len(row.runs) > 1 for row in comparison.rows)
+    means = "A curve is the mean over the seeds of a row, at the steps that all of them reached."
     return [
         table(f"Comparison in {stage}", headings, cells),
         *notes,
         tag("div", *figures, class_="halves"),
-        *([tag("p", means, class_="note")] if means else []),
+        *([tag("p", means, class_="note")] if has_means else []),
     ]
 
 

@@ -15,7 +15,7 @@ from jaxstages.data.stage_data import WATCH
 from jaxstages.experiments.confusion import Confusion
 from jaxstages.experiments.figures import MAX_POINTS, Line, dot_matrix, line_chart
 from jaxstages.experiments.markup import Cell, Markup, heat, number, percent, table, tag
-from jaxstages.experiments.runs import Run
+from jaxstages.experiments.runs import Run, best_line
 from jaxstages.experiments.training_rows import TrainingRows
 
 MAX_CHARACTERS = 700
@@ -80,20 +80,11 @@ def measured_sets(recipe: Recipe, name: str) -> list[MeasuredSet]:
 
 
 def best_of(run: Run, recipe: Recipe, name: str) -> Best | None:
-    """Return the best evaluation of a stage; None if there is none yet.
-
-    Where the stage is not finished, `early_stopping.within` is not considered.
-    """
+    """Return the best evaluation of a stage; None if there is none yet."""
     if (result := run.results.get(name)) is not None:
         return Best(result["best_step"], result.get("best", {}), True)
-    stage = recipes.stages(recipe)[name]
-    metric, sign = stage.early_stopping.metric, 1 if stage.early_stopping.mode == "min" else -1
-    lines = [line for line in run.metrics[name] if line["kind"] == "eval" and line["step"]]
-    lines = [line for line in lines if line.get(metric) is not None]
-    if not lines:
-        return None
-    best = min(lines, key=lambda line: sign * line[metric])
-    return Best(best["step"], best, False)
+    best = best_line(run, name)
+    return None if best is None else Best(best["step"], best, False)
 
 
 def describe_stage(

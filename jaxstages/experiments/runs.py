@@ -89,8 +89,10 @@ def find_runs(patterns: list[str]) -> list[Path]:
     folders: dict[Path, None] = {}
     for pattern in patterns:
         path = parse_path(pattern, "a run")
-        candidates = [path] if is_bucket(path) or path.exists() else [*map(Path, sorted(glob.glob(pattern)))]
-        runs = [folder for candidate in candidates for folder in _workdirs(candidate)]
+        if is_bucket(path) or path.exists():
+            runs = _workdirs(path if is_bucket(path) else path.resolve())
+        else:  # a pattern for the trials of a sweep also matches its folder of parents, which holds runs
+            runs = [Path(name).resolve() for name in sorted(glob.glob(pattern)) if _is_workdir(Path(name))]
         if not runs:
             raise ValueError(f"{pattern} names no workdir; name the folder of a run or of a sweep, or a pattern")
         folders |= dict.fromkeys(runs)
@@ -98,8 +100,21 @@ def find_runs(patterns: list[str]) -> list[Path]:
 
 
 def _workdirs(folder: Path) -> list[Path]:
-    if (folder / "recipe.json").is_file():
+    if _is_workdir(folder):
         return [folder]
-    if not folder.is_dir():
-        return []
-    return [path for path in sorted(folder.iterdir()) if (path / "recipe.json").is_file()]
+    return [path for path in sorted(folder.iterdir()) if _is_workdir(path)] if folder.is_dir() else []
+
+
+def _is_workdir(folder: Path) -> bool:
+    return (folder / "recipe.json").is_file()
+
+
+def best_line(run: Run, stage: str) -> dict[str, Any] | None:
+    """Return the best evaluation of an unfinished stage so far, by its early-stopping metric; None if there is none.
+
+    `early_stopping.within` is not considered.
+    """
+    stopping = stage_config(run.recipe, stage)["early_stopping"]
+    metric, choose = stopping["metric"], max if stopping["mode"] == "max" else min
+    lines = [line for line in run.metrics[stage] if line["kind"] == "eval" and line["step"]]
+    return choose((line for line in lines if line.get(metric) is not None), key=lambda line: line[metric], default=None)

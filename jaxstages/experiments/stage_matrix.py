@@ -6,7 +6,6 @@ A row shows what a checkpoint can do; a column shows what later stages added, or
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxstages import config as recipes
@@ -17,7 +16,7 @@ from jaxstages.data.prompts import encode_prompts
 from jaxstages.generation.evaluate import make_answer
 from jaxstages.runtime import multihost
 from jaxstages.runtime.bucket import is_bucket, local_copy
-from jaxstages.runtime.console import say
+from jaxstages.runtime.console import say, table_console
 from jaxstages.runtime.files import copy_file, write_json
 from jaxstages.runtime.workdir import result_file
 from jaxstages.training.event_file import TENSORBOARD, EventFile, markdown_table
@@ -84,7 +83,7 @@ def stage_matrix(recipe: Recipe, workdir: Path, keep: bool = True) -> dict[str, 
     if keep and multihost.is_process_zero():
         write_json(workdir / "stage_matrix.json", matrix)
         _write_events(matrix, workdir)
-    _show(matrix)
+    show_matrix(matrix)
     return matrix
 
 
@@ -100,8 +99,9 @@ def _write_events(matrix: dict[str, Any], workdir: Path) -> None:
         copy_file(events.file, workdir / TENSORBOARD / events.file.name)
 
 
-def _show(matrix: dict[str, Any]) -> None:
-    console = Console(width=None if Console().is_terminal else 120)
+def show_matrix(matrix: dict[str, Any]) -> None:
+    """Print the matrix, and the answers to the recipe's prompts."""
+    console = table_console(120)
     table = Table(title="stage matrix (best checkpoint of each stage, on all held-out data)", title_justify="left")
     table.add_column("checkpoint")
     for column in matrix["columns"]:

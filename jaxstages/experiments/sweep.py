@@ -53,7 +53,8 @@ def make_trials(product: Mapping[str, Sequence[str]], listed: Sequence[Mapping[s
     if changes == [{}]:
         raise ValueError("nothing is swept; name values with --sweep.FIELD=V1,V2, or define sweep() in the recipe")
     names = _short_names(list(dict.fromkeys(field for each in changes for field in each)))
-    trials = [Trial(_folder_name({names[field]: value for field, value in each.items()}), each) for each in changes]
+    folders = [_folder_name({names[field]: value for field, value in each.items()}) for each in changes]
+    trials = [Trial(folder or "base", each) for folder, each in zip(folders, changes, strict=True)]
     if len({trial.name for trial in trials}) < len(trials):
         raise ValueError("two trials of the sweep have the same values; list each once")
     return trials
@@ -118,16 +119,24 @@ class Halving(NamedTuple):
     rungs: list[int]
 
 
-def make_halving(factor: int, first: int, steps: int) -> Halving:
+def make_halving(factor: int, first: int, steps: int, eval_every: int = 1) -> Halving:
     """Return rungs at `first`, `first * factor`, ... steps, and at the stage's length.
 
+    Args:
+        steps, eval_every: of the swept stage. Trials are compared by their evaluation at a rung.
+
     Raises:
-        ValueError: there would be no rung before the end.
+        ValueError: there would be no rung before the end, or no evaluation at a rung.
     """
     if factor < 2 or not 0 < first < steps:
         raise ValueError(
             f"--halving={factor} --first_rung={first}: the factor must be at least 2, and the first rung between 1 and "
             f"the stage's {steps} steps"
+        )
+    if first % eval_every:
+        raise ValueError(
+            f"--first_rung={first}: trials are compared by their evaluation at a rung; name a multiple of the stage's "
+            f"loop.eval_every={eval_every}, or change that"
         )
     rungs = [first * factor**k for k in range(math.ceil(math.log(steps / first, factor)))]
     return Halving(factor, [*(rung for rung in rungs if rung < steps), steps])

@@ -1,18 +1,29 @@
-"""Terminal output: a progress line with ETA, and one-line notes."""
+"""Terminal output: a progress line with ETA, one-line notes, and tables.
+
+Text is printed as it is: data and answers may contain what rich would take for markup, such as "[/INST]".
+"""
 
 import sys
 import time
 from typing import TextIO
 
 from rich.console import Console
-from rich.markup import escape
 
-_console = Console(highlight=False, soft_wrap=True)
+_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(text: str, style: str = "") -> None:
     """Print a line to standard output; `style` is rich's ("bold", "yellow", ...)."""
-    _console.print(escape(text), style=style or None)
+    _console.print(text, style=style or None)
+
+
+def table_console(width: int) -> Console:
+    """Return a console that prints tables.
+
+    Args:
+        width: characters per line where the output is no terminal.
+    """
+    return Console(width=None if _console.is_terminal else width, markup=False, emoji=False)
 
 
 def warn(text: str) -> None:
