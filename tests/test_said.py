@@ -30,6 +30,7 @@ from jaxstages.training.metric_writer import MetricsWriter
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
+
 def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     """Answers and paths may contain what rich takes for markup or for an emoji."""
     text = "[/INST] [b]data/[ab]*.txt :smile:"
