@@ -20,7 +20,7 @@ def cli() -> None:
     faulthandler.enable()
     disable_malloc_trim()
     end_with_parent()
-    with stop_signals():
+    with stop_signals(owns_process=True):
         from jaxstages.cli.main import main
 
         try:

@@ -7,17 +7,16 @@ from typing import Any
 from jaxstages.cli.loaded_model import load_model
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.cli.sampling_flags import SamplingFlags
-from jaxstages.cli.select_checkpoint import choose, last_finished
+from jaxstages.cli.select_checkpoint import check_stage, choose, last_finished
 from jaxstages.cli.train import run_stages
 from jaxstages.cli.train import train as train_one
 from jaxstages.config import Recipe, stages
-from jaxstages.data.prompts import encode_prompts
 from jaxstages.generation.evaluate import make_texts
 from jaxstages.runtime.files import parse_path, read_json
 from jaxstages.runtime.workdir import result_file
 from jaxstages.training.handoff import read_parent
 from jaxstages.training.setup import make_stage_evaluate, setup_stage
-from jaxstages.types import Metrics, Params
+from jaxstages.types import Interrupted, Metrics, Params
 
 
 def train(recipe: Recipe, workdir: str | Path, stage: str | None = None) -> dict[str, Any]:
@@ -33,14 +32,18 @@ def train(recipe: Recipe, workdir: str | Path, stage: str | None = None) -> dict
     Raises:
         ValueError: the recipe cannot run, or the workdir belongs to another one.
         Diverged: the numbers are no longer finite.
-        Interrupted: a signal asked to stop; everything is saved.
+        Interrupted: a signal, such as a notebook's interrupt, asked to stop. Everything is saved: call it again to
+            resume.
     """
     folder = parse_path(str(workdir), "workdir")
     recipe = resolve_recipe(recipe, folder)
-    if stage is None:
-        run_stages(recipe, folder)
-    else:
-        train_one(recipe, folder, stage)
+    try:
+        if stage is None:
+            run_stages(recipe, folder)
+        else:
+            train_one(recipe, folder, stage)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; train again to resume") from error
     files = {name: result_file(folder / name) for name in stages(recipe)}
     return {name: read_json(file) for name, file in files.items() if file.exists()}
 
@@ -58,6 +61,7 @@ def evaluate(
     """
     folder = parse_path(str(workdir), "workdir")
     recipe = resolve_recipe(recipe, folder)
+    check_stage(stage, recipe)
     name = stage or last_finished(recipe, folder)
     result = choose(recipe, folder / name, step)
     setup = setup_stage(recipe, name, folder)
@@ -87,9 +91,12 @@ def generate(
         recipe: by default the workdir's; one with own parts has to be passed.
         step: by default the best one.
         max_new_tokens: by default the recipe's.
-        temperature: 0 takes the likeliest token.
-        top_k, top_p: sample among the likeliest tokens.
+        temperature: 0 is greedy decoding.
+        top_k, top_p: top-k and nucleus sampling.
         seed: the same seed gives the same answers.
+
+    Raises:
+        ValueError: there is no such stage or step, or a prompt leaves too little room for an answer.
     """
     folder = parse_path(str(workdir), "workdir")
     recipe = resolve_recipe(recipe, folder)
@@ -99,7 +106,7 @@ def generate(
     loaded = load_model(recipe, folder, stage, sampling, step)
     setup, rows = loaded.setup, loaded.setup.config.evaluation.batch_size
     texts = make_texts(setup.text_model, loaded.sampling, rows, stops=loaded.stops, seed=seed)
-    batches = texts(loaded.params, encode_prompts(setup.config.data.task, setup.data.tokenizer, list(prompts)), 0)
+    batches = texts(loaded.params, loaded.encode(list(prompts)), 0)
     return [stream.text for batch in batches for stream in batch]
 
 
@@ -116,6 +123,7 @@ def load_params(
     """
     folder = parse_path(str(workdir), "workdir")
     recipe = resolve_recipe(recipe, folder)
+    check_stage(stage, recipe)
     name = stage or last_finished(recipe, folder)
     result = choose(recipe, folder / name, step)
     setup = setup_stage(recipe, name, folder, with_data=False)

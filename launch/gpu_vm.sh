@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a GPU VM with Python 3.11 or newer: install with CUDA, then run the same command as anywhere.
+# On a GPU VM: install with CUDA, then run the same command as anywhere.
 #
 #     launch/gpu_vm.sh CONFIG WORKDIR [FLAGS ...]        e.g. launch/gpu_vm.sh configs/demo.py runs/demo
 #
@@ -12,9 +12,9 @@
 #     launch/gpu_vm.sh attach                            that session on the first; Ctrl-b d leaves it
 #     launch/gpu_vm.sh logs                              what it prints there
 #     launch/gpu_vm.sh state                             whether it runs, on all of them
-#     launch/gpu_vm.sh stop                              it saves, and ends everywhere
+#     launch/gpu_vm.sh stop                              save, and exit on all of them
 #
-# What ends with code 75 is started again, on one machine and on several. DRY_RUN=1 only says what would be done.
+# A command that ends with code 75 is restarted, on one machine and on several. DRY_RUN=1 only prints the commands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/do_it.sh
@@ -26,7 +26,9 @@ here() {
   local workdir=${2:?name the folder of the run}
   shift 2
   do_it nvidia-smi --query-gpu=name,memory.total --format=csv
-  do_it make .venv
+  local python=python3
+  if [ -z "${DRY_RUN:-}" ]; then python=$(launch/python.sh); fi
+  do_it make PYTHON="$python" .venv
   do_it .venv/bin/pip install --quiet -e '.[gpu,bucket]'
   do_it .venv/bin/python -c 'import jax; print(jax.devices())'
   exec launch/again.sh .venv/bin/jaxstages run --config="$config" --workdir="$workdir" "$@"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxstages import api
 from jaxstages import config as recipes
 from jaxstages.cli.main import main
 from jaxstages.config.checks import validate
@@ -59,11 +60,26 @@ GENERATE = ("generate", "--workdir={}/work")
 LONG = "--prompt=" + "red " * 60
 
 
+def test_python_has_the_errors_of_the_commands(home: Path, tmp_path: Path) -> None:
+    recipe = recipes.from_dict(read_json(home / "work" / "recipe.json")["recipe"])
+    for call_with_stage in (
+        lambda stage: api.train(recipe, tmp_path, stage=stage),
+        lambda stage: api.evaluate(home / "work", stage=stage),
+        lambda stage: api.generate(home / "work", ["red"], stage=stage),
+        lambda stage: api.load_params(home / "work", stage=stage),
+    ):
+        with pytest.raises(ValueError, match="has no stage pretrian; did you mean pretrain"):
+            call_with_stage("pretrian")
+    with pytest.raises(ValueError, match=r"prompt 1 has \d+ tokens"):
+        api.generate(home / "work", ["red " * 60])
+
+
 @pytest.mark.usefixtures("all_devices")
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         # The command and its flags.
+        (("train", "--workdir={}/work", "--stage=import"), ["no stage import", "pretrain"]),
         (("trian",), ["'trian'", "train"]),
         (("trian", "--help"), ["'trian'", "train"]),
         (("run",), ["run", "--workdir=DIR"]),

@@ -102,6 +102,92 @@ def bash_words(text: str) -> list[str]:
     return result.stdout.split("\0")[:-1]
 
 
+GCLOUD = """#!/bin/bash
+case "$*" in
+  *describe*) cat state 2>/dev/null || { echo NOT_FOUND; exit 1; } ;;
+  *delete*) rm -f state ;;
+  *create*)
+    echo "$*" >>creates
+    if [ "$(wc -l <creates)" -le "$STOCKOUTS" ]; then exit 1; fi
+    echo READY >state ;;
+  *"background.sh start"*) touch started ;;
+  *"background.sh state"*) if [ -f started ]; then echo code=0; else echo code=none; fi ;;
+esac
+"""
+"""A cloud that is out of TPUs for the first so many requests."""
+
+
+def run_on_tpu(project: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    (project / "bin" / "gcloud").write_text(GCLOUD)
+    environment = os.environ | TPU | {"POLL": "0", "STOCKOUTS": "0"} | environment
+    command = ["launch/tpu_vm.sh", "run", *words]
+    return subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True, timeout=60)
+
+
+def test_a_preempted_tpu_is_recreated_also_if_there_is_none_at_once(project: Path) -> None:
+    (project / "state").write_text("PREEMPTED\n")
+    result = run_on_tpu(project, "demo", "gs://b/run", STOCKOUTS="2")
+    assert result.returncode == 0 and "preempted; recreating it" in result.stderr
+    assert len((project / "creates").read_text().splitlines()) == 3
+
+
+def test_a_tpu_that_never_was_there_ends_the_command(project: Path) -> None:
+    assert run_on_tpu(project, "demo", "gs://b/run", STOCKOUTS="2").returncode == 1
+    assert len((project / "creates").read_text().splitlines()) == 1
+
+
+def test_arguments_are_checked_before_a_tpu_is_created(project: Path) -> None:
+    result = run_on_tpu(project, "demo")
+    assert result.returncode != 0 and "name the folder of the run" in result.stderr
+    assert not (project / "creates").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        *(("v4-32", "tpu-ubuntu2204-base"), ("v5litepod-16", "v2-alpha-tpuv5-lite")),
+        *(("v5p-8", "v2-alpha-tpuv5"), ("v6e-8", "v2-alpha-tpuv6e")),
+    ],
+)
+def test_each_type_of_tpu_has_its_image(project: Path, kind: str, image: str) -> None:
+    assert run_on_tpu(project, "demo", "gs://b/run", TYPE=kind).returncode == 0
+    assert f"--accelerator-type={kind} --version={image} " in (project / "creates").read_text()
+
+
+def test_a_command_in_the_background_belongs_to_its_host(project: Path) -> None:
+    """Also where hosts share the home folder."""
+    bin = project / "bin"
+    (bin / "tmux").write_text(
+        '#!/bin/bash\nif [ "$1" = new-session ]; then shift 4; setsid "$@" >/dev/null 2>&1 & fi\n'
+    )
+    (bin / "hostname").write_text('#!/bin/sh\necho "$HOST"\n')
+    (bin / "hostname").chmod(0o755)
+
+    def background(*words: str, host: str = "a") -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"HOME": str(project), "HOST": host}
+        command = ["launch/background.sh", *words]
+        return subprocess.run(command, cwd=project, env=environment, text=True, stdout=subprocess.PIPE, timeout=60)
+
+    script = "trap 'exit 3' TERM; touch there; while true; do sleep 0.05; done"
+    background("start", "bash", "-c", script)
+    end = time.monotonic() + 20
+    while not (project / "there").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert background("state").stdout == "code=running\n" and background("start", "true").returncode == 2
+    assert background("state", host="b").stdout == "code=none\n" and background("stop", host="b").returncode == 0
+    assert background("state").stdout == "code=running\n"
+    assert background("stop").returncode == 0 and background("state").stdout == "code=3\n"
+
+
+def test_a_python_that_is_new_enough_is_found(project: Path) -> None:
+    (project / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")  # as with Python 3.10
+    (project / "bin" / "python3").chmod(0o755)
+    (project / "bin" / "python3.12").symlink_to(sys.executable)
+    result = subprocess.run(["launch/python.sh"], cwd=project, text=True, capture_output=True)
+    assert result.stdout == f"{project}/bin/python3.12\n"
+
+
 def test_code_75_is_started_again_until_another_code_or_the_limit(project: Path) -> None:
     """Run k of the program ends with the k-th of CODES."""
     program = project / "program"

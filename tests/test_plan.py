@@ -111,7 +111,10 @@ def test_a_recipe_is_planned_for_the_devices_that_are_here(tmp_path: Path) -> No
     ("words", "said"),
     [
         (("plan",), "plan needs --config=RECIPE"),
-        (("plan", "--config=configs/demo.py", "--topology=v4:2x2"), "known chips: v5e, v5p, v6e, a100, h100, h200"),
+        (
+            ("plan", "--config=configs/demo.py", "--topology=v4:2x2"),
+            "known chips: v5e, v5p, v6e, a100, a100_40gb",
+        ),
         (("plan", "--config=configs/demo.py", "--topology=h100:2x2"), "write h100:N, a number of devices"),
         (("plan", "--config=configs/demo.py", "--stage=import"), "has no stage import; it has pretrain"),
         (("plan", "--config=configs/scale.py:9b"), "has no variant '9b'; known: 1b_v5e16"),

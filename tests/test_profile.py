@@ -1,13 +1,14 @@
 """A trace of chosen steps, model FLOPs utilization, and peak memory in the metrics."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jaxstages.cli.main import main
 from jaxstages.config import LoraConfig
 from jaxstages.models.flops import flops_per_token
-from jaxstages.runtime.chips import CHIPS, Chip
+from jaxstages.runtime.chips import CHIPS, Chip, chip_of
 from jaxstages.training import stage
 from jaxstages.training.metric_writer import read_metrics
 from tests.tiny import recipe as tiny_recipe
@@ -71,3 +72,15 @@ def test_an_unknown_chip_has_no_utilization_and_memory_is_recorded(command: list
 
 def test_figures_of_chips() -> None:
     assert CHIPS["h100"].flops == 989e12 and CHIPS["v5e"].flops == 197e12
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v5 lite", "v5e"), ("TPU v6 lite", "v6e"), ("cpu", None)),
+        *(("NVIDIA A100-SXM4-40GB", "a100_40gb"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H200", "h200")),
+    ],
+)
+def test_a_chip_is_known_by_the_kind_of_its_device(kind: str, name: str | None) -> None:
+    """As libtpu and CUDA name them: "TPU v5" is a v5p."""
+    assert chip_of(SimpleNamespace(device_kind=kind)) == (CHIPS[name] if name else None)

@@ -7,12 +7,14 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from jaxstages import api
 from jaxstages.cli.main import main
 from jaxstages.cli.plan import size_text, time_text
 from jaxstages.cli.train import _warn_of_positions, train
@@ -25,8 +27,9 @@ from jaxstages.runtime.console import Progress, say
 from jaxstages.runtime.files import local_path, write_json
 from jaxstages.runtime.signals import stop_signals
 from jaxstages.runtime.workdir import tokenizer_file
-from jaxstages.training.loop import with_error
+from jaxstages.training.loop import Loop, with_error
 from jaxstages.training.metric_writer import MetricsWriter
+from jaxstages.types import Interrupted
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
@@ -263,6 +266,34 @@ def test_a_terminal_that_is_closed_saves_like_sigterm() -> None:
             assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_ends_no_process_that_is_not_ours() -> None:
+    """Such as a notebook's: its variables would be lost."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    assert signal.getsignal(signal.SIGINT) is before
+    with stop_signals() as stop:
+        stop.unsaved = True
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert stop.requested
+    thread = threading.Thread(target=lambda: stop_signals().__enter__())
+    thread.start()
+    thread.join()
+
+
+def test_training_that_is_interrupted_before_its_first_step_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data(tmp_path / "data")
+    recipe = tiny_recipe(tmp_path / "data")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="train again to resume"):
+        patch.setattr(Loop, "run", lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(10))
+        api.train(recipe, tmp_path / "work", stage="pretrain")
+    assert api.train(recipe, tmp_path / "work", stage="pretrain")["pretrain"]["status"] == "completed"
 
 
 WRITER = """

@@ -1,5 +1,6 @@
 """Arrays on disk through Orbax, written and read in chunks, so that little of them is in memory twice."""
 
+import errno
 import gc
 import os
 from pathlib import Path
@@ -17,6 +18,13 @@ WRITE_CHUNK_BYTES = 2**26
 
 READ_BATCH_BYTES = 2**28
 """Bytes of parameters that are read together."""
+
+NOT_OF_THE_FILES = (
+    *("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED"),
+    *("CANCELLED", "ABORTED", "Out of memory", os.strerror(errno.ENOMEM), os.strerror(errno.EACCES)),
+    *(os.strerror(errno.EIO), os.strerror(errno.EMFILE), os.strerror(errno.ESTALE)),
+)
+"""What errors say whose cause is the machine or the connection, as XLA, TensorStore and the C library spell it."""
 
 
 def to_save(tree: Any) -> ocp.args.PyTreeSave:
@@ -56,6 +64,7 @@ def read(folder: Path, target: Any, part: bool = False) -> Any:
 
     Raises:
         Damaged: Orbax can't read it.
+        OSError: it can't be read now, for a reason that is not in its files.
     """
     handler, arguments = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target)
     if part:
@@ -65,5 +74,9 @@ def read(folder: Path, target: Any, part: bool = False) -> Any:
     with ocp.Checkpointer(handler) as checkpointer:
         try:
             return checkpointer.restore(os.fspath(folder), args=arguments)
+        except MemoryError:
+            raise
         except Exception as error:  # Orbax has no type of its own for unreadable data
+            if any(code in str(error) for code in NOT_OF_THE_FILES):
+                raise OSError(f"{folder} can't be read now, start again later: {str(error)[:200]}") from error
             raise Damaged(f"{folder} is damaged, Orbax can't read it: {str(error)[:200]}") from error

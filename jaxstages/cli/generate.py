@@ -1,6 +1,7 @@
 """`generate`: answer prompts with a checkpoint, and write the answers as JSON lines."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any, NamedTuple
 from jaxstages.cli.loaded_model import LoadedModel, load_model
 from jaxstages.cli.sampling_flags import SamplingFlags
 from jaxstages.config import Recipe
-from jaxstages.data.prompts import encode_prompts
 from jaxstages.data.sources import open_source
 from jaxstages.generation.evaluate import make_texts
 from jaxstages.runtime.console import Progress
@@ -41,7 +41,7 @@ def generate(recipe: Recipe, workdir: Path, stage: str | None, request: Request)
         raise ValueError(f"--out={request.out} is there already; remove it, or name another file")
 
     loaded = load_model(recipe, workdir, stage, request.sampling, request.step)
-    ids = _encode(loaded, prompts)
+    ids = loaded.encode(prompts)
     if out is None:
         for line in _answers(loaded, request.sampling.seed, prompts, ids, 0):
             print(line, flush=True)
@@ -91,19 +91,6 @@ def _read_prompts(file: Path) -> list[str]:
     if not prompts:
         raise ValueError(f"--prompts={file} has no line")
     return prompts
-
-
-def _encode(loaded: LoadedModel, prompts: list[str]) -> list[list[int]]:
-    """Tokenize the prompts. Raises ValueError for one that leaves too little room for an answer."""
-    context, max_new_tokens = loaded.setup.recipe.model.context, loaded.sampling.max_new_tokens
-    ids = encode_prompts(loaded.setup.config.data.task, loaded.setup.data.tokenizer, prompts)
-    for number, prompt in enumerate(ids, start=1):
-        if len(prompt) > context - max_new_tokens:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} a context of "
-                f"{context} has room for {context - max_new_tokens}: shorten it, or give a smaller --max_new_tokens"
-            )
-    return ids
 
 
 # The unfinished file ----------------------------------------------------------------------------------------------
@@ -156,7 +143,7 @@ def _answers(loaded: LoadedModel, seed: int, prompts: list[str], ids: list[list[
 def _batch_rows(loaded: LoadedModel, prompts: int) -> int:
     """Return the batch size: the recipe's, or for fewer prompts the next power of two that the mesh can split."""
     mesh, limit = loaded.setup.program.mesh, loaded.setup.config.evaluation.batch_size
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = math.prod(mesh.shape[axis] for axis in loaded.setup.recipe.mesh.rules.rows)
     while rows < min(prompts, limit):
         rows *= 2
     return min(rows, limit)

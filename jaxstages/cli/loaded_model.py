@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxstages.cli.sampling_flags import SamplingFlags
-from jaxstages.cli.select_checkpoint import choose, last_finished
+from jaxstages.cli.select_checkpoint import check_stage, choose, last_finished
 from jaxstages.config import Recipe
+from jaxstages.data.prompts import encode_prompts
 from jaxstages.generation.sampling import Sampling, check_sampling
 from jaxstages.training.handoff import read_parent
 from jaxstages.training.setup import StageSetup, setup_stage
@@ -25,6 +26,22 @@ class LoadedModel(NamedTuple):
     params_sha256: str
     sampling: Sampling
     stops: tuple[str, ...]
+
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        """Tokenize prompts in the format of the stage's task.
+
+        Raises:
+            ValueError: a prompt leaves too little room for an answer.
+        """
+        context, max_new_tokens = self.setup.recipe.model.context, self.sampling.max_new_tokens
+        ids = encode_prompts(self.setup.config.data.task, self.setup.data.tokenizer, prompts)
+        for number, prompt in enumerate(ids, start=1):
+            if len(prompt) > context - max_new_tokens:
+                raise ValueError(
+                    f"prompt {number} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} a context of "
+                    f"{context} has room for {context - max_new_tokens}: shorten it, or set max_new_tokens lower"
+                )
+        return ids
 
 
 def check_sampling_flags(flags: SamplingFlags) -> tuple[Sampling, tuple[str, ...]]:
@@ -73,6 +90,7 @@ def load_model(
     Raises:
         ValueError: a flag has a wrong value, or there is no such checkpoint.
     """
+    check_stage(stage, recipe)
     sampling, stops = check_sampling_flags(flags)
     name = stage or last_finished(recipe, workdir)
     chosen = choose(recipe, workdir / name, step)

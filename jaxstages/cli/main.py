@@ -5,7 +5,6 @@ Commands import jax, and whatever else they need, only when they run. Help and m
 
 import contextlib
 import dataclasses
-import difflib
 import os
 import re
 import sys
@@ -23,7 +22,8 @@ from jaxstages.cli.help import check_command, help_text
 from jaxstages.cli.parse import parse
 from jaxstages.cli.resolve import resolve_recipe
 from jaxstages.cli.sampling_flags import SamplingFlags
-from jaxstages.config import IMPORT, STAGES, Recipe, stages
+from jaxstages.cli.select_checkpoint import check_stage
+from jaxstages.config import STAGES, Recipe
 from jaxstages.runtime import bucket
 from jaxstages.runtime.cluster import ENVIRONMENT, ProcessInfo, detect_process
 from jaxstages.runtime.files import local_path, parse_path
@@ -76,6 +76,12 @@ def _failed(error: Exception) -> int:
 
     if (code := getattr(error, "exit_code", None)) is not None:  # Diverged, Interrupted
         return _end(code, str(error))
+    if "RESOURCE_EXHAUSTED" in str(error):  # XLA has no type of its own for it
+        return _end(
+            2,
+            f"out of memory: {str(error).splitlines()[0][:200]}; set config.STAGE.loop.accumulate higher, "
+            f"loop.remat='auto', or loop.batch_size or evaluation.batch_size lower {_location(error)}",
+        )
 
     traceback.print_exc()
     _announce_to_other_processes(1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -206,23 +212,16 @@ def _run(
     if command == "train" and stage is None:
         raise ValueError("train needs --stage=NAME, the stage to train")
     recipe = resolve_recipe(given, workdir, lengthen=stage if values.lengthen else "")
-    _check_stage(stage, recipe)
+    check_stage(stage, recipe, with_import=command != "train")
     before_jax()
     _run_with_recipe(command, values, recipe, workdir)
-
-
-def _check_stage(stage: str | None, recipe: Recipe) -> None:
-    names = (IMPORT, *stages(recipe))
-    if stage is not None and stage not in names:
-        near = difflib.get_close_matches(stage, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"recipe {recipe.name!r} has no stage {stage}; {hint}it has {', '.join(names)}")
 
 
 def _run_with_recipe(command: str, values: flags.FlagValues, recipe: Recipe, workdir: Path) -> None:
     import jax
 
-    jax.config.update("jax_debug_nans", values.debug_nans)
+    if values.debug_nans:  # else as JAX_DEBUG_NANS says
+        jax.config.update("jax_debug_nans", True)
     match command:
         case "run":
             from jaxstages.cli.train import run_stages

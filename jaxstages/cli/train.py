@@ -9,6 +9,7 @@ from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import finished
 from jaxstages.checkpoint.staging import check_processes
 from jaxstages.cli.resolve import flatten_fields, keep_recipe
+from jaxstages.cli.select_checkpoint import check_stage
 from jaxstages.config import Recipe
 from jaxstages.config.checks import validate
 from jaxstages.data.stage_data import prepare_stages
@@ -50,6 +51,7 @@ def train(
     Raises:
         ValueError: the recipe or the workdir does not allow it.
     """
+    check_stage(name, recipe, with_import=False)
     if options.finish and lengthen:
         raise ValueError("--finish ends a stage, and --lengthen goes on with it; give one of them")
     if options.finish and not has_begun(workdir / name):

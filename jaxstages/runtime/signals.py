@@ -1,9 +1,9 @@
 """Stop requests by signal (SIGTERM, SIGINT, a terminal's SIGHUP, SLURM's SIGUSR1), and a watchdog for hangs.
 
-If nothing is unsaved, the process ends at once with code 75: files are written atomically, so that is as safe as a
-kill. During training the request is recorded, and the loop saves after the step. A thread handles signals, because
+During training a request is recorded, and the loop saves after the step. If nothing is unsaved, the program ends at
+once with code 75: files are written atomically, so that is as safe as a kill. A thread handles signals there, because
 Python's own handlers wait for the main thread to return from C++, and a compilation can take longer than the grace
-period.
+period. In a process that is not ours, such as a notebook's, the main thread gets a KeyboardInterrupt instead.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 INTERRUPTED = 75
@@ -58,14 +58,15 @@ class Stop:
     unsaved: whether ending now would lose work; set by the code that does the work.
     """
 
-    def __init__(self, agree: Callable[[], bool] | None = None) -> None:
+    def __init__(self, agree: Callable[[], bool] | None = None, owns_process: bool = False) -> None:
         """
         Args:
             agree: for several processes, `multihost.preemption_poll()`.
+            owns_process: end the process where there is nothing to save; else raise KeyboardInterrupt.
         """
         self.requested = False
         self.unsaved = False
-        self._agree = agree
+        self._agree, self._owns_process = agree, owns_process
         self._first_time = 0.0
 
     def poll(self) -> bool:
@@ -75,14 +76,22 @@ class Stop:
         return self.requested
 
     def receive(self, number: int) -> None:
-        """Handle a signal."""
+        """Handle a signal.
+
+        Raises:
+            KeyboardInterrupt: there is nothing to save, or this is the second signal, in a process that is not ours.
+        """
         name = signal.Signals(number).name
         if not self.unsaved:
+            if not self._owns_process:
+                raise KeyboardInterrupt
             end_at_once(name)
         if not self.requested:
             self.requested, self._first_time = True, time.monotonic()
             print(f"jaxstages: {name}: saves after this step; once more ends at once", file=sys.stderr, flush=True)
         elif time.monotonic() - self._first_time > REPEAT_SECONDS:
+            if not self._owns_process:
+                raise KeyboardInterrupt
             print(
                 f"jaxstages: {name} again: ends without saving, the last checkpoint stands", file=sys.stderr, flush=True
             )
@@ -91,20 +100,51 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(
-    agree: Callable[[], bool] | None = None, on_interrupt: Callable[[int, Any], None] | None = None
+    agree: Callable[[], bool] | None = None,
+    on_interrupt: Callable[[int, Any], None] | None = None,
+    owns_process: bool = False,
 ) -> Iterator[Stop]:
     """Send signals to a `Stop` until the end of the block; blocks may be nested.
 
     Args:
         agree: for several processes, `multihost.preemption_poll()`. JAX handles the signals then.
         on_interrupt: Python signal handler of SIGINT, which then does not reach the `Stop`.
+        owns_process: whether a signal may end the process; blocks inside this one inherit it.
     """
-    stop = Stop(agree)
+    owns_process |= signal.getsignal(signal.SIGTERM) is _handled_by_thread
+    stop = Stop(agree, owns_process)
+    # SIGHUP stays ignored under `nohup`.
+    handled = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     if agree is not None:
         with python_signals():
             yield stop
-        return
+    elif owns_process:
+        with _thread_for(stop, handled, on_interrupt):
+            yield stop
+    elif threading.current_thread() is threading.main_thread():
+        with _handlers({number: lambda number, _: stop.receive(number) for number in handled}):
+            yield stop
+    else:  # Python allows handlers in the main thread only
+        yield stop
 
+
+def _handled_by_thread(number: int, frame: Any) -> None:
+    """Python's handler of a signal that a thread handles."""
+
+
+@contextlib.contextmanager
+def _handlers(handlers: Mapping[int, Callable[[int, Any], None]]) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _thread_for(stop: Stop, handled: Sequence[int], on_interrupt: Callable[[int, Any], None] | None) -> Iterator[None]:
+    """Pass signals to a `Stop` in a thread of its own."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -115,18 +155,17 @@ def stop_signals(
 
     thread = threading.Thread(target=watch, name="stop-signals", daemon=True)
     thread.start()
-    # SIGHUP stays ignored under `nohup`.
-    handled = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, lambda *_: None) for number in handled}
+    handlers: dict[int, Callable[[int, Any], None]] = dict.fromkeys(handled, _handled_by_thread)
     if on_interrupt is not None:
-        signal.signal(signal.SIGINT, on_interrupt)
-    outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        handlers[signal.SIGINT] = on_interrupt
     try:
-        yield stop
+        with _handlers(handlers):
+            outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            try:
+                yield
+            finally:
+                signal.set_wakeup_fd(outer)
     finally:
-        signal.set_wakeup_fd(outer)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         os.close(writer)  # ends the thread's read
         thread.join()
         os.close(reader)

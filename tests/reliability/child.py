@@ -90,7 +90,7 @@ def main() -> None:
     from jaxstages.runtime.signals import stop_signals
 
     slots = shared(os.environ["JAXSTAGES_TEST_PHASES"])
-    with stop_signals():  # as the door itself does, which is one import later here
+    with stop_signals(owns_process=True):  # as the door itself does, which is one import later here
         slots[0] = PHASES.index("import")
         import jaxstages.cli.main  # noqa: F401
         from jaxstages.generation import decode

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxstages.checkpoint.fingerprint import fingerprint, params_sha256
@@ -170,6 +171,22 @@ def test_all_bad_is_refused_and_never_begun_afresh(kept: Kept, tmp_path: Path) -
         with pytest.raises(ValueError, match=r"has no checkpoint that can be trusted, see the reasons in .*quarantine"):
             kept.restored(stage_dir)
     assert len(list(quarantine_folder(stage_dir).glob("*.reason"))) == len(kept.steps)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), ValueError("UNAVAILABLE: no route"), MemoryError()]
+)
+def test_what_is_no_fault_of_the_files_moves_nothing(
+    kept: Kept, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def restore(*_: Any, **__: Any) -> Any:
+        raise error
+
+    stage_dir = kept.copy(tmp_path / "copy")
+    with monkeypatch.context() as patch, pytest.raises((OSError, MemoryError)):
+        patch.setattr(ocp.Checkpointer, "restore", restore)
+        kept.restored(stage_dir)
+    assert not quarantine_folder(stage_dir).exists() and kept.restored(stage_dir) == kept.steps[-1]
 
 
 def test_a_damaged_best_does_not_condemn_the_checkpoints_beside_it(

@@ -40,7 +40,7 @@ def sleeps_for_ever():
         time.sleep(1)
 
 
-with stop_signals():  # as the door itself does, before the slow imports
+with stop_signals(owns_process=True):  # as the door itself does, before the slow imports
     from jax._src import compiler
 
     import jaxstages.training.loop as loop
