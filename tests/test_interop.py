@@ -101,6 +101,9 @@ def call(*words: str) -> int:
     return main(["jaxstages", *words])
 
 
+OF_MORE_PARTS = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
+
+
 def params_of(workdir: Path) -> str:
     return read_json(workdir / "import" / "result.json")["params_sha256"]
 
@@ -187,6 +190,12 @@ def test_a_config_goes_there_and_back(kind: str) -> None:
         ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor=0.4 of head_dim=8 must give an even number of"),
         ("llama", {"rope_theta": "many"}, "config.json: rope_theta='many' is of type str; it must be float"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} can't"),
+        ("gemma3_text", OF_MORE_PARTS | {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} can't"),
+        (
+            "llama",
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor=0.5 can't be represented here",
+        ),
         ("llama", {"hidden_size": "16"}, "hidden_size='16' is of type str; it must be int"),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
         ("llama", {"num_hidden_layers": 0}, "num_hidden_layers=0 must be larger than 0"),
@@ -334,6 +343,54 @@ def test_a_folder_with_a_model_of_sentencepiece(llama: Path, tmp_path: Path, cap
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(BPE))
     capsys.readouterr()
     assert call("import", f"--from={folder}", work) == 2 and "tokenizer.model differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("listed", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_beside_a_model_of_sentencepiece(llama: Path, tmp_path: Path, listed: str) -> None:
+    """Such as those of a chat template that was trained later: the file itself does not have them."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(BPE))
+    size = 15
+    beside: dict[str, Any] = {"bos_token": "<s>", "eos_token": "<|im_end|>", "tokenizer_class": "LlamaTokenizer"}
+    by_name = {"<|im_end|>": size, "<|im_start|>": size + 1}
+    if listed == "added_tokens.json":
+        write_json(folder / listed, by_name)
+    else:
+        entries = {str(i): {"content": name, "special": True, "normalized": False} for name, i in by_name.items()}
+        beside |= {"added_tokens_decoder": entries | {"1": {"content": "<s>", "special": True}}}
+    write_json(folder / "tokenizer_config.json", beside)
+    assert call("import", f"--from={folder}", f"--workdir={tmp_path}/work") == 0
+    tokenizer = load_tokenizer(tmp_path / "work" / "tokenizer" / "tokenizer.json")
+    assert {name: tokenizer.backend.token_to_id(name) for name in by_name} == by_name
+    assert tokenizer.specials.end_of_text == size in tokenizer.stops
+    assert size not in tokenizer.encode("a <|im_end|>"), "in a text it is text"
+
+    write_json(folder / "added_tokens.json", {"<|far|>": size + 7})
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    assert call("import", f"--from={folder}", f"--workdir={tmp_path}/again") == 2
+
+
+def test_another_folder_after_an_import_that_failed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the first is left: its hyperparameters, its tokenizer, its other files."""
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    for folder, theta in ((broken, 1e4), (whole, 5e9)):
+        shutil.copytree(llama, folder)
+        write_json(folder / "config.json", config_of("llama", rope_theta=theta))
+    write_json(broken / "generation_config.json", {"eos_token_id": 5})
+    header = load_file(broken / "model.safetensors")
+    save_file(dict([*header.items()][1:]), broken / "model.safetensors")
+    work = f"--workdir={tmp_path}/work"
+    assert call("import", f"--from={broken}", work) == 2
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call("import", "--from=~/whole", work) == 0
+    recipe = resolve_recipe(None, tmp_path / "work")
+    assert recipe.model.attention.rope_theta == 5e9 and recipe.name == "whole"
+    assert recipe.tokenizer.path == f"{whole}/tokenizer.json"
+    assert not (tmp_path / "work" / "import" / "source" / "generation_config.json").exists()
 
 
 class Marker:
@@ -609,7 +666,11 @@ def test_a_model_trained_here_becomes_the_nearest_family() -> None:
     part = {"heads": 2, "kv_heads": 1, "head_dim": 8}
     assert kind() == "llama"
     assert kind(attention=AttentionConfig(**part, qk_norm=True)) == "qwen3"
-    assert kind(attention=AttentionConfig(**part, qkv_bias=True)) == "qwen2"
+    # For qwen2 transformers builds a tokenizer of its own, so that only a Qwen2 becomes one.
+    assert kind(attention=AttentionConfig(**part, qkv_bias=True)) == "seed_oss"
+    assert kind(attention=AttentionConfig(**part, qkv_bias=True), family="qwen2") == "qwen2"
+    assert kind(attention=AttentionConfig(**part, rope_dims=4)) == "phi3", "only there it is applied"
+    assert kind(attention=AttentionConfig(heads=3, kv_heads=1, head_dim=8)) == "mistral", "others refuse the width"
     assert kind(attention=AttentionConfig(**part, window=5)) == "mistral"
     assert kind(activation="relu2") == "arcee"
     learned = AttentionConfig(heads=2, kv_heads=2, head_dim=8, position="learned")
@@ -685,6 +746,10 @@ def test_adapters_alone_are_for_stages_that_have_them_and_families_with_a_place_
     tensors, rows = peft._tensors(LLAMA, leaves, shapes)
     assert [row.name for row in rows] == ["model.layers.{n}.self_attn.q_proj.weight"]
     assert tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (4, 16)
+    imported = {"params_sha256": "a", "source": {"folder": "x", "new_tokens": [], "wrapper": "gemma3"}}
+    write_json(tmp_path / "import" / "result.json", imported)
+    with pytest.raises(ValueError, match="the imported base is a gemma3, in which PEFT names"):
+        peft._base_of(tmp_path, {"parent": {"params_sha256": "a"}})
     for family, place in (("llama", "embedding"), ("mixtral", "layers/experts/up")):
         with pytest.raises(ValueError, match=f"PEFT has no adapter for {place}"):
             peft._tensors(FAMILIES[family], {f"{place}/lora_a": leaf}, shapes)

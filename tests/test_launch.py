@@ -157,9 +157,7 @@ def test_each_type_of_tpu_has_its_image(project: Path, kind: str, image: str) ->
 def test_a_command_in_the_background_belongs_to_its_host(project: Path) -> None:
     """Also where hosts share the home folder."""
     bin = project / "bin"
-    (bin / "tmux").write_text(
-        '#!/bin/bash\nif [ "$1" = new-session ]; then shift 4; setsid "$@" >/dev/null 2>&1 & fi\n'
-    )
+    (bin / "tmux").write_text('#!/bin/bash\nif [ "$1" = new-session ]; then shift 4; setsid "$@" &>/dev/null & fi\n')
     (bin / "hostname").write_text('#!/bin/sh\necho "$HOST"\n')
     (bin / "hostname").chmod(0o755)
 

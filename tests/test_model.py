@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxstages.config import AttentionConfig, ExpertsConfig, ModelConfig, RopeScalingConfig
+from jaxstages.models.layers import scaled
 from jaxstages.models.losses import cross_entropy_loss
 from jaxstages.models.transformer import make_model
 from jaxstages.types import Batch, Model, Params
@@ -177,6 +178,12 @@ def test_bfloat16_activations_float32_parameters_and_logits() -> None:
     high = make()[0].apply(params, mixed_batch(2), None)
     assert low.dtype == jnp.float32
     assert 1e-6 < float(jnp.mean(jnp.abs(low - high)) / jnp.mean(jnp.abs(high))) < 0.1
+
+
+def test_a_constant_is_not_rounded_to_bfloat16() -> None:
+    x = jnp.linspace(1.0, 2.0, 1001, dtype=jnp.bfloat16)
+    error = np.asarray(scaled(x, 0.22).astype(jnp.float32) / (x.astype(jnp.float32) * 0.22)) - 1
+    assert abs(error.mean()) < 2e-4, "bfloat16(0.22) is 1.2e-3 too small"
 
 
 def test_rope_depends_on_relative_positions_only() -> None:

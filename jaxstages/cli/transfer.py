@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jaxstages import config as recipes
-from jaxstages.cli.resolve import keep_recipe, resolve_recipe
+from jaxstages.cli.resolve import keep_recipe, kept_recipe, resolve_recipe
 from jaxstages.cli.select_checkpoint import choose, last_finished
 from jaxstages.config import ModelConfig, Recipe
 from jaxstages.interop import gguf_export, hf_export
@@ -24,7 +24,7 @@ def import_model(given: Recipe | None, workdir: Path, source: str | None) -> Non
     """
     if not source:
         raise ValueError("import needs --from=DIR, a folder with config.json and safetensors")
-    folder = find_folder(str(Path(source).expanduser()) if source.startswith("~") else source)
+    folder = find_folder(source)
     description = describe(folder)
     if given is not None and source_of(given) not in (None, source):
         raise ValueError(f'the recipe has init_from="hf:{source_of(given)}", and --from={source}; name one of them')
@@ -33,8 +33,10 @@ def import_model(given: Recipe | None, workdir: Path, source: str | None) -> Non
     if trained and not result_file(workdir / recipes.IMPORT).exists():
         raise ValueError(f"{workdir} has trained {trained[0]} already; import into another --workdir")
 
-    if given is None and not (workdir / "recipe.json").is_file():
-        given = Recipe(name=Path(source).resolve().name, model=ModelConfig(context=description.model.context))
+    if given is None and not result_file(workdir / recipes.IMPORT).exists():
+        kept = kept_recipe(workdir)  # a recipe without stages is that of an import that failed
+        is_own = kept is not None and recipes.stages(kept)
+        given = kept if is_own else Recipe(name=folder.name, model=ModelConfig(context=description.model.context))
     if given is not None:
         given = with_model_of(given, description, tokenizer_of(folder))
     with lock(workdir):

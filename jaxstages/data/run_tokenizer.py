@@ -87,6 +87,7 @@ def _tokenizer_inputs(recipe: Recipe, workdir: Path, parent: Path | None) -> str
     if file is not None:
         names = (file.name, "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
         names += ("config.json", "generation_config.json", "additional_chat_templates/tool_use.jinja")
+        names += ("added_tokens.json",) if file.suffix == ".model" else ()
         files = [file.parent / name for name in names if (file.parent / name).is_file()]
         parts += [hashlib.sha256(each.read_bytes()).hexdigest() for each in files]
     else:

@@ -23,7 +23,7 @@ from jaxstages.data.tokenizer import (
     split_texts,
 )
 from jaxstages.runtime.console import say
-from jaxstages.runtime.files import write_json, write_text
+from jaxstages.runtime.files import read_json, write_json, write_text
 
 MAX_WORD_CHARACTERS = 2**10
 """BPE learns from words up to this length: its time grows with the square of it where text has no spaces (DNA,
@@ -31,6 +31,9 @@ base64)."""
 
 MAX_UNBROKEN_CHARACTERS = 2**23
 """Characters of all such words together: BPE's memory is a hundred times as large."""
+
+CONTROL = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+"""What control tokens look like: "<|im_end|>", "[INST]"."""
 
 
 def make_tokenizer(
@@ -108,6 +111,32 @@ def _train_characters(texts: Iterable[str]) -> tokenizers.Tokenizer:
     return backend
 
 
+def _add_tokens(source: Path, backend: tokenizers.Tokenizer) -> None:
+    """Add the tokens that a SentencePiece file does not have: those of `added_tokens_decoder` in tokenizer_config.json,
+    or else of added_tokens.json, as in transformers.
+
+    Raises:
+        ValueError: their ids do not follow those of the file.
+    """
+    files = (settings_file(source), source.with_name("added_tokens.json"))
+    settings, by_name = (read_json(file) if file.is_file() else {} for file in files)
+    added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+    # That file does not say which are control tokens: those that are written like one.
+    added = added or {i: {"content": t, "special": bool(CONTROL.fullmatch(t))} for t, i in by_name.items()}
+    for i, token in sorted(added.items()):
+        if i < backend.get_vocab_size():
+            continue
+        flags = {name: token[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in token}
+        new = tokenizers.AddedToken(token["content"], special=bool(token.get("special")), **flags)
+        (backend.add_special_tokens if new.special else backend.add_tokens)([new])
+        if backend.token_to_id(token["content"]) != i:
+            raise ValueError(
+                f"{source}: its added token {token['content']!r} should have id {i}, not "
+                f"{backend.token_to_id(token['content'])}; make a tokenizer.json: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), of transformers"
+            )
+
+
 def _adopt(path: str, tasks: Iterable[str]) -> tuple[tokenizers.Tokenizer, TokenizerSettings | None]:
     """Read an external tokenizer with its settings, and add the control tokens that it lacks."""
     source = Path(path)
@@ -119,6 +148,8 @@ def _adopt(path: str, tasks: Iterable[str]) -> tuple[tokenizers.Tokenizer, Token
             content = read_sentencepiece(content).to_str().encode()
 
     backend = parse_backend(content, source)
+    if source.suffix == ".model":
+        _add_tokens(source, backend)
     settings = read_settings(source, backend)
     bos_id = backend.token_to_id(settings.bos) if settings and settings.add_bos else None
     if settings and bos_id is not None and backend.post_processor is None:

@@ -21,6 +21,8 @@ import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxstages.config import AttentionConfig, ModelConfig, RopeScalingConfig, check_type, differences
 from jaxstages.interop.families import (
     FAMILIES,
@@ -51,7 +53,7 @@ ZERO = ("attention.softcap", "logit_softcap")
 """Fields that may be 0."""
 
 LIMIT = 2**31
-"""Exclusive bound of the numbers in a config.json; also the reach of RoPE without a limit."""
+"""Exclusive bound of the integers in a config.json; also the reach of RoPE without a limit."""
 
 
 class ModelDescription(NamedTuple):
@@ -148,7 +150,8 @@ def text_config(config: Any, where: str, has_head: Callable[[], bool]) -> tuple[
     tied = config.get("tie_word_embeddings")
     if tied is None:
         tied = kind in TIED_WRAPPERS and not has_head()
-    outer = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", *REFUSED_ANYWHERE)
+    outer = {key: config[key] for key in shared if key in config}
     return outer | text | {"tie_word_embeddings": tied or text.get("tie_word_embeddings") is True}, where
 
 
@@ -210,8 +213,9 @@ def _number(value: Any, kind: type, where: str, least: float | None = None) -> A
     check_type(value, kind, where)
     if kind is bool:
         return value
-    if not (value > 0 or least is not None and least <= value) or value >= LIMIT:
-        raise ValueError(f"{where}={value!r} must be larger than 0" + (f", and below {LIMIT:g}" if value > 0 else ""))
+    limit = LIMIT if kind is int else float(np.finfo(np.float32).max)
+    if not (value > 0 or least is not None and least <= value) or value >= limit:
+        raise ValueError(f"{where}={value!r} must be larger than 0" + (f", and below {limit:g}" if value > 0 else ""))
     return value
 
 
@@ -250,7 +254,7 @@ def _read_rope(model: ModelConfig, config: dict[str, Any], family: Family, where
         entry = scaling or parameters or family.defaults.get("rope_parameters", {})
         name = f"{where}: {'rope_scaling' if scaling else 'rope_parameters'}"
         part.rope_theta = _entry(entry, "rope_theta", float, f"{name}.", default)
-        part.rope_dims = _rope_dims(config, entry, part.head_dim, name, where)
+        part.rope_dims = _rope_dims(config, entry, part.head_dim, name, where, family.partial_rope)
         original = config.get(
             "original_max_position_embeddings", family.defaults.get("original_max_position_embeddings")
         )
@@ -260,8 +264,9 @@ def _read_rope(model: ModelConfig, config: dict[str, Any], family: Family, where
     entry, local = (_table(parameters, kind, name) for kind in (GLOBAL, LOCAL))
     entry = entry | {key: value for key, value in scaling.items() if value is not None and key != "truncate"}
     part.rope_theta = _entry(entry, "rope_theta", float, f"{name}.{GLOBAL}.", default)
-    part.rope_dims = _rope_dims(config, entry, part.head_dim, f"{name}.{GLOBAL}", where)
-    if _rope_dims(config, local, part.head_dim, f"{name}.{LOCAL}", where) != part.rope_dims:
+    partial = family.partial_rope
+    part.rope_dims = _rope_dims(config, entry, part.head_dim, f"{name}.{GLOBAL}", where, partial)
+    if _rope_dims(config, local, part.head_dim, f"{name}.{LOCAL}", where, partial) != part.rope_dims:
         raise ValueError(f"{name} must have one partial_rotary_factor for {GLOBAL} and {LOCAL}")
     part.rope_scaling, reach = _read_scaling(entry, model, None, f"{name}.{GLOBAL}")
     other, _ = _read_scaling(local, model, None, f"{name}.{LOCAL}")
@@ -276,9 +281,13 @@ def _read_rope(model: ModelConfig, config: dict[str, Any], family: Family, where
     return reach
 
 
-def _rope_dims(config: dict[str, Any], entry: dict[str, Any], head_dim: int, name: str, where: str) -> int:
+def _rope_dims(
+    config: dict[str, Any], entry: dict[str, Any], head_dim: int, name: str, where: str, partial: bool
+) -> int:
     share = _entry(config, "partial_rotary_factor", float, f"{where}: ", 1.0)
     share = _entry(entry, "partial_rotary_factor", float, f"{name}.", share)
+    if share != 1.0 and not partial:
+        raise _refuse(name, "partial_rotary_factor", share, (1.0,))
     dims = int(head_dim * share)
     if share > 1 or dims < 2 or dims % 2:
         raise ValueError(
@@ -546,6 +555,28 @@ def _write_rope(family: Family, model: ModelConfig) -> dict[str, Any]:
     return config | ({family.nested.key: own["rope_theta"]} if family.nested.key else {})
 
 
+MULTIPLE_OF_HEADS = (
+    *("llama", "gemma2", "gemma3_text", "vaultgemma", "cwm", "hyperclovax", "arcee", "jais2", "internlm3"),
+    "iquestcoder",
+)
+"""Families whose config transformers refuses unless the width is a multiple of the number of heads."""
+
+OWN_TOKENIZER = ("qwen2",)
+"""Families for which transformers rebuilds the tokenizer, and does not read the tokenizer.json of another model."""
+
+
+def _obstacles(family: Family, model: ModelConfig) -> list[str]:
+    """Return why transformers would not load a model of this family as it is, although its config.json expresses it."""
+    part, obstacles = model.attention, []
+    if family.model_type in OWN_TOKENIZER and model.family != family.model_type:
+        obstacles.append("a tokenizer of its own")
+    if family.model_type in MULTIPLE_OF_HEADS and model.width % part.heads:
+        obstacles.append(f"a width that is a multiple of the heads, this model {model.width} and {part.heads}")
+    if family.model_type == "olmoe" and part.qk_norm and part.heads * part.head_dim != model.width:
+        obstacles.append(f"heads * head_dim equal to the width, this model {part.heads * part.head_dim}")
+    return obstacles
+
+
 def choose_family(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """Return the model's own family, or the first other one that can express it, and its config.json.
 
@@ -562,6 +593,7 @@ def choose_family(model: ModelConfig) -> tuple[Family, dict[str, Any]]:
             lines = [str(error)]
         else:
             lines = differences(plain_model(expressed), plain_model(model), "model")
+        lines = lines or _obstacles(family, model)
         if not lines:
             return family, config
         lines = [f"{family.model_type} has {line.replace(' -> ', ', this model ')}" for line in lines]

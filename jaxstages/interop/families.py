@@ -61,6 +61,7 @@ class Family(NamedTuple):
     also: other names of keys, which take precedence.
     values: replacements of some values of keys, as in transformers.
     rope: entries that `rope_parameters` must have for any scaling.
+    partial_rope: whether transformers applies a `partial_rotary_factor`.
     """
 
     model_type: str
@@ -76,6 +77,7 @@ class Family(NamedTuple):
     also: dict[str, str] = {}
     values: dict[str, dict[str, str]] = {}
     rope: dict[str, Any] = {}
+    partial_rope: bool = False
 
 
 KEYS: dict[str, str | Power] = {
@@ -436,6 +438,7 @@ CWM = LLAMA._replace(
 )
 PHI3 = MISTRAL._replace(
     model_type="phi3",
+    partial_rope=True,
     architecture="Phi3ForCausalLM",
     rows=_decoder(
         (

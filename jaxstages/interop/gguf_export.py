@@ -15,14 +15,15 @@ import numpy as np
 
 from jaxstages.checkpoint.fingerprint import named_leaves, params_sha256
 from jaxstages.config import Recipe, builtin_model
+from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.interop.config_json import read_config
 from jaxstages.interop.gguf_layout import choose_arch, hyperparameters, tensors
 from jaxstages.interop.gguf_tokenizer import vocabulary
 from jaxstages.interop.hf_export import (
-    OUR_TEMPLATE,
     chat_template,
     exported_rows,
     keep_rows,
+    our_template,
     special_ids,
     tokenizer_json,
 )
@@ -49,7 +50,7 @@ ALWAYS_FLOAT32 = ("position_embd.weight", "rope_freqs.weight", "ffn_gate_inp.wei
 """Endings of the names of tensors that llama.cpp wants in float32, beside vectors."""
 
 OUR_TEMPLATE_IN_GO = "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>"
-"""The built-in chat template (`OUR_TEMPLATE`) for Ollama, which puts `<|endoftext|>` in front by itself."""
+"""The built-in chat template (`our_template`) for Ollama, without the token that begins a chat."""
 
 
 def export_gguf(
@@ -156,7 +157,9 @@ def _tokenizer(setup: StageSetup, stage: str, rows: int, template: Any) -> dict[
     begin = named.get("eos_token_id") if begin is None else begin  # else llama.cpp takes token 11
     named |= {"bos_token_id": begin, "padding_token_id": ids.get("pad_token_id")}
     keys |= {f"tokenizer.ggml.{name}": i for name, i in named.items() if i is not None}
-    keys |= {"tokenizer.ggml.add_bos_token": bool(tokenizer.begin), "tokenizer.ggml.add_eos_token": False}
+    # llama.cpp adds the token of a text to a chat too; ours begin with another one, which the template has.
+    adds_begin = bool(tokenizer.begin) and (template != our_template(tokenizer) or _begins_as_text(tokenizer))
+    keys |= {"tokenizer.ggml.add_bos_token": adds_begin, "tokenizer.ggml.add_eos_token": False}
 
     match template:
         case "":
@@ -169,6 +172,11 @@ def _tokenizer(setup: StageSetup, stage: str, rows: int, template: Any) -> dict[
             keys |= {"tokenizer.chat_template": default} if default else {}
             keys |= {"tokenizer.chat_templates": list(named_templates)} if named_templates else {}
             return keys | {f"tokenizer.chat_template.{name}": text for name, text in named_templates.items()}
+
+
+def _begins_as_text(tokenizer: Tokenizer) -> bool:
+    """Return whether a chat of the built-in template begins with the token that begins a text."""
+    return tokenizer.begin == (tokenizer.specials.end_of_text,)
 
 
 # The file ---------------------------------------------------------------------------------------------------------
@@ -296,8 +304,10 @@ def _modelfile(setup: StageSetup, to: Path, template: Any, context: int) -> str:
     """Return the `Modelfile` with which `ollama create NAME -f Modelfile` makes a model of the file."""
     tokenizer = setup.data.tokenizer
     lines = [f"# ollama create {setup.recipe.name} -f Modelfile", f"FROM ./{to.name}", ""]
-    if template == OUR_TEMPLATE:
-        lines += [f'TEMPLATE """{OUR_TEMPLATE_IN_GO}"""', ""]
+    if template == our_template(tokenizer):
+        end = tokenizer.backend.id_to_token(tokenizer.specials.end_of_text)
+        begin = "" if _begins_as_text(tokenizer) else end  # else Ollama adds it
+        lines += [f'TEMPLATE """{begin}{OUR_TEMPLATE_IN_GO}"""', ""]
     elif template:
         lines += [
             "# No TEMPLATE: the model's own is in Jinja, and Ollama's are in Go. Ollama knows those of well-known",

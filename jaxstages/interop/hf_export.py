@@ -18,7 +18,7 @@ import numpy as np
 from jaxstages import config as recipes
 from jaxstages.checkpoint.fingerprint import named_leaves, params_sha256
 from jaxstages.config import Recipe, builtin_model
-from jaxstages.data.tokenizer import SPECIAL_TOKENS
+from jaxstages.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from jaxstages.interop.config_json import choose_family, key_of, plain_model, read_config
 from jaxstages.interop.families import Family
 from jaxstages.interop.hf_import import Plan, load, source_folder
@@ -48,10 +48,14 @@ CHECKED_TOKENS = 64
 """Tokens in the row that the logits are compared on."""
 
 OUR_TEMPLATE = (
-    "{{ '<|endoftext|>' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + "
-    "'<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{{ BEGIN }}{% for message in messages %}"
+    "{% set role = 'system' if message['role'] == 'developer' else message['role'] %}"
+    "{% if role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('the chat template has no role ' + role) }}{% endif %}"
+    "{{ '<|' + role + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-"""The built-in chat template (`data/chat.py`) in Jinja."""
+"""The built-in chat template (`data/chat.py`) in Jinja. BEGIN stands for the token that ends a text, in quotes."""
 
 
 def export(
@@ -106,7 +110,7 @@ def export(
 
     leaves = {path: multihost.gather_to_host(leaf) for path, leaf in named_leaves(params).items()}
     files = write_shards(fresh, entries_of(slots, leaves, shapes), DTYPES[dtype], max_bytes, report)
-    _write_tokenizer(setup, stage, fresh)
+    write_tokenizer(setup, stage, fresh)
     _write_generation(setup, stage, fresh, config)
     facts = {
         "model type": family.model_type,
@@ -245,7 +249,7 @@ def special_ids(setup: StageSetup, stage: str) -> dict[str, Any]:
     return ids if padding is None else ids | {"pad_token_id": padding}
 
 
-def _write_tokenizer(setup: StageSetup, stage: str, folder: Path) -> None:
+def write_tokenizer(setup: StageSetup, stage: str, folder: Path) -> None:
     """Write tokenizer.json, and tokenizer_config.json with the chat template that the stages are trained with."""
     tokenizer, trained = setup.data.tokenizer, stage != recipes.IMPORT
     file, source = tokenizer_file(setup.workdir), source_folder(setup.workdir)
@@ -287,11 +291,17 @@ def chat_template(setup: StageSetup, stage: str) -> Any:
         file = source / "tokenizer_config.json"
         if imported := (read_json(file) if file.is_file() else {}).get("chat_template"):
             return imported
-    template = tokenizer.template or (OUR_TEMPLATE if trained else "")
+    template = tokenizer.template or (our_template(tokenizer) if trained else "")
     if tokenizer.tool_template:
         named = {"default": template, "tool_use": tokenizer.tool_template}
         return [{"name": name, "template": text} for name, text in named.items()]
     return template
+
+
+def our_template(tokenizer: Tokenizer) -> str:
+    """Return the built-in chat template for a tokenizer, whose own end-of-text token begins a chat."""
+    begin = tokenizer.backend.id_to_token(tokenizer.specials.end_of_text)
+    return OUR_TEMPLATE.replace("BEGIN", json.dumps(begin, ensure_ascii=False))
 
 
 def _with_begin_tokens(before: dict[str, Any] | None, setup: StageSetup) -> dict[str, Any]:

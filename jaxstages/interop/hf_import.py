@@ -66,7 +66,7 @@ def find_folder(source: str) -> Path:
     Raises:
         ValueError: there is neither.
     """
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.is_dir():
         return folder.absolute()
     if folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
@@ -192,6 +192,7 @@ def import_folder(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
     source_meta = {
         "folder": str(folder),
         "model_type": description.family.model_type,
+        "wrapper": wrapper_of(base),
         "positions": description.positions,
         "files": files,
         "new_tokens": new_tokens,
@@ -232,9 +233,16 @@ def import_folder(recipe: Recipe, workdir: Path, source: str) -> dict[str, Any]:
     return result
 
 
+def wrapper_of(folder: Path) -> str:
+    """Return the model type of a multimodal model, "" for a model of text alone."""
+    kind = read_json(folder / "config.json").get("model_type")
+    return kind if kind in WRAPPERS else ""
+
+
 def _copy_source(folder: Path, workdir: Path) -> None:
     """Copy the config and the tokenizer files of a folder, which exports need."""
     copies = source_folder(workdir)
+    remove_tree(copies)  # left by an import of another folder that failed
     make_folder(copies)
     write_json(copies / "where.json", {"tokenizer": str(tokenizer_of(folder))})
     base, tokenizer_folder = model_folder(folder), tokenizer_of(folder).parent
@@ -248,7 +256,8 @@ def _copy_source(folder: Path, workdir: Path) -> None:
 
 def _check_source(source: str, before: dict[str, Any], stage_dir: Path) -> None:
     """Raise ValueError if the imported folder has changed. It may be gone."""
-    folder = Path(source) if Path(source).is_dir() else Path(before["folder"])
+    folder = Path(source).expanduser()
+    folder = folder if folder.is_dir() else Path(before["folder"])
     try:
         now = file_digests(folder)
     except ValueError:  # the base of adapters is gone
@@ -301,7 +310,7 @@ def make_plan(setup: StageSetup, description: ModelDescription, stored: dict[str
     if "position_embedding" in full:
         full["position_embedding"] = (description.positions, *full["position_embedding"][1:])
     slots = tensor_slots(FAMILIES[description.family.model_type], full)
-    parts = read_json(folder / "config.json").get("model_type") in WRAPPERS
+    parts = bool(wrapper_of(folder))
     stored = match(slots, full, by_plain_names(stored, str(folder)), description.model.vocab_size, str(folder), parts)
     if ignored := sorted(stored.keys() - {slot.name for slot in slots}) if parts else []:
         names = dict.fromkeys(".".join(name.removeprefix("model.").split(".")[:1]) for name in ignored)

@@ -16,6 +16,7 @@ from jaxstages.checkpoint.fingerprint import named_leaves
 from jaxstages.config import LoraConfig, Recipe, builtin_model
 from jaxstages.interop.config_json import choose_family
 from jaxstages.interop.families import Family, Row
+from jaxstages.interop.hf_export import write_tokenizer
 from jaxstages.interop.hf_import import source_folder
 from jaxstages.interop.model_card import licence_field, write_card
 from jaxstages.interop.peft_import import NAMES
@@ -30,8 +31,10 @@ from jaxstages.training.setup import setup_stage
 
 
 def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: dict[str, Any] | None = None) -> None:
-    """Write the adapters of a checkpoint, in float32, into the folder `to`, which must be empty or not exist. The base
-    is not written.
+    """Write the adapters of a checkpoint, in float32, and its tokenizer into the folder `to`. The base is not written.
+
+    Args:
+        to: must be empty, or not exist.
 
     Raises:
         ValueError: the stage has no adapters, or PEFT does not support adapters of these matrices.
@@ -57,6 +60,7 @@ def export_adapter(recipe: Recipe, workdir: Path, stage: str, to: Path, chosen: 
     entries = [Entry(name, value.shape, lambda value=value: [value]) for name, value in tensors.items()]
     write_file(fresh / "adapter_model.safetensors", entries, "F32", 0, lambda done: None)
     write_json(fresh / "adapter_config.json", _config(config, adapted, base))
+    write_tokenizer(setup, stage, fresh)  # with the control tokens of training in the base's spare rows
     facts = {
         "adapters for": f"`{base}` ({family.model_type})",
         "rank, alpha": f"{config.rank}, {config.alpha:g}",
@@ -175,13 +179,18 @@ def _base_of(workdir: Path, meta: dict[str, Any]) -> str:
     """Return the imported folder if the adapters were trained on it; else the parent, which has to be exported too.
 
     Raises:
-        ValueError: the import added tokens, for which the folder has no rows.
+        ValueError: the import added tokens, for which the folder has no rows, or the base is multimodal.
     """
     file = result_file(workdir / recipes.IMPORT)
     if file.exists():
         imported = read_json(file)
         plain = not imported["source"].get("adapters")
         if plain and imported["params_sha256"] == meta["parent"]["params_sha256"]:
+            if wrapper := imported["source"].get("wrapper"):
+                raise ValueError(
+                    f"the imported base is a {wrapper}, in which PEFT names the text model's matrices differently; "
+                    "export the merged model, without --adapter"
+                )
             if added := imported["source"]["new_tokens"]:
                 raise ValueError(
                     f"the imported base has no rows for {' '.join(added[:5])}, which this run added, so that its "

@@ -70,7 +70,7 @@ def read_adapter(
         ValueError: it is not LoRA, or an unsupported kind of it; the message names the key or the tensors.
     """
     config = _checked(folder)
-    modules = _modules(folder)
+    modules, names = _modules(folder)
     ranks = [tensors["lora_A"].shape[0] for tensors in modules.values()]
     adapters: dict[str, dict[str, np.ndarray]] = {}
     magnitudes: dict[str, int] = {}
@@ -80,7 +80,9 @@ def read_adapter(
         if slot is None or not slot.row.inputs or slot.row.parts == ("embedding",):
             raise ValueError(f"{folder / WEIGHTS} adapts {module}, which can't be adapted here; train it without")
         down_RI, up_OR = (_values(tensors[name]) for name in ("lora_A", "lora_B"))
-        up_OR = up_OR * _scale(config, module, len(down_RI))
+        up_OR = up_OR * _scale(config, names[module], len(down_RI))
+        if slot.row.parts[0] in TOKEN_ROWS and "lora_magnitude_vector" in tensors:
+            raise ValueError(f"{folder / WEIGHTS} has DoRA of {module}, which can't be read here; train it without")
         first = 0
         for part, inputs, outputs in parts_of(slot, shapes):
             if part in TOKEN_ROWS:  # our rows are tokens, which PEFT treats as outputs
@@ -118,24 +120,26 @@ def _checked(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _modules(folder: Path) -> dict[str, dict[str, StoredTensor]]:
-    """Return the tensors of each adapted module."""
+def _modules(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, str]]:
+    """Return the tensors of each adapted module, and the name that PEFT has for it."""
     file = folder / WEIGHTS
     if not file.is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}; save the adapters as safetensors")
     modules: dict[str, dict[str, StoredTensor]] = {}
+    names = {}
     for name, tensor in header_of(file).items():
         match = TENSOR.fullmatch(name.removesuffix(".weight"))
         if match is None:
             raise ValueError(f"{file} has {name}, which is no part of LoRA or DoRA of a linear map; train without it")
         (module,) = by_plain_names({match[1]: tensor}, str(file))
         modules.setdefault(module, {})[match[2]] = tensor
+        names[module] = match[1]
     for module, tensors in modules.items():
         if not {"lora_A", "lora_B"} <= tensors.keys() or any(len(tensors[n].shape) != 2 for n in ("lora_A", "lora_B")):
             raise ValueError(f"{file}: the adapter of {module} is not whole")
     if not modules:
         raise ValueError(f"{file} has no adapters")
-    return modules
+    return modules, names
 
 
 def _values(tensor: StoredTensor) -> np.ndarray:

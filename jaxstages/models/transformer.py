@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxstages.config.model import ModelConfig
 from jaxstages.models.attention import Attend
-from jaxstages.models.layers import Backend, Cache, Layer, LayerSpec, Norm, layer_specs, normal_init
+from jaxstages.models.layers import Backend, Cache, Layer, LayerSpec, Norm, layer_specs, normal_init, scaled
 from jaxstages.models.ops import Ops
 from jaxstages.models.select import select_ops
 from jaxstages.types import SINGLE_DEVICE, Batch, Decoder, HiddenAndHead, Model, Params, ShardingHooks
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         if config.scaled_embedding:
             x_BLD = x_BLD * jnp.asarray(config.width**0.5, dtype)
         if config.embedding_scale != 1.0:
-            x_BLD = x_BLD * jnp.asarray(config.embedding_scale, dtype)
+            x_BLD = scaled(x_BLD, config.embedding_scale)
         if config.attention.position == "learned":
             axes = ("position", "embed")
             table: Any = self.param("position_embedding", normal_init(*axes), (config.context, config.width))
@@ -70,7 +70,7 @@ class Transformer(nn.Module):
 
         x_BLD = Norm(config, self.backend, name="final_norm")(x_BLD)
         if config.logit_scale != 1.0:
-            x_BLD = x_BLD * jnp.asarray(config.logit_scale, dtype)
+            x_BLD = scaled(x_BLD, config.logit_scale)
         head: Any = embedding_VD
         if not config.tied_head:
             head = self.param("head", normal_init("vocab", "embed"), (self.vocab, config.width))

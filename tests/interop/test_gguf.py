@@ -106,8 +106,8 @@ def test_each_family_has_an_architecture_or_a_reason(kind: str) -> None:
         ("smollm3", {"no_rope_layer_interval": 2}, "every fourth without RoPE layers, this model global, nope"),
         (
             "llama",
-            {"partial_rotary_factor": 0.5, "head_dim": 12},
-            "llama has model.attention.rope_dims=0, this model 6",
+            {"hidden_act": "gelu_pytorch_tanh"},
+            "llama has model.activation='swiglu', this model 'geglu'",
         ),
         ("qwen3", {"attention_bias": True}, "qwen3 has model.attention.out_bias=False, this model True"),
     ],

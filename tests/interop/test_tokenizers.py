@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jaxstages.config import TokenizerConfig
+from jaxstages.data.chat import make_chat
 from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.interop import hf_export
@@ -40,7 +41,7 @@ def exported(tokenizer: Tokenizer, workdir: Path, stage: str, new_tokens: Sequen
     program = SimpleNamespace(abstract_params={"embedding": np.zeros((tokenizer.vocab_size, 1))})
     data = SimpleNamespace(tokenizer=tokenizer)
     setup: Any = SimpleNamespace(workdir=workdir, folder=workdir / "import", data=data, program=program)
-    hf_export._write_tokenizer(setup, stage, folder)
+    hf_export.write_tokenizer(setup, stage, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return AutoTokenizer.from_pretrained(folder)
 
@@ -103,6 +104,29 @@ def test_a_post_processor_counts_and_not_add_bos_token(
         for left in (tmp_path / "out").iterdir():
             left.unlink()
         (tmp_path / "out").rmdir()
+
+
+@pytest.mark.parametrize("eos", ["</s>", '<"end">'])
+def test_the_exported_template_is_that_of_training(tmp_path: Path, eos: str) -> None:
+    """A chat begins with the tokenizer's own end of a text, whatever that is called."""
+    file, path = foreign(tmp_path / "theirs", False, None), tmp_path / "tokenizer" / "tokenizer.json"
+    path.parent.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = (file.parent / name).read_text()
+        (file.parent / name).write_text(content.replace("</s>", eos.replace('"', '\\"')))
+    beside = json.loads((file.parent / "tokenizer_config.json").read_text())
+    del beside["chat_template"]
+    (file.parent / "tokenizer_config.json").write_text(json.dumps(beside))
+    ours = make_tokenizer(TokenizerConfig(kind="file", path=str(file)), iter(()), path, {"chat"})
+    assert ours.eos == eos
+    theirs = exported(ours, tmp_path, "instruct")
+    messages = [{"role": role, "content": f"hi {role}"} for role in ("developer", "user")]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    trained = make_chat(ours).prompt(messages, None)
+    assert [i for i in ids if i in ours.specials] == [i for i in trained if i in ours.specials]
+    assert ids[:2] == [ours.specials.end_of_text, ours.specials.system]
+    with pytest.raises(Exception, match="no role tool"):
+        theirs.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
 def test_an_import_is_exported_without_the_tokens_of_later_stages(tmp_path: Path) -> None:
