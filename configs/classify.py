@@ -1,15 +1,15 @@
 """A class by fine-tuning: what does a customer of a bank want? (Banking77, Casanueva et al. 2020: 77 classes)
 
     jaxstages run --config=configs/classify.py --workdir=runs/classify
-        --config.finetune.init_from=runs/text_to_chat/pretrain
-        --config.tokenizer.path=runs/text_to_chat/tokenizer/tokenizer.json
 
 It reads data/classes/train.jsonl, {"text", "label"} a line, and valid.jsonl beside it, and starts from the pretrained
 model of `configs/text_to_chat.py`, whose tokenizer and model it therefore has. Expect the class of a sentence: a label
 is written out as text, and the answer is the one that the model finds likeliest. `benchmarks/transfer.py` measures it
 with 5, 20 and all examples a class.
 
-    jaxstages run --config=configs/classify.py:control ...       the same from scratch
+    jaxstages run --config=configs/classify.py:control --workdir=runs/classify-control
+
+is the same from scratch. Both use the tokenizer of runs/text_to_chat.
 """
 
 from jaxstages.config import (

@@ -1,8 +1,8 @@
 """Shakespeare by characters: pretraining only, nanoGPT's CPU setting (4 layers, width 128, context 64, batch 12).
 
+    curl --create-dirs -o data/tinyshakespeare.txt \\
+        https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
     jaxstages run --config=configs/shakespeare_char.py --workdir=runs/shakespeare
-        [--config.pretrain.data.train=PATH/tinyshakespeare.txt]
-
     jaxstages run --config=configs/shakespeare_char.py:better --workdir=runs/shakespeare-better
 
 The text is Karpathy's tinyshakespeare, 1.1 MB; its last tenth is held out. Expect on two CPU cores: one to two

@@ -18,7 +18,7 @@ from tests import emulator
 from tests.test_clean import words
 from tests.tiny import recipe as tiny_recipe
 
-pytest.importorskip("apache_beam", reason="Apache Beam is not installed; pip install jaxstages[beam]")
+pytest.importorskip("apache_beam", reason="Apache Beam is not installed; pip install '.[beam]'")
 
 from jaxstages.data import beam
 

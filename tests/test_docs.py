@@ -1,5 +1,6 @@
 """What the documentation shows can be run, and what it says about files and fields is up to date."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -104,6 +105,22 @@ def test_every_anchor_of_the_documentation_is_a_heading() -> None:
             ]:
                 broken.append(f"{page.relative_to(ROOT)}: {target}#{anchor}")
     assert not broken
+
+
+def test_every_message_that_troubleshooting_explains_is_one_of_the_program() -> None:
+    """Whoever searches the page for what a run printed has to find it."""
+    texts = []
+    for file in (ROOT / "jaxstages").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+                texts.append("".join(map(str, parts)).replace("…", ""))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    headings = re.findall(r"^### (.*)", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [text for heading in headings for text in re.findall(r'"([^"]+)"', heading)]
+    missing = [each for each in quoted if not any(each in text for text in texts)]
+    assert len(quoted) > 10 and missing == []
 
 
 def test_the_readme_stays_short() -> None:

@@ -84,7 +84,10 @@ def _verify(folders: list[Path]) -> None:
                 bad += 1
                 say(f"{folder.name}/{step}: {error}", "red")
     if bad:
-        raise ValueError(f"{bad} of {count} checkpoints are damaged; the next start of the stage moves them aside")
+        raise ValueError(
+            f"{bad} of {count} checkpoints are damaged; the next start of an unfinished stage moves them aside. For a "
+            "finished one, put a good copy back, or remove the stage's folder to train it again"
+        )
 
 
 def _diff(workdir: Path, first: str, second: str) -> None:

@@ -61,7 +61,7 @@ COMMANDS = {
     "pretrain": Command(
         "Train the first stage, on raw text.",
         WORKDIR,
-        "Started again, it resumes from the latest checkpoint.",
+        "If restarted, it resumes from the latest checkpoint.",
         "jaxstages pretrain --config=demo --workdir=runs/demo --config.pretrain.optim.schedule.peak_lr=3e-3",
         "docs/stages.md",
     ),
@@ -82,7 +82,7 @@ COMMANDS = {
     "train": Command(
         "Train one stage, such as an extra stage of the recipe.",
         f"{WORKDIR} --stage=NAME",
-        "Started again, it resumes from the latest checkpoint.",
+        "If restarted, it resumes from the latest checkpoint.",
         "jaxstages train --stage=finetune --workdir=runs/demo",
         "docs/stages.md",
     ),
@@ -110,9 +110,9 @@ COMMANDS = {
     "report": Command(
         "Write the report of a run, or of several: stage matrix, curves, samples, cost.",
         f"({WORKDIR} | DIR DIR ... [--to=FILE.html])",
-        "One file without scripts that needs no network, DIR/report.html. `jaxstages run` writes it at its end; this "
-        "command also reports a run that is not finished. DIR DIR ... puts the curves of several runs together, with "
-        "the table of `jaxstages compare`, into ./report.html.",
+        "Writes DIR/report.html, a single file without scripts that needs no network. `jaxstages run` does so at its "
+        "end; this command also reports a run that is not finished. DIR DIR ... puts the curves of several runs "
+        "together, with the table of `jaxstages compare`, into ./report.html.",
         "jaxstages report --workdir=runs/demo",
         "docs/report.md",
     ),
@@ -172,7 +172,7 @@ COMMANDS = {
         "Train a recipe with several values of some fields, and compare the runs.",
         f"{WORKDIR} --config=RECIPE --sweep.FIELD=V1,V2",
         "All combinations are trained; a recipe can also list them in its function sweep(). A trial is an ordinary run "
-        "in DIR/NAME. Stages before the swept ones are trained once. Started again, the sweep continues.",
+        "in DIR/NAME. Stages before the swept ones are trained once. If restarted, the sweep continues.",
         "jaxstages sweep --config=demo --workdir=runs/sizes --sweep.model.layers=1,2 --sweep.seed=0,1,2",
         "docs/experiments.md",
     ),
@@ -201,7 +201,7 @@ FLAGS = (
     Flag(
         "workdir",
         "DIR",
-        "Folder of the run, or gs://BUCKET/FOLDER.",
+        "Folder of the run, or gs://BUCKET/FOLDER or s3://BUCKET/FOLDER; for sweep a local folder.",
         tuple(name for name in COMMANDS if name not in ("plan", "compare")),
     ),
     Flag(
@@ -240,8 +240,8 @@ FLAGS = (
     Flag(
         "together",
         "",
-        "Train the swept stage of all trials with one compiled step, if they differ in seed, peak_lr, weight decay or "
-        "betas only.",
+        "Train the swept stage of all trials with one compiled step, if they differ only in the seed and in "
+        "numbers of the optimizer, such as peak_lr, weight_decay and the betas.",
         ("sweep",),
         kind=bool,
         default=False,
@@ -257,7 +257,7 @@ FLAGS = (
     Flag(
         "halving",
         "FACTOR",
-        "Successive halving: at each rung, the best 1/FACTOR of the trials go on (ASHA, Li et al., 2020).",
+        "Successive halving: at each rung, the best 1/FACTOR of the trials go on (ASHA, Li et al., 2020). 0 is off.",
         ("sweep",),
         kind=int,
         default=0,
@@ -273,7 +273,13 @@ FLAGS = (
         at_least=0,
     ),
     Flag(
-        "hours", "H", "Start no trial after H hours; those that run save and end.", ("sweep",), float, 0.0, at_least=0
+        "hours",
+        "H",
+        "Start no trial after H hours; those that run save and end. 0 is no limit.",
+        ("sweep",),
+        float,
+        0.0,
+        at_least=0,
     ),
     Flag("metric", "NAME", "Metric to compare; default: that of early stopping.", ("compare", "report")),
     Flag("plot", "FILE.svg", "Draw the metric over the steps: .svg, .png or .pdf.", ("compare",)),
@@ -285,7 +291,7 @@ FLAGS = (
     Flag(
         "temperature",
         "T",
-        "Sampling temperature; 0 always takes the most likely token.",
+        "Sampling temperature; 0 is greedy decoding.",
         SAMPLING,
         kind=float,
         default=0.0,
@@ -294,7 +300,7 @@ FLAGS = (
     Flag(
         "top_p",
         "P",
-        "Sample from the fewest tokens that together have probability P.",
+        "Nucleus sampling: sample from the smallest set of tokens whose total probability is at least P.",
         SAMPLING,
         kind=float,
         default=1.0,

@@ -19,7 +19,7 @@ def _engine(beam_options: str | None) -> Engine | None:
     try:
         from jaxstages.data.beam import make_engine
     except ModuleNotFoundError as error:
-        raise ValueError(f"--beam_options: {error}; pip install jaxstages[beam]") from error
+        raise ValueError(f"--beam_options: {error}; pip install '.[beam]'") from error
     return make_engine(beam_options)
 
 

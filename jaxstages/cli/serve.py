@@ -66,7 +66,7 @@ def serve(recipe: Recipe, workdir: Path, stage: str | None, step: int | None, op
 
         from jaxstages.generation.serving.app import Limits, make_app
     except ImportError as error:
-        raise ValueError(f"serve needs {error.name}: pip install 'jaxstages[serve]'") from error
+        raise ValueError(f"serve needs {error.name}: pip install '.[serve]'") from error
 
     if options.dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype={options.dtype}: known: {', '.join(DTYPES)}")

@@ -146,8 +146,9 @@ class DatasetConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AnchorConfig:
-    """A penalty on forgetting that needs no earlier data: `weight` times the mean KL(parent || model) over the tokens
-    of rows that the parent itself generated (Marek et al. 2026). It is meant for imported weights."""
+    """A regularizer against forgetting that needs no data of earlier stages: `weight` times the mean
+    KL(parent || model) over the tokens of rows that the parent generated (Marek et al. 2026). It is meant for imported
+    weights."""
 
     weight: float = setting(0.0, at_least=0)
     """Weight of the penalty in the loss; 0 is off."""

@@ -483,7 +483,7 @@ def _load_hf(name: str, dataset: str, split: str) -> Any:
     try:
         datasets = importlib.import_module("datasets")  # an extra, which type checkers may not have
     except ImportError as error:
-        raise ValueError(f"{name}: Hugging Face datasets is not installed; pip install jaxstages[hf]") from error
+        raise ValueError(f"{name}: Hugging Face datasets is not installed; pip install '.[hf]'") from error
     owner_name, config = dataset, None
     if dataset.count("/") == 2 and not Path(dataset).exists():
         owner_name, _, config = dataset.rpartition("/")

@@ -110,7 +110,7 @@ def _library() -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
-        raise ValueError("GGUF files need the library gguf; install it: pip install 'jaxstages[gguf]'") from error
+        raise ValueError("GGUF files need the library gguf; install it: pip install '.[gguf]'") from error
 
 
 # Metadata ---------------------------------------------------------------------------------------------------------

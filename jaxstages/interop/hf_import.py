@@ -75,7 +75,7 @@ def find_folder(source: str) -> Path:
         hub: Any = importlib.import_module("huggingface_hub")
     except ImportError as error:
         raise ValueError(
-            f"{source} is no folder here; for a name on the hub, install the extra: pip install 'jaxstages[hf]'"
+            f"{source} is no folder here; for a name on the hub, install the extra: pip install '.[hf]'"
         ) from error
     try:
         return Path(hub.snapshot_download(source, allow_patterns=list(DOWNLOADED)))

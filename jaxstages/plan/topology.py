@@ -63,6 +63,6 @@ def _tpu(name: str) -> list[Any]:
     except Exception as error:  # libtpu is missing, or has no such grid; it raises no type of its own
         message = (str(error).splitlines() or [repr(error)])[0][:200]
         raise ValueError(
-            f"--topology={name}: {message}; it needs the extra `tpu` (pip install 'jaxstages[tpu]'), and a grid that "
+            f"--topology={name}: {message}; it needs the extra `tpu` (pip install '.[tpu]'), and a grid that "
             "exists: v5e and v6e 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; v5p 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ..."
         ) from error

@@ -134,7 +134,7 @@ def _handle_abort(_: int) -> None:
         faulthandler.dump_traceback(all_threads=True)
         return
     _leaving.set()
-    _print("a host is lost, and so the run ends here too; the last checkpoint stands, start all of them again to go on")
+    _print("lost contact with a host; the last checkpoint is intact: restart all hosts to resume")
     os._exit(INTERRUPTED)
 
 

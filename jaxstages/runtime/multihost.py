@@ -177,7 +177,7 @@ def assert_same_on_all_hosts(values: Mapping[str, str]) -> None:
         client.key_value_set(f"{key}/verdict", json.dumps(first_difference(values, others)))
 
     if difference := json.loads(client.blocking_key_value_get(f"{key}/verdict", timeout_ms)):
-        raise ValueError(f"the hosts differ: {difference}; give all of them the same, and start all of them again")
+        raise ValueError(f"the hosts disagree: {difference}; use the same value on all hosts, and restart them")
 
 
 def first_difference(values: Mapping[str, str], others: list[dict[str, str]]) -> str:

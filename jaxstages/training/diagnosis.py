@@ -100,7 +100,7 @@ def judge(
     if last > baseline:
         return Verdict(
             "underfit",
-            f"held-out loss {last:.3f} is no better than counting words, {baseline:.3f}",
+            f"held-out loss {last:.3f} is no better than that of a unigram model, {baseline:.3f}",
             f"Raise peak_lr, train for more steps ({LONGER}), or check the data with `jaxstages inspect`",
         )
     if falling:
@@ -117,7 +117,7 @@ def judge(
             "which says nothing of what it did at the end",
             "Set loop.eval_every to a quarter of the steps, or fewer",
         )
-    return Verdict("healthy", f"held-out loss settled at {last:.3f}, training loss at {tail:.3f}", "Nothing to mend")
+    return Verdict("healthy", f"held-out loss settled at {last:.3f}, training loss at {tail:.3f}", "No action needed")
 
 
 def _at(train: list[tuple[int, float]], step: int) -> float:

@@ -34,7 +34,7 @@ def trackers_of(recipe: Recipe) -> dict[str, MakeTracker]:
             continue
         if importlib.util.find_spec(tracker) is None:
             raise ValueError(
-                f"{where}={tracker!r}: {tracker} is not installed; pip install 'jaxstages[{tracker}]', or leave it out"
+                f"{where}={tracker!r}: {tracker} is not installed; pip install '.[{tracker}]', or leave it out"
             )
         makers[tracker] = BUILTIN[tracker]
     return makers

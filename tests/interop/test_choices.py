@@ -20,7 +20,7 @@ from jaxstages.training.setup import setup_stage
 from tests.tiny import PEOPLE, THINGS, model_config, write_data
 from tests.tiny import recipe as tiny_recipe
 
-WHY = "the extra `parity` is not installed: pip install 'jaxstages[parity]'"
+WHY = "the extra `parity` is not installed: pip install '.[parity]'"
 pytest.importorskip("torch", reason=WHY)
 pytest.importorskip("transformers", reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -40,7 +40,7 @@ from jaxstages.types import Batch
 from tests.test_interop import call, config_of, write_folder
 from tests.tiny import model_config, recipe, write_data
 
-gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed: pip install 'jaxstages[gguf]'")
+gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed: pip install '.[gguf]'")
 
 
 # Architectures.
@@ -491,7 +491,7 @@ def test_what_cant_be_exported_is_refused_in_one_line(
     with pytest.raises(ValueError, match="is a custom model; export needs a ModelConfig"):
         gguf_export.export_gguf(custom, run, "instruct", tmp_path / "x.gguf", "float32")
     monkeypatch.setattr(gguf_export.importlib, "import_module", lambda name: exec("raise ImportError"))
-    assert "GGUF files need the library gguf; install it: pip install 'jaxstages[gguf]'" in refused(to)
+    assert "GGUF files need the library gguf; install it: pip install '.[gguf]'" in refused(to)
 
 
 def test_an_imported_model_keeps_its_own_ids_template_and_context(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests import compiled
 from tests.interop.test_choices import WHY, write_questions
 from tests.tiny import PEOPLE, THINGS, write_data
 
-pytest.importorskip("lm_eval", reason="the extra `lm-eval` is not installed: pip install 'jaxstages[lm-eval]'")
+pytest.importorskip("lm_eval", reason="the extra `lm-eval` is not installed: pip install '.[lm-eval]'")
 pytest.importorskip("torch", reason=WHY)
 pytest.importorskip("transformers", reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -45,7 +45,7 @@ from tests.interop.zoo import MORE, PARTS, VOCAB, ZOO, make
 from tests.tiny import recipe as tiny_recipe
 from tests.tiny import write_data
 
-WHY = "the extra `parity` is not installed: pip install 'jaxstages[parity]'"
+WHY = "the extra `parity` is not installed: pip install '.[parity]'"
 torch = pytest.importorskip("torch", reason=WHY)
 pytest.importorskip("transformers", reason=WHY)
 pytest.importorskip("peft", reason=WHY)

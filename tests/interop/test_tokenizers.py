@@ -20,7 +20,7 @@ from jaxstages.data.tokenizer import Tokenizer
 from jaxstages.data.train_tokenizer import make_tokenizer
 from jaxstages.interop import hf_export
 
-pytest.importorskip("transformers", reason="the extra `parity` is not installed: pip install 'jaxstages[parity]'")
+pytest.importorskip("transformers", reason="the extra `parity` is not installed: pip install '.[parity]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TEXT = "Ann likes red. Bob likes blue, and grey is a colour."

@@ -168,7 +168,7 @@ def test_hosts_with_different_recipes_do_not_begin(home: Home, tmp_path: Path) -
     ]
     assert [child.wait() for child in pair] == [2, 2]
     for child in pair:
-        assert "the hosts differ: config.seed is 0 in process 0, 7 in process 1; give all" in child.log(), child.log()
+        assert "the hosts disagree: config.seed is 0 in process 0, 7 in process 1; use" in child.log(), child.log()
         assert "Traceback" not in child.log()
 
 
