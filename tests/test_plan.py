@@ -7,13 +7,14 @@ import jax
 import pytest
 
 from jaxstages.cli.main import main
-from jaxstages.cli.plan import make_plan
-from jaxstages.config import AttentionConfig, ExpertsConfig, LoraConfig, ModelConfig
+from jaxstages.cli.plan import make_plan, with_local_import
+from jaxstages.config import AttentionConfig, ExpertsConfig, LoraConfig, ModelConfig, TokenizerConfig
 from jaxstages.models.flops import flops_per_token
 from jaxstages.plan.collectives import SMALL, collectives_of, total
 from jaxstages.plan.estimate import roofline, wire_bytes
 from jaxstages.plan.topology import Topology, topology_of
 from jaxstages.runtime.chips import CHIPS
+from jaxstages.runtime.files import write_json
 from tests import tiny
 
 LLAMA_8B = ModelConfig(
@@ -123,6 +124,19 @@ def test_a_recipe_is_planned_for_the_devices_that_are_here(tmp_path: Path) -> No
 def test_what_can_t_be_planned_is_one_line(words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["jaxstages", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_model_that_is_imported_is_planned_if_it_is_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny.recipe(tmp_path)
+    recipe.pretrain, recipe.finetune.init_from = None, f"hf:{tmp_path}/model"
+    assert with_local_import(recipe) is recipe
+    assert "which the recipe imports, is not here: config.model is planned instead" in capsys.readouterr().out
+    (tmp_path / "model").mkdir()
+    config = {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 3, "num_hidden_layers": 2}
+    config |= {"intermediate_size": 64, "vocab_size": 300, "max_position_embeddings": 64}
+    write_json(tmp_path / "model" / "config.json", config)
+    recipe.model, recipe.tokenizer = ModelConfig(context=64), TokenizerConfig()
+    assert with_local_import(recipe).model.width == 96
 
 
 def test_local_is_what_is_here() -> None:

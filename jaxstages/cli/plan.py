@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 def plan(recipe: Recipe, stage: str | None, topology_name: str) -> None:
     """Print the plan of a stage, by default the recipe's first, on a topology."""
     validate(recipe)
-    recipe = _with_local_import(recipe)
+    recipe = with_local_import(recipe)
     stages = recipes.stages(recipe)
     name = stage or next(iter(stages))
     if name not in stages:
@@ -60,7 +60,7 @@ def plan(recipe: Recipe, stage: str | None, topology_name: str) -> None:
     _show(recipe, stages[name], topology, make_plan(recipe, name, topology))
 
 
-def _with_local_import(recipe: Recipe) -> Recipe:
+def with_local_import(recipe: Recipe) -> Recipe:
     """Return the recipe with the model that it imports, if that is here: a plan downloads nothing."""
     if (source := source_of(recipe)) is None:
         return recipe
