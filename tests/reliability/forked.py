@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jaxstages.runtime import lease
 from jaxstages.runtime.cpu import avoid_wrong_sums
 from tests import compiled
 
@@ -56,7 +57,9 @@ def _run(words: list[str], environment: dict[str, str], log: str) -> None:
     for source, target in ((null, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
     os.environ |= environment
-    avoid_wrong_sums()  # as the package does at its import, which is over here
+    # As the package does at its import, which is over here.
+    avoid_wrong_sums()
+    lease.LEASE_SECONDS = float(os.environ.get("JAXSTAGES_LEASE_SECONDS", lease.LEASE_SECONDS))
     compiled.use_folder()
     sys.argv = ["child.py", *words]
     faulthandler.enable()
