@@ -158,6 +158,7 @@ def open_file_system(scheme: str) -> Any:
     if importlib.util.find_spec(PACKAGES[scheme]) is None or importlib.util.find_spec("fsspec") is None:
         extra = "hf" if scheme == "hf" else "bucket"
         raise ValueError(f"{scheme}:// needs {PACKAGES[scheme]}: pip install '.[{extra}]'")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises too, with a traceback
     fsspec = importlib.import_module("fsspec")
     # Listings that are kept would hide what another process, or Orbax, has written. Orbax's own file system is another
     # instance, so the default is changed.
