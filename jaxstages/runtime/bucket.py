@@ -14,6 +14,7 @@ import fnmatch
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
