@@ -109,12 +109,6 @@ def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label_smoothing=0.1 does not apply to config.finetune.loss; set it to 0"):
         validate(recipe)
     recipe = tiny_recipe(tmp_path)
-    recipe.finetune.optim.name, recipe.finetune.optim.own, recipe.finetune.optim.weight_decay = "own", focal, 0.01
-    with pytest.raises(ValueError, match="weight_decay=0.01 does not apply to an optimizer of your own"):
-        validate(recipe)
-    recipe.finetune.optim.weight_decay = 0.0
-    validate(recipe)
-    recipe = tiny_recipe(tmp_path)
     recipe.finetune.evaluation.choice = ("piqa/test.jsonl", "arc/test.jsonl")
     with pytest.raises(ValueError, match="two files are named 'test'"):
         validate(recipe)

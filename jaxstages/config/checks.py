@@ -23,7 +23,6 @@ from jaxstages.config import (
     DuplicatesConfig,
     LoraConfig,
     ModelConfig,
-    OptimConfig,
     Recipe,
     StageConfig,
     all_metrics,
@@ -161,12 +160,6 @@ def _check_stage(name: str, stage: StageConfig, recipe: Recipe, earlier: tuple[s
     for field in ("label_smoothing", "z_loss"):
         if stage.loss is not None and (value := getattr(stage.optim, field)):
             raise ValueError(f"{where}.optim.{field}={value} does not apply to {where}.loss; set it to 0")
-
-    if stage.optim.name == "own" and stage.optim.weight_decay not in (0.0, OptimConfig().weight_decay):
-        raise ValueError(
-            f"{where}.optim.weight_decay={stage.optim.weight_decay} does not apply to an optimizer of your own, which "
-            "decays by itself; leave it out"
-        )
 
     choices = [Path(source).name.partition(".")[0] for source in stage.evaluation.choice]
     if repeated := [choice for choice in choices if choices.count(choice) > 1]:
