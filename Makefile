@@ -53,5 +53,5 @@ lock:  ## make requirements.lock again from pyproject.toml (needs uv)
 	uv pip compile --universal --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url \
 	  --no-header --no-annotate pyproject.toml -o requirements.lock
 
-clean:  ## all but trained models, which are in runs
+clean:  ## remove what was built; the trained models in runs/ stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .coverage*

@@ -32,8 +32,8 @@ def train(recipe: Recipe, workdir: str | Path, stage: str | None = None) -> dict
     Raises:
         ValueError: the recipe cannot run, or the workdir belongs to another one.
         Diverged: the numbers are no longer finite.
-        Interrupted: a signal, such as a notebook's interrupt, asked to stop. Everything is saved: call it again to
-            resume.
+        Interrupted: a signal, such as a notebook's interrupt, asked to stop. Everything is saved, unless a second
+            signal came before that: call it again to resume.
     """
     folder = parse_path(str(workdir), "workdir")
     recipe = resolve_recipe(recipe, folder)

@@ -164,7 +164,12 @@ def test_a_mean_curve_ends_where_a_seed_ends(runs: list[Run]) -> None:
 
 def test_a_pattern_leaves_the_parents_of_a_sweep_out(runs: list[Run], tmp_path: Path) -> None:
     write_run(tmp_path / "sweep/parents/all", tiny_recipe(tmp_path / "data"), 9.0)
-    assert find_runs([f"{tmp_path}/sweep/*"]) == [run.folder for run in sorted(runs, key=lambda run: run.folder)]
+    (tmp_path / "sweep/sweep.json").write_text("{}")
+    assert (
+        find_runs([f"{tmp_path}/swe*"])
+        == find_runs([f"{tmp_path}/sweep/*"])
+        == [run.folder for run in sorted(runs, key=lambda run: run.folder)]
+    )
 
 
 def test_custom_metrics_have_their_own_direction(tmp_path: Path) -> None:
@@ -507,6 +512,7 @@ def test_what_was_trained_by_another_recipe_is_refused(fake: Any) -> None:
     other = copy.deepcopy(sweep.recipe)
     other.pretrain.optim.beta1 = 0.5
     sweep = fake(["3"])
+    sweep.check_begun({"peak_lr=3": same["peak_lr=1"]})
     with pytest.raises(ValueError, match=r"parents/all was begun with another recipe: config.pretrain.optim.beta1"):
         sweep.check_begun({"peak_lr=3": other})
 

@@ -179,11 +179,28 @@ def test_a_command_in_the_background_belongs_to_its_host(project: Path) -> None:
 
 
 def test_a_python_that_is_new_enough_is_found(project: Path) -> None:
-    (project / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")  # as with Python 3.10
-    (project / "bin" / "python3").chmod(0o755)
-    (project / "bin" / "python3.12").symlink_to(sys.executable)
-    result = subprocess.run(["launch/python.sh"], cwd=project, text=True, capture_output=True)
-    assert result.stdout == f"{project}/bin/python3.12\n"
+    bin = project / "bin"
+    for name in ("python3", "python3.13", "python3.12", "python3.11"):
+        (bin / name).write_text("#!/bin/sh\nexit 1\n")  # as with Python 3.10
+        (bin / name).chmod(0o755)
+    (bin / "sudo").write_text(f"#!/bin/sh\necho \"$*\" >>'{project}/installed'\n")
+    (bin / "sudo").chmod(0o755)
+
+    def answer() -> str:
+        result = subprocess.run(["launch/python.sh"], cwd=project, text=True, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.removeprefix(f"{bin}/").strip()
+
+    assert answer() == "python3.11" and "python3.11 python3.11-venv" in (project / "installed").read_text()
+    (bin / "python3.12").write_text('#!/bin/sh\ncase "$*" in *ensurepip*) exit 1;; esac\n')  # as on Ubuntu 24.04
+    assert answer() == "python3.12" and "python3.12-venv" in (project / "installed").read_text()
+    (project / "installed").unlink()
+    (bin / "python3.12").write_text("#!/bin/sh\n")
+    assert answer() == "python3.12" and not (project / "installed").exists()
+    (project / ".venv" / "bin").mkdir(parents=True)
+    (project / ".venv" / "bin" / "python").write_text(f"#!/bin/sh\necho '{bin}/python3.13'\n")
+    (project / ".venv" / "bin" / "python").chmod(0o755)
+    assert answer() == "python3.13", "that which made the environment"
 
 
 def test_code_75_is_started_again_until_another_code_or_the_limit(project: Path) -> None:

@@ -19,12 +19,11 @@ WRITE_CHUNK_BYTES = 2**26
 READ_BATCH_BYTES = 2**28
 """Bytes of parameters that are read together."""
 
-NOT_OF_THE_FILES = (
-    *("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED"),
-    *("CANCELLED", "ABORTED", "Out of memory", os.strerror(errno.ENOMEM), os.strerror(errno.EACCES)),
-    *(os.strerror(errno.EIO), os.strerror(errno.EMFILE), os.strerror(errno.ESTALE)),
+ENVIRONMENT_ERRORS = (
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "CANCELLED", "ABORTED"),
+    *(os.strerror(code) for code in (errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE)),
 )
-"""What errors say whose cause is the machine or the connection, as XLA, TensorStore and the C library spell it."""
+"""Substrings of errors caused by the machine or the connection, not by damaged files."""
 
 
 def to_save(tree: Any) -> ocp.args.PyTreeSave:
@@ -74,9 +73,9 @@ def read(folder: Path, target: Any, part: bool = False) -> Any:
     with ocp.Checkpointer(handler) as checkpointer:
         try:
             return checkpointer.restore(os.fspath(folder), args=arguments)
-        except MemoryError:
-            raise
         except Exception as error:  # Orbax has no type of its own for unreadable data
-            if any(code in str(error) for code in NOT_OF_THE_FILES):
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            if any(text in str(error) for text in ENVIRONMENT_ERRORS):
                 raise OSError(f"{folder} can't be read now, start again later: {str(error)[:200]}") from error
             raise Damaged(f"{folder} is damaged, Orbax can't read it: {str(error)[:200]}") from error

@@ -76,10 +76,10 @@ def _failed(error: Exception) -> int:
 
     if (code := getattr(error, "exit_code", None)) is not None:  # Diverged, Interrupted
         return _end(code, str(error))
-    if "RESOURCE_EXHAUSTED" in str(error):  # XLA has no type of its own for it
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):  # XLA has no type of its own for it
         return _end(
             2,
-            f"out of memory: {str(error).splitlines()[0][:200]}; set config.STAGE.loop.accumulate higher, "
+            f"out of memory: {str(error)[:200]}; set config.STAGE.loop.accumulate higher, "
             f"loop.remat='auto', or loop.batch_size or evaluation.batch_size lower {_location(error)}",
         )
 

@@ -64,7 +64,7 @@ def with_local_import(recipe: Recipe) -> Recipe:
     """Return the recipe with the model that it imports, if that is here: a plan downloads nothing."""
     if (source := source_of(recipe)) is None:
         return recipe
-    if not Path(source).is_dir():
+    if not Path(source).expanduser().is_dir():
         say(f"{source}, which the recipe imports, is not here: config.model is planned instead", "yellow")
         return recipe
     folder = find_folder(source)

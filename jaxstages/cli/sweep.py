@@ -14,18 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxstages import config as recipes
 from jaxstages.cli.flags import TOGETHER
-from jaxstages.cli.resolve import resolve_recipe
+from jaxstages.cli.resolve import kept_recipe, resolve_recipe
 from jaxstages.cli.sweep_flags import SweepLine
 from jaxstages.config import Recipe
 from jaxstages.config.metrics import higher_is_better
-from jaxstages.experiments.runs import read_run
+from jaxstages.experiments.runs import PARENTS, read_run
 from jaxstages.experiments.sweep import (
     Halving,
     Trial,
@@ -37,13 +37,10 @@ from jaxstages.experiments.sweep import (
 from jaxstages.runtime.console import duration, say
 from jaxstages.runtime.files import acquire_lock, make_folder, sync, write_json
 from jaxstages.runtime.signals import END_WITH_PARENT, INTERRUPTED, Stop, stop_signals
-from jaxstages.runtime.workdir import has_begun, lock, result_file, steps_of
+from jaxstages.runtime.workdir import begun_stages, has_begun, lock, result_file, steps_of
 from jaxstages.types import Interrupted
 
 POLL_SECONDS = 0.2
-
-PARENTS = "parents"
-"""Folder of the runs that train shared stages."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +114,19 @@ class Sweep:
             ValueError: a run was begun with another recipe.
         """
         for trial in self.trials:
-            # A trial differs from its parent in later stages only, which have not begun there.
-            for workdir in (self.folder / trial.name, self._parent_folder(trial)):
-                resolve_recipe(recipe_of[trial.name], workdir)
+            recipe, workdir, parent_dir = recipe_of[trial.name], self.folder / trial.name, self._parent_folder(trial)
+            if begun_stages(workdir):
+                resolve_recipe(recipe, workdir)
+            if begun_stages(parent_dir) and (kept := kept_recipe(parent_dir)) is not None:
+                resolve_recipe(self._with_shared_stages(recipe, kept), parent_dir)
+
+    def _with_shared_stages(self, recipe: Recipe, other: Recipe) -> Recipe:
+        """Return the recipe with the stages of another one, apart from the shared stages."""
+        later = [name for name in self._stages if name not in self._shared]
+        extra = {name: other.extra_stages.get(name, stage) for name, stage in recipe.extra_stages.items()}
+        extra |= {name: recipe.extra_stages[name] for name in self._shared if name in recipe.extra_stages}
+        main = {name: getattr(other, name) for name in later if name in recipes.STAGES}
+        return replace(recipe, extra_stages=extra, **main)
 
     def rungs(self, trial: Trial) -> dict[int, float]:
         """Return the score of a trial at each rung that it has completed, by the rung's index."""
@@ -363,7 +370,7 @@ class _Driver:
         self._seconds.append(seconds)
         score = self._sweep.score(trial)
         self._scores[name] = self._sweep.rungs(trial)
-        self._rung[name] = max(self._scores[name], default=0)
+        self._rung[name] = max(self._rung[name], *self._scores[name])  # also of one that stopped short of it
         left = waiting + len(self._running)
         eta = sum(self._seconds) / len(self._seconds) * left / self._sweep.options.parallel
         say(f"{name}: done in {duration(seconds)}, {_shown(score)}; {left} to go, ETA {duration(eta)}", "green")

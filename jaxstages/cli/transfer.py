@@ -36,7 +36,8 @@ def import_model(given: Recipe | None, workdir: Path, source: str | None) -> Non
     if given is None and not result_file(workdir / recipes.IMPORT).exists():
         kept = kept_recipe(workdir)  # a recipe without stages is that of an import that failed
         is_own = kept is not None and recipes.stages(kept)
-        given = kept if is_own else Recipe(name=folder.name, model=ModelConfig(context=description.model.context))
+        name = folder.name if Path(source).expanduser().is_dir() else source.rpartition("/")[2]
+        given = kept if is_own else Recipe(name=name, model=ModelConfig(context=description.model.context))
     if given is not None:
         given = with_model_of(given, description, tokenizer_of(folder))
     with lock(workdir):

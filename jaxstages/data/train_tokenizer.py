@@ -120,9 +120,12 @@ def _add_tokens(source: Path, backend: tokenizers.Tokenizer) -> None:
     """
     files = (settings_file(source), source.with_name("added_tokens.json"))
     settings, by_name = (read_json(file) if file.is_file() else {} for file in files)
-    added = {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
-    # That file does not say which are control tokens: those that are written like one.
-    added = added or {i: {"content": t, "special": bool(CONTROL.fullmatch(t))} for t, i in by_name.items()}
+    if not isinstance(settings, dict) or not isinstance(by_name, dict):
+        raise ValueError(f"{files[isinstance(settings, dict)]} is no JSON object")
+    with errors_as_value_error(f"the added tokens beside {source} can't be read"):
+        added = {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+        # The other file does not say which are control tokens: those that look like one.
+        added = added or {int(i): {"content": t, "special": bool(CONTROL.fullmatch(t))} for t, i in by_name.items()}
     for i, token in sorted(added.items()):
         if i < backend.get_vocab_size():
             continue

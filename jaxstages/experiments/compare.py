@@ -93,13 +93,13 @@ def compare(runs: Sequence[Run], stage: str | None = None, metric: str | None = 
     """Compare runs in one stage.
 
     Args:
-        stage: by default the last stage that all of them have begun.
+        stage: by default the last stage that all of them have begun, and some have measured.
         metric: by default the metric of early stopping.
 
     Raises:
         ValueError: the runs have no stage in common, or none measures the metric.
     """
-    stage = stage or common_stages(runs)[-1]
+    stage = stage or measured_stages(runs)[-1]
     for run in runs:
         if stage not in run.stages:
             raise ValueError(f"{run.folder} has not begun {stage}; it has {', '.join(run.stages) or 'no stage'}")
@@ -149,6 +149,16 @@ def common_stages(runs: Sequence[Run]) -> list[str]:
     if not common:
         raise ValueError("the runs have begun no stage in common; name one with --stage, and runs that have it")
     return common
+
+
+def measured_stages(runs: Sequence[Run]) -> list[str]:
+    """Return the stages that all runs have begun and some have evaluated; if there is none, those that all have begun.
+
+    Raises:
+        ValueError: there is no such stage.
+    """
+    common = common_stages(runs)
+    return [name for name in common if any(_reached(run, name) for run in runs)] or common
 
 
 def _group_by_fields(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
@@ -245,7 +255,12 @@ def notes_of(comparison: Comparison) -> list[str]:
     ]
     tests = [row.difference.test for row in comparison.rows if row.difference is not None]
     notes += [f"p: {test}" for test in dict.fromkeys(tests)]
-    return notes + [f"left out: {run.folder} has not measured {comparison.metric} yet" for run in comparison.unmeasured]
+    for run in comparison.unmeasured:
+        yet = "" if comparison.stage in run.results else " yet"
+        notes.append(f"left out: {run.folder} has not measured {comparison.metric}{yet}")
+    if comparison.unmeasured and tests:
+        notes.append(f"the first row is {comparison.rows[0].runs[0].folder}")
+    return notes
 
 
 def format_table(headings: Sequence[str], cells: Sequence[Sequence[str]], suffix: str) -> str:

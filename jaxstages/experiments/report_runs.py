@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from jaxstages.experiments.compare import (
     Comparison,
-    common_stages,
     compare,
+    measured_stages,
     notes_of,
     row_curve,
     row_label,
@@ -30,13 +30,13 @@ def compared_page(runs: Sequence[Run], stage: str | None = None, metric: str | N
     """Return the report of several runs as HTML.
 
     Args:
-        stage: by default all stages that all runs have begun.
+        stage: by default all stages that all runs have begun, and some have measured.
         metric: by default, in each stage, the metric of early stopping.
 
     Raises:
         ValueError: the runs have no stage in common, or do not measure the metric.
     """
-    comparisons = [compare(runs, name, metric) for name in ([stage] if stage else common_stages(runs))]
+    comparisons = [compare(runs, name, metric) for name in ([stage] if stage else measured_stages(runs))]
     sections = [
         Section(f"stage-{number}", comparison.stage, _stage_parts(comparison, number))
         for number, comparison in enumerate(comparisons)

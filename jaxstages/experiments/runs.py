@@ -11,6 +11,9 @@ from jaxstages.runtime.files import parse_path, read_json
 from jaxstages.runtime.workdir import has_begun, result_file
 from jaxstages.training.metric_writer import METRICS, read_metrics
 
+PARENTS = "parents"
+"""Folder, in that of a sweep, of the runs that train shared stages."""
+
 
 class Run(NamedTuple):
     """A run as its workdir records it.
@@ -91,8 +94,9 @@ def find_runs(patterns: list[str]) -> list[Path]:
         path = parse_path(pattern, "a run")
         if is_bucket(path) or path.exists():
             runs = _workdirs(path if is_bucket(path) else path.resolve())
-        else:  # a pattern for the trials of a sweep also matches its folder of parents, which holds runs
-            runs = [Path(name).resolve() for name in sorted(glob.glob(pattern)) if _is_workdir(Path(name))]
+        else:
+            matches = [Path(name).resolve() for name in sorted(glob.glob(pattern))]
+            runs = [run for match in matches if not _is_parents(match) for run in _workdirs(match)]
         if not runs:
             raise ValueError(f"{pattern} names no workdir; name the folder of a run or of a sweep, or a pattern")
         folders |= dict.fromkeys(runs)
@@ -103,6 +107,11 @@ def _workdirs(folder: Path) -> list[Path]:
     if _is_workdir(folder):
         return [folder]
     return [path for path in sorted(folder.iterdir()) if _is_workdir(path)] if folder.is_dir() else []
+
+
+def _is_parents(folder: Path) -> bool:
+    """Return whether a folder holds the parents of a sweep's trials, which a pattern for the trials matches too."""
+    return folder.name == PARENTS and (folder.parent / "sweep.json").is_file()
 
 
 def _is_workdir(folder: Path) -> bool:

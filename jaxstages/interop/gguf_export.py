@@ -157,8 +157,9 @@ def _tokenizer(setup: StageSetup, stage: str, rows: int, template: Any) -> dict[
     begin = named.get("eos_token_id") if begin is None else begin  # else llama.cpp takes token 11
     named |= {"bos_token_id": begin, "padding_token_id": ids.get("pad_token_id")}
     keys |= {f"tokenizer.ggml.{name}": i for name, i in named.items() if i is not None}
-    # llama.cpp adds the token of a text to a chat too; ours begin with another one, which the template has.
-    adds_begin = bool(tokenizer.begin) and (template != our_template(tokenizer) or _begins_as_text(tokenizer))
+    # llama.cpp adds the token that begins a text to a chat too. Ours may begin with another one, as in the template.
+    is_chat = setup.config.data.task == "chat" and template == our_template(tokenizer)
+    adds_begin = bool(tokenizer.begin) and (not is_chat or _begins_as_text(tokenizer))
     keys |= {"tokenizer.ggml.add_bos_token": adds_begin, "tokenizer.ggml.add_eos_token": False}
 
     match template:

@@ -122,7 +122,10 @@ def stop_signals(
         with _thread_for(stop, handled, on_interrupt):
             yield stop
     elif threading.current_thread() is threading.main_thread():
-        with _handlers({number: lambda number, _: stop.receive(number) for number in handled}):
+        handlers: dict[int, Callable[[int, Any], None]] = {n: lambda number, _: stop.receive(number) for n in handled}
+        if on_interrupt is not None:
+            handlers[signal.SIGINT] = on_interrupt
+        with _handlers(handlers):
             yield stop
     else:  # Python allows handlers in the main thread only
         yield stop

@@ -126,7 +126,7 @@ def test_requests_that_fail(
     short: Home, whole_of_short: dict[str, Any], tmp_path: Path, rate: float, request: pytest.FixtureRequest
 ) -> None:
     """The run ends in the same bits; or with code 74, and when started again in the same bits. If every second request
-    fails, more of them fail in a row than are tried again, and it may need a storage that is well to end."""
+    fails, more of them fail in a row than are tried again, and the run may need healthy storage to finish."""
     if rate > 0.02 and request.config.getoption("--faults") < 100:
         pytest.skip("each retry waits for seconds; `make soak` has it")
     work, proxy, codes = in_bucket(tmp_path / f"rate{rate}"), emulator.start(), Counter()
