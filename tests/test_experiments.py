@@ -491,6 +491,15 @@ def test_a_halving_sweep_goes_on_as_if_it_had_not_ended(fake: Any) -> None:
     }
 
 
+def test_a_trial_that_does_not_reach_its_rung_is_not_sent_there_again(
+    fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = fake(["6", "7", "8"], halving=3, first_rung=9)
+    monkeypatch.setattr(sweep, "rungs", lambda trial: {0: 1.0} if (sweep.folder / trial.name).is_dir() else {})
+    sweep.run_all()
+    assert calls(sweep) == ["peak_lr=6 9", "peak_lr=7 9", "peak_lr=8 9", "peak_lr=6 27"]
+
+
 def test_halving_needs_an_evaluation_at_a_rung(fake: Any) -> None:
     with pytest.raises(ValueError, match=r"--first_rung=4: .* a multiple of the stage's loop.eval_every=3, or change"):
         fake(["1", "2"], halving=3, first_rung=4)

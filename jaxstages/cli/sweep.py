@@ -370,7 +370,7 @@ class _Driver:
         self._seconds.append(seconds)
         score = self._sweep.score(trial)
         self._scores[name] = self._sweep.rungs(trial)
-        self._rung[name] = max(self._rung[name], *self._scores[name])  # also of one that stopped short of it
+        self._rung[name] = max([self._rung[name], *self._scores[name]])  # a trial that stopped early records fewer
         left = waiting + len(self._running)
         eta = sum(self._seconds) / len(self._seconds) * left / self._sweep.options.parallel
         say(f"{name}: done in {duration(seconds)}, {_shown(score)}; {left} to go, ETA {duration(eta)}", "green")
