@@ -251,15 +251,16 @@ def test_a_plan_of_a_small_model_has_no_zero(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_terminal_that_is_closed_saves_like_sigterm() -> None:
-    with stop_signals() as stop:
-        stop.unsaved = True
-        os.kill(os.getpid(), signal.SIGHUP)
-        end = time.monotonic() + 10
-        while not stop.requested and time.monotonic() < end:
-            time.sleep(0.01)
-        assert stop.requested
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
+        with stop_signals() as stop:
+            stop.unsaved = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            end = time.monotonic() + 10
+            while not stop.requested and time.monotonic() < end:
+                time.sleep(0.01)
+            assert stop.requested
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with stop_signals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)  # under nohup: nothing ends, nothing is noted
             time.sleep(0.2)
