@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxstages.cli.loaded_model import load_model
-from jaxstages.cli.resolve import resolve_recipe
+from jaxstages.cli.resolve import check_stage, resolve_recipe
 from jaxstages.cli.sampling_flags import SamplingFlags
-from jaxstages.cli.select_checkpoint import check_stage, choose, last_finished
+from jaxstages.cli.select_checkpoint import choose, last_finished
 from jaxstages.cli.train import run_stages
 from jaxstages.cli.train import train as train_one
 from jaxstages.config import Recipe, stages

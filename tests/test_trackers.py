@@ -120,7 +120,7 @@ def test_a_missing_package_is_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(ValueError, match=r"config\.trackers\[0\]='wandb'.*pip install 'jaxstages\[wandb\]'"):
+    with pytest.raises(ValueError, match=r"config\.trackers\[0\]='wandb'.*pip install '\.\[wandb\]'"):
         run_stages(pretrain_recipe(tmp_path, "wandb"), tmp_path / "work")
     assert not (tmp_path / "work").exists()
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxstages.cli.resolve import check_stage
 from jaxstages.cli.sampling_flags import SamplingFlags
-from jaxstages.cli.select_checkpoint import check_stage, choose, last_finished
+from jaxstages.cli.select_checkpoint import choose, last_finished
 from jaxstages.config import Recipe
 from jaxstages.data.prompts import encode_prompts
 from jaxstages.generation.sampling import Sampling, check_sampling

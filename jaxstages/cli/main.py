@@ -20,9 +20,8 @@ from absl import flags, logging
 from jaxstages.cli.flags import TOGETHER
 from jaxstages.cli.help import check_command, help_text
 from jaxstages.cli.parse import parse
-from jaxstages.cli.resolve import resolve_recipe
+from jaxstages.cli.resolve import check_stage, resolve_recipe
 from jaxstages.cli.sampling_flags import SamplingFlags
-from jaxstages.cli.select_checkpoint import check_stage
 from jaxstages.config import STAGES, Recipe
 from jaxstages.runtime import bucket
 from jaxstages.runtime.cluster import ENVIRONMENT, ProcessInfo, detect_process

@@ -1,6 +1,7 @@
 """The recipe of a command: the given one or the workdir's own, and whether it may differ from what was trained."""
 
 import dataclasses
+import difflib
 import importlib.metadata
 import re
 from collections.abc import Iterator
@@ -179,6 +180,19 @@ def _check_moved(given: Recipe, name: str, workdir: Path) -> None:
             f"{workdir / name} was begun with other data: {meta['data']} there, {now} here (fingerprints of prepared "
             f"rows); name the same files, wherever they are, in config.{name}.data, or use another --workdir"
         )
+
+
+def check_stage(name: str | None, recipe: Recipe, with_import: bool = True) -> None:
+    """Raise ValueError if a recipe has no stage of this name; None is any of them.
+
+    Args:
+        with_import: whether "import" counts as a stage.
+    """
+    names = (*([recipes.IMPORT] if with_import else []), *recipes.stages(recipe))
+    if name is not None and name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"recipe {recipe.name!r} has no stage {name}; {hint}it has {', '.join(names)}")
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Choice of the checkpoint that a command reads: by default the best one, which is handed on. An unfinished stage gives
 its best so far, and --step any step that is kept."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,6 @@ from jaxstages.checkpoint.metadata import finished, read_meta
 from jaxstages.runtime.console import warn
 from jaxstages.runtime.workdir import checkpoint_folder, result_file, steps_of
 from jaxstages.training.handoff import lineage_break
-
-
-def check_stage(name: str | None, recipe: recipes.Recipe, with_import: bool = True) -> None:
-    """Raise ValueError if a recipe has no stage of this name; None is any of them.
-
-    Args:
-        with_import: whether "import" counts as a stage.
-    """
-    names = (*([recipes.IMPORT] if with_import else []), *recipes.stages(recipe))
-    if name is not None and name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"recipe {recipe.name!r} has no stage {name}; {hint}it has {', '.join(names)}")
 
 
 def choose(recipe: recipes.Recipe, stage_dir: Path, step: int | None = None) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from jaxstages import config as recipes
 from jaxstages.checkpoint.metadata import finished
 from jaxstages.checkpoint.staging import check_processes
-from jaxstages.cli.resolve import flatten_fields, keep_recipe
-from jaxstages.cli.select_checkpoint import check_stage
+from jaxstages.cli.resolve import check_stage, flatten_fields, keep_recipe
 from jaxstages.config import Recipe
 from jaxstages.config.checks import validate
 from jaxstages.data.stage_data import prepare_stages

@@ -297,7 +297,9 @@ class Loop:
         try:
             report = self._report(state.params, needs_answers)
         except EvaluationInterrupted:
-            raise Interrupted(f"{self._training.name}: interrupted before its first step; start it again") from None
+            raise Interrupted(
+                f"{self._training.name}: interrupted before its first step; start it again to go on"
+            ) from None
         self.progress.start = {name: plain(value) for name, value in report.metrics.items()}
         self._log_evaluation(0, report, "")
         self._check_names(report)

@@ -153,8 +153,8 @@ def survive(children: list[Child], victim: int, number: int) -> float | None:
         return None
     assert codes == [75] * len(others), "\n".join(logs)
     for log in logs:
-        (line,) = [line for line in log.splitlines() if re.match("jaxstages: .*(is lost|again to go on)", line)]
-        assert "start all of them again to go on" in line and "Traceback" not in log, log
+        (line,) = [line for line in log.splitlines() if re.match("jaxstages: .*(lost contact|again to go on)", line)]
+        assert "restart all hosts to resume" in line and "Traceback" not in log, log
     return took
 
 
