@@ -1,4 +1,4 @@
-"""How tests compile: quickly, and into one folder for all processes; what one has compiled, the others load."""
+"""Compilation in tests: fast, and into one cache folder that all processes share."""
 
 import atexit
 import copy
@@ -9,23 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_rename = os.rename  # that of before the tests which count, or fail, the program's calls
+_rename = os.rename  # the original: some tests count the program's calls, or make them fail
 
 QUICK = (
     "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_backend_optimization_level=0"
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
-"""Flags of XLA. Tests are about values, not speed: most of their time goes to compiling, and of that most to LLVM."""
+"""XLA flags for fast compilation: most of a test's time goes to compiling, and most of that to LLVM."""
 
 MODELS = 16
-"""The most that share a trace at a time: each holds what was compiled of it, and a process may have so many maps."""
+"""Number of models whose traces are kept: each keeps its executables, and the memory maps of a process are limited."""
 
 NAME = "JAXSTAGES_TEST_COMPILED"
-"""The environment variable that tells workers and child processes of the folder."""
+"""Environment variable with the folder, for workers and child processes."""
 
 
 def folder() -> Path:
-    """The session's; made, and removed at the end, by the process that asks first."""
+    """Return the session's cache folder. The first process to call this makes it, and removes it at exit."""
     if NAME not in os.environ:
         os.environ[NAME] = tempfile.mkdtemp(prefix="jaxstages-compiled-")
         atexit.register(shutil.rmtree, os.environ[NAME], ignore_errors=True)
@@ -33,7 +33,7 @@ def folder() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The variables of a child process that has one device and compiles as the tests do.
+    """Return the environment variables of a child process that has one device and compiles as the tests do.
 
     The child should call `write_whole_files` as well.
     """
@@ -55,7 +55,7 @@ def use_folder() -> None:
 
 
 def write_whole_files() -> None:
-    """JAX writes an entry in place: a process that reads meanwhile, or after a kill, would get half of it, and warn."""
+    """Make JAX write cache entries atomically: a reader could get half of an entry that is being written, and warn."""
     from jax._src.lru_cache import LRUCache
 
     def put(self: LRUCache, key: str, value: bytes) -> None:
@@ -69,10 +69,10 @@ def write_whole_files() -> None:
 
 
 def traced_once(make_model: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, but runs with one model share it, and its trace: tracing is most of a run that compiles nothing."""
+    """Make runs with equal models share the model and its traces: with a warm cache, most of a run is tracing."""
     import jax
 
-    made: list[tuple[Any, Any]] = []  # not a dict: a mesh and a function are told apart by `==`, not by their text
+    made: list[tuple[Any, Any]] = []  # not a dict: meshes and functions compare by `==`
 
     def make(config: Any, vocab: int, **settings: Any) -> Any:
         key = (str(config), vocab, settings)
@@ -89,7 +89,7 @@ def traced_once(make_model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def made_once(make: Callable[..., Any], key: Callable[..., Any] = lambda *arguments: arguments) -> Callable[..., Any]:
-    """The same, but calls with equal keys share the result, and so what was compiled of it."""
+    """Make calls with equal keys share the result, and so its executables."""
     results: list[tuple[Any, Any]] = []  # not a dict: models and recipes can't be hashed
 
     def make_or_share(*arguments: Any) -> Any:
@@ -106,9 +106,9 @@ def made_once(make: Callable[..., Any], key: Callable[..., Any] = lambda *argume
 
 
 def step_key(program: Any, remat: str) -> Any:
-    """All that `jit_step` depends on: model, mesh and recipe determine the rest of the program.
+    """Return everything that `jit_step` depends on: model, mesh and recipe determine the rest of the program.
 
-    The recipe is copied, since tests change theirs between runs; where a run stops is no part of its step.
+    The recipe is copied, because tests change theirs between runs, and without `stop_after`, which the step ignores.
     """
     import jax
 

@@ -1,4 +1,4 @@
-"""Strict numbers for every test: eight virtual devices, dtype and rank promotion raise, warnings are errors."""
+"""Strict numerics for every test: eight virtual devices, dtype and rank promotion raise, warnings are errors."""
 
 import atexit
 import itertools
@@ -23,8 +23,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHAPES = re.compile(r"from jaxtyping import .*\b(Bool|Float|Int)\b")
 SHAPED = [file for file in (ROOT / "jaxstages").rglob("*.py") if SHAPES.search(file.read_text())]
-# Shapes and dtypes are checked at each call of the modules that tell them. Elsewhere it would find nothing that pyright
-# does not, and cost a loop of small calls 10 to 40 times its time.
+# Check shapes and dtypes at each call, in the modules that annotate them. In other modules the check would find nothing
+# that pyright does not, and would slow loops of small calls down by a factor of 10 to 40.
 jaxtyping.install_import_hook(
     [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in SHAPED], "beartype.beartype"
 )
@@ -35,19 +35,19 @@ from jaxstages.models.sharding import make_mesh  # noqa: E402
 from jaxstages.training import compile as compilation  # noqa: E402
 from jaxstages.training import loop, program, setup  # noqa: E402
 
-# Models of torch are small here, and the threads of two workers would wait for each other.
+# The torch models are small, and the threads of two workers would compete.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Runs sync hundreds of small files: in memory that costs nothing, and no test depends on what is under a folder.
+# Runs sync hundreds of small files, which is free in memory; no test depends on the file system.
 MEMORY, ROOM = Path("/dev/shm"), 6 * 2**30
 if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM:
     tempfile.tempdir = os.environ["TMPDIR"] = str(MEMORY)
 
-# Child processes keep what they compile here, not in the home of who runs the tests.
+# Child processes cache what they compile here, not in the user's home.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxstages-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
-# Else most of the time goes to compiling the same small models again: in another test, or in the other worker.
+# Without a shared cache, each worker would compile the same small models again.
 compiled.write_whole_files()
 compiled.use_folder()
 
@@ -58,11 +58,11 @@ program.make_model = compiled.traced_once(program.make_model)
 decode.compile_decode = compiled.made_once(decode.compile_decode)
 compilation.jit_step = compiled.made_once(compilation.jit_step, compiled.step_key)
 
-# A full collection of the heap that the tests share takes half a second: at one stage in eight it is soon enough.
+# A full garbage collection of the tests' heap takes half a second: one stage in eight is often enough.
 collect, stages = loop.freeze_gc_and_trim_heap, itertools.count()
 loop.freeze_gc_and_trim_heap = lambda: None if next(stages) % 8 else collect()
 
-# The same examples each time, and no deadline: a slow machine is no failure.
+# The same examples in every run, and no deadline: a slow machine is not a failure.
 hypothesis.settings.register_profile(
     "steady", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -101,7 +101,7 @@ LONGEST = (
     *("interop/test_gguf.py", "reliability/test_security.py", "test_world.py", "test_losses.py"),
     *("test_experiments.py", "test_mixture.py", "test_kernels.py"),
 )
-"""The files that take long, in about this order: were one begun last, a worker would wait for the other."""
+"""The slowest files, slowest first: if one started last, the other worker would wait for it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -112,22 +112,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How much the tests under `reliability/` do: the defaults are for `make test`, `make soak` gives more."""
+    """Options that scale the tests under `reliability/`: the defaults are for `make test`, `make soak` sets more."""
     for name, count, what in (
         ("kills", 3, "SIGKILLs at random instants"),
         ("terms", 2, "SIGTERMs at random instants"),
         ("faults", 40, "random faults in checkpoints"),
-        ("every", 200, "each how many-th crash point is gone on from"),
-        ("errors", 1000, "each how many-th call fails"),
+        ("every", 200, "resume from every Nth crash point"),
+        ("errors", 1000, "fail every Nth call"),
         ("native", 1, "crash points inside native code"),
         ("races", 1, "pairs of runs in one directory"),
         ("pairs", 0, "SIGTERMs to two processes"),
         ("hosts", 2, "processes that train as one run"),
-        ("stages", 1, "that they train, 1 or 3"),
-        ("lost", 1, "of them that die at random instants"),
+        ("stages", 1, "stages that they train, 1 or 3"),
+        ("lost", 1, "number of them that die at random instants"),
         ("strikes", 2, "SIGKILLs to sweeps, and as many SIGTERMs in `make soak`"),
         ("disks", 2, "sizes of a disk that is too small"),
         ("fuzz", 200, "random recipes, and as many data files"),
-        ("seed", 0, "of what is random"),
+        ("seed", 0, "random seed"),
     ):
         parser.addoption(f"--{name}", type=int, default=count, help=what)
