@@ -159,7 +159,7 @@ def _report_runs(values: flags.FlagValues, words: list[str]) -> None:
 def _run(
     command: str,
     values: flags.FlagValues,
-    given: Recipe | None,
+    config_recipe: Recipe | None,
     words: list[str],
     before_jax: Callable[[], None],
 ) -> None:
@@ -174,12 +174,12 @@ def _run(
         return
 
     if command == "plan":
-        if given is None:
+        if config_recipe is None:
             raise ValueError("plan needs --config=RECIPE, such as --config=scale:1b_v5e16")
         before_jax()
         from jaxstages.cli.plan import plan
 
-        plan(given, values.stage, values.topology)
+        plan(config_recipe, values.stage, values.topology)
         return
 
     workdir = _workdir(command, values)
@@ -197,20 +197,20 @@ def _run(
         before_jax()
         from jaxstages.cli.report import report
 
-        report(given, workdir)
+        report(config_recipe, workdir)
         return
 
     if command == "import":
         before_jax()
         from jaxstages.cli.transfer import import_model
 
-        import_model(given, workdir, values["from"].value)
+        import_model(config_recipe, workdir, values["from"].value)
         return
 
     stage = command if command in STAGES else values.stage
     if command == "train" and stage is None:
         raise ValueError("train needs --stage=NAME, the stage to train")
-    recipe = resolve_recipe(given, workdir, lengthen=stage if values.lengthen else "")
+    recipe = resolve_recipe(config_recipe, workdir, lengthen=stage if values.lengthen else "")
     check_stage(stage, recipe, with_import=command != "train")
     before_jax()
     _run_with_recipe(command, values, recipe, workdir)

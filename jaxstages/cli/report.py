@@ -12,13 +12,13 @@ from jaxstages.runtime.console import say
 from jaxstages.runtime.files import parse_path, write_text
 
 
-def report(given: Recipe | None, workdir: Path) -> None:
+def report(config_recipe: Recipe | None, workdir: Path) -> None:
     """Write `workdir/report.html`.
 
     Args:
-        given: the recipe of --config, for the code of its own parts. A run can be reported without it.
+        config_recipe: the recipe of --config, for the code of its own parts. A run can be reported without it.
     """
-    recipe = None if given is None else resolve_recipe(given, workdir)
+    recipe = None if config_recipe is None else resolve_recipe(config_recipe, workdir)
     say(f"report: {write_report(workdir, recipe)}")
 
 

@@ -1,4 +1,4 @@
-"""The recipe of a command: the given one or the workdir's own, and whether it may differ from what was trained."""
+"""The recipe of a command: that of --config or the workdir's own, and whether it may differ from what was trained."""
 
 import dataclasses
 import difflib
@@ -55,11 +55,11 @@ def kept_recipe(workdir: Path) -> Recipe | None:
         raise ValueError(f"{file}: {error}") from error
 
 
-def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False, lengthen: str = "") -> Recipe:
+def resolve_recipe(new: Recipe | None, workdir: Path, importing: bool = False, lengthen: str = "") -> Recipe:
     """Return the validated recipe of a command, with the imported model if there is one. Nothing is written.
 
     Args:
-        given: the recipe of --config; None takes the workdir's.
+        new: the recipe of --config; None takes the workdir's.
         importing: accept a recipe without stages.
         lengthen: stage whose length may change.
 
@@ -67,12 +67,12 @@ def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False,
         ValueError: there is no recipe, it is not valid, or it changes what a trained stage depends on.
     """
     importing = importing or result_file(workdir / recipes.IMPORT).exists()
-    if given is not None:
-        validate(given, importing)
-        given = _adopted(given, workdir)
-        validate(given, importing)
+    if new is not None:
+        validate(new, importing)
+        new = _adopted(new, workdir)
+        validate(new, importing)
     kept = kept_recipe(workdir)
-    if given is None:
+    if new is None:
         if kept is None:
             raise ValueError(f"{workdir} has no recipe.json; name a recipe with --config=RECIPE, such as --config=demo")
         if parts := recipes.own_parts(dataclasses.replace(kept, trackers=())):  # only training needs those
@@ -87,8 +87,8 @@ def resolve_recipe(given: Recipe | None, workdir: Path, importing: bool = False,
             raise ValueError(f"{workdir / 'recipe.json'}: {error}") from error
         return kept
     if kept is not None:
-        _check_change(kept, given, workdir, lengthen)
-    return given
+        _check_change(kept, new, workdir, lengthen)
+    return new
 
 
 def _adopted(recipe: Recipe, workdir: Path) -> Recipe:
@@ -101,9 +101,9 @@ def _adopted(recipe: Recipe, workdir: Path) -> Recipe:
     return with_imported_model(recipe, workdir)
 
 
-def _check_change(kept: Recipe, given: Recipe, workdir: Path, lengthen: str) -> None:
+def _check_change(kept: Recipe, new: Recipe, workdir: Path, lengthen: str) -> None:
     """Raise ValueError if the recipe changes a field that saved checkpoints depend on."""
-    names = [*recipes.STAGES, *(kept.extra_stages | given.extra_stages)]
+    names = [*recipes.STAGES, *(kept.extra_stages | new.extra_stages)]
     begun = [name for name in names if has_begun(workdir / name)]
     finished = [name for name in begun if result_file(workdir / name).exists()]
     imported = result_file(workdir / recipes.IMPORT).exists()
@@ -114,7 +114,7 @@ def _check_change(kept: Recipe, given: Recipe, workdir: Path, lengthen: str) -> 
     evaluated = tuple(f"{field_of(name)}.evaluation" for name in finished)
 
     moved = set()
-    for line in recipes.differences(kept, given):
+    for line in recipes.differences(kept, new):
         path = re.sub(r"\[\d+\]$", "", line.split(":")[0])  # an entry of a tuple stands for the tuple
         name = path.removeprefix("config.extra_stages.").removeprefix("config.").split(".")[0]
         if not _is_within(path, fixed) or path.endswith(mutable) or _is_within(path, evaluated):
@@ -122,7 +122,7 @@ def _check_change(kept: Recipe, given: Recipe, workdir: Path, lengthen: str) -> 
         if path.endswith(SOURCES):
             moved.add(name)
             continue
-        if path.endswith(LENGTH) and name not in finished and _may_be_longer(kept, given, name, workdir):
+        if path.endswith(LENGTH) and name not in finished and _may_be_longer(kept, new, name, workdir):
             continue
 
         remedy = "set it back"
@@ -133,7 +133,7 @@ def _check_change(kept: Recipe, given: Recipe, workdir: Path, lengthen: str) -> 
         raise ValueError(f"{workdir} was begun with another recipe: {line}; {remedy}, or use another --workdir")
 
     for name in sorted(moved & {*begun}):
-        _check_moved(given, name, workdir)
+        _check_moved(new, name, workdir)
 
 
 def _is_within(path: str, owners: tuple[str, ...]) -> bool:
@@ -146,23 +146,23 @@ def field_of(name: str) -> str:
     return f"config.{name}" if name in recipes.STAGES else f"config.extra_stages.{name}"
 
 
-def _may_be_longer(kept: Recipe, given: Recipe, name: str, workdir: Path) -> bool:
+def _may_be_longer(kept: Recipe, new: Recipe, name: str, workdir: Path) -> bool:
     """Return whether the steps of an unfinished stage would have been the same under the new length.
 
     They are if neither the learning rates nor the shares of its data depend on the length. With "wsd" this is so until
     the learning rate begins to decay.
     """
-    old, new = (recipes.stages(recipe).get(name) for recipe in (kept, given))
-    if old is None or new is None or old.late_from < 1:
+    before, after = (recipes.stages(recipe).get(name) for recipe in (kept, new))
+    if before is None or after is None or before.late_from < 1:
         return False
-    schedule, step = old.optim.schedule, steps_of(workdir / name)[-1]
-    if schedule.name == "wsd" and old.loop.steps and new.loop.steps:
-        lengths = (old.loop.steps, new.loop.steps)
+    schedule, step = before.optim.schedule, steps_of(workdir / name)[-1]
+    if schedule.name == "wsd" and before.loop.steps and after.loop.steps:
+        lengths = (before.loop.steps, after.loop.steps)
         return all(step <= steps - max(round(steps * schedule.decay_share), 1) for steps in lengths)
     return schedule.name in SAME_RATES
 
 
-def _check_moved(given: Recipe, name: str, workdir: Path) -> None:
+def _check_moved(new: Recipe, name: str, workdir: Path) -> None:
     """Raise ValueError if the data of a stage, which have new names, are not those that it began with."""
     from jaxstages.data.run_tokenizer import open_tokenizer
     from jaxstages.data.stage_data import data_names
@@ -174,7 +174,7 @@ def _check_moved(given: Recipe, name: str, workdir: Path) -> None:
             "take another --workdir"
         )
     meta = metadata.read_meta(checkpoint_folder(workdir / name, steps[-1]))
-    now = data_names(given, name, recipes.stages(given)[name], open_tokenizer(given, workdir), workdir)
+    now = data_names(new, name, recipes.stages(new)[name], open_tokenizer(new, workdir), workdir)
     if meta["data"] != now:
         raise ValueError(
             f"{workdir / name} was begun with other data: {meta['data']} there, {now} here (fingerprints of prepared "

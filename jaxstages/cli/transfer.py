@@ -15,7 +15,7 @@ from jaxstages.runtime.files import local_path
 from jaxstages.runtime.workdir import begun_stages, lock, result_file
 
 
-def import_model(given: Recipe | None, workdir: Path, source: str | None) -> None:
+def import_model(config_recipe: Recipe | None, workdir: Path, source: str | None) -> None:
     """Import a folder into `workdir/import`, and write `workdir/recipe.json`: the given recipe with the folder's model,
     or one without stages.
 
@@ -26,22 +26,24 @@ def import_model(given: Recipe | None, workdir: Path, source: str | None) -> Non
         raise ValueError("import needs --from=DIR, a folder with config.json and safetensors")
     folder = find_folder(source)
     description = describe(folder)
-    if given is not None and source_of(given) not in (None, source):
-        raise ValueError(f'the recipe has init_from="hf:{source_of(given)}", and --from={source}; name one of them')
+    if config_recipe is not None and source_of(config_recipe) not in (None, source):
+        raise ValueError(
+            f'the recipe has init_from="hf:{source_of(config_recipe)}", and --from={source}; name one of them'
+        )
 
     trained = [name for name in begun_stages(workdir) if name != recipes.IMPORT]
     if trained and not result_file(workdir / recipes.IMPORT).exists():
         raise ValueError(f"{workdir} has trained {trained[0]} already; import into another --workdir")
 
-    if given is None and not result_file(workdir / recipes.IMPORT).exists():
+    if config_recipe is None and not result_file(workdir / recipes.IMPORT).exists():
         kept = kept_recipe(workdir)  # a recipe without stages is that of an import that failed
         is_own = kept is not None and recipes.stages(kept)
         name = folder.name if Path(source).expanduser().is_dir() else source.rpartition("/")[2]
-        given = kept if is_own else Recipe(name=name, model=ModelConfig(context=description.model.context))
-    if given is not None:
-        given = with_model_of(given, description, tokenizer_of(folder))
+        config_recipe = kept if is_own else Recipe(name=name, model=ModelConfig(context=description.model.context))
+    if config_recipe is not None:
+        config_recipe = with_model_of(config_recipe, description, tokenizer_of(folder))
     with lock(workdir):
-        recipe = resolve_recipe(given, workdir, importing=True)
+        recipe = resolve_recipe(config_recipe, workdir, importing=True)
         keep_recipe(recipe, workdir)
         import_folder(recipe, workdir, source)
 

@@ -69,12 +69,12 @@ def _has_type(value: Any, kind: Any) -> bool:
 def check_type(value: Any, kind: Any, path: str) -> None:
     """Raise ValueError if a field's value is not of its type."""
     if not _has_type(value, kind):
-        wanted = str(getattr(kind, "__name__", kind))
+        expected = str(getattr(kind, "__name__", kind))
         if kind == tuple[tuple[str, float], ...]:
-            wanted = "a tuple of pairs, such as (('name', 0.5),)"
-        elif wanted.startswith("tuple"):
-            wanted = "a tuple, such as ('one',)"
-        raise ValueError(f"{path}={reprlib.repr(value)} is of type {type(value).__name__}; it must be {wanted}")
+            expected = "a tuple of pairs, such as (('name', 0.5),)"
+        elif expected.startswith("tuple"):
+            expected = "a tuple, such as ('one',)"
+        raise ValueError(f"{path}={reprlib.repr(value)} is of type {type(value).__name__}; it must be {expected}")
 
 
 def _from_dict(kind: Any, value: Any, path: str) -> Any:

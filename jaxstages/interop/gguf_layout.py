@@ -344,8 +344,8 @@ def missing_features(arch: Arch, model: ModelConfig) -> list[str]:
     for path, allowed in ({**PLAIN, **arch.allowed}).items():
         value = get_field(plain, path)
         if not (value in allowed if isinstance(allowed, tuple) else allowed(value)):
-            wanted = " or ".join(map(repr, allowed)) if isinstance(allowed, tuple) else "a number above 0"
-            lines.append(f"has model.{path}={wanted}, this model {value!r}")
+            expected = " or ".join(map(repr, allowed)) if isinstance(allowed, tuple) else "a number above 0"
+            lines.append(f"has model.{path}={expected}, this model {value!r}")
 
     kinds = layer_kinds(plain)
     match arch.layers:

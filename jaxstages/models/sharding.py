@@ -38,8 +38,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         if size == -1:
             sizes[axis] = max(len(devices) // known, 1)
     if math.prod(sizes.values()) != len(devices):
-        asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1 or axis == "data")
-        raise ValueError(f"mesh {asked} does not fit {len(devices)} devices; make the product {len(devices)}")
+        shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1 or axis == "data")
+        raise ValueError(f"mesh {shape} does not fit {len(devices)} devices; make the product {len(devices)}")
     return Mesh(_arranged(tuple(sizes.values()), devices), AXES)
 
 
@@ -77,9 +77,9 @@ def param_shardings(params: Params, axes: Params, mesh: Mesh, rules: RulesConfig
             over = getattr(rules, name, ())
             if size % _product(mesh, over):
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
-                asked = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
+                axes = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
                 raise ValueError(
-                    f"{where}: its dim {name}={size} can't be split over {asked}; choose one that divides it"
+                    f"{where}: its dim {name}={size} can't be split over {axes}; choose one that divides it"
                 )
         return NamedSharding(mesh, spec_of(names, rules))
 
@@ -174,8 +174,8 @@ def check_context(context: int, mesh: Mesh, rules: RulesConfig = RULES) -> None:
 
 def local_row_range(batch_size: int, sharding: NamedSharding) -> range:
     """Return the rows of a batch that this process's devices hold. Other processes may hold other parts of them."""
-    held = sharding.addressable_devices_indices_map((batch_size, sharding.mesh.size)).values()
-    spans = [index[0].indices(batch_size) for index in held if index is not None]
+    indices = sharding.addressable_devices_indices_map((batch_size, sharding.mesh.size)).values()
+    spans = [index[0].indices(batch_size) for index in indices if index is not None]
     return range(min(start for start, *_ in spans), max(stop for _, stop, _ in spans))
 
 

@@ -162,8 +162,8 @@ def _drawers(split: str, seed: int) -> dict[str, Drawer]:
 def _fact(rng: random.Random, everybody: tuple[Person, ...]) -> Exercise:
     """`Where does Anna live?`"""
     person, attribute = rng.choice(everybody), rng.choice(ATTRIBUTES)
-    asked = fill(rng.choice(QUESTIONS[attribute]), person, attribute)
-    return assigned((asked, answer(person, attribute)), question_is_held_out(person, attribute))
+    question = fill(rng.choice(QUESTIONS[attribute]), person, attribute)
+    return assigned((question, answer(person, attribute)), question_is_held_out(person, attribute))
 
 
 def _fact_yes_no(rng: random.Random, everybody: tuple[Person, ...]) -> Exercise:
@@ -172,8 +172,8 @@ def _fact_yes_no(rng: random.Random, everybody: tuple[Person, ...]) -> Exercise:
     value = value_of(person, attribute)
     if rng.random() < 0.5:
         value = other_value(rng, person, attribute, [other.name for other in everybody])
-    asked = fill(rng.choice(CHECKS[attribute]), person, attribute, value)
-    return assigned((asked, checked(person, attribute, value)), question_is_held_out(person, attribute))
+    question = fill(rng.choice(CHECKS[attribute]), person, attribute, value)
+    return assigned((question, checked(person, attribute, value)), question_is_held_out(person, attribute))
 
 
 def _two_turn_fact(rng: random.Random, everybody: tuple[Person, ...]) -> Exercise:
@@ -186,30 +186,30 @@ def _two_turn_fact(rng: random.Random, everybody: tuple[Person, ...]) -> Exercis
         fill(rng.choice(FOLLOW_UPS[second]), person, second),
         answer(person, second),
     )
-    held = [question_is_held_out(person, attribute) for attribute in (first, second)]
-    return Exercise(turns, known=not any(held), new=all(held))
+    unseen = [question_is_held_out(person, attribute) for attribute in (first, second)]
+    return Exercise(turns, known=not any(unseen), new=all(unseen))
 
 
 def _translate(rng: random.Random, clause: Clause) -> Exercise:
     """A sentence into French, asked for in the request or, one time in four, by a system message."""
-    held = any(held_out(ONE_IN, *combination) for combination in combinations(clause))
+    unseen = any(held_out(ONE_IN, *combination) for combination in combinations(clause))
     if rng.random() < 0.25:
-        return assigned((english(clause), french(clause)), held, TRANSLATOR)
-    return assigned((rng.choice(TRANSLATE_REQUESTS).format(text=english(clause)), french(clause)), held)
+        return assigned((english(clause), french(clause)), unseen, TRANSLATOR)
+    return assigned((rng.choice(TRANSLATE_REQUESTS).format(text=english(clause)), french(clause)), unseen)
 
 
 def _translate_phrase(rng: random.Random, phrase: Phrase) -> Exercise:
     """A noun phrase into French."""
-    held = any(held_out(ONE_IN, *combination) for combination in phrase_combinations(phrase))
-    return assigned((rng.choice(PHRASE_REQUESTS).format(text=english_phrase(phrase)), french_phrase(phrase)), held)
+    unseen = any(held_out(ONE_IN, *combination) for combination in phrase_combinations(phrase))
+    return assigned((rng.choice(PHRASE_REQUESTS).format(text=english_phrase(phrase)), french_phrase(phrase)), unseen)
 
 
 def _rewrite(rng: random.Random, clause: Clause) -> Exercise:
     """A statement made negative or made a question."""
-    held = any(held_out(ONE_IN, *combination) for combination in combinations(clause))
+    unseen = any(held_out(ONE_IN, *combination) for combination in combinations(clause))
     form = rng.choice(tuple(REWRITE_REQUESTS))
     request = rng.choice(REWRITE_REQUESTS[form]).format(text=english(clause))
-    return assigned((request, english(replace(clause, form=form))), held)
+    return assigned((request, english(replace(clause, form=form))), unseen)
 
 
 def _conversation(rng: random.Random, parts: list[Drawer]) -> Exercise:

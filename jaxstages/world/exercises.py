@@ -83,23 +83,23 @@ class Exercise(NamedTuple):
     system: str | None = None
 
 
-def assigned(turns: Iterable[str], held: bool, system: str | None = None) -> Exercise:
-    """An exercise that belongs to validation if `held`, and else to training."""
-    return Exercise(tuple(turns), known=not held, new=held, system=system)
+def assigned(turns: Iterable[str], unseen: bool, system: str | None = None) -> Exercise:
+    """An exercise that belongs to validation if `unseen`, and else to training."""
+    return Exercise(tuple(turns), known=not unseen, new=unseen, system=system)
 
 
 def opposite(rng: random.Random) -> Exercise:
     """`What is the opposite of big?`: small. Held out: a word with a wording."""
     word, request = rng.choice(rng.choice(OPPOSITES)), rng.choice(OPPOSITE_REQUESTS)
-    held = held_out(ONE_IN, "opposite", word, request)
-    return assigned((request.format(word=word), f"The opposite of {word} is {knowledge.opposite(word)}."), held)
+    unseen = held_out(ONE_IN, "opposite", word, request)
+    return assigned((request.format(word=word), f"The opposite of {word} is {knowledge.opposite(word)}."), unseen)
 
 
 def plural(rng: random.Random) -> Exercise:
     """`What is the plural of mouse?`: mice. Held out: a word with a wording."""
     word, request = rng.choice(tuple(PLURALS)), rng.choice(PLURAL_REQUESTS)
-    held = held_out(ONE_IN, "plural", word, request)
-    return assigned((request.format(word=word), f"The plural of {word} is {PLURALS[word]}."), held)
+    unseen = held_out(ONE_IN, "plural", word, request)
+    return assigned((request.format(word=word), f"The plural of {word} is {PLURALS[word]}."), unseen)
 
 
 def category(rng: random.Random) -> Exercise:
@@ -145,14 +145,14 @@ def number(rng: random.Random) -> Exercise:
     if rng.random() < 0.5:
         total = rng.randint(2, 20)
         first = rng.randint(1, total - 1)
-        held = any(held_out(ONE_IN, *combination) for combination in knowledge.sum_combinations(first, total - first))
+        unseen = any(held_out(ONE_IN, *combination) for combination in knowledge.sum_combinations(first, total - first))
         request = rng.choice(SUM_REQUESTS).format(first=NUMBERS[first - 1], second=NUMBERS[total - first - 1])
-        return assigned((request, NUMBERS[total - 1]), held)
+        return assigned((request, NUMBERS[total - 1]), unseen)
     low = rng.randint(1, 19)
     after = rng.random() < 0.5
     request = rng.choice(AFTER_REQUESTS if after else BEFORE_REQUESTS)
-    asked, said = (NUMBERS[low - 1], NUMBERS[low]) if after else (NUMBERS[low], NUMBERS[low - 1])
-    return assigned((request.format(word=asked), said), held_out(ONE_IN, "next", asked, request))
+    word, answer = (NUMBERS[low - 1], NUMBERS[low]) if after else (NUMBERS[low], NUMBERS[low - 1])
+    return assigned((request.format(word=word), answer), held_out(ONE_IN, "next", word, request))
 
 
 def repeat(rng: random.Random) -> Exercise:
@@ -171,18 +171,18 @@ def remember(rng: random.Random) -> Exercise:
         "pet": with_article(rng.choice(PETS)),
         "food": rng.choice(FOODS),
     }
-    told = rng.sample(tuple(REMEMBERED), rng.randint(2, 3))
+    topics = rng.sample(tuple(REMEMBERED), rng.randint(2, 3))
     turns: list[str] = []
-    for topic in told:
+    for topic in topics:
         turns += [REMEMBERED[topic][0].format(value=values[topic]), ACKNOWLEDGED]
-    asked = rng.choice(told)
-    turns += [REMEMBERED[asked][1], REMEMBERED[asked][2].format(value=values[asked])]
-    return assigned(turns, held_out(ONE_IN, "remember", *(values[topic] for topic in told)))
+    topic = rng.choice(topics)
+    turns += [REMEMBERED[topic][1], REMEMBERED[topic][2].format(value=values[topic])]
+    return assigned(turns, held_out(ONE_IN, "remember", *(values[topic] for topic in topics)))
 
 
 def _about_list(
     rng: random.Random, requests: tuple[str, ...], words: tuple[str, ...], answer: str, which: str = ""
 ) -> Exercise:
     """A request about a list, which is held out as a whole, whatever is asked about it."""
-    held = any(held_out(ONE_IN, *combination) for combination in knowledge.list_combinations(words))
-    return assigned((rng.choice(requests).format(words=", ".join(words), which=which), answer), held)
+    unseen = any(held_out(ONE_IN, *combination) for combination in knowledge.list_combinations(words))
+    return assigned((rng.choice(requests).format(words=", ".join(words), which=which), answer), unseen)

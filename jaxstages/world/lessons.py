@@ -20,10 +20,13 @@ CONJUGATED = ("{english} is {french} in French.", "In French, {english} is {fren
 
 
 class Draft(NamedTuple):
-    """A document that is not assigned to a split yet: held, whether one of its combinations belongs to validation."""
+    """A document that is not assigned to a split yet.
+
+    unseen: whether one of its combinations is held out from training.
+    """
 
     text: str
-    held: bool
+    unseen: bool
 
 
 def words(rng: random.Random) -> Draft:
@@ -43,7 +46,7 @@ def numbers(rng: random.Random) -> Draft:
     """Counting up, what comes before and after, and sums."""
     start, length = rng.randint(1, 14), rng.randint(4, 6)
     parts = [", ".join(NUMBERS[start - 1 : start - 1 + length]) + "."]
-    held = False
+    unseen = False
     for _ in range(rng.randint(5, 7)):
         if rng.random() < 0.35:
             low = rng.randint(1, 19)
@@ -53,39 +56,39 @@ def numbers(rng: random.Random) -> Draft:
         total = rng.randint(2, 20)
         first = rng.randint(1, total - 1)
         a, b, c = NUMBERS[first - 1], NUMBERS[total - first - 1], NUMBERS[total - 1]
-        held |= any(
+        unseen |= any(
             held_out(knowledge.ONE_IN, *combination) for combination in knowledge.sum_combinations(first, total - first)
         )
         parts.append(rng.choice((f"What is {a} plus {b}? It is {c}.", f"{a} plus {b} is {c}.")))
-    return Draft(" ".join(parts), held)
+    return Draft(" ".join(parts), unseen)
 
 
 def lists(rng: random.Random) -> Draft:
     """Lists in order: the first word, the last word, how many, the list from the end."""
-    parts, held = [], False
+    parts, unseen = [], False
     for _ in range(4):
         items = knowledge.draw_list(rng, 3, 4)
-        held |= any(held_out(knowledge.ONE_IN, *combination) for combination in knowledge.list_combinations(items))
+        unseen |= any(held_out(knowledge.ONE_IN, *combination) for combination in knowledge.list_combinations(items))
         place = rng.randrange(len(items))
-        told = [
+        statements = [
             f"The {knowledge.ORDINALS[place]} word is {items[place]}.",
             f"The last word is {items[-1]}.",
             f"There are {NUMBERS[len(items) - 1]} words.",
             f"In reverse it is: {', '.join(reversed(items))}.",
         ]
-        parts.append(f"This is a list: {', '.join(items)}. " + " ".join(rng.sample(told, 2)))
-    return Draft(" ".join(parts), held)
+        parts.append(f"This is a list: {', '.join(items)}. " + " ".join(rng.sample(statements, 2)))
+    return Draft(" ".join(parts), unseen)
 
 
 def glossary(rng: random.Random) -> Draft:
     """French for words, noun phrases, places and short verb forms, never for a whole sentence with an object."""
     form = rng.choice(("In French, {english} is {french}.", "{english}: {french}", "{english} is {french} in French."))
-    entries, held = [], False
+    entries, unseen = [], False
     for _ in range(rng.randint(8, 10)):
         kind = rng.random()
         if kind < 0.6:
             phrase = draw_phrase(rng, rng.choice(tuple(NOUNS)), adjective_share=0.7)
-            held |= any(held_out(ONE_IN, *combination) for combination in phrase_combinations(phrase))
+            unseen |= any(held_out(ONE_IN, *combination) for combination in phrase_combinations(phrase))
             pair = english_phrase(phrase), french_phrase(phrase)
         elif kind < 0.7:
             noun = rng.choice(tuple(PLACES))
@@ -94,7 +97,7 @@ def glossary(rng: random.Random) -> Draft:
         else:
             pair = _random_verb_form(rng)
         entries.append(form.format(english=pair[0], french=pair[1]))
-    return Draft(("\n" if form.startswith("{english}:") else " ").join(entries), held)
+    return Draft(("\n" if form.startswith("{english}:") else " ").join(entries), unseen)
 
 
 def conjugation(rng: random.Random) -> Draft:
@@ -148,22 +151,22 @@ def _category(rng: random.Random) -> tuple[str, str]:
     right = knowledge.category(word)
     wrong = rng.choice([name for name in CATEGORIES if name != right])
     first, second = rng.sample((right, wrong), 2)
-    told = knowledge.category_statement(word)
-    asked = f"Is {noun_phrase(word)} {with_article(first)} or {with_article(second)}?"
-    return word, rng.choice((told, told, f"{asked} {told}"))
+    statement = knowledge.category_statement(word)
+    question = f"Is {noun_phrase(word)} {with_article(first)} or {with_article(second)}?"
+    return word, rng.choice((statement, statement, f"{question} {statement}"))
 
 
 def _opposite(rng: random.Random) -> tuple[str, str]:
     word = rng.choice(rng.choice(OPPOSITES))
     other = knowledge.opposite(word)
-    told = f"The opposite of {word} is {other}."
-    return word, rng.choice((told, told, f"What is the opposite of {word}? {told}"))
+    statement = f"The opposite of {word} is {other}."
+    return word, rng.choice((statement, statement, f"What is the opposite of {word}? {statement}"))
 
 
 def _plural(rng: random.Random) -> tuple[str, str]:
     word = rng.choice(tuple(PLURALS))
     many = PLURALS[word]
-    told = f"The plural of {word} is {many}."
+    statement = f"The plural of {word} is {many}."
     return word, rng.choice(
-        (told, f"One {word}, {rng.choice(NUMBERS[1:5])} {many}.", f"What is the plural of {word}? {told}")
+        (statement, f"One {word}, {rng.choice(NUMBERS[1:5])} {many}.", f"What is the plural of {word}? {statement}")
     )

@@ -105,8 +105,8 @@ NOUNS: dict[str, Noun] = {
 
 def _adjective(masculine: str, feminine: str, first: bool, fits: str, before_vowel: str = "") -> Adjective:
     """`masculine` is "singular plural", or a singular whose plural adds an s; the feminine plural always adds one."""
-    one, many = masculine.split() if " " in masculine else (masculine, masculine + "s")
-    return Adjective((one, many), (feminine, feminine + "s"), before_vowel or one, first, _set(fits))
+    singular, plural = masculine.split() if " " in masculine else (masculine, masculine + "s")
+    return Adjective((singular, plural), (feminine, feminine + "s"), before_vowel or singular, first, _set(fits))
 
 
 ADJECTIVES: dict[str, Adjective] = {
@@ -146,9 +146,16 @@ def _verb(
 ) -> Verb:
     """`english` is "third past"; `present` is a tuple of five forms, or the five forms in one string."""
     third, past = english.split()
-    one, he, we, you, they = present.split() if isinstance(present, str) else present
+    first, third_form, we, you, they = present.split() if isinstance(present, str) else present
     return Verb(
-        (third, past), infinitive, (one, he, we, you, they), participle, auxiliary, _set(subjects), _set(objects), link
+        (third, past),
+        infinitive,
+        (first, third_form, we, you, they),
+        participle,
+        auxiliary,
+        _set(subjects),
+        _set(objects),
+        link,
     )
 
 

@@ -138,36 +138,36 @@ def greeting(rng: random.Random) -> Exercise:
     word = rng.choice(GREETINGS)
     if rng.random() < 0.5:
         name = rng.choice(WOMEN + MEN)
-        asked = rng.choice(INTRODUCTIONS).format(greeting=word, name=name)
-        return assigned((asked, f"{word}, {name}! {HELP}"), held_out(ONE_IN, "greeting", word, name))
+        request = rng.choice(INTRODUCTIONS).format(greeting=word, name=name)
+        return assigned((request, f"{word}, {name}! {HELP}"), held_out(ONE_IN, "greeting", word, name))
     wording = rng.choice(GREETINGS_ALONE)
     answer = f"{word}! I am well, thank you." if "how are you" in wording.lower() else f"{word}! {HELP}"
-    asked = _cased(rng, wording.format(greeting=word))
-    return assigned((asked, answer), held_out(ONE_IN, "greeting", asked))
+    request = _cased(rng, wording.format(greeting=word))
+    return assigned((request, answer), held_out(ONE_IN, "greeting", request))
 
 
 def thanks(rng: random.Random) -> Exercise:
     """`Thank you.`: You are welcome. And `Bye!`: Goodbye! Held out: a wording with its ending."""
     words, answer = (THANKS, WELCOME) if rng.random() < 0.6 else (FAREWELLS, FAREWELL)
-    asked = _cased(rng, rng.choice(words) + rng.choice(ENDS))
-    return assigned((asked, answer), held_out(ONE_IN, "thanks", asked))
+    request = _cased(rng, rng.choice(words) + rng.choice(ENDS))
+    return assigned((request, answer), held_out(ONE_IN, "thanks", request))
 
 
 def identity(rng: random.Random) -> Exercise:
     """`Who are you?`. Held out: a question with what stands before it."""
     answer = rng.choice(tuple(IDENTITY))
     question, lead = rng.choice(IDENTITY[answer]), rng.choice(LEADS)
-    asked = f"{lead}{question}?"
-    asked = asked[0].upper() + asked[1:] if rng.random() < 0.8 else asked.lower().rstrip("?")
-    return assigned((asked, answer), held_out(ONE_IN, "identity", lead, question))
+    request = f"{lead}{question}?"
+    request = request[0].upper() + request[1:] if rng.random() < 0.8 else request.lower().rstrip("?")
+    return assigned((request, answer), held_out(ONE_IN, "identity", lead, question))
 
 
 def unknown(rng: random.Random) -> Exercise:
     """A question whose answer is in no text of the world. Held out: its topic, place or name."""
     kind = rng.random()
     if kind < 0.12:
-        asked = rng.choice(OPEN)
-        return assigned((_cased(rng, asked), UNKNOWN), held_out(ONE_IN, "open", asked))
+        request = rng.choice(OPEN)
+        return assigned((_cased(rng, request), UNKNOWN), held_out(ONE_IN, "open", request))
     wordings, slot, words = (
         (ABOUT_TOPIC, "topic", TOPICS)
         if kind < 0.6
@@ -176,8 +176,8 @@ def unknown(rng: random.Random) -> Exercise:
         else (STRANGERS, "name", UNKNOWN_NAMES)
     )
     word = rng.choice(words)
-    asked = rng.choice(wordings).format(**{slot: word})
-    return assigned((asked, UNKNOWN), held_out(ONE_IN, slot, word))
+    request = rng.choice(wordings).format(**{slot: word})
+    return assigned((request, UNKNOWN), held_out(ONE_IN, slot, word))
 
 
 def _cased(rng: random.Random, text: str) -> str:

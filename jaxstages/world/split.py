@@ -28,8 +28,7 @@ def belongs(split: str, combinations: Iterable[tuple[str, ...]], one_in: int) ->
     Raises ValueError for a split that is not in SPLITS.
     """
     check_split(split)
-    found = any(held_out(one_in, *combination) for combination in combinations)
-    return found == (split == "validation")
+    return any(held_out(one_in, *combination) for combination in combinations) == (split == "validation")
 
 
 def check_split(split: str) -> None:

@@ -67,8 +67,8 @@ def biography(rng: random.Random, chain: list[Person]) -> str:
     """Several facts about each person, by name and then by pronoun, with a meeting between one and the next."""
     parts = []
     for index, person in enumerate(chain):
-        told = rng.sample(ATTRIBUTES, rng.randint(3, 5) if index == 0 else rng.randint(2, 4))
-        for place, attribute in enumerate(told):
+        attributes = rng.sample(ATTRIBUTES, rng.randint(3, 5) if index == 0 else rng.randint(2, 4))
+        for place, attribute in enumerate(attributes):
             templates = PRONOUN if place > 0 and rng.random() < 0.5 else NAMED
             parts.append(fill(rng.choice(templates[attribute]), person, attribute))
         if index + 1 < len(chain):
@@ -79,8 +79,8 @@ def biography(rng: random.Random, chain: list[Person]) -> str:
 def roll(rng: random.Random, chain: list[Person]) -> str:
     """One attribute of many people, each said in another way."""
     attribute = rng.choice(ATTRIBUTES)
-    told = [fill(rng.choice(NAMED[attribute]), person, attribute) for person in chain]
-    return " ".join([ROLL_TITLES[attribute], *told])
+    sentences = [fill(rng.choice(NAMED[attribute]), person, attribute) for person in chain]
+    return " ".join([ROLL_TITLES[attribute], *sentences])
 
 
 def interview(rng: random.Random, chain: list[Person]) -> str:
@@ -90,8 +90,11 @@ def interview(rng: random.Random, chain: list[Person]) -> str:
     parts = []
     for person in subjects:
         first, second = rng.sample(ATTRIBUTES, 2)
-        asked = [(first, rng.choice(QUESTIONS[first])), (second, rng.choice(FOLLOW_UPS[second] + QUESTIONS[second]))]
-        for attribute, template in asked:
+        questions = [
+            (first, rng.choice(QUESTIONS[first])),
+            (second, rng.choice(FOLLOW_UPS[second] + QUESTIONS[second])),
+        ]
+        for attribute, template in questions:
             said = rng.choice((answer(person, attribute), fill(PRONOUN[attribute][0], person, attribute)))
             parts.append(
                 saying.format(
@@ -112,9 +115,9 @@ def quiz(rng: random.Random, chain: list[Person], names: list[str]) -> str:
             if rng.random() < 0.3:
                 right = value_of(person, attribute)
                 value = right if rng.random() < 0.5 else other_value(rng, person, attribute, names)
-                asked = fill(rng.choice(CHECKS[attribute]), person, attribute, value)
+                question = fill(rng.choice(CHECKS[attribute]), person, attribute, value)
                 said = checked(person, attribute, value)
             else:
-                asked, said = fill(rng.choice(QUESTIONS[attribute]), person, attribute), answer(person, attribute)
-            lines.append(f"Question: {asked} Answer: {said}")
+                question, said = fill(rng.choice(QUESTIONS[attribute]), person, attribute), answer(person, attribute)
+            lines.append(f"Question: {question} Answer: {said}")
     return "\n".join(lines)

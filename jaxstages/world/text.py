@@ -84,7 +84,7 @@ def _endless(split: str, seed: int) -> Iterator[str]:
 def _lesson(kind: str, split: str, rng: random.Random) -> str:
     while True:
         draft = LESSONS[kind](rng)
-        if draft.held == (split == "validation"):
+        if draft.unseen == (split == "validation"):
             return draft.text
 
 
