@@ -57,14 +57,14 @@ class Operation(NamedTuple):
 
 def operations(program: str) -> dict[str, Operation]:
     """By name, from the text of the compiled program."""
-    found = {}
+    results = {}
     for line in program.splitlines():
         match = re.match(r"\s*(?:ROOT )?%([\w.-]+) = (\(?[a-z0-9]+\[[\d,]*\])\S* ?.*?([a-z-]+)\(", line)
         if match is None:
             continue
         name, shape, opcode = match.groups()
-        told = re.search(r'op_name="([^"]*)"', line)
-        path = told.group(1) if told else ""
+        source = re.search(r'op_name="([^"]*)"', line)
+        path = source.group(1) if source else ""
         if "_headless" in path or "cross_entropy" in path or "/head" in path:
             part = "head and loss"
         else:
@@ -78,8 +78,8 @@ def operations(program: str) -> dict[str, Operation]:
             kind = "copies"
         else:
             kind = "elementwise"
-        found[name] = Operation(part, kind, shape)
-    return found
+        results[name] = Operation(part, kind, shape)
+    return results
 
 
 def make_step(row: Row) -> tuple[Any, Any, Batch]:

@@ -50,14 +50,14 @@ def write_documents(path: Path, megabytes: float) -> None:
             written += file.write(json.dumps({"text": text}) + "\n")
 
 
-def timed(name: str, work: Callable[[], Any], found: dict[str, float]) -> Any:
+def timed(name: str, work: Callable[[], Any], measured: dict[str, float]) -> Any:
     start = time.perf_counter()
     result = work()
-    found[name] = time.perf_counter() - start
+    measured[name] = time.perf_counter() - start
     return result
 
 
-def jaxstages(documents: Path, tokenizer: Path, folder: Path, found: dict[str, Any]) -> None:
+def jaxstages(documents: Path, tokenizer: Path, folder: Path, result: dict[str, Any]) -> None:
     from jaxstages.config import DataConfig
     from jaxstages.data.batches import batches_by_step
     from jaxstages.data.prepare import prepare
@@ -68,12 +68,12 @@ def jaxstages(documents: Path, tokenizer: Path, folder: Path, found: dict[str, A
     rows = timed(
         "prepare",
         lambda: prepare(open_source(str(documents), folder), "train", config, loaded, CONTEXT, folder),
-        found,
+        result,
     )
     batch = batches_by_step([rows], batch_size=BATCH, seed=0).batch
     batch(0)
-    timed("load", lambda: [batch(k) for k in range(1, BATCHES + 1)], found)
-    found |= {"tokens": rows.index["tokens"], "slots_used": rows.index["tokens"] / (rows.index["rows"] * CONTEXT)}
+    timed("load", lambda: [batch(k) for k in range(1, BATCHES + 1)], result)
+    result |= {"tokens": rows.index["tokens"], "slots_used": rows.index["tokens"] / (rows.index["rows"] * CONTEXT)}
 
 
 def encoder(tokenizer: Path) -> Any:
@@ -82,7 +82,7 @@ def encoder(tokenizer: Path) -> Any:
     return Tokenizer.from_file(str(tokenizer))
 
 
-def datasets(documents: Path, tokenizer: Path, folder: Path, found: dict[str, Any]) -> None:
+def datasets(documents: Path, tokenizer: Path, folder: Path, result: dict[str, Any]) -> None:
     import torch
     from datasets import load_dataset
     from transformers import default_data_collator
@@ -91,11 +91,11 @@ def datasets(documents: Path, tokenizer: Path, folder: Path, found: dict[str, An
     columns = ("input_ids", "attention_mask", "labels")
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        ids = [[end, *one.ids] for one in backend.encode_batch_fast(batch["text"], add_special_tokens=False)]
-        return {"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids]}
+        ids = [[end, *entry.ids] for entry in backend.encode_batch_fast(batch["text"], add_special_tokens=False)]
+        return {"input_ids": ids, "attention_mask": [[1] * len(entry) for entry in ids]}
 
     def join(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        lines = {name: [i for one in batch[name] for i in one] for name in columns[:2]}
+        lines = {name: [i for entry in batch[name] for i in entry] for name in columns[:2]}
         starts = range(0, len(lines["input_ids"]) // CONTEXT * CONTEXT, CONTEXT)
         rows = {name: [line[start : start + CONTEXT] for start in starts] for name, line in lines.items()}
         return {**rows, "labels": [list(row) for row in rows["input_ids"]]}
@@ -106,15 +106,15 @@ def datasets(documents: Path, tokenizer: Path, folder: Path, found: dict[str, An
         data = data.map(tokenize, batched=True, num_proc=cores, remove_columns=["text"])
         return data.map(join, batched=True, num_proc=cores)
 
-    data = timed("prepare", prepare, found)
-    found["tokens"] = len(data) * CONTEXT
+    data = timed("prepare", prepare, result)
+    result["tokens"] = len(data) * CONTEXT
     loader = torch.utils.data.DataLoader(data, batch_size=BATCH, shuffle=True, collate_fn=default_data_collator)
     batches = iter(loader)
     next(batches)
-    timed("load", lambda: [next(batches) for _ in range(BATCHES)], found)
+    timed("load", lambda: [next(batches) for _ in range(BATCHES)], result)
 
 
-def nanogpt(documents: Path, tokenizer: Path, folder: Path, found: dict[str, Any]) -> None:
+def nanogpt(documents: Path, tokenizer: Path, folder: Path, result: dict[str, Any]) -> None:
     import torch
     from datasets import load_dataset
 
@@ -137,7 +137,7 @@ def nanogpt(documents: Path, tokenizer: Path, folder: Path, found: dict[str, Any
         line.flush()
         return start
 
-    found["tokens"] = timed("prepare", prepare, found)
+    result["tokens"] = timed("prepare", prepare, result)
 
     def get_batch() -> Any:
         line = np.memmap(folder / "train.bin", np.uint16, "r")
@@ -147,7 +147,7 @@ def nanogpt(documents: Path, tokenizer: Path, folder: Path, found: dict[str, Any
         return inputs, targets
 
     get_batch()
-    timed("load", lambda: [get_batch() for _ in range(BATCHES)], found)
+    timed("load", lambda: [get_batch() for _ in range(BATCHES)], result)
 
 
 CONTENDERS = {function.__name__: function for function in (jaxstages, datasets, nanogpt)}
@@ -178,11 +178,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
-        found: dict[str, Any] = {}
-        CONTENDERS[flags.child](Path(flags.documents), Path(flags.tokenizer), flags.folder, found)
-        found["prepare tokens/s"] = found["tokens"] / found["prepare"]
-        found["load tokens/s"] = BATCHES * BATCH * CONTEXT / found["load"]
-        print(json.dumps(found))
+        results: dict[str, Any] = {}
+        CONTENDERS[flags.child](Path(flags.documents), Path(flags.tokenizer), flags.folder, results)
+        results["prepare tokens/s"] = results["tokens"] / results["prepare"]
+        results["load tokens/s"] = BATCHES * BATCH * CONTEXT / results["load"]
+        print(json.dumps(results))
         return
     from jaxstages.config import TokenizerConfig
     from jaxstages.data.train_tokenizer import make_tokenizer

@@ -106,10 +106,10 @@ def answer_by_transformers(row: Row, weights: Path, new: int, threads: int, stat
     def answer(prompts: np.ndarray) -> list[list[int]]:
         ids = torch.from_numpy(prompts.astype("int64"))
         with torch.inference_mode():
-            found = model.generate(
+            result = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0, **cache
             )
-        return found[:, ids.shape[1] :].tolist()
+        return result[:, ids.shape[1] :].tolist()
 
     return answer
 
@@ -165,18 +165,18 @@ def measure(flags: argparse.Namespace, shape: str, batch: int) -> dict[str, Any]
     names = flags.contenders.split(",")
     contenders = [Contender(name, flags, shape, batch, weights) for name in names]
     first = [contender.answer() for contender in contenders]
-    equal = all(found["tokens"] == first[0]["tokens"] for found in first)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    equal = all(results["tokens"] == first[0]["tokens"] for results in first)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(flags.rounds):
         for contender in contenders[:: -1 if number % 2 else 1]:
             time.sleep(0.5)  # threads of the other may still spin
             if not flags.busy:
                 wait_until_idle()
-            found[contender.name].append(contender.answer())
+            results[contender.name].append(contender.answer())
     for contender in contenders:
         contender.end()
     count = batch * flags.new
-    seconds = {name: [run["seconds"] for run in runs] for name, runs in found.items()}
+    seconds = {name: [run["seconds"] for run in runs] for name, runs in results.items()}
     ratios = {
         name: spread([theirs / ours for theirs, ours in zip(seconds[name], seconds[names[0]], strict=True)], 3)
         for name in names[1:]
@@ -189,7 +189,7 @@ def measure(flags: argparse.Namespace, shape: str, batch: int) -> dict[str, Any]
         "equal_tokens": equal,
         "distinct_tokens": len({token for row in first[0]["tokens"] for token in row}),
         "tokens_per_second": {name: round(count / statistics.median(times), 2) for name, times in seconds.items()},
-        "cpu_seconds": {name: round(statistics.median(r["cpu"] for r in runs), 3) for name, runs in found.items()},
+        "cpu_seconds": {name: round(statistics.median(r["cpu"] for r in runs), 3) for name, runs in results.items()},
         "first_answer_more_seconds": {
             name: round(run["seconds"] - statistics.median(seconds[name]), 2)
             for name, run in zip(names, first, strict=True)

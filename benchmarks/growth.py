@@ -89,8 +89,8 @@ class Step:
 
     def bytes(self) -> tuple[int, int]:
         """Of the state and batch, and of what the step takes beside them, a device."""
-        found = self.compiled().memory_analysis()
-        return found.argument_size_in_bytes, found.temp_size_in_bytes
+        result = self.compiled().memory_analysis()
+        return result.argument_size_in_bytes, result.temp_size_in_bytes
 
     def seconds(self, budget: float) -> float:
         """Of one step, the shortest of those that fit into so many seconds."""
@@ -161,8 +161,8 @@ def vocabulary(budget: float) -> Curve:
             jax.ShapeDtypeStruct((1, tokens), jnp.int32),
             jax.ShapeDtypeStruct((1, tokens), jnp.float32),
         ]
-        found = jax.jit(jax.grad(objective, (0, 1))).lower(*shapes).compile().memory_analysis()
-        y.append(found.temp_size_in_bytes)
+        result = jax.jit(jax.grad(objective, (0, 1))).lower(*shapes).compile().memory_analysis()
+        y.append(result.temp_size_in_bytes)
     return Curve("tokens (vocabulary 32768)", x, "bytes of the loss", y, "8192 over 1024", y[-1] / y[0], 1.5)
 
 
@@ -227,22 +227,22 @@ def main() -> None:
     if unknown := [name for name in names if name not in CURVES]:
         raise SystemExit(f"--curves: {unknown[0]} is unknown; known: {', '.join(CURVES)}")
     jax.config.update("jax_enable_compilation_cache", False)
-    machine, found = facts(), {}
+    machine, measured = facts(), {}
     for name in names:
         began = time.monotonic()
-        found[name] = curve = CURVES[name](flags.seconds)
+        measured[name] = curve = CURVES[name](flags.seconds)
         mark = "" if curve.holds else "  BOUND BROKEN"
         text = f"{name}: {curve.figure_name} {curve.figure:.4g}, at most {curve.bound:g}{mark}"
         print(f"{text} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
-    plot(found, flags.plot)
+    plot(measured, flags.plot)
     result = {
         "command": f"python benchmarks/growth.py --curves={flags.curves} --seconds={flags.seconds}",
         "machine": machine,
-        "curves": {name: {**curve._asdict(), "holds": curve.holds} for name, curve in found.items()},
+        "curves": {name: {**curve._asdict(), "holds": curve.holds} for name, curve in measured.items()},
     }
     flags.out.mkdir(parents=True, exist_ok=True)
     (flags.out / "growth.json").write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(not all(curve.holds for curve in found.values()))
+    sys.exit(not all(curve.holds for curve in measured.values()))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def write_random(folder: Path, config: dict[str, object]) -> int:
     from jaxstages.models.transformer import make_model
     from jaxstages.runtime.files import write_json
 
-    found = read_config(config, "config.json")
-    model = make_model(found.model, found.model.vocab_size)
+    result = read_config(config, "config.json")
+    model = make_model(result.model, result.model.vocab_size)
     tree = jax.eval_shape(model.init, jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in named_leaves(tree).items()}
     rng = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def write_random(folder: Path, config: dict[str, object]) -> int:
         return Entry(name, shape, pieces)
 
     folder.mkdir(parents=True)
-    entries = [entry(place.name, shape_of(place, shapes)) for place in tensor_slots(found.family, shapes)]
+    entries = [entry(place.name, shape_of(place, shapes)) for place in tensor_slots(result.family, shapes)]
     write_shards(folder, entries, "BF16", 2 * 10**9, lambda done: None)
     text = iter(["Text for a small tokenizer."])
     make_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), text, folder / "tokenizer.json")
@@ -91,9 +91,9 @@ def main_() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where everything is written; removed at the end")
     parser.add_argument("--small", action="store_true")
-    given = parser.parse_args()
-    folder: Path = given.folder
-    config = {"model_type": "qwen2", "tie_word_embeddings": True} | (SMALL if given.small else LARGE)
+    options = parser.parse_args()
+    folder: Path = options.folder
+    config = {"model_type": "qwen2", "tie_word_embeddings": True} | (SMALL if options.small else LARGE)
     count = write_random(folder / "theirs", config)
     try:
         commands = {
@@ -102,10 +102,10 @@ def main_() -> None:
         }
         print(f"{count / 1e6:.0f}M parameters, {4 * count / 1e9:.2f} GB in float32; bound {BOUND}")
         for name, words in commands.items():
-            found = measure(words)
-            ratio = found["bytes"] / (4 * count)
-            print(f"{name}: {found['bytes'] / 1e9:.2f} GB, {ratio:.3f} of the parameters, {found['seconds']:.0f} s")
-            assert found["code"] == 0
+            result = measure(words)
+            ratio = result["bytes"] / (4 * count)
+            print(f"{name}: {result['bytes'] / 1e9:.2f} GB, {ratio:.3f} of the parameters, {result['seconds']:.0f} s")
+            assert result["code"] == 0
     finally:
         shutil.rmtree(folder)
 

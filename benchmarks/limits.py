@@ -102,11 +102,11 @@ def torch_copy(size: int, device: str) -> Run:
 def print_table(matmuls: list[dict[str, Any]], copies: list[dict[str, Any]]) -> None:
     """All figures, a line each."""
     print(f"{'m x k x n':>20}  {'dtype':9} {'library':8} {'GFLOP/s':>10}")
-    for found in matmuls:
-        shape = " x ".join(map(str, found["shape"]))
-        print(f"{shape:>20}  {found['dtype']:9} {found['library']:8} {found['gflops']:10.1f}")
-    for found in copies:
-        print(f"copy, read and write: {found['library']:8} {found['gb_per_second']:8.1f} GB/s")
+    for result in matmuls:
+        shape = " x ".join(map(str, result["shape"]))
+        print(f"{shape:>20}  {result['dtype']:9} {result['library']:8} {result['gflops']:10.1f}")
+    for result in copies:
+        print(f"copy, read and write: {result['library']:8} {result['gb_per_second']:8.1f} GB/s")
 
 
 def main() -> None:
@@ -141,7 +141,8 @@ def main() -> None:
     for library, (_, copy) in libraries.items():
         copies.append({"library": library, "gb_per_second": 8e-9 * size / best_seconds(copy(size), flags.seconds)})
     ceilings = {
-        dtype: max(found["gflops"] for found in matmuls if found["dtype"] == dtype) for dtype in ("float32", "bfloat16")
+        dtype: max(measured["gflops"] for measured in matmuls if measured["dtype"] == dtype)
+        for dtype in ("float32", "bfloat16")
     }
     print_table(matmuls, copies)
     print("ceilings, GFLOP/s:", ", ".join(f"{dtype} {value:.1f}" for dtype, value in ceilings.items()))

@@ -79,14 +79,14 @@ class InTurn(Clocked):
 
     def __call__(self, state: Any, batch: Any) -> Any:
         self._bare = self._bare or jax.tree.map(jnp.copy, state)
-        found = super().__call__(state, batch)
+        result = super().__call__(state, batch)
         self._steps += 1
         if self._steps % BLOCK == 0:
             whole = statistics.mean(self.take())
             for _ in range(BLOCK):
                 self._bare, _ = super().__call__(self._bare, batch)
             self.blocks.append((whole, statistics.mean(self.take())))
-        return found
+        return result
 
     def overheads(self) -> list[float]:
         """Of each block but the first, in which the step was compiled."""
@@ -138,10 +138,10 @@ def main() -> None:
     stalls, busy = [], []
     for number in range(flags.rounds):
         busy.append(round(busy_share(), 3))
-        overheads += (found := run_loop(InTurn, row, folder, steps, steps).overheads())
+        overheads += (measured := run_loop(InTurn, row, folder, steps, steps).overheads())
         saving = run_loop(Clocked, row, folder, steps, max(steps // 4, 2)).take()[LEFT_OUT:]
         stalls.append(max(saving) / statistics.median(saving))
-        print(f"round {number}: overhead {statistics.median(found):+.2%}, stall {stalls[-1]:.2f}", file=sys.stderr)
+        print(f"round {number}: overhead {statistics.median(measured):+.2%}, stall {stalls[-1]:.2f}", file=sys.stderr)
     shutil.rmtree(folder)
     result = {
         "row": row.name,

@@ -74,6 +74,6 @@ def busy_share(seconds: float = 0.5) -> float:
 def wait_until_idle(share: float = 0.05, patience: float = 60.0) -> float:
     """The busy share once it is at most `share`, or what it was when patience (in seconds) ran out."""
     start = time.monotonic()
-    while (found := busy_share()) > share and time.monotonic() - start < patience:
+    while (result := busy_share()) > share and time.monotonic() - start < patience:
         pass
-    return found
+    return result

@@ -77,9 +77,9 @@ def write(path: Path, of: np.ndarray, seed: int, length: float) -> None:
             file.write(json.dumps({"text": text}) + "\n")
 
 
-def jaccard(one: np.ndarray, other: np.ndarray, size: int) -> float:
+def jaccard(left: np.ndarray, other: np.ndarray, size: int) -> float:
     sets = []
-    for words in (one, other):
+    for words in (left, other):
         run = min(size, len(words))
         sets.append(set(map(tuple, np.lib.stride_tricks.sliding_window_view(words, run).tolist())))
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
@@ -130,10 +130,10 @@ def main() -> None:
         making = time.perf_counter() - start
         source = open_source(str(folder / "documents.jsonl"), folder)
         start = time.perf_counter()
-        found = find_near_duplicates(source, DataConfig(duplicates=config), folder / "cache")
+        measured = find_near_duplicates(source, DataConfig(duplicates=config), folder / "cache")
         seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        places = read_dropped(found, 0)
+        places = read_dropped(measured, 0)
         gone = np.array([number in places for number in range(flags.documents)])
         start = time.perf_counter()
         said = judge(of, gone, config, flags.seed, length)

@@ -68,12 +68,12 @@ def gate(results: dict[str, Run], tolerance: float) -> list[str]:
     (reference_name, reference), *others = results.items()
     complaints = []
     for name, result in others:
-        found = [
+        values = [
             _apart("parameters", result["parameters"], reference["parameters"], 0.0),
             _apart("first loss", result["first_loss"], reference["first_loss"], tolerance),
             _apart("first gradient norm", result["first_grad_norm"], reference["first_grad_norm"], tolerance),
         ]
-        complaints += [f"{name} and {reference_name}: {text}" for text in found if text]
+        complaints += [f"{name} and {reference_name}: {text}" for text in values if text]
     return complaints
 
 
@@ -86,8 +86,8 @@ def last_loss(result: Run) -> float:
 def last_gate(results: dict[str, Run]) -> list[str]:
     """Which contenders' losses at the end of the timed steps differ from the first one's."""
     (reference_name, reference), *others = results.items()
-    found = {n: _apart("last loss", last_loss(r), last_loss(reference), LAST_LOSS_TOLERANCE) for n, r in others}
-    return [f"{name} and {reference_name}: {text}" for name, text in found.items() if text]
+    values = {n: _apart("last loss", last_loss(r), last_loss(reference), LAST_LOSS_TOLERANCE) for n, r in others}
+    return [f"{name} and {reference_name}: {text}" for name, text in values.items() if text]
 
 
 def row_gate(row: RowRuns) -> list[str]:

@@ -38,12 +38,12 @@ def conversations(count: int, row: Row) -> list[tuple[np.ndarray, int]]:
     """Ids, and how many of them are the question's: lengths log-normal, about 110 on average (Alpaca's median), none
     longer than a row."""
     draw = np.random.default_rng(0)
-    found = []
+    results = []
     for _ in range(count):
         length = int(np.clip(draw.lognormal(4.45, 0.7), 8, row.context))
-        asked = max(2, int(length * draw.uniform(0.2, 0.6)))
-        found.append(((draw.zipf(1.2, length) % row.vocab).astype(np.int32), asked))
-    return found
+        prompt_length = max(2, int(length * draw.uniform(0.2, 0.6)))
+        results.append(((draw.zipf(1.2, length) % row.vocab).astype(np.int32), prompt_length))
+    return results
 
 
 def packed_rows(talks: list[tuple[np.ndarray, int]], row: Row) -> np.ndarray:
@@ -51,7 +51,7 @@ def packed_rows(talks: list[tuple[np.ndarray, int]], row: Row) -> np.ndarray:
     from jaxstages.data.packing import pack
     from jaxstages.data.tasks import Example
 
-    examples = [Example(ids, (np.arange(len(ids)) >= asked).astype(np.float32)) for ids, asked in talks]
+    examples = [Example(ids, (np.arange(len(ids)) >= prompt_length).astype(np.float32)) for ids, prompt_length in talks]
     rows = np.stack(pack(examples, row.context)[0])
     np.random.default_rng(1).shuffle(rows)
     return np.pad(rows, ((0, -len(rows) % row.batch), (0, 0), (0, 0)))
@@ -82,14 +82,14 @@ def jaxstages(talks: list[tuple[np.ndarray, int]], weights: Path, check: bool) -
     first = float(sums["nll"]) / float(sums["weight"])
     if check:
         return {"first_loss": first}
-    start, found = time.perf_counter(), []
+    start, result = time.perf_counter(), []
     for batch in batches[1:]:
         state, sums = step(state, batch)
-        found.append(sums)
+        result.append(sums)
     jax.block_until_ready(state)
     seconds = time.perf_counter() - start
-    scored = sum(float(sums["weight"]) for sums in found)
-    last = found[-3:]
+    scored = sum(float(sums["weight"]) for sums in result)
+    last = result[-3:]
     return {
         "first_loss": first,
         "last_loss": sum(float(s["nll"]) for s in last) / sum(float(s["weight"]) for s in last),
@@ -108,8 +108,8 @@ def padded(talks: list[tuple[np.ndarray, int]], size: int) -> list[dict[str, np.
         longest = max(len(ids) for ids, _ in chosen)
         ids = np.stack([np.pad(ids, (0, longest - len(ids))) for ids, _ in chosen]).astype(np.int64)
         mask = np.stack([np.arange(longest) < len(ids) for ids, _ in chosen]).astype(np.int64)
-        asked = np.array([asked for _, asked in chosen])[:, None]
-        labels = np.where((mask > 0) & (np.arange(longest)[None] >= asked), ids, NOT_SCORED)
+        prompt_length = np.array([prompt_length for _, prompt_length in chosen])[:, None]
+        labels = np.where((mask > 0) & (np.arange(longest)[None] >= prompt_length), ids, NOT_SCORED)
         batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return batches
 
@@ -137,7 +137,7 @@ def trainer(talks: list[tuple[np.ndarray, int]], weights: Path, check: bool, pad
     rows = packed_rows(talks, ROW)
     size = round(len(talks) * ROW.batch / len(rows))
     batches = padded(talks, size) if pad else packed(rows, ROW.batch)
-    given = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in batches]
+    dataset = [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in batches]
     times: list[float] = []
     losses: list[float] = []
 
@@ -151,7 +151,7 @@ def trainer(talks: list[tuple[np.ndarray, int]], weights: Path, check: bool, pad
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=1 if check else len(given),
+            max_steps=1 if check else len(dataset),
             per_device_train_batch_size=1,  # of whole batches, made before the clock
             learning_rate=ROW.learning_rate,
             adam_beta1=ROW.beta1,
@@ -168,7 +168,11 @@ def trainer(talks: list[tuple[np.ndarray, int]], weights: Path, check: bool, pad
         timed = Timed()
         model = make_gpt2(ROW, load_file(weights))
         made = LossKeepingTrainer(
-            model=model, args=arguments, train_dataset=given, callbacks=[timed], data_collator=lambda found: found[0]
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            callbacks=[timed],
+            data_collator=lambda result: result[0],
         )
         made.timed, made.check = timed, False
         made.train()
@@ -226,9 +230,9 @@ def main() -> None:
     for number in range(flags.rounds):
         for name in CONTENDERS[:: -1 if number % 2 else 1]:
             busy.append(round(busy_share() if flags.busy else wait_until_idle(), 3))
-            runs[name].append(found := start(name, flags, weights, False))
-            found["scored tokens/s"] = found["scored"] / found["seconds"]
-            text = f"{found['scored tokens/s']:,.0f} scored tokens/s, last loss {found['last_loss']:.4f}"
+            runs[name].append(measured := start(name, flags, weights, False))
+            measured["scored tokens/s"] = measured["scored"] / measured["seconds"]
+            text = f"{measured['scored tokens/s']:,.0f} scored tokens/s, last loss {measured['last_loss']:.4f}"
             print(f"round {number} {name}: {text}", file=sys.stderr, flush=True)
     shutil.rmtree(folder)
 

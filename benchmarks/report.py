@@ -93,9 +93,9 @@ def claim(row: RowRuns) -> str:
 def void_table(row: RowRuns) -> str:
     """The numbers of the gate, contender by contender."""
     lines = [
-        [name, f"{found['parameters']:,}", f"{found['first_loss']:.8g}", f"{found['first_grad_norm']:.8g}"]
+        [name, f"{result['parameters']:,}", f"{result['first_loss']:.8g}", f"{result['first_grad_norm']:.8g}"]
         for name in row.contenders
-        for found in row.phase("gate", name)
+        for result in row.phase("gate", name)
     ]
     return _table(["contender", "parameters", "first loss", "first gradient norm"], lines)
 
@@ -172,11 +172,11 @@ def section(row: RowRuns) -> str:
 def limits_section(limits: dict[str, Any]) -> str:
     """The machine's ceilings, the best of each library."""
     best: dict[tuple[str, str], float] = {}
-    for found in limits["matmul"]:
-        key = found["dtype"], found["library"]
-        best[key] = max(best.get(key, 0.0), found["gflops"])
+    for result in limits["matmul"]:
+        key = result["dtype"], result["library"]
+        best[key] = max(best.get(key, 0.0), result["gflops"])
     matmuls = [[library, dtype, f"{value:,.0f}"] for (dtype, library), value in sorted(best.items())]
-    copies = [[found["library"], f"{found['gb_per_second']:,.1f}"] for found in limits["copy"]]
+    copies = [[result["library"], f"{result['gb_per_second']:,.1f}"] for result in limits["copy"]]
     return "\n\n".join(
         [
             "## The machine's ceilings",
@@ -207,19 +207,19 @@ def _text(value: Any) -> str:
         case list():
             return ", ".join(map(_text, value))
         case dict():
-            return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
+            return ", ".join(f"{name} {_text(entry)}" for name, entry in value.items())
         case _:
             return str(value)
 
 
-def other_section(title: str, found: dict[str, Any]) -> str:
+def other_section(title: str, result: dict[str, Any]) -> str:
     """What a benchmark of one process found, figure by figure."""
-    machine = found.pop("machine")
+    machine = result.pop("machine")
     where = f"{machine['processor']}, {machine['cores']} cores, {machine['when']}, commit {machine['commit']}"
-    lines = [f"## {title}", f"`{found.pop('command')}` on {where}."]
-    if table := found.pop("table", None):
+    lines = [f"## {title}", f"`{result.pop('command')}` on {where}."]
+    if table := result.pop("table", None):
         lines.append("\n".join(table))
-    if curves := found.pop("curves", None):
+    if curves := result.pop("curves", None):
         rows = [
             [
                 f"{name}: {curve['y_name']} over {curve['x_name']}",
@@ -231,7 +231,7 @@ def other_section(title: str, found: dict[str, Any]) -> str:
             for name, curve in curves.items()
         ]
         lines.append(_table(["curve", "x", "y", "figure", "at most"], rows))
-    left = {name: value for name, value in found.items() if name not in ("runs", "row", "longest")}
+    left = {name: value for name, value in result.items() if name not in ("runs", "row", "longest")}
     lines.append("\n".join(f"* {name}: {_text(value)}" for name, value in left.items()))
     return "\n\n".join(line for line in lines if line)
 
@@ -241,8 +241,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     flags = parser.parse_args()
-    found = [flags.results / f"{name}.jsonl" for name in ROWS]
-    parts = ["# Results", LEGEND] + [section(read_runs(path)) for path in found if path.exists()]
+    results = [flags.results / f"{name}.jsonl" for name in ROWS]
+    parts = ["# Results", LEGEND] + [section(read_runs(path)) for path in results if path.exists()]
     others = {flags.results / f"{name}.json": title for name, title in OTHERS.items()}
     parts += [other_section(title, json.loads(path.read_text())) for path, title in others.items() if path.exists()]
     limits = flags.results / "limits.json"

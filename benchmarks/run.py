@@ -132,12 +132,12 @@ class Driver:
         left = (self.planned - self.done) * statistics.mean(self.took.values())
         match run:
             case {"result": {"tokens_per_second": speed}}:
-                found = f"{speed:,.0f} tokens/s"
+                result = f"{speed:,.0f} tokens/s"
             case {"result": {"first_loss": loss, "first_grad_norm": norm}}:
-                found = f"loss {loss:.8g}, gradient norm {norm:.8g}"
+                result = f"loss {loss:.8g}, gradient norm {norm:.8g}"
             case _:
-                found = run["error"]
-        text = f"{self.row.name} {run['phase']} {run['number']} {run['contender']}: {found}"
+                result = run["error"]
+        text = f"{self.row.name} {run['phase']} {run['number']} {run['contender']}: {result}"
         say(f"[{self.done}/{self.planned}] {text}; {left / 60:.0f} min left for this row")
 
     def prepare(self) -> None:
@@ -157,8 +157,8 @@ class Driver:
         row = self.row
         self.path.unlink(missing_ok=True)
         self.write(header)
-        found = {name: self.start(name, "gate", 0, ["--check"]) for name in names}
-        passed = {name: result for name, result in found.items() if result}
+        results = {name: self.start(name, "gate", 0, ["--check"]) for name in names}
+        passed = {name: result for name, result in results.items() if result}
         complaints = gate(passed, row.tolerance) if passed else ["no contender gave a result"]
         if not complaints:
             self.empty_caches()

@@ -52,8 +52,8 @@ def recipe_of(folder: Path) -> Recipe:
 
 def files(workdir: Path) -> dict[str, bytes]:
     """All that was prepared, but for the locks, which name their process."""
-    found = (path for path in workdir.rglob("*") if path.is_file() and path.suffix != ".lock")
-    return {str(path.relative_to(workdir)): path.read_bytes() for path in found if path.name != "lock"}
+    actual = (path for path in workdir.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(workdir)): path.read_bytes() for path in actual if path.name != "lock"}
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def field(request: pytest.FixtureRequest, folder: Path) -> tuple[str, Tokenizer,
         name, template, names = request.param, small_template(request.param), ("<s>", "</s>")
     else:
         name, template = request.param.stem, request.param.read_text(encoding="utf-8")
-        golden = next(one for one in request.getfixturevalue("goldens") if one["template"] == name)
+        golden = next(entry for entry in request.getfixturevalue("goldens") if entry["template"] == name)
         names = (golden["bos_token"], golden["eos_token"])
     tokenizer = make_foreign(folder / name, template, *names)
     return name, tokenizer, make_chat(tokenizer)
@@ -129,7 +129,7 @@ def field(request: pytest.FixtureRequest, folder: Path) -> tuple[str, Tokenizer,
 
 @absent
 def test_golden_renderings(goldens: list[dict[str, Any]]) -> None:
-    found: Counter[str] = Counter()
+    actual: Counter[str] = Counter()
     for golden in goldens:
         source = (SHARED / "chat_templates" / f"{golden['template']}.jinja").read_text(encoding="utf-8")
         more = golden.get("extra_kwargs")
@@ -137,15 +137,15 @@ def test_golden_renderings(goldens: list[dict[str, Any]]) -> None:
         if "error" in golden:
             with pytest.raises(ValueError, match=golden["error"]):
                 render(golden["messages"], golden["tools"], golden["add_generation_prompt"])
-            found["error"] += 1
+            actual["error"] += 1
             continue
         text, marks, _ = render(golden["messages"], golden["tools"], golden["add_generation_prompt"])
         assert text == golden["rendered"], (golden["template"], golden["case"])
-        found["text"] += 1
+        actual["text"] += 1
         if "assistant_spans" in golden:
             assert [list(mark) for mark in marks] == golden["assistant_spans"], (golden["template"], golden["case"])
-            found["spans"] += 1
-    assert found == {"text": 368, "error": 22, "spans": 70}
+            actual["spans"] += 1
+    assert actual == {"text": 368, "error": 22, "spans": 70}
 
 
 @absent
@@ -166,16 +166,16 @@ def test_golden_tokenizations(tmp_path: Path, file: str, strings: int) -> None:
     config = TokenizerConfig(kind="file", path=str(SHARED / "tokenizers" / file))
     tokenizer = make_tokenizer(config, iter(()), tmp_path / "tokenizer.json")
     goldens = [json.loads(line) for line in (source / "golden.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    different = [one["text"] for one in goldens if tokenizer.encode(one["text"]).tolist() != one["ids"]]
+    different = [entry["text"] for entry in goldens if tokenizer.encode(entry["text"]).tolist() != entry["ids"]]
     assert different == (["<|im_start|>user\nHi<|im_end|>\n"] if name == "qwen3" else [])
-    assert len(goldens) == strings and all(tokenizer.show(one["ids"]) == one["decoded"] for one in goldens)
+    assert len(goldens) == strings and all(tokenizer.show(entry["ids"]) == entry["decoded"] for entry in goldens)
     tokenizer.backend.encode_special_tokens = False
-    for one in goldens:
-        for special, ids in ((False, one["ids"]), (True, one.get("ids_special"))):
+    for entry in goldens:
+        for special, ids in ((False, entry["ids"]), (True, entry.get("ids_special"))):
             if ids is not None and not (special and file.endswith(".model")):
-                assert tokenizer.backend.encode(one["text"], add_special_tokens=special).ids == ids, one["text"]
+                assert tokenizer.backend.encode(entry["text"], add_special_tokens=special).ids == ids, entry["text"]
         if tokenizer.template:
-            assert [*tokenizer.begin, *one["ids"]] == one["ids_special"]
+            assert [*tokenizer.begin, *entry["ids"]] == entry["ids_special"]
 
 
 @absent
@@ -279,11 +279,11 @@ def check_answers(tokenizer: Tokenizer, chat: Chat, messages: list[dict[str, Any
     """Scored are the assistant's contents, each with its end token, once; how many examples they make."""
     end, written = tokenizer.show([tokenizer.specials.end_of_turn]), chat.encode(messages)
     scored = []
-    for one in written:
-        assert one.weights.sum() == sum(stop - start for start, stop in one.answers) and one.weights[0] == 0
-        for start, stop in one.answers:
-            assert one.ids[stop - 1] == tokenizer.specials.end_of_turn and one.weights[start:stop].all()
-            scored.append(tokenizer.show(one.ids[start:stop]).removesuffix(end).strip())
+    for entry in written:
+        assert entry.weights.sum() == sum(stop - start for start, stop in entry.answers) and entry.weights[0] == 0
+        for start, stop in entry.answers:
+            assert entry.ids[stop - 1] == tokenizer.specials.end_of_turn and entry.weights[start:stop].all()
+            scored.append(tokenizer.show(entry.ids[start:stop]).removesuffix(end).strip())
     thought = ("<think>\n\n</think>", "<think>\n</think>")  # what a template writes where nothing was thought
     said = [text.removeprefix(thought[0]).removeprefix(thought[1]).strip() for text in scored]
     assert said == [m["content"].strip() for m in messages if m["role"] == "assistant"]
@@ -302,8 +302,8 @@ def test_trained_on_are_the_answers_and_their_ends(
     neutral = chat.encode([message | {"content": "hi"} for message in messages])
     control = {tokenizer.backend.token_to_id(token) for token in SPECIAL}
     control |= {tokenizer.backend.token_to_id(token) for token in ADDED if token in tokenizer.template}
-    for one, other in zip(written, neutral, strict=True):
-        assert [i for i in one.ids if i in control] == [i for i in other.ids if i in control], "a text became control"
+    for left, right in zip(written, neutral, strict=True):
+        assert [i for i in left.ids if i in control] == [i for i in right.ids if i in control], "a text became control"
 
 
 @hypothesis.settings(max_examples=8)
@@ -314,10 +314,10 @@ def test_a_prompt_is_what_stands_before_the_answer(
     name, tokenizer, chat = field
     messages = fitting(name, messages)
     [*_, last] = chat.encode(messages)
-    asked = last.ids[: last.answers[-1][0]].tolist()
+    expected = last.ids[: last.answers[-1][0]].tolist()
     prompt = chat.prompt(messages[:-1], None)
     # Qwen 2.5's marks begin before the new line that a prompt ends with.
-    assert prompt == asked or (name == "trl__qwen2_5_training" and prompt[: len(asked)] == asked)
+    assert prompt == expected or (name == "trl__qwen2_5_training" and prompt[: len(expected)] == expected)
 
 
 @absent
@@ -352,14 +352,14 @@ def test_a_forgetful_template_is_trained_as_it_is_used(folder: Path) -> None:
     first, second = make_chat(tokenizer).encode(turns)
     assert tokenizer.show(first.ids).endswith("<|im_start|>assistant\n<think>\n</think>\nassistant 0<|im_end|>")
     assert "<|im_start|>assistant\nassistant 0<|im_end|>\n<|im_start|>user" in tokenizer.show(second.ids)
-    assert [len(one.answers) for one in (first, second)] == [1, 1]
+    assert [len(entry.answers) for entry in (first, second)] == [1, 1]
 
 
 def test_where_a_template_writes_no_end_the_end_of_text_is_put(folder: Path) -> None:
     tokenizer = make_foreign(folder / "endless use", small_template("endless"))
     assert tokenizer.specials.end_of_turn == tokenizer.specials.end_of_text == tokenizer.backend.token_to_id("</s>")
     turns = [{"role": role, "content": role} for _ in range(2) for role in ("user", "assistant")]
-    shown = [tokenizer.show(one.ids) for one in make_chat(tokenizer).encode(turns)]
+    shown = [tokenizer.show(entry.ids) for entry in make_chat(tokenizer).encode(turns)]
     assert shown == ["<s>Q: user\nA:assistant</s>", "<s>Q: user\nA:assistant\nQ: user\nA:assistant</s>"]
 
 
@@ -388,17 +388,17 @@ def test_a_long_chat_is_cut_after_a_whole_answer(field: tuple[str, Tokenizer, Ch
     _, tokenizer, chat = field
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(3) for role in ("user", "assistant")]
     whole = chat.encode(turns)
-    ends = sorted({stop for one in whole for _, stop in one.answers})
+    ends = sorted({stop for entry in whole for _, stop in entry.answers})
     for most in {*ends, *(stop - 1 for stop in ends)}:
         context = most - 1
         task = make_task(DataConfig(task="chat"), tokenizer, context)
-        [found] = task.finish([task.draft({"messages": turns})])
-        assert len(found.examples) == sum(one.answers[0][1] <= most for one in whole)
-        assert (found.lost_tokens > 0) == (most < ends[-1])
-        for example in found.examples:
+        [actual] = task.finish([task.draft({"messages": turns})])
+        assert len(actual.examples) == sum(entry.answers[0][1] <= most for entry in whole)
+        assert (actual.lost_tokens > 0) == (most < ends[-1])
+        for example in actual.examples:
             assert len(example.ids) <= context + 1 and example.weights[-1] == 1
             assert example.ids[-1] == tokenizer.specials.end_of_turn
-            assert any(example.ids.tolist() == one.ids[: len(example.ids)].tolist() for one in whole)
+            assert any(example.ids.tolist() == entry.ids[: len(example.ids)].tolist() for entry in whole)
 
 
 # Tools.
@@ -438,7 +438,7 @@ def test_real_tool_calls(folder: Path, name: str) -> None:
         except ValueError as error:
             refused[str(error)[:60]] += 1
             continue
-        scored = "".join(tokenizer.show(one.ids[start:stop]) for one in written for start, stop in one.answers)
+        scored = "".join(tokenizer.show(entry.ids[start:stop]) for entry in written for start, stop in entry.answers)
         for message in messages:
             if message["role"] == "assistant" and "tool_calls" in message:
                 call = message["tool_calls"][0]["function"]
@@ -447,7 +447,7 @@ def test_real_tool_calls(folder: Path, name: str) -> None:
                 seen["calls"] += 1
             if message["role"] == "tool":
                 assert message["content"] not in scored
-        assert sum(len(one.answers) for one in written) == sum(m["role"] == "assistant" for m in messages)
+        assert sum(len(entry.answers) for entry in written) == sum(m["role"] == "assistant" for m in messages)
         seen["chats"] += 1
     assert seen["chats"] >= 250 and seen["calls"] >= 200, (seen, refused)
 
@@ -466,12 +466,12 @@ def test_a_tool_result_is_text(folder: Path) -> None:
         {"role": "assistant", "content": "no"},
     ]
     task = make_task(DataConfig(task="chat"), tokenizer, 999)
-    [found] = task.finish([task.draft({"messages": turns, "tools": None})])
-    ids = found.examples[0].ids.tolist()
+    [actual] = task.finish([task.draft({"messages": turns, "tools": None})])
+    ids = actual.examples[0].ids.tolist()
     for token, count in (("<|im_end|>", 4), ("<|im_start|>", 4), ("<tool_call>", 1), ("</tool_call>", 1)):
         assert ids.count(tokenizer.backend.token_to_id(token)) == count, token
     assert tokenizer.show(ids).count("<|im_end|>") == 6
-    assert found.question is not None and found.question.reference == "no"
+    assert actual.question is not None and actual.question.reference == "no"
 
 
 # Tokenizers from elsewhere, in a run.
@@ -505,12 +505,12 @@ def test_a_foreign_tokenizer_keeps_its_vocabulary_and_its_template(folder: Path)
 def test_pairs_add_the_separator_and_nothing_else(folder: Path) -> None:
     plain = make_foreign(folder / "pairs", small_template("plain"))
     config = TokenizerConfig(kind="file", path=str(folder / "pairs" / "tokenizer.json"))
-    found = make_tokenizer(config, iter(()), folder / "pairs" / "run 2" / "tokenizer.json", tasks=["seq2seq"])
-    assert found.vocab_size == plain.vocab_size + 1 and found.specials.separator == plain.vocab_size
+    actual = make_tokenizer(config, iter(()), folder / "pairs" / "run 2" / "tokenizer.json", tasks=["seq2seq"])
+    assert actual.vocab_size == plain.vocab_size + 1 and actual.specials.separator == plain.vocab_size
     pairs = DataConfig(task="seq2seq")
-    task = make_task(pairs, found, 99)
+    task = make_task(pairs, actual, 99)
     [encoded] = task.finish([task.draft({"prompt": "hi", "target": "no"})])
-    expected = [*found.encode("hi"), found.specials.separator, *found.encode("no"), found.specials.end_of_text]
+    expected = [*actual.encode("hi"), actual.specials.separator, *actual.encode("no"), actual.specials.end_of_text]
     assert encoded.examples[0].ids.tolist() == expected
     with pytest.raises(ValueError, match=r"has no <\|sep\|>, which seq2seq needs"):
         make_task(pairs, plain, 99)
@@ -538,11 +538,11 @@ def test_rows_of_a_foreign_chat(folder: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi hi"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(9)) + "{}\n")
     config = DataConfig(task="chat", max_bad_share=0.2)
-    found = prepare(open_source(str(tmp_path / "a.jsonl"), tmp_path), "train", config, tokenizer, 64, tmp_path / "c")
+    actual = prepare(open_source(str(tmp_path / "a.jsonl"), tmp_path), "train", config, tokenizer, 64, tmp_path / "c")
     [written] = make_chat(tokenizer).encode(turns)
-    assert (found.index["examples"], found.index["bad"]) == (9, 1)
-    assert found.index["scored"] == 9 * written.weights.sum()
-    assert found.questions()[0].prompt == make_chat(tokenizer).prompt(turns[:1], None)
+    assert (actual.index["examples"], actual.index["bad"]) == (9, 1)
+    assert actual.index["scored"] == 9 * written.weights.sum()
+    assert actual.questions()[0].prompt == make_chat(tokenizer).prompt(turns[:1], None)
 
 
 # The sandbox.

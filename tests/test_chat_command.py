@@ -123,12 +123,12 @@ def test_a_file_goes_on_where_it_was_killed(home: Path, tmp_path: Path, monkeypa
     assert main(words) == 0
     whole = out.read_text()
     assert whole.count("\n") == 20 and not (tmp_path / "out.jsonl.part").exists()
-    answers, asked = generating._answers, []
+    answers, calls = generating._answers, []
 
     def killed(answering, seed, prompts, ids, done):
-        asked.append(done)
+        calls.append(done)
         for n, line in enumerate(answers(answering, seed, prompts, ids, done)):
-            if len(asked) == 1 and n == 11:
+            if len(calls) == 1 and n == 11:
                 raise OSError("killed")
             yield line
 
@@ -141,7 +141,7 @@ def test_a_file_goes_on_where_it_was_killed(home: Path, tmp_path: Path, monkeypa
     assert main(words) == 0 and out.read_text() == whole
     out.unlink()
     assert main([*words, "--seed=5"]) == 0 and out.read_text() != whole
-    assert asked == [0, 11, 0]
+    assert calls == [0, 11, 0]
 
 
 def test_what_the_template_refuses_costs_nothing(

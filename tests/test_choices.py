@@ -90,13 +90,13 @@ def test_log_likelihoods_are_those_of_the_formula(tokenizer: Tokenizer, tmp_path
     params = model.init(jax.random.key(0))
     mesh = make_mesh(MeshConfig())
     sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-    found = make_row_scores(TextModel(model, tokenizer, 64, sharding), 8)(params, choices.rows)
+    actual = make_row_scores(TextModel(model, tokenizer, 64, sharding), 8)(params, choices.rows)
 
     batch = to_batch(list(choices.rows))
     log_probs = np.asarray(jax.nn.log_softmax(model.apply(params, jax.tree.map(jnp.asarray, batch), None)))
     per_token = np.take_along_axis(log_probs, np.asarray(batch.targets_BL)[..., None], axis=-1)[..., 0]
     expected = np.sum(per_token * batch.weights_BL, axis=1)
-    np.testing.assert_allclose(found.log_likelihoods, expected, rtol=2e-5)
+    np.testing.assert_allclose(actual.log_likelihoods, expected, rtol=2e-5)
 
 
 def test_a_row_is_greedy_if_each_scored_token_is_the_likeliest(tokenizer: Tokenizer, tmp_path: Path) -> None:

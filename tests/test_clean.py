@@ -30,9 +30,9 @@ def changed(text: list[str], every: int) -> list[str]:
     return [f"x{word}" if place % every == 0 else word for place, word in enumerate(text)]
 
 
-def jaccard(one: str, other: str, size: int) -> float:
+def jaccard(left: str, other: str, size: int) -> float:
     sets = [
-        {tuple(found[i : i + size]) for i in range(len(found) - size + 1)} for found in (one.split(), other.split())
+        {tuple(found[i : i + size]) for i in range(len(found) - size + 1)} for found in (left.split(), other.split())
     ]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
@@ -114,8 +114,8 @@ def test_signatures_are_of_the_set_of_shingles(shingle: str) -> None:
 
 
 def test_signatures_are_the_same_on_every_machine() -> None:
-    one = dedup.signatures(["the same numbers everywhere, or caches would not be shared"], ON)
-    assert one[0, :3].tolist() == GOLDEN
+    entry = dedup.signatures(["the same numbers everywhere, or caches would not be shared"], ON)
+    assert entry[0, :3].tolist() == GOLDEN
 
 
 GOLDEN = [1060635335, 1395141784, 2178902403]
@@ -124,9 +124,9 @@ GOLDEN = [1060635335, 1395141784, 2178902403]
 def test_a_signature_estimates_jaccard() -> None:
     text = words(0, 400)
     for every in (100, 40, 15):
-        one, other = " ".join(text), " ".join(changed(text, every))
-        signed = dedup.signatures([one, other], DuplicatesConfig(threshold=0.8, permutations=2000, bands=20))
-        s = jaccard(one, other, 5)
+        left, right = " ".join(text), " ".join(changed(text, every))
+        signed = dedup.signatures([left, right], DuplicatesConfig(threshold=0.8, permutations=2000, bands=20))
+        s = jaccard(left, right, 5)
         assert (signed[0] == signed[1]).mean() == pytest.approx(s, abs=4 * np.sqrt(s * (1 - s) / 2000))
 
 
@@ -196,11 +196,11 @@ def test_the_answer_does_not_depend_on_the_batches(tmp_path: Path, monkeypatch: 
 
 
 def test_a_band_with_everything_in_it_is_no_square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, asked, similar = words(0, 200), [], dedup.similar
+    base, sizes, similar = words(0, 200), [], dedup.similar
     texts = [" ".join([*base[:100], f"n{number}", *base[100:]]) for number in range(300)]
-    monkeypatch.setattr(dedup, "similar", lambda *some: (asked.append(len(some[0])), similar(*some))[1])
+    monkeypatch.setattr(dedup, "similar", lambda *some: (sizes.append(len(some[0])), similar(*some))[1])
     assert len(found(texts, tmp_path, DuplicatesConfig(threshold=1.0))) < 10
-    assert sum(asked) <= 20 * 300 * 32 < 20 * 300 * 299 / 2 / 4
+    assert sum(sizes) <= 20 * 300 * 32 < 20 * 300 * 299 / 2 / 4
 
 
 RECORDS = [{"text": " ".join(words(i, 30))} for i in range(40)]
@@ -280,7 +280,7 @@ def test_near_duplicates_never_fall_on_two_sides(tmp_path: Path, tokenizer: Toke
     sides = [[item.record["text"] for item in items_of(source, part, config, gone) if item.record] for part in parts]
     assert sorted(sides[0] + sides[1]) == sorted(r["text"] for r in RECORDS) and all(sides)
     index = [prepare(source, part, config, tokenizer, 32, tmp_path / "c").index for part in parts]
-    assert sum(one["removed"]["near_duplicate"] for one in index) == 40
+    assert sum(entry["removed"]["near_duplicate"] for entry in index) == 40
 
 
 def test_near_duplicates_are_looked_for_once_and_across_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

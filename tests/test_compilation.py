@@ -40,14 +40,14 @@ def gradient(config: ModelConfig, remat: str) -> tuple[dict, int]:
 @pytest.mark.parametrize("unroll", [False, True])
 def test_less_memory_for_the_same_gradient(unroll: bool) -> None:
     config = model_config(layers=2 if unroll else 6, unroll=unroll)
-    found = {remat: gradient(config, remat) for remat in REMAT_ORDER}
+    results = {remat: gradient(config, remat) for remat in REMAT_ORDER}
     for remat in REMAT_ORDER[1:]:
         jax.tree.map(
-            lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
-            found[remat][0],
-            found["none"][0],
+            lambda left, other: np.testing.assert_allclose(left, other, rtol=1e-4, atol=1e-6),
+            results[remat][0],
+            results["none"][0],
         )
-    sizes = [found[remat][1] for remat in REMAT_ORDER]
+    sizes = [results[remat][1] for remat in REMAT_ORDER]
     # XLA:CPU brings what is computed again forward where it can, and then it must keep it: out of a loop it can.
     assert unroll or sizes[0] > 1.1 * sizes[1] > 1.2 * sizes[2], sizes
 
@@ -75,11 +75,11 @@ def test_memory_is_given_back_before_the_next_step(monkeypatch: pytest.MonkeyPat
     """XLA:CPU says that results are there while it still holds what it made them in: dispatched at once, the next step
     would have its own beside it. More than half of the steps did."""
     monkeypatch.setattr(cpu, "LARGE_TEMP_BYTES", 2**20)
-    told = ctypes.CDLL(None).mallinfo2
-    told.restype = Heap
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Heap
 
     def taken() -> int:
-        heap = told()
+        heap = mallinfo()
         return heap.used + heap.mapped
 
     step, x = jax.jit(lambda x: (x[:, None] * x[None] + 1.0) @ x), jnp.ones(2000)
@@ -89,11 +89,11 @@ def test_memory_is_given_back_before_the_next_step(monkeypatch: pytest.MonkeyPat
     waited = limit_memory(step, compiled, "cpu")
     waited(x)
     time.sleep(0.1)
-    before, held = taken(), 0
+    before, unseen = taken(), 0
     for _ in range(200):
         waited(x)
-        held += taken() - before > temporary / 2
-    assert held < 20, f"after {held} of 200 steps"
+        unseen += taken() - before > temporary / 2
+    assert unseen < 20, f"after {unseen} of 200 steps"
 
 
 FREED = """
@@ -143,8 +143,8 @@ print(before, in_lists())
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="malloc is not glibc's")
 def test_what_is_free_goes_back_before_the_first_step() -> None:
     """Every second of 64 arrays of 8 MiB is freed: in holes that a step's memory, one piece, does not fit in."""
-    told = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True).stdout
-    at_once, then = map(int, told.split())
+    output = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True).stdout
+    at_once, then = map(int, output.split())
     assert at_once < 2**25 and then > 31 * 2**23
 
 
@@ -152,8 +152,8 @@ def test_what_is_free_goes_back_before_the_first_step() -> None:
 def test_free_pieces_leave_the_lists_before_the_first_step(tmp_path: Path) -> None:
     """Every second of 40,000 pieces of 1 to 29 KB is freed: each allocation of an array would walk over them."""
     command = [sys.executable, "-c", SCATTERED, str(tmp_path / "info.xml")]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    before, then = map(int, told.split())
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    before, then = map(int, output.split())
     assert before > 19_000 and then < 100
 
 

@@ -313,13 +313,13 @@ def test_a_builder_of_tfds(tmp_path: Path) -> None:
 
 
 def test_a_hugging_face_dataset_may_name_its_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[Any] = []
+    request: list[Any] = []
 
     class Rows(list):
         _fingerprint = "1"
 
     def load_dataset(*name: Any, split: str) -> Rows:
-        asked.append((*name, split))
+        request.append((*name, split))
         return Rows([{"question": "q", "nothing": None}])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
@@ -327,4 +327,4 @@ def test_a_hugging_face_dataset_may_name_its_configuration(monkeypatch: pytest.M
         [item] = open_source(f"hf:{name}", tmp_path).read()
         assert item.record == {"question": "q"}
     expected = [("openai/gsm8k", "main", "train[:50%]"), ("imdb", None, "train"), ("owner/name", None, "test")]
-    assert asked == [call for call in expected for _ in range(2)]
+    assert request == [call for call in expected for _ in range(2)]

@@ -109,18 +109,18 @@ def test_long_text_is_cut_so_that_each_token_is_predicted_once(tokenizer: Tokeni
 
 def test_pairs_train_on_the_target_and_the_end_only(tokenizer: Tokenizer) -> None:
     config = DataConfig(task="seq2seq", prompt="{en}", target="{fr}")
-    found = encoded(tokenizer, {"en": "the cat", "fr": "le chat"}, config, 64)
-    ids, weights = found.examples[0]
+    actual = encoded(tokenizer, {"en": "the cat", "fr": "le chat"}, config, 64)
+    ids, weights = actual.examples[0]
     scored = [i for i, w in zip(ids.tolist(), weights, strict=True) if w]
     assert scored == [*tokenizer.encode("le chat").tolist(), tokenizer.specials.end_of_text]
-    assert found.question is not None and found.question.reference == "le chat"
-    assert found.question.prompt == ids[: len(found.question.prompt)].tolist()
-    assert found.question.prompt[-1] == tokenizer.specials.separator
+    assert actual.question is not None and actual.question.reference == "le chat"
+    assert actual.question.prompt == ids[: len(actual.question.prompt)].tolist()
+    assert actual.question.prompt[-1] == tokenizer.specials.separator
 
 
 def test_a_pair_that_does_not_fit_is_counted_not_cropped(tokenizer: Tokenizer) -> None:
-    found = encoded(tokenizer, {"prompt": "x" * 50, "target": "y"}, DataConfig(task="seq2seq"), 16)
-    assert found.examples == [] and found.lost_tokens > 16
+    actual = encoded(tokenizer, {"prompt": "x" * 50, "target": "y"}, DataConfig(task="seq2seq"), 16)
+    assert actual.examples == [] and actual.lost_tokens > 16
 
 
 CHAT = [
@@ -146,12 +146,12 @@ def test_chat_trains_on_the_assistant_and_its_end_tokens(tokenizer: Tokenizer) -
 
 def test_a_long_chat_is_cut_after_a_whole_answer(tokenizer: Tokenizer) -> None:
     whole = encoded(tokenizer, {"messages": CHAT}, DataConfig(task="chat"), 200).examples[0]
-    found = encoded(tokenizer, {"messages": CHAT}, DataConfig(task="chat"), len(whole.ids) - 2)
-    assert len(found.examples) == 1 and found.lost_tokens > 0
-    kept = found.examples[0]
+    actual = encoded(tokenizer, {"messages": CHAT}, DataConfig(task="chat"), len(whole.ids) - 2)
+    assert len(actual.examples) == 1 and actual.lost_tokens > 0
+    kept = actual.examples[0]
     assert kept.ids[-1] == tokenizer.specials.end_of_turn and kept.weights[-1] == 1
     assert kept.ids.tolist() == whole.ids[: len(kept.ids)].tolist()
-    assert found.question is not None and found.question.reference == "ciao"
+    assert actual.question is not None and actual.question.reference == "ciao"
 
 
 @pytest.mark.parametrize(
@@ -221,5 +221,5 @@ def test_pack_keeps_every_scored_target() -> None:
     examples = [example(2 + i % 14, i) for i in range(50)]
     rows, groups = pack(examples, 16)
     assert sorted(i for group in groups for i in group) == list(range(50)) and len(groups) == len(rows)
-    found = sorted(int(t) for row in rows for t in row[1][row[2].view(np.float32) > 0])
-    assert found == sorted(int(t) for e in examples for t in e.ids[e.weights > 0])
+    actual = sorted(int(t) for row in rows for t in row[1][row[2].view(np.float32) > 0])
+    assert actual == sorted(int(t) for e in examples for t in e.ids[e.weights > 0])

@@ -206,9 +206,9 @@ def test_inspect_marks_what_is_trained_on(home: Path, capsys: pytest.CaptureFixt
 
 def test_evaluate_prints_one_json_object(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("evaluate", f"--workdir={home}/work", "--stage=finetune") == 0
-    found = json.loads(capsys.readouterr().out)
+    actual = json.loads(capsys.readouterr().out)
     best = read_json(home / "work" / "finetune" / "result.json")["best"]
-    assert found["bleu"] == pytest.approx(best["bleu"]) and found["loss"] == pytest.approx(best["loss"], rel=1e-6)
+    assert actual["bleu"] == pytest.approx(best["bleu"]) and actual["loss"] == pytest.approx(best["loss"], rel=1e-6)
 
 
 def test_checkpoints_are_listed_verified_and_compared(
@@ -217,7 +217,7 @@ def test_checkpoints_are_listed_verified_and_compared(
     work = f"--workdir={tmp_path / 'work'}"
     shutil.copytree(home / "work", tmp_path / "work")
     stage_dir = tmp_path / "work" / "finetune"
-    one, other = (f"finetune/{step}" for step in steps_of(stage_dir)[-2:])
+    left, right = (f"finetune/{step}" for step in steps_of(stage_dir)[-2:])
     assert call("checkpoints", "list", work) == 0
     out = capsys.readouterr().out
     assert out.count("latest") == 3 and out.count("best, handed on") == 3
@@ -227,28 +227,28 @@ def test_checkpoints_are_listed_verified_and_compared(
     kept = dict(re.findall(r"finetune │ +(\d+) │ ([a-z, ]+) │", capsys.readouterr().out))
     marks = {step: ["best"] * (step == best) + ["latest"] * (step == steps[-1]) for step in steps}
     assert {int(step): mark.strip() for step, mark in kept.items()} == {
-        step: ", ".join(found) or "recent" for step, found in marks.items()
+        step: ", ".join(actual) or "recent" for step, actual in marks.items()
     }
 
-    assert call("checkpoints", "diff", one, other, work) == 0
+    assert call("checkpoints", "diff", left, right, work) == 0
     out = capsys.readouterr().out
     assert re.search(r"params/embedding +│ +\d+\.\d+%", out) and re.search(r"train/step +│ +differs", out)
-    assert call("checkpoints", "diff", one, one, work) == 0
+    assert call("checkpoints", "diff", left, left, work) == 0
     out = capsys.readouterr().out
     assert out.count("same") > 10 and "differs" not in out and "%" not in out
 
     assert call("checkpoints", "verify", work) == 0
-    assert f"{other}: every file is as it was written" in capsys.readouterr().out
-    file = next((checkpoint_folder(stage_dir, int(other.split("/")[1])) / "params").rglob("d/*"))
+    assert f"{right}: every file is as it was written" in capsys.readouterr().out
+    file = next((checkpoint_folder(stage_dir, int(right.split("/")[1])) / "params").rglob("d/*"))
     file.write_bytes(b"0" * file.stat().st_size)
     assert call("checkpoints", "verify", "--stage=finetune", work) == 2
     said = capsys.readouterr()
-    assert f"{other}: {file.resolve()} is damaged" in said.out.replace("\n", "") and "1 of" in said.err
-    assert call("checkpoints", "diff", one, other, work) == 2
+    assert f"{right}: {file.resolve()} is damaged" in said.out.replace("\n", "") and "1 of" in said.err
+    assert call("checkpoints", "diff", left, right, work) == 2
     assert "is damaged" in capsys.readouterr().err
     assert call("checkpoints", "list", f"--workdir={tmp_path}/none") == 2
     assert "has no checkpoint; is it a run's --workdir?" in capsys.readouterr().err
-    assert call("checkpoints", "diff", one, "finetune/77", work) == 2
+    assert call("checkpoints", "diff", left, "finetune/77", work) == 2
     assert "no checkpoint 'finetune/77'" in capsys.readouterr().err
 
 

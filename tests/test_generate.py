@@ -61,10 +61,10 @@ def test_greedy_answers_are_those_of_the_naive_loop(model: tuple[Model, Params])
 
 
 def test_an_answer_does_not_depend_on_its_batch(model: tuple[Model, Params]) -> None:
-    one = generate(*model, PROMPTS, -1, 1, temperature=1.5)
+    single = generate(*model, PROMPTS, -1, 1, temperature=1.5)
     four = generate(*model, PROMPTS, -1, 4, temperature=1.5)
-    assert one == four
-    assert one != generate(*model, PROMPTS, -1, 4)
+    assert single == four
+    assert single != generate(*model, PROMPTS, -1, 4)
 
 
 HOW = Sampling(NEW, temperature=1.5, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
@@ -80,19 +80,19 @@ def test_a_stream_is_the_answer_at_once_turn_by_turn(
 ) -> None:
     monkeypatch.setattr("jaxstages.generation.session.BUCKET", 4)  # a turn's new tokens stay below the context
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    one = make_answers(model[0], HOW, context=32, batch_size=1, rows=batch_sharding(mesh), seed=7)
+    whole = make_answers(model[0], HOW, context=32, batch_size=1, rows=batch_sharding(mesh), seed=7)
     session = Session(*model, HOW, context=32, seed=7)
     prompt: list[int] = []
     for turn in range(3):
         prompt = [*prompt, *PROMPTS[turn]]
         pieces = list(session.stream(prompt, turn))
         answer = [token for piece in pieces for token in piece]
-        assert [answer] == texts_of(one, model[1], [prompt], turn), "with what the cache has of the turns before"
+        assert [answer] == texts_of(whole, model[1], [prompt], turn), "with what the cache has of the turns before"
         assert [len(piece) for piece in pieces] == [1, 1, 2, 2]
         prompt += answer[:-1]
-    other = [token for piece in session.stream(PROMPTS[3], 5) for token in piece]
-    assert [other] == texts_of(one, model[1], [PROMPTS[3]], 5), "another conversation"
-    assert [other] != texts_of(one, model[1], [PROMPTS[3]], 6), "another turn"
+    tokens = [token for piece in session.stream(PROMPTS[3], 5) for token in piece]
+    assert [tokens] == texts_of(whole, model[1], [PROMPTS[3]], 5), "another conversation"
+    assert [tokens] != texts_of(whole, model[1], [PROMPTS[3]], 6), "another turn"
 
 
 def test_a_stream_that_is_left_or_reaches_the_context_goes_on_right(model: tuple[Model, Params]) -> None:
@@ -100,13 +100,13 @@ def test_a_stream_that_is_left_or_reaches_the_context_goes_on_right(model: tuple
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     session = Session(*model, greedy, context=32)
     left = session.stream(PROMPTS[1])
-    found = [*next(left), *next(left)]
+    results = [*next(left), *next(left)]
     left.close()
     whole = [token for piece in session.stream(PROMPTS[1]) for token in piece]
     assert [whole] == texts_of(
         make_answers(model[0], greedy, context=32, batch_size=1, rows=batch_sharding(mesh)), model[1], [PROMPTS[1]]
     )
-    assert found == whole[:2]
+    assert results == whole[:2]
     long = [1 + i % 28 for i in range(30)]
     assert sum(len(piece) for piece in session.stream(long)) == 2
     with pytest.raises(ValueError, match="a prompt has 32 tokens"):
@@ -139,14 +139,14 @@ def test_answers_go_on_from_any_prompt_and_end_when_all_rows_have_enough(model: 
     whole = texts_of(answers, model[1], PROMPTS)
     assert texts_of(answers, model[1], PROMPTS[1:], 1) == whole[1:]
     long = HOW._replace(max_new_tokens=24)
-    asked: list[int] = []
+    lengths: list[int] = []
 
     def enough(tokens: list[int]) -> bool:
-        asked.append(len(tokens))
+        lengths.append(len(tokens))
         return len(tokens) >= 3
 
     short = make_answers(model[0], long, context=32, batch_size=2, rows=batch_sharding(mesh), is_done=enough)
-    assert [len(answer) for answer in texts_of(short, model[1], PROMPTS[:2])] == [17, 17] and max(asked) == 17
+    assert [len(answer) for answer in texts_of(short, model[1], PROMPTS[:2])] == [17, 17] and max(lengths) == 17
 
 
 BYTES = {1: b"Hi", 2: b"!", 3: b"\n", 4: b"\nSo", 5: "é".encode()[:1], 6: "é".encode()[1:], 7: b"\xff"}
@@ -164,8 +164,8 @@ def test_text_is_cut_before_a_stop_string_that_spans_tokens() -> None:
     again = TextStream(text_of, ["\n\n"])
     assert [again.feed([i]) for i in (1, 3, 2)] == ["Hi", "", "\n!"]
     assert again.feed([3, 4, 1]) == "" and again.text == "Hi\n!"
-    held = TextStream(text_of, ["\n\n"])
-    assert held.feed([1, 3]) + held.feed([], last=True) == "Hi\n"
+    stream = TextStream(text_of, ["\n\n"])
+    assert stream.feed([1, 3]) + stream.feed([], last=True) == "Hi\n"
     first = TextStream(text_of, ["i!", "!"])
     assert first.feed([1, 2, 1]) == "H" and first.ended
 
@@ -211,7 +211,7 @@ def test_the_likeliest_label_by_hand(model: tuple[Model, Params]) -> None:
         scores = jax.nn.log_softmax(logits[0], axis=-1)
         return float(sum(scores[i - 1, ids[i]] for i in range(prompt, len(ids))))
 
-    for prompt, found in zip(PROMPTS[:2], chosen, strict=True):
-        assert found == int(np.argmax([log_prob([*prompt, *label], len(prompt)) for label in labels]))
+    for prompt, actual in zip(PROMPTS[:2], chosen, strict=True):
+        assert actual == int(np.argmax([log_prob([*prompt, *label], len(prompt)) for label in labels]))
     with pytest.raises(ValueError, match="shorter than the context"):
         make_likeliest(made, [[1] * 33], context=32, batch_size=1)

@@ -83,12 +83,12 @@ def write_folder(folder: Path, config: dict[str, Any], dtype: Any = np.float32, 
     """A model with random weights, by the names of the table. Returns its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
-    found = read_config(config, "config.json")
-    model = make_model(found.model, found.model.vocab_size)
+    actual = read_config(config, "config.json")
+    model = make_model(actual.model, actual.model.vocab_size)
     tree = jax.eval_shape(model.init, jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in named_leaves(tree).items()}
     rng = np.random.default_rng(seed)
-    places = tensor_slots(found.family, shapes)
+    places = tensor_slots(actual.family, shapes)
     tensors = {p.name: (0.1 * rng.standard_normal(shape_of(p, shapes))).astype(dtype) for p in places}
     save_file(tensors, folder / "model.safetensors")
     if not (folder / "tokenizer.json").exists():
@@ -136,8 +136,8 @@ def test_import_export_import_is_the_same_tensors(kind: str, tmp_path: Path, cap
     assert "logits differ by 0" in capsys.readouterr().out
     assert call("import", f"--from={tmp_path}/two", f"--workdir={tmp_path}/b") == 0
     assert params_of(tmp_path / "a") == params_of(tmp_path / "b")
-    one, two = (resolve_recipe(None, tmp_path / name).model for name in "ab")
-    assert one == two and one.family == kind
+    first, second = (resolve_recipe(None, tmp_path / name).model for name in "ab")
+    assert first == second and first.family == kind
 
 
 def test_where_each_tensor_goes(tmp_path: Path) -> None:
@@ -162,10 +162,10 @@ def test_where_each_tensor_goes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_config_goes_there_and_back(kind: str) -> None:
-    found = read_config(config_of(kind), "config.json")
-    written = json.loads(json.dumps(write_config(found.family, found.model)))
+    actual = read_config(config_of(kind), "config.json")
+    written = json.loads(json.dumps(write_config(actual.family, actual.model)))
     again = read_config(written, "config.json")
-    assert again.model == found.model and choose_family(found.model)[0] is found.family
+    assert again.model == actual.model and choose_family(actual.model)[0] is actual.family
 
 
 @pytest.mark.parametrize(
@@ -224,13 +224,13 @@ def test_both_spellings_of_rope() -> None:
     old = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}
     old["rope_scaling"] |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     new = {"rope_parameters": {"rope_theta": 5e5} | old["rope_scaling"]}
-    models = [read_config(config_of("llama") | one, "x").model for one in (old, new)]
+    models = [read_config(config_of("llama") | entry, "x").model for entry in (old, new)]
     assert models[0] == models[1] and models[0].attention.rope_theta == 5e5
     assert models[0].attention.rope_scaling == RopeScalingConfig(kind="llama3", factor=8.0, trained_context=32)
     old = {"rope_theta": 1e6, "rope_local_base_freq": 1e3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     new = {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0}}
     new |= {"sliding_attention": {"rope_theta": 1e3, "rope_type": "default"}}
-    models = [read_config(config_of("gemma3_text") | one, "x").model for one in (old, {"rope_parameters": new})]
+    models = [read_config(config_of("gemma3_text") | entry, "x").model for entry in (old, {"rope_parameters": new})]
     assert models[0] == models[1] and models[0].attention.local_rope_theta == 1e3
     assert models[0].attention.rope_scaling.factor == 8.0
 
@@ -238,10 +238,10 @@ def test_both_spellings_of_rope() -> None:
 def test_null_is_not_always_the_default() -> None:
     part = read_config(config_of("mistral", num_key_value_heads=None, head_dim=None), "x").model.attention
     assert (part.kv_heads, part.head_dim) == (2, 8)
-    one = read_config(config_of("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None), "x").model
-    assert (one.attention.softcap, one.logit_softcap) == (0.0, 0.0)
-    two = read_config(config_of("gemma2"), "x").model
-    assert (two.attention.softcap, two.logit_softcap) == (50.0, 30.0)
+    without = read_config(config_of("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None), "x").model
+    assert (without.attention.softcap, without.logit_softcap) == (0.0, 0.0)
+    default = read_config(config_of("gemma2"), "x").model
+    assert (default.attention.softcap, default.logit_softcap) == (50.0, 30.0)
 
 
 def test_layers_are_told_apart_by_what_each_family_writes() -> None:

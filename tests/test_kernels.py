@@ -103,9 +103,9 @@ def test_the_check_is_made_once() -> None:
         calls.append(q.shape)
         return attend_packed(q, k, v, segments, spec)
 
-    one = kernel("one", counted)
+    chosen = kernel("one", counted)
     for _ in range(2):
-        assert choose_attend(SMALL, HOPPER, (one,)).reason == "attention: one"
+        assert choose_attend(SMALL, HOPPER, (chosen,)).reason == "attention: one"
     assert len(calls) == 1
 
 
@@ -135,8 +135,8 @@ def test_each_device_attends_with_its_own_rows_and_heads() -> None:
     attend = sharded_attention(local, make_sharding_hooks(mesh, RULES), 24)
     for batch, length in ((8, 24), (8, 20)):
         values = arrays(shape._replace(length=length), batch)
-        found = jax.jit(functools.partial(attend, spec=AttentionSpec()))(*values)
-        np.testing.assert_allclose(found, attend_packed(*values, AttentionSpec()), rtol=1e-5, atol=1e-6)
+        actual = jax.jit(functools.partial(attend, spec=AttentionSpec()))(*values)
+        np.testing.assert_allclose(actual, attend_packed(*values, AttentionSpec()), rtol=1e-5, atol=1e-6)
     assert seen == [((2, 24, 4, 16), (2, 24, 1, 16), (2, 24))]
 
 
@@ -175,7 +175,7 @@ def with_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def lowered(name: str, platform: str, shape: Shape) -> str:
-    made = next(one for one in KERNELS if one.name == name).make(shape)
+    made = next(entry for entry in KERNELS if entry.name == name).make(shape)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         return jnp.sum(made(q, k, v, segments, shape.spec).astype(jnp.float32))

@@ -72,12 +72,12 @@ def logits(apply: Any, params: Params) -> jax.Array:
 def test_at_step_0_the_logits_are_those_of_the_base_to_the_last_bit(name: str) -> None:
     """Each in a program of its own. With DoRA the columns' lengths are divided by what was summed elsewhere."""
     model, base = made(name)
-    wanted = logits(model.apply, base)
+    expected = logits(model.apply, base)
     for dora, tolerance in ((False, 0.0), (True, 2e-2 if name == "half" else 1e-6)):
         config = LoraConfig(rank=4, dora=dora)
         adapters = jax.jit(lambda b, config=config: lora.init(jax.random.key(1), b, model.axes, config))(base)
-        found = logits(model.apply, lora.apply_adapters(base, adapters, config))
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
+        actual = logits(model.apply, lora.apply_adapters(base, adapters, config))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -120,21 +120,21 @@ def test_a_base_is_held_in_fewer_bytes() -> None:
     model, params = made("plain")
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     kinds = ("float32", "bfloat16", "int8")
-    held = jax.jit(lambda p: {kind: lora.quantize_base(p, model.axes, kind) for kind in kinds})(params)
-    released = jax.jit(lambda h: {kind: lora.dequantize(h[kind]) for kind in kinds})(held)
-    assert size(held["bfloat16"]) < 0.52 * size(params) and size(held["int8"]) < 0.45 * size(params)
-    query = held["int8"]["layers"]["attention"]["query"]
+    quantized = jax.jit(lambda p: {kind: lora.quantize_base(p, model.axes, kind) for kind in kinds})(params)
+    released = jax.jit(lambda h: {kind: lora.dequantize(h[kind]) for kind in kinds})(quantized)
+    assert size(quantized["bfloat16"]) < 0.52 * size(params) and size(quantized["int8"]) < 0.45 * size(params)
+    query = quantized["int8"]["layers"]["attention"]["query"]
     assert query["kernel"].dtype == jnp.int8 and query["kernel_scale"].shape == (2, 1, 4, 8)
     for kind, most in (("bfloat16", 2**-8), ("int8", 0.5 / 127)):
-        for one, other in zip(jax.tree.leaves(released[kind]), jax.tree.leaves(params), strict=True):
-            assert one.dtype == jnp.float32 and float(jnp.max(jnp.abs(one - other))) <= 1.01 * most * float(
-                jnp.max(jnp.abs(other))
+        for left, right in zip(jax.tree.leaves(released[kind]), jax.tree.leaves(params), strict=True):
+            assert left.dtype == jnp.float32 and float(jnp.max(jnp.abs(left - right))) <= 1.01 * most * float(
+                jnp.max(jnp.abs(right))
             )
         axes = lora.base_axes(model.axes, kind)
         is_names = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
-        assert jax.tree.structure(axes, is_leaf=is_names) == jax.tree.structure(held[kind])
+        assert jax.tree.structure(axes, is_leaf=is_names) == jax.tree.structure(quantized[kind])
         assert [len(n) for n in jax.tree.leaves(axes, is_leaf=is_names)] == [
-            x.ndim for x in jax.tree.leaves(held[kind])
+            x.ndim for x in jax.tree.leaves(quantized[kind])
         ]
 
 
@@ -148,8 +148,8 @@ def test_decoding_takes_adapters_beside_a_base_in_int8() -> None:
         joined = lora.apply_adapters(base, moved(lora.init(jax.random.key(1), base, model.axes, config)), config)
         batch = mixed_batch(1)
         where = (batch.tokens_BL[:, :4], batch.positions_BL[:, :4])
-        found, _ = model.decoder.step(model.decoder.prepare(joined), *where, model.decoder.init_cache(1, 4))
-        return found.logits(), model.apply(joined, batch, None)[:, :4]
+        actual, _ = model.decoder.step(model.decoder.prepare(joined), *where, model.decoder.init_cache(1, 4))
+        return actual.logits(), model.apply(joined, batch, None)[:, :4]
 
     np.testing.assert_allclose(*both(params), atol=1e-5)
 
@@ -251,7 +251,7 @@ def test_a_later_stage_evaluation_and_tools_take_the_merged_model(
     params, lineage = read_parent(work / "finetune", setup.program, setup.contract)
     assert lineage["params_sha256"] == params_sha256(adapters)
     merged = lora.merge(base, adapters, recipe.finetune.lora)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), params, merged)
+    jax.tree.map(lambda left, other: np.testing.assert_allclose(left, other, atol=1e-6), params, merged)
     last = losses(work, "finetune", "eval")[-1]
     assert make_evaluation(setup, params) == pytest.approx(last, rel=1e-5)
     evaluate(recipe, work, "finetune")

@@ -94,14 +94,14 @@ def test_headless_is_the_same_loss_and_gradient(options: dict[str, float], tile:
             log_z = jax.nn.logsumexp(logits, axis=-1)
             log_shares = logits - log_z[..., None]
             smoothing = options.get("label_smoothing", 0.0)
-            wanted = optax.smooth_labels(jax.nn.one_hot(targets, head.shape[0], dtype=jnp.float64), smoothing)
-            objective = -jnp.sum(wanted * log_shares, axis=-1) + options.get("z_loss", 0.0) * log_z**2
+            desired = optax.smooth_labels(jax.nn.one_hot(targets, head.shape[0], dtype=jnp.float64), smoothing)
+            objective = -jnp.sum(desired * log_shares, axis=-1) + options.get("z_loss", 0.0) * log_z**2
             return jnp.sum(objective * weights.astype(jnp.float64))
 
         value, expected = jax.value_and_grad(lambda *x: 3.0 * formula(*x), argnums=(0, 1))(*wide)
     np.testing.assert_allclose(3.0 * sums["objective"], value, rtol=2e-6)
-    for one, other in zip(gradients, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-6 * np.abs(np.asarray(other)).max(), rtol=0)
+    for left, right in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(left, right, atol=2e-6 * np.abs(np.asarray(right)).max(), rtol=0)
     from_logits = cross_entropy_sums(hidden @ head.T, targets, weights, **options)
     assert sums.keys() == from_logits.keys()
     for name in sums:

@@ -72,10 +72,10 @@ def test_shares_of_rows_tokens_and_passes() -> None:
     """Chats that score half of what text scores have a smaller share of the loss than of the rows."""
     chats = dataset("instruct", [Rows(100, 1000, 500)], 0.75)
     text = dataset("pretrain", [Rows(40, 400, 400), Rows(10, 100, 100)], 0.25)
-    found = dataset_usage([chats, text], rows=400, late_from=1.0)
-    assert [use.rows for use in found] == [0.75, 0.25]
-    assert found[0].scored == pytest.approx(0.75 * 5 / (0.75 * 5 + 0.25 * 10))
-    assert [use.passes for use in found] == [pytest.approx(3.0), pytest.approx(2.0)]
+    actual = dataset_usage([chats, text], rows=400, late_from=1.0)
+    assert [use.rows for use in actual] == [0.75, 0.25]
+    assert actual[0].scored == pytest.approx(0.75 * 5 / (0.75 * 5 + 0.25 * 10))
+    assert [use.passes for use in actual] == [pytest.approx(3.0), pytest.approx(2.0)]
     lines = describe([chats, text], steps=100, batch_size=4, late_from=1.0)
     assert "75.0% of the rows, 60.0% of the scored tokens, 3.00 passes" in lines[0]
     assert lines[1].startswith("pretrain: 25.0% of the rows")

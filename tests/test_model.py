@@ -105,8 +105,8 @@ def test_packed_and_unpacked_rows_have_the_same_loss_and_gradient() -> None:
     after_alone, sums_alone = step(init_state(params, tx), alone)
     np.testing.assert_allclose(sums_packed["nll"], sums_alone["nll"], rtol=1e-5)
     assert float(sums_packed["weight"]) == float(sums_alone["weight"])
-    for one, other in zip(jax.tree.leaves(after_packed.params), jax.tree.leaves(after_alone.params), strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5)
+    for left, right in zip(jax.tree.leaves(after_packed.params), jax.tree.leaves(after_alone.params), strict=True):
+        np.testing.assert_allclose(left, right, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -121,18 +121,18 @@ def test_decoding_with_a_cache_equals_the_full_pass(name: str) -> None:
     cache = model.decoder.init_cache(2, 12)
     prompt = jnp.where(positions[:, :6] < jnp.asarray(lengths)[:, None], tokens[:, :6], 0)
     apart, decode = model.decoder.prepare(params), jax.jit(model.decoder.step)
-    found, cache = decode(apart, prompt, positions[:, :6], cache)
-    logits = found.logits()
+    actual, cache = decode(apart, prompt, positions[:, :6], cache)
+    logits = actual.logits()
     for b in range(2):
         np.testing.assert_allclose(logits[b, : lengths[b]], full[b, : lengths[b]], atol=1e-4)
     for i in range(5):
         at = (lengths + i)[:, None]
-        found, cache = decode(
+        actual, cache = decode(
             apart, jnp.take_along_axis(tokens, jnp.asarray(at), axis=1), jnp.asarray(at, jnp.int32), cache
         )
-        one = found.logits()
+        logits = actual.logits()
         for b in range(2):
-            np.testing.assert_allclose(one[b, 0], full[b, lengths[b] + i], atol=1e-4)
+            np.testing.assert_allclose(logits[b, 0], full[b, lengths[b] + i], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -205,8 +205,8 @@ def test_rope_frequencies_are_rounded_once_a_step(head_dim: int, theta: float) -
     """`1 / theta ** (i / half)` where each of the three results is the float32 that is nearest to the true one."""
     from jaxstages.models.rope import rope_frequencies
 
-    found = rope_frequencies(AttentionConfig(head_dim=head_dim, rope_theta=theta), "global")
-    for i, frequency in enumerate(found):
+    actual = rope_frequencies(AttentionConfig(head_dim=head_dim, rope_theta=theta), "global")
+    for i, frequency in enumerate(actual):
         exponent = Decimal(float(np.float32(Decimal(i) / Decimal(head_dim // 2))))
         assert frequency == np.float32(1 / Decimal(float(np.float32(Decimal(theta) ** exponent))))
 

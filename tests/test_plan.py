@@ -29,24 +29,24 @@ LLAMA_8B = ModelConfig(
 
 def test_flops_are_those_of_the_published_count() -> None:
     """Llama 3.1 8B at 4096: 48.249 G a token, 51.470 G with all of attention; its frozen products cost 4 of 6."""
-    found = flops_per_token(LLAMA_8B, 128_256)
-    assert found.causal == pytest.approx(48.249e9, rel=1e-4) and found.full == pytest.approx(51.470e9, rel=1e-4)
+    actual = flops_per_token(LLAMA_8B, 128_256)
+    assert actual.causal == pytest.approx(48.249e9, rel=1e-4) and actual.full == pytest.approx(51.470e9, rel=1e-4)
     frozen = flops_per_token(LLAMA_8B, 128_256, LoraConfig(rank=8))
-    attention = found.full - found.causal
-    assert frozen.causal == pytest.approx((found.causal - attention) * 4 / 6 + attention)
+    attention = actual.full - actual.causal
+    assert frozen.causal == pytest.approx((actual.causal - attention) * 4 / 6 + attention)
 
 
 def test_flops_of_windows_and_experts() -> None:
     part = AttentionConfig(heads=2, kv_heads=2, head_dim=8)
     whole = ModelConfig(context=64, layers=2, width=16, ff_width=32, attention=part)
     seen = [AttentionConfig(heads=2, kv_heads=2, head_dim=8, window=w) for w in (64, 8)]
-    one, other = (
+    left, right = (
         flops_per_token(ModelConfig(context=64, layers=2, width=16, ff_width=32, attention=a), 50) for a in seen
     )
-    assert one.full == flops_per_token(whole, 50).full
+    assert left.full == flops_per_token(whole, 50).full
     pairs = sum(min(query + 1, 8) for query in range(64)) / 64  # that a query sees, on average
-    assert one.full - other.full == 2 * 12 * 16 * (64 - 8)
-    assert other.causal == pytest.approx(one.full - 2 * 12 * 16 * 64 + 2 * 12 * 16 * pairs)
+    assert left.full - right.full == 2 * 12 * 16 * (64 - 8)
+    assert right.causal == pytest.approx(left.full - 2 * 12 * 16 * 64 + 2 * 12 * 16 * pairs)
     mixture = dataclasses.replace(whole, experts=ExpertsConfig(count=8, per_token=2))
     router = 6 * 2 * 16 * 8
     assert flops_per_token(mixture, 50).full - flops_per_token(whole, 50).full == 6 * 2 * 3 * 16 * 32 + router
@@ -75,10 +75,14 @@ ENTRY %main (a: f32[4,8]) -> f32[] {
 
 def test_collectives_are_read_with_their_loops() -> None:
     """A gather counts as what it gives, a reduction as what it starts from; a loop as often as it turns."""
-    found = collectives_of(TEXT)
-    assert [(one.kind, one.times) for one in found] == [("all-gather", 3), ("reduce-scatter", 3), ("all-reduce", 1)]
-    assert total(found) == {"all-gather": 3 * 1024, "reduce-scatter": 3 * 1024, "all-reduce": 128, SMALL: 64}
-    assert found[-1].source == "jit(step)/sum"
+    actual = collectives_of(TEXT)
+    assert [(entry.kind, entry.times) for entry in actual] == [
+        ("all-gather", 3),
+        ("reduce-scatter", 3),
+        ("all-reduce", 1),
+    ]
+    assert total(actual) == {"all-gather": 3 * 1024, "reduce-scatter": 3 * 1024, "all-reduce": 128, SMALL: 64}
+    assert actual[-1].source == "jit(step)/sum"
 
 
 def test_a_collective_that_is_begun_early_counts_once() -> None:
@@ -92,20 +96,20 @@ def test_a_collective_that_is_begun_early_counts_once() -> None:
 
 def test_the_roofline_is_the_slowest_part_or_the_sum() -> None:
     chip = CHIPS["v5p"]
-    found = roofline(chip, 4, 4 * 0.75 * chip.flops, chip.bandwidth, {"all-gather": chip.link / 2})
-    assert found == pytest.approx((1.0, 2.0, 0.5))
-    assert (found.overlapped, found.one_by_one) == pytest.approx((2.0, 2.5))
+    actual = roofline(chip, 4, 4 * 0.75 * chip.flops, chip.bandwidth, {"all-gather": chip.link / 2})
+    assert actual == pytest.approx((1.0, 2.0, 0.5))
+    assert (actual.overlapped, actual.one_by_one) == pytest.approx((2.0, 2.5))
     assert wire_bytes({"all-reduce": 8.0, "all-gather": 8.0}, 4) == {"all-reduce": 12.0, "all-gather": 6.0}
 
 
 def test_a_recipe_is_planned_for_the_devices_that_are_here(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path)
     recipe.mesh.data, recipe.mesh.fsdp = 1, 8
-    found = make_plan(recipe, "pretrain", Topology("local", jax.devices(), None, "cpu"))
-    assert found.params > 1000 and found.estimate is None and found.remat == "none"
-    assert found.param_bytes < found.params * 4 and found.optimizer_bytes < 2 * found.param_bytes + 4096
-    assert found.step_bytes > found.param_bytes + found.optimizer_bytes
-    assert found.sent["reduce-scatter"] == sum(size for _, kind, size in found.theory if kind == "reduce-scatter")
+    actual = make_plan(recipe, "pretrain", Topology("local", jax.devices(), None, "cpu"))
+    assert actual.params > 1000 and actual.estimate is None and actual.remat == "none"
+    assert actual.param_bytes < actual.params * 4 and actual.optimizer_bytes < 2 * actual.param_bytes + 4096
+    assert actual.step_bytes > actual.param_bytes + actual.optimizer_bytes
+    assert actual.sent["reduce-scatter"] == sum(size for _, kind, size in actual.theory if kind == "reduce-scatter")
 
 
 @pytest.mark.parametrize(

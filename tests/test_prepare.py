@@ -115,7 +115,7 @@ def test_several_threads_read_each_their_own_row(tmp_path: Path, tokenizer: Toke
     batch = batches_by_step([rows], batch_size=1, seed=0).batch
     alone = [batch(k).tokens_BL.tobytes() for k in range(rows.index["rows"])]
     with ThreadPoolExecutor(8) as pool:
-        assert [one.tokens_BL.tobytes() for one in pool.map(batch, range(len(alone)))] == alone
+        assert [entry.tokens_BL.tobytes() for entry in pool.map(batch, range(len(alone)))] == alone
 
 
 def test_rows_are_found_among_shards_of_which_some_are_empty(tmp_path: Path) -> None:
@@ -213,8 +213,10 @@ def test_all_masked_and_nothing_masked_data_are_refused(tmp_path: Path, tokenize
 
             def finish(drafts: Any) -> list[Encoded]:
                 return [
-                    one._replace(examples=[e._replace(weights=np.full_like(e.weights, weight)) for e in one.examples])
-                    for one in task.finish(drafts)
+                    entry._replace(
+                        examples=[e._replace(weights=np.full_like(e.weights, weight)) for e in entry.examples]
+                    )
+                    for entry in task.finish(drafts)
                 ]
 
             return task._replace(finish=finish)
@@ -227,13 +229,14 @@ def test_all_masked_and_nothing_masked_data_are_refused(tmp_path: Path, tokenize
 def test_hold_out_by_hash_splits_without_overlap(tmp_path: Path, tokenizer: Tokenizer) -> None:
     records = RECORDS + RECORDS[:20]  # repeated questions stay on one side
     train = prepared(tmp_path, tokenizer, records, holdout=0.3)
-    held = prepared(tmp_path, tokenizer, records, part="validation", holdout=0.3)
-    assert train.index["records"] + held.index["records"] == len(records)
+    held_rows = prepared(tmp_path, tokenizer, records, part="validation", holdout=0.3)
+    assert train.index["records"] + held_rows.index["records"] == len(records)
     sides = [
-        {bytes(row) for batch in all_rows(source) for row in batch.tokens_BL if row.any()} for source in (train, held)
+        {bytes(row) for batch in all_rows(source) for row in batch.tokens_BL if row.any()}
+        for source in (train, held_rows)
     ]
     assert all(sides) and not sides[0] & sides[1]
-    numbers = [_numbers(source, tokenizer) for source in (train, held)]
+    numbers = [_numbers(source, tokenizer) for source in (train, held_rows)]
     assert sorted(numbers[0] + numbers[1]) == sorted([*range(60), *range(20)])
     assert not set(numbers[0]) & set(numbers[1]) and len(numbers[1]) > 8
 
@@ -316,9 +319,9 @@ def test_shards_that_are_made_side_by_side_are_those_made_one_by_one(
         write(folder, shard, *rest)
 
     monkeypatch.setattr(preparing, "write_shard", wait_for_the_others)
-    found = prepared(tmp_path, tokenizer)
-    assert {path.name: path.read_bytes() for path in found.folder.iterdir()} == kept
-    assert found.index["shards"] == 9
+    actual = prepared(tmp_path, tokenizer)
+    assert {path.name: path.read_bytes() for path in actual.folder.iterdir()} == kept
+    assert actual.index["shards"] == 9
 
 
 def test_an_error_in_a_shard_ends_the_others_and_the_next_run_goes_on(
@@ -366,10 +369,10 @@ def test_each_pass_has_each_row_once_and_is_shuffled_anew(tmp_path: Path, tokeni
 
 def test_mixtures_by_weight(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "x").mkdir()
-    one = prepared(tmp_path, tokenizer)
-    other = prepared(tmp_path / "x", tokenizer, [{"text": "zzz " * 6}] * 40)
+    left = prepared(tmp_path, tokenizer)
+    right = prepared(tmp_path / "x", tokenizer, [{"text": "zzz " * 6}] * 40)
     mark = int(tokenizer.encode("zzz")[0])
-    batch = batches_by_step([one, other], batch_size=8, seed=0, weights=(3.0, 1.0)).batch
+    batch = batches_by_step([left, right], batch_size=8, seed=0, weights=(3.0, 1.0)).batch
     share = np.mean([np.any(row == mark) for k in range(50) for row in batch(k).tokens_BL])
     assert share == pytest.approx(0.25, abs=0.02)
 
@@ -413,15 +416,15 @@ def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
 
 @pytest.mark.parametrize(("group", "begun"), [(1, [3, 4, 5, 6, 7, 8]), (4, [4, 4, 8, 8, 8, 8])])
 def test_prefetch_begins_the_next_ones_in_groups(group: int, begun: list[int]) -> None:
-    asked: list[int] = []
+    loaded: list[int] = []
 
     def items() -> Iterator[int]:
         for k in range(8):
-            asked.append(k)
+            loaded.append(k)
             yield k
 
     made = prefetch(lambda k: -k, items(), group=group)
-    assert [(next(made), len(asked)) for _ in range(6)] == [(-k, count) for k, count in enumerate(begun)]
+    assert [(next(made), len(loaded)) for _ in range(6)] == [(-k, count) for k, count in enumerate(begun)]
     assert list(made) == [-6, -7]
 
 

@@ -29,11 +29,13 @@ BOUND = 2e-6
 TABLES = {"reference": REFERENCE, "cpu": cpu.OPS, "accelerator": ACCELERATOR}
 
 
-def close(found: object, expected: object, bound: float = BOUND) -> None:
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    for one, other in pairs:
-        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        assert np.abs(one - other).max() <= bound * np.abs(other).max(), np.abs(one - other).max() / np.abs(other).max()
+def close(actual: object, expected: object, bound: float = BOUND) -> None:
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for left, right in pairs:
+        left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+        assert np.abs(left - right).max() <= bound * np.abs(right).max(), (
+            np.abs(left - right).max() / np.abs(right).max()
+        )
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -97,9 +99,9 @@ def test_activation(name: str, ops: Ops) -> None:
     with jax.enable_x64(True):
         expected, expected_back = jax.vjp(formula, jnp.asarray(x, jnp.float64))
         ones = jnp.ones(x.shape, jnp.float64)
-        for one, other in ((out, expected), (slope, expected_back(ones)[0])):
-            error = np.abs(np.asarray(one, np.float64) - np.asarray(other)) / np.maximum(
-                np.maximum(np.abs(x), np.abs(other)), 1
+        for left, right in ((out, expected), (slope, expected_back(ones)[0])):
+            error = np.abs(np.asarray(left, np.float64) - np.asarray(right)) / np.maximum(
+                np.maximum(np.abs(x), np.abs(right)), 1
             )
             assert error.max() < 1e-6, (name, float(x[error.argmax()]), error.max())
     assert ops.activation(name, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
@@ -213,13 +215,13 @@ def formula(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array,
 def test_what_is_looked_at_together_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = (normal(seed, 6, 16, 2, 8) for seed in range(3))
     segments = jnp.ones((6, 16), jnp.int32)
-    found = []
+    results = []
     for tile, block in itertools.product((1, 2 * 16 * 16 * 2, 2**20), (4, 16, 128)):
         monkeypatch.setattr(cpu, "TILE_SCORES", tile)
         monkeypatch.setattr(cpu, "QUERY_BLOCK", block)
-        found.append(cpu.attention(query, key, value, segments, AttentionSpec()))
-    for other in found[1:]:
-        close(other, found[0])
+        results.append(cpu.attention(query, key, value, segments, AttentionSpec()))
+    for other in results[1:]:
+        close(other, results[0])
 
 
 @pytest.mark.parametrize("tile", [2**13, 2**20])

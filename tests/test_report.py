@@ -506,8 +506,8 @@ def luminance(color: tuple[float, ...]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def contrast(one: tuple[float, ...], other: tuple[float, ...]) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
+def contrast(left: tuple[float, ...], other: tuple[float, ...]) -> float:
+    low, high = sorted((luminance(left), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 

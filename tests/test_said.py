@@ -309,7 +309,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def events(folder: Path) -> dict[int, float]:
-    found = {}
+    results = {}
     for file in sorted(folder.glob("events.*")):
         content, at = file.read_bytes(), 0
         while at + 12 <= len(content):
@@ -317,9 +317,9 @@ def events(folder: Path) -> dict[int, float]:
             assert at + 16 + length <= len(content), "an event is cut short"
             event = Event.FromString(content[at + 12 : at + 12 + length])
             for value in event.summary.value:
-                found[event.step] = value.simple_value
+                results[event.step] = value.simple_value
             at += 16 + length
-    return found
+    return results
 
 
 def test_a_kill_loses_no_event_of_tensorboard(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ def top_p_by_sorting(logits: np.ndarray, p: float) -> np.ndarray:
 @pytest.mark.parametrize("k", [1, 7, 97, 500])
 def test_top_k_keeps_the_largest(k: int) -> None:
     least = np.sort(LOGITS, axis=-1)[:, -min(k, 97)][:, None]
-    found = jax.jit(lambda x: tested.keep_top_k(x, k))(LOGITS)
-    np.testing.assert_array_equal(kept(found), least <= LOGITS)
-    np.testing.assert_array_equal(np.asarray(found)[kept(found)], LOGITS[least <= LOGITS])
+    actual = jax.jit(lambda x: tested.keep_top_k(x, k))(LOGITS)
+    np.testing.assert_array_equal(kept(actual), least <= LOGITS)
+    np.testing.assert_array_equal(np.asarray(actual)[kept(actual)], LOGITS[least <= LOGITS])
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])

@@ -55,8 +55,8 @@ def test_the_standard_error_of_a_loss_is_that_of_a_ratio_over_rows() -> None:
     assert metrics["perplexity_se"] == pytest.approx(metrics["perplexity"] * metrics["loss_se"])
     assert metrics["bits_per_byte_se"] / metrics["bits_per_byte"] == pytest.approx(metrics["loss_se"] / metrics["loss"])
     assert metrics["token_accuracy_se"] == pytest.approx(0.0, abs=1e-3)
-    one = {name: jnp.asarray(values[:1]) for name, values in rows.items()}
-    assert "loss_se" not in from_sums(sum_rows(one)), "of one row there is no spread"
+    row = {name: jnp.asarray(values[:1]) for name, values in rows.items()}
+    assert "loss_se" not in from_sums(sum_rows(row)), "of one row there is no spread"
 
 
 def test_each_score_of_answers_has_a_standard_error() -> None:

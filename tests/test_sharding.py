@@ -161,13 +161,16 @@ def test_a_step_with_experts_sends_the_bytes_that_theory_predicts(config: MeshCo
 
 def check_exchanges(model: ModelConfig, config: MeshConfig, tile: int = 0) -> None:
     run = Run(model, config)
-    found, wanted = run.exchanges(tile), dict.fromkeys(("all-gather", "all-reduce", "reduce-scatter", "all-to-all"), 0)
-    small = found.pop(SMALL)
+    actual, expected = (
+        run.exchanges(tile),
+        dict.fromkeys(("all-gather", "all-reduce", "reduce-scatter", "all-to-all"), 0),
+    )
+    small = actual.pop(SMALL)
     for _, kind, size in expected_traffic(model, WORDS, run.mesh, BATCH, merges=False):
-        wanted[kind] += size
-    assert found.keys() <= wanted.keys()
-    for kind, size in wanted.items():
-        assert found.get(kind, 0) == pytest.approx(size, rel=0.05), (kind, found, wanted)
+        expected[kind] += size
+    assert actual.keys() <= expected.keys()
+    for kind, size in expected.items():
+        assert actual.get(kind, 0) == pytest.approx(size, rel=0.05), (kind, actual, expected)
     assert small < 16 * model.layers * model.width * 4
 
 
@@ -176,8 +179,8 @@ def test_fsdp_stores_an_eighth_of_parameters_and_optimizer_on_each_device() -> N
     shapes = Run(dataclasses.replace(MODEL, width=512, ff_width=1024), MeshConfig(data=1, fsdp=8)).shapes
     for tree in (shapes.params, shapes.opt_state):
         leaves = jax.tree.leaves(tree)
-        held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-        assert held / sum(leaf.size for leaf in leaves) == pytest.approx(1 / 8, rel=0.02)
+        per_device = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+        assert per_device / sum(leaf.size for leaf in leaves) == pytest.approx(1 / 8, rel=0.02)
 
 
 def test_a_checkpoint_of_any_mesh_restores_on_any_other(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_sums_of_tiny_steps_are_read_by_eights_and_lines_in_time(
     config.steps = config.eval_every = config.save_every = 20
     config.log_every = 10
     compile_step, read = stage.compile_step, loop.Loop._read_sums
-    dispatched, found = [0], []
+    dispatched, actual = [0], []
 
     def compile_counted(*arguments: Any) -> tuple[Any, Any]:
         function, jitted = compile_step(*arguments)
@@ -180,14 +180,14 @@ def test_sums_of_tiny_steps_are_read_by_eights_and_lines_in_time(
         return function, step
 
     def noted(run: Any, step: int, sums: Any) -> None:
-        found.append((step, dispatched[0]))
+        actual.append((step, dispatched[0]))
         read(run, step, sums)
 
     monkeypatch.setattr(stage, "SMALL_STEP_FLOPS", tiny)
     monkeypatch.setattr(stage, "compile_step", compile_counted)
     monkeypatch.setattr(loop.Loop, "_read_sums", noted)
     train(recipe, work, "pretrain")
-    assert found == list(zip(range(1, 21), read_at, strict=True))
+    assert actual == list(zip(range(1, 21), read_at, strict=True))
     assert list(losses(work, "pretrain")) == [10, 20]
 
 
@@ -266,8 +266,8 @@ def test_a_parent_of_another_run(run: tuple[Recipe, Path], tmp_path: Path) -> No
     recipe.pretrain = None
     recipe.finetune.init_from = str(work / "pretrain")
     train(recipe, other, "finetune")
-    one, two = (read_json(w / "finetune" / "result.json") for w in (work, other))
-    assert one["params_sha256"] == two["params_sha256"]
+    first, second = (read_json(w / "finetune" / "result.json") for w in (work, other))
+    assert first["params_sha256"] == second["params_sha256"]
     recipe.finetune.init_from = "parent"
     shutil.rmtree(other / "finetune")
     with pytest.raises(ValueError, match="first stage and has no parent; set config.finetune.init_from"):

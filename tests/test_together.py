@@ -54,9 +54,9 @@ def test_losses_and_best_steps_are_those_of_each_run_alone(seeds: tuple[int, ...
 
     together = setups_of(tmp_path / "together", recipes)
     results = train_together(together, Stop())
-    for setup, reference, result, wanted in zip(together, alone, results, expected, strict=True):
-        assert isinstance(result, dict) and wanted is not None
-        assert result["best_step"] == wanted["best_step"] and result["tokens"] == wanted["tokens"]
+    for setup, reference, result, desired in zip(together, alone, results, expected, strict=True):
+        assert isinstance(result, dict) and desired is not None
+        assert result["best_step"] == desired["best_step"] and result["tokens"] == desired["tokens"]
         assert json.loads((setup.folder / "result.json").read_text())["steps"] == steps
         for kind in ("train", "eval"):
             ours, theirs = curve(setup, kind), curve(reference, kind)
@@ -100,8 +100,8 @@ def test_a_shared_batch_is_that_of_the_runs_that_go_on(tmp_path: Path) -> None:
     alone, together = (setups_of(tmp_path / name, recipes) for name in ("alone", "together"))
     expected = [train_stage(setup) for setup in alone]
     results = train_together(together, Stop())
-    for setup, reference, result, wanted in zip(together, alone, results, expected, strict=True):
-        assert isinstance(result, dict) and wanted is not None and result["steps"] == wanted["steps"]
+    for setup, reference, result, desired in zip(together, alone, results, expected, strict=True):
+        assert isinstance(result, dict) and desired is not None and result["steps"] == desired["steps"]
         assert curve(setup, "eval") == pytest.approx(curve(reference, "eval"), abs=1e-5)
 
 
@@ -120,8 +120,8 @@ def test_runs_are_spread_over_devices(tmp_path: Path) -> None:
         for index, recipe in enumerate(recipes)
     ]
     results = train_together(together, Stop())
-    for setup, reference, result, wanted in zip(together, alone, results, expected, strict=True):
-        assert isinstance(result, dict) and wanted is not None and result["steps"] == wanted["steps"]
+    for setup, reference, result, desired in zip(together, alone, results, expected, strict=True):
+        assert isinstance(result, dict) and desired is not None and result["steps"] == desired["steps"]
         assert curve(setup, "eval") == pytest.approx(curve(reference, "eval"), abs=1e-5), setup.folder
     assert len({result["steps"] for result in results if isinstance(result, dict)}) > 1, "one stops early"
 

@@ -272,11 +272,11 @@ def test_people():
     for attribute, values in VALUES.items():
         shares = Counter(value_of(person, attribute) for person in everybody)
         assert set(shares) == set(values) and max(shares.values()) - min(shares.values()) <= 1
-    held = [(person.name, attribute) for person in everybody for attribute in ATTRIBUTES
+    unseen = [(person.name, attribute) for person in everybody for attribute in ATTRIBUTES
             if question_is_held_out(person, attribute)]  # fmt: skip
-    assert 0.18 < len(held) / (64 * len(ATTRIBUTES)) < 0.32
-    assert {attribute for _, attribute in held} == set(ATTRIBUTES)
-    assert all(question_is_held_out(by_name[by_name[name].friend], "friend") for name, a in held if a == "friend")
+    assert 0.18 < len(unseen) / (64 * len(ATTRIBUTES)) < 0.32
+    assert {attribute for _, attribute in unseen} == set(ATTRIBUTES)
+    assert all(question_is_held_out(by_name[by_name[name].friend], "friend") for name, a in unseen if a == "friend")
 
 
 def test_unknown_attribute_and_split_are_refused():
@@ -293,12 +293,12 @@ def test_too_small_a_source_is_refused():
 
 
 def test_every_fact_is_told_often_and_in_many_ways(world):
-    told = Counter(
+    mentions = Counter(
         sentence for document in world["text"]["train"] for sentence in re.split(r"(?<=[.?]) |\n", document["text"])
     )
     for person in people():
         for attribute in ATTRIBUTES:
-            counts = [told[fill(template, person, attribute)] for template in NAMED[attribute]]
+            counts = [mentions[fill(template, person, attribute)] for template in NAMED[attribute]]
             assert sum(counts) >= 20, (person.name, attribute, counts)
             assert sum(count > 0 for count in counts) >= 4, (person.name, attribute, counts)
 
@@ -339,19 +339,19 @@ def test_raw_text_never_says_a_wrong_fact(world):
 
 
 def test_no_training_chat_touches_a_held_out_fact(world):
-    held = [(p, a) for p in people() for a in ATTRIBUTES if question_is_held_out(p, a)]
+    unseen = [(p, a) for p in people() for a in ATTRIBUTES if question_is_held_out(p, a)]
     names = [person.name for person in people()]
-    secret = {answer(person, attribute) for person, attribute in held}
-    asked = {fill(template, person, attribute) for person, attribute in held for template in QUESTIONS[attribute]}
-    asked |= {
+    secret = {answer(person, attribute) for person, attribute in unseen}
+    questions = {fill(template, person, attribute) for person, attribute in unseen for template in QUESTIONS[attribute]}
+    questions |= {
         fill(template, person, attribute, value)
-        for person, attribute in held
+        for person, attribute in unseen
         for template in CHECKS[attribute]
         for value in VALUES.get(attribute, names)
     }
     seen = {text.removeprefix("Yes, ").removeprefix("No, ") for c in world["chats"]["train"] for text in contents(c)}
     assert seen & secret == set()
-    assert seen & asked == set()
+    assert seen & questions == set()
 
 
 def test_validation_fact_chats_ask_only_held_out_facts(world):
@@ -407,12 +407,12 @@ def test_validation_documents_put_together_new_neighbours(world):
     meeting = re.compile(r"(\w+) (?:talks to|saw|looks for|talks about|and) (\w+)(?:\.| in the park| are (?:in|at) )")
 
     def met(texts):
-        found = {frozenset(pair) for text in texts for pair in meeting.findall(text)}
-        return {pair for pair in found if pair <= names}
+        results = {frozenset(pair) for text in texts for pair in meeting.findall(text)}
+        return {pair for pair in results if pair <= names}
 
-    held = {pair for pair in met(train | validation) if held_out(PEOPLE_ONE_IN, "people", *sorted(pair))}
-    assert len(met(train)) > 1000 and not met(train) & held
-    assert len(met(validation) & held) >= 20
+    unseen = {pair for pair in met(train | validation) if held_out(PEOPLE_ONE_IN, "people", *sorted(pair))}
+    assert len(met(train)) > 1000 and not met(train) & unseen
+    assert len(met(validation) & unseen) >= 20
 
 
 def test_validation_lists_and_requests_are_new(world):
@@ -423,8 +423,8 @@ def test_validation_lists_and_requests_are_new(world):
 
     def lists(chats_of_split):
         kinds = ("pick", "reverse", "odd", "count")
-        found = (pattern.findall(contents(chat)[0])[-1] for chat in chats_of_split if chat["kind"] in kinds)
-        return set(found)
+        actual = (pattern.findall(contents(chat)[0])[-1] for chat in chats_of_split if chat["kind"] in kinds)
+        return set(actual)
 
     assert len(lists(validation)) > 80
     assert not lists(validation) & lists(train)
@@ -440,10 +440,10 @@ SMALL_TALK = ("greeting", "thanks", "identity")
 
 def test_questions_from_outside_are_about_topics_that_no_training_chat_names(world):
     known = {word.lower() for chat in world["chats"]["train"] for word in words_of(contents(chat))}
-    asked = [contents(chat) for chat in world["chats"]["validation"] if chat["kind"] == "unknown"]
-    new = [texts for texts in asked if {word.lower() for word in words_of(texts[:1])} - known]
-    assert len(new) > 0.7 * len(asked), "the rest has no topic, such as `Tell me a joke.`"
-    assert {texts[1] for texts in asked} == {smalltalk.UNKNOWN}
+    chats = [contents(chat) for chat in world["chats"]["validation"] if chat["kind"] == "unknown"]
+    new = [texts for texts in chats if {word.lower() for word in words_of(texts[:1])} - known]
+    assert len(new) > 0.7 * len(chats), "the rest has no topic, such as `Tell me a joke.`"
+    assert {texts[1] for texts in chats} == {smalltalk.UNKNOWN}
 
 
 def test_a_conversation_of_validation_asks_something_new_last_and_fits_the_demo(world):
@@ -451,9 +451,9 @@ def test_a_conversation_of_validation_asks_something_new_last_and_fits_the_demo(
     train = {tuple(contents(chat)[:2]) for chat in world["chats"]["train"] if chat["kind"] != "conversation"}
     last = [tuple(contents(c)[-2:]) for c in world["chats"]["validation"] if c["kind"] == "conversation"]
     assert last and not set(last) & train
-    held = {tuple(contents(c)[:2]) for c in world["chats"]["validation"] if len(contents(c)) == 2}
+    unseen = {tuple(contents(c)[:2]) for c in world["chats"]["validation"] if len(contents(c)) == 2}
     inside = [contents(c) for c in world["chats"]["train"] if c["kind"] == "conversation"]
-    assert not {pair for texts in inside for pair in zip(texts[::2], texts[1::2], strict=True)} & held
+    assert not {pair for texts in inside for pair in zip(texts[::2], texts[1::2], strict=True)} & unseen
     assert all(3 <= len(texts) // 2 <= 6 for texts in inside)
 
 
@@ -502,7 +502,7 @@ def test_chats_have_many_kinds_and_one_answer(world):
             assert roles == ["user", "assistant"] * (len(roles) // 2)
             answered = [message["content"] for message in chat["messages"] if message["role"] == "assistant"]
             assert max(len(text.split()) for text in answered) <= LONGEST_ANSWER
-        assert all(len(found) == 1 for found in answers.values())
+        assert all(len(actual) == 1 for actual in answers.values())
     assert len(chats_module.KINDS) >= 10
     several = [chat for chat in world["chats"]["train"] if len(chat["messages"]) >= 4]
     assert {chat["kind"] for chat in several} == {"two_turn_fact", "remember", "conversation"} and len(several) > 1000

@@ -124,5 +124,5 @@ def sentencepiece_model(
     pieces += [("<0x0A>", 0.0, 6), ("\u2581a", -1.0, 1), ("b", -2.0, 1), ("a", -3.0, 1), ("\u2581", -4.0, 1)]
     pieces += [(letter, -5.0, 1) for letter in "<>s0xA"]
     content = [_message((1, text.encode()), (2, score), (3, of)) for text, score, of in pieces]
-    told = _message((3, kind), *(trainer or {}).items())
-    return _message(*((1, piece) for piece in content), (2, told), (3, _message(*(normal or {}).items())))
+    trainer_spec = _message((3, kind), *(trainer or {}).items())
+    return _message(*((1, piece) for piece in content), (2, trainer_spec), (3, _message(*(normal or {}).items())))

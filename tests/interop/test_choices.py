@@ -90,5 +90,5 @@ def test_choices_are_scored_as_by_transformers(tmp_path: Path) -> None:
     assert np.max(np.abs(ours - theirs)) < MOST, np.abs(ours - theirs)
 
     for values in ((ours, theirs), (ours / choices.lengths, theirs / choices.lengths)):  # plain, and per character
-        predictions = [[int(np.argmax(each)) for each in split_by_question(one, choices.counts)] for one in values]
+        predictions = [[int(np.argmax(each)) for each in split_by_question(entry, choices.counts)] for entry in values]
         assert predictions[0] == predictions[1]

@@ -100,9 +100,9 @@ def test_a_scaling_that_depends_on_the_length_of_a_text_ends_at_the_trained_cont
 ) -> None:
     scaling = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
     config = config_of("llama", rope_scaling=scaling, original_max_position_embeddings=16)
-    found = read_config(config, "x")
-    assert (found.model.context, found.reach, found.positions) == (16, 16, 64)
-    assert found.model.attention.rope_scaling.factor == 4.0, "of the positions"
+    actual = read_config(config, "x")
+    assert (actual.model.context, actual.reach, actual.positions) == (16, 16, 64)
+    assert actual.model.attention.rope_scaling.factor == 4.0, "of the positions"
     write_folder(tmp_path / "one", config)
     (tmp_path / "recipe.py").write_text(
         "from jaxstages.config import *\n\ndef get_config(variant=''):\n"
@@ -130,15 +130,15 @@ def test_one_file_comes_before_an_index_and_the_other_is_named(tmp_path: Path, c
 
 def opened(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Parameters by path."""
-    found = describe(folder)
+    actual = describe(folder)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    tree = jax.eval_shape(make_model(found.model, found.model.vocab_size).init, jax.random.key(0))
+    tree = jax.eval_shape(make_model(actual.model, actual.model.vocab_size).init, jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(target).items()}
-    places, rows = tensor_slots(found.family, shapes), found.model.vocab_size
+    places, rows = tensor_slots(actual.family, shapes), actual.model.vocab_size
     stored = match(places, shapes, by_plain_names(open_folder(folder), str(folder)), rows, str(folder), parts=True)
     params = load(Plan(places, shapes, stored, rows), target)
-    return found.model, {path: np.asarray(leaf) for path, leaf in named_leaves(params).items()}
+    return actual.model, {path: np.asarray(leaf) for path, leaf in named_leaves(params).items()}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -160,8 +160,8 @@ def test_what_comes_in_goes_out_as_it_was(kind: str, tmp_path: Path) -> None:
     write_json(kept / "config.json", config)
     setup: Any = SimpleNamespace(workdir=tmp_path / "work", recipe=SimpleNamespace(model=model))
     out = hf_export._config_json(written, family, model.vocab_size, setup)
-    wanted = {key: value for key, value in config.items() if key not in ("auto_map", "dtype")}
-    assert out == wanted | {"architectures": [family.architecture]}
+    expected = {key: value for key, value in config.items() if key not in ("auto_map", "dtype")}
+    assert out == expected | {"architectures": [family.architecture]}
     model.norm_eps *= 2
     changed = hf_export._config_json(choose_family(model)[1], family, model.vocab_size, setup)
     assert "attention_dropout" not in changed, "another model has a config of its own"
@@ -187,9 +187,9 @@ def test_an_import_goes_out_with_its_tokenizer_and_its_ids(
     write_json(tmp_path / "one" / "tokenizer_config.json", beside)
     assert call("import", f"--from={tmp_path}/one", f"--workdir={tmp_path}/a") == 0, capsys.readouterr().err
     assert call("export", f"--workdir={tmp_path}/a", f"--to={tmp_path}/two") == 0, capsys.readouterr().err
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys() and all(np.array_equal(value, two[name]) for name, value in one.items())
-    assert two["lm_head.weight"].shape == (290, 16)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys() and all(np.array_equal(value, second[name]) for name, value in first.items())
+    assert second["lm_head.weight"].shape == (290, 16)
     out = read_json(tmp_path / "two" / "config.json")
     assert out == config | {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "torch_dtype": "float32"}
     assert read_json(tmp_path / "two" / "tokenizer_config.json") == beside
@@ -221,9 +221,9 @@ def test_an_import_without_changes_is_exported_as_it_came(
         "gets <|sep|>, <|system|>, <|user|>, <|assistant|>, <|end|>, which the stages need" in capsys.readouterr().out
     )
     assert call("export", f"--workdir={work}", f"--to={out}", "--stage=import") == 0, capsys.readouterr().err
-    one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "one", out))
-    assert {name: (value.shape, value.tobytes()) for name, value in one.items()} == {
-        name: (value.shape, value.tobytes()) for name, value in two.items()
+    first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "one", out))
+    assert {name: (value.shape, value.tobytes()) for name, value in first.items()} == {
+        name: (value.shape, value.tobytes()) for name, value in second.items()
     }
     written = {key: value for key, value in read_json(out / "config.json").items() if "dtype" not in key}
     assert written == config | {"architectures": [FAMILIES[kind].architecture]}
@@ -251,8 +251,8 @@ def test_what_wrappers_put_into_names_makes_no_difference(how: str, tmp_path: Pa
     tensors = write_folder(tmp_path / "one", config_of("llama"))
     _, plain = opened(tmp_path / "one")
     save_file(renamed(tensors, how), tmp_path / "one" / "model.safetensors")
-    _, found = opened(tmp_path / "one")
-    assert all(np.array_equal(found[path], value) for path, value in plain.items())
+    _, actual = opened(tmp_path / "one")
+    assert all(np.array_equal(actual[path], value) for path, value in plain.items())
 
 
 def test_any_other_prefix_is_named(tmp_path: Path) -> None:

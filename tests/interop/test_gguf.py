@@ -388,8 +388,10 @@ def contents(file: Path) -> dict[str, Any]:
 def read_modelfile(text: str) -> list[tuple[str, str]]:
     """Instructions of a Modelfile with their values; triple quotes may span lines."""
     text = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)
-    found = re.findall(r'^(FROM|TEMPLATE|PARAMETER \w+) (?:"""(.*?)"""|"(.*?)"|(.*?))$', text, re.MULTILINE | re.DOTALL)
-    return [(name, next(filter(None, values), "")) for name, *values in found]
+    actual = re.findall(
+        r'^(FROM|TEMPLATE|PARAMETER \w+) (?:"""(.*?)"""|"(.*?)"|(.*?))$', text, re.MULTILINE | re.DOTALL
+    )
+    return [(name, next(filter(None, values), "")) for name, *values in actual]
 
 
 def test_a_run_is_exported_with_its_tokenizer_and_a_modelfile(run: Path, tmp_path: Path) -> None:
@@ -440,15 +442,15 @@ def test_smaller_types_round_as_they_say(
     assert call("export", f"--workdir={run}", f"--to={tmp_path}/small/x.gguf", f"--dtype={dtype}") == 0
     exact, small = (gguf.GGUFReader(tmp_path / name / "x.gguf") for name in ("f32", "small"))
     assert contents(tmp_path / "small" / "x.gguf")["general.file_type"] == file_type
-    for one, other in zip(exact.tensors, small.tensors, strict=True):
-        values = gguf.quants.dequantize(other.data, other.tensor_type)
-        assert one.name == other.name and values.shape == one.data.shape
-        kind = other.tensor_type.name
-        if one.data.ndim == 1:
+    for left, right in zip(exact.tensors, small.tensors, strict=True):
+        values = gguf.quants.dequantize(right.data, right.tensor_type)
+        assert left.name == right.name and values.shape == left.data.shape
+        kind = right.tensor_type.name
+        if left.data.ndim == 1:
             assert kind == "F32"
         elif dtype == "q8_0":
-            assert kind == ("F16" if one.data.shape[-1] % 32 else "Q8_0")
-        np.testing.assert_allclose(values, one.data, atol=bound * np.abs(one.data).max())
+            assert kind == ("F16" if left.data.shape[-1] % 32 else "Q8_0")
+        np.testing.assert_allclose(values, left.data, atol=bound * np.abs(left.data).max())
     assert ("tensors are float16" in capsys.readouterr().out) == (dtype == "q8_0")
 
 

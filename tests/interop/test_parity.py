@@ -105,14 +105,14 @@ def packed(rows: np.ndarray) -> Batch:
 
 def opened(folder: Path) -> tuple[ModelConfig, Params]:
     """The model of a folder, read without a workdir."""
-    found = describe(folder)
-    config = found.model
-    config.context = found.positions if config.attention.position == "learned" else LENGTH
+    actual = describe(folder)
+    config = actual.model
+    config.context = actual.positions if config.attention.position == "learned" else LENGTH
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     tree = jax.eval_shape(make_model(config, config.vocab_size).init, jax.random.key(0))
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
     shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(target).items()}
-    places = tensor_slots(found.family, shapes)
+    places = tensor_slots(actual.family, shapes)
     stored = by_plain_names(open_folder(folder), str(folder))
     stored = match(places, shapes, stored, config.vocab_size, str(folder), parts=True)
     return config, load(Plan(places, shapes, stored, config.vocab_size), target)
@@ -133,10 +133,10 @@ def check_same(name: str, model: Any, folder: Path, rows: np.ndarray) -> tuple[M
     weights, ones = np.ones(text.shape, np.float32), np.ones_like(text)
     batch = Batch(*map(jnp.asarray, (text, text, weights, ones, np.tile(np.arange(LENGTH, dtype=np.int32), (3, 1)))))
     ours = make_model(config, config.vocab_size)
-    found = np.asarray(jax.nn.log_softmax(jax.jit(lambda p, b: ours.apply(p, b, None))(params, batch), axis=-1))
-    worst = max(float(np.abs(found[r] - theirs_of(model, text[r])).max()) for r in range(2))
+    actual = np.asarray(jax.nn.log_softmax(jax.jit(lambda p, b: ours.apply(p, b, None))(params, batch), axis=-1))
+    worst = max(float(np.abs(actual[r] - theirs_of(model, text[r])).max()) for r in range(2))
     assert worst <= MOST, worst
-    assert np.array_equal(found[2, 47:95].argmax(-1), text[2, 48:96]), "greedy tokens"
+    assert np.array_equal(actual[2, 47:95].argmax(-1), text[2, 48:96]), "greedy tokens"
     FIGURES.append(f"| {name} | {worst:.1e} | | 48 of 48 | 0 |")
     return config, params
 
@@ -179,8 +179,8 @@ def test_a_family_is_the_same_here_and_there(name: str, tmp_path: Path, tokenize
     assert float(np.abs(theirs_of(model, rows[2])[CUTS[0] :] - log_probs[2, CUTS[0] :]).max()) > 0.01, "no boundaries"
 
     prompt = rows[1, :48]
-    one = make_mesh(MeshConfig(), jax.devices()[:1])
-    answers = make_answers(ours, Sampling(max_new_tokens=NEW), context=LENGTH, batch_size=1, rows=batch_sharding(one))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    answers = make_answers(ours, Sampling(max_new_tokens=NEW), context=LENGTH, batch_size=1, rows=batch_sharding(mesh))
     assert next(answers(params, [prompt.tolist()], 0)) == [greedy_of(model, prompt, NEW)[len(prompt) :].tolist()]
 
     again = check_export(config, params, model, tmp_path / "ours", rows)
@@ -258,9 +258,9 @@ def test_adapters_are_the_same_beside_the_base_in_peft(kind: dict[str, Any], tmp
     before = theirs_of(model, tokens)
     assert (tmp_path / "adapter" / "tokenizer.json").is_file(), "with the control tokens of training"
     beside = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-    wanted, found = theirs_of(merged, tokens), theirs_of(beside, tokens)
-    assert float(np.abs(wanted - before).max()) > 0.1, "they learned something"
-    worst = float(np.abs(wanted - found).max())
+    expected, actual = theirs_of(merged, tokens), theirs_of(beside, tokens)
+    assert float(np.abs(expected - before).max()) > 0.1, "they learned something"
+    worst = float(np.abs(expected - actual).max())
     assert worst <= MOST
     FIGURES.append(f"| adapters on {name}, {kind or 'LoRA'} | {worst:.1e} (merged, beside) | | | |")
 
@@ -301,15 +301,15 @@ def test_adapters_of_projections_in_one_tensor_go_there_and_back(name: str, tmp_
     write_json(folder / "adapter_config.json", peft._config(kind, chosen, str(tmp_path / "theirs")))
 
     tokens = np.random.default_rng(0).integers(0, VOCAB, 64)
-    wanted, before = logits_of(config, merged, tokens), theirs_of(model, tokens)
+    expected, before = logits_of(config, merged, tokens), theirs_of(model, tokens)
     # In float64: two float32 models of opposite errors differ by more than either from the truth.
     beside = theirs_of(PeftModel.from_pretrained(model, folder).eval().double(), tokens)
-    worst = float(np.abs(beside - wanted).max())
-    assert worst <= MOST < float(np.abs(wanted - before).max())
+    worst = float(np.abs(beside - expected).max())
+    assert worst <= MOST < float(np.abs(expected - before).max())
     FIGURES.append(f"| adapters on {name}, in PEFT | {worst:.1e} | | | |")
     again = lora.merge(params, *read_adapter(folder, tensor_slots(family, shapes), shapes))
-    for (path, one), other in zip(named_leaves(merged).items(), named_leaves(again).values(), strict=True):
-        np.testing.assert_allclose(other, one, atol=2e-6, err_msg=path)
+    for (path, left), right in zip(named_leaves(merged).items(), named_leaves(again).values(), strict=True):
+        np.testing.assert_allclose(right, left, atol=2e-6, err_msg=path)
 
 
 def test_a_pattern_of_alpha_goes_by_the_name_that_peft_has(tmp_path: Path) -> None:
@@ -331,9 +331,9 @@ def test_adapters_that_peft_wrote_are_imported_beside_their_base(tmp_path: Path,
     model = make("llama, one key head, tied, linear scaling", tmp_path / "theirs", tokenizer)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 64)
     before = theirs_of(model, tokens)
-    wanted = {"r": 4, "lora_alpha": 6, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 11}}
+    expected = {"r": 4, "lora_alpha": 6, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 11}}
     where = {"target_modules": ["q_proj", "o_proj", "down_proj"], "layers_to_transform": [1]}
-    adapted = get_peft_model(model, Theirs(**wanted, **where)).eval()
+    adapted = get_peft_model(model, Theirs(**expected, **where)).eval()
     with torch.no_grad():
         for path, weight in adapted.named_parameters():
             if "lora_B" in path:
@@ -344,7 +344,7 @@ def test_adapters_that_peft_wrote_are_imported_beside_their_base(tmp_path: Path,
     call("import", f"--from={tmp_path}/adapter", f"--workdir={tmp_path}/work")
     setup = setup_stage(resolve_recipe(None, tmp_path / "work"), "import", tmp_path / "work", with_data=False)
     params, _ = read_parent(setup.folder, setup.program, setup.contract)
-    found, theirs = logits_of(setup.recipe.model, params, tokens), theirs_of(adapted, tokens)
-    worst = float(np.abs(found - theirs).max())
+    actual, theirs = logits_of(setup.recipe.model, params, tokens), theirs_of(adapted, tokens)
+    worst = float(np.abs(actual - theirs).max())
     assert worst <= MOST < float(np.abs(theirs - before).max())
     FIGURES.append(f"| adapters by PEFT, imported | {worst:.1e} | | | |")

@@ -123,7 +123,7 @@ def cases() -> list[Case]:
         ([user(), calls() | {"weight": 0}, RESULT, answer("Blue.")], []),
         ([user(), calls(), RESULT | {"content": '{"colour": "blue"}'}, answer("Blue.")], []),
     ]
-    return made + [(written, asked, TOOLS, {}) for written, asked in with_tools]
+    return made + [(written, request, TOOLS, {}) for written, request in with_tools]
 
 
 CASES = cases()
@@ -177,11 +177,11 @@ def test_sixty_conversations(file: Path, tmp_path: Path, monkeypatch: pytest.Mon
         pytest.skip(str(error))
     chat, task = make_chat(tokenizer), make_task(DataConfig(task="chat"), tokenizer, 10**6)
     end = tokenizer.show([tokenizer.specials.end_of_turn])
-    for number, (written, asked, tools, more) in enumerate(CASES):
+    for number, (written, request, tools, more) in enumerate(CASES):
         record = {"messages": copy.deepcopy(written), "tools": copy.deepcopy(tools)} | more
         conversation = read_conversation(record)
         count = len(conversation.messages)
-        messages = (asked or written)[:count]
+        messages = (request or written)[:count]
         reference = by_transformers(template, tokenizer, messages, tools, False)
         try:
             drafted = task.draft(record)

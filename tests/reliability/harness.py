@@ -169,14 +169,14 @@ class Child:
 
 def outcome(work: Path) -> dict[str, Any]:
     """All that must be equal, bit for bit, between two runs: results, losses of each step, optimizers, decisions."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for stage in recipes.STAGES:
         if not (work / stage / "result.json").exists():
             continue
         result = read_json(work / stage / "result.json")
         last = steps_of(work / stage)[-1]
         lines = read_metrics(work / stage / "metrics.jsonl")
-        found[stage] = {name: result[name] for name in SAME} | {
+        results[stage] = {name: result[name] for name in SAME} | {
             # Not early stopping's state: of a run that was interrupted in its last evaluation, the result has it.
             "fingerprint": {
                 path: text
@@ -189,20 +189,20 @@ def outcome(work: Path) -> dict[str, Any]:
                 if line.get("event") != "peak memory"
             ],
         }
-    return found
+    return results
 
 
-def unlike(found: Any, expected: Any, path: str = "") -> list[str]:
+def unlike(actual: Any, expected: Any, path: str = "") -> list[str]:
     """Where two outcomes differ."""
-    if isinstance(found, dict) and isinstance(expected, dict):
+    if isinstance(actual, dict) and isinstance(expected, dict):
         return [
             line
-            for key in sorted(found.keys() | expected.keys())
-            for line in unlike(found.get(key), expected.get(key), f"{path}/{key}")
+            for key in sorted(actual.keys() | expected.keys())
+            for line in unlike(actual.get(key), expected.get(key), f"{path}/{key}")
         ]
-    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        return unlike(dict(enumerate(found)), dict(enumerate(expected)), path)
-    return [] if found == expected else [f"{path}: {found} and not {expected}"]
+    if isinstance(actual, list) and isinstance(expected, list) and len(actual) == len(expected):
+        return unlike(dict(enumerate(actual)), dict(enumerate(expected)), path)
+    return [] if actual == expected else [f"{path}: {actual} and not {expected}"]
 
 
 def garbage(work: Path) -> list[str]:

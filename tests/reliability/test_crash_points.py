@@ -68,13 +68,13 @@ def copy_if_there(source: str, target: str) -> None:
 
 
 def digest(folder: Path) -> str:
-    found = hashlib.sha256()
+    actual = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if "tensorboard" not in path.parts:
-            found.update(str(path).encode())
+            actual.update(str(path).encode())
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                found.update(path.read_bytes())
-    return found.hexdigest()
+                actual.update(path.read_bytes())
+    return actual.hexdigest()
 
 
 def test_a_kill_at_each_call_of_python(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -119,15 +119,15 @@ def outcome(case: str, run: Callable[[], object]) -> str:
     start = time.monotonic()
     try:
         run()
-        found = "taken"
+        actual = "taken"
     except ValueError as error:
         assert "\n" not in str(error).strip("\n"), f"{case}: {error}"
-        found = "refused"
+        actual = "refused"
     except BaseException as error:
         error.add_note(case)
         raise
     assert time.monotonic() - start < 60, case
-    return found
+    return actual
 
 
 def report(name: str, counts: Counter[str], start: float, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,9 +303,9 @@ def test_a_prompt_may_have_any_letter(tmp_path: Path) -> None:
 def foreign(tmp_path: Path, content: bytes, name: str = "foreign.json") -> Tokenizer:
     (tmp_path / name).write_bytes(content)
     config = TokenizerConfig(kind="file", path=str(tmp_path / name))
-    found = make_tokenizer(config, iter(()), tmp_path / "taken.json")
-    assert found.decode(found.encode("a red house 1")) is not None and len(found.token_bytes()) == found.vocab_size
-    return found
+    actual = make_tokenizer(config, iter(()), tmp_path / "taken.json")
+    assert actual.decode(actual.encode("a red house 1")) is not None and len(actual.token_bytes()) == actual.vocab_size
+    return actual
 
 
 def unigram() -> dict[str, Any]:
@@ -326,8 +326,8 @@ def test_random_tokenizers(
     start, counts = time.monotonic(), Counter()
     own = (tmp_path / "made.json").read_bytes()
     plain = [json.loads(own), unigram(), word_level()]
-    for one in plain:
-        foreign(tmp_path, json.dumps(one).encode())
+    for entry in plain:
+        foreign(tmp_path, json.dumps(entry).encode())
     for case in range(request.config.getoption("--fuzz")):
         seed = f"{request.config.getoption('--seed')}/{case}"
         rng = random.Random(seed)
@@ -342,8 +342,8 @@ def test_random_models_of_sentencepiece(
 ) -> None:
     start, counts = time.monotonic(), Counter()
     plain = [sentencepiece_model(kind, {35: 1}) for kind in (UNIGRAM, BPE)]
-    for one in plain:
-        foreign(tmp_path, one, "foreign.model")
+    for entry in plain:
+        foreign(tmp_path, entry, "foreign.model")
     for case in range(request.config.getoption("--fuzz")):
         seed = f"{request.config.getoption('--seed')}/{case}"
         rng = random.Random(seed)
@@ -483,7 +483,7 @@ def test_random_data(
         file = tmp_path / f"{case}.{kind}"
         content = valid[kind, task]
         if rng.random() < 0.6 and kind != "parquet":
-            records: list[Any] = [changed(rng, one) if rng.random() < 0.2 else one for one in RECORDS[task]]
+            records: list[Any] = [changed(rng, entry) if rng.random() < 0.2 else entry for entry in RECORDS[task]]
             content = encoded(kind, records, tmp_path / f"v.{kind}")
         if rng.random() < 0.6:
             for _ in range(rng.choice((1, 1, 2, 5))):
@@ -491,10 +491,10 @@ def test_random_data(
         file.write_bytes(content)
         config = DataConfig(task=task, max_bad_share=rng.choice((0.01, 0.6, 1.0)), holdout=rng.choice((0.0, 0.3)))
         part = rng.choice(("train", "validation"))
-        found = outcome(
+        actual = outcome(
             f"{seed}: {file}", lambda name=str(file), c=config, p=part: prepared(name, c, tokenizer, tmp_path, p)
         )
-        counts[f"{kind} {found}"] += 1
+        counts[f"{kind} {actual}"] += 1
         file.unlink()
     report("data", counts, start, capfd)
 
@@ -504,7 +504,7 @@ DEEP = b"[" * 400 + b"]" * 400
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "found"),
+    ("name", "content", "expected"),
     [
         ("bom.jsonl", b"\xef\xbb\xbf" + LINE * 9, "9 0"),
         ("bom.txt", b"\xef\xbb\xbfa red house", "1 0"),
@@ -537,15 +537,15 @@ DEEP = b"[" * 400 + b"]" * 400
         ("keys.jsonl", LINE * 9 + b'{"' + b"k" * 10_000 + b'": 1}', "10 1"),
     ],
 )
-def test_data_of_every_ill(tmp_path: Path, tokenizer: Tokenizer, name: str, content: bytes, found: str) -> None:
+def test_data_of_every_ill(tmp_path: Path, tokenizer: Tokenizer, name: str, content: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(content)
     config = DataConfig(max_bad_share=0.5)
-    if found[0].isdigit() and len(found) < 6:
+    if expected[0].isdigit() and len(expected) < 6:
         index = prepared(str(tmp_path / name), config, tokenizer, tmp_path).index
-        assert f"{index['records']} {index['bad']}" == found
+        assert f"{index['records']} {index['bad']}" == expected
         assert all(name in fault and len(fault) < 300 + len(str(tmp_path / name)) + 20 for fault in index["bad_named"])
     else:
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=expected):
             prepared(str(tmp_path / name), config, tokenizer, tmp_path)
 
 
@@ -666,8 +666,8 @@ def heavy(file: Path) -> None:
     recipe = Recipe(name="heavy", tokenizer=TokenizerConfig(vocab_size=512), pretrain=StageConfig(data=data))
     try:
         made = open_tokenizer(recipe, file.parent / "work")
-        found = prepare(open_source(str(file), file.parent), "train", data, made, 1024, file.parent / "cache").index
-        said = f"{found['bad']} of {found['records']}"
+        actual = prepare(open_source(str(file), file.parent), "train", data, made, 1024, file.parent / "cache").index
+        said = f"{actual['bad']} of {actual['records']}"
     except ValueError as error:
         said = str(error)
     # Not getrusage, which counts what the parent had before it became this program.
@@ -695,7 +695,7 @@ def test_memory_is_bounded(
     command = f"from pathlib import Path; from tests.reliability.test_fuzz import heavy; heavy(Path({str(file)!r}))"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    actual = json.loads(done.stdout.splitlines()[-1])
     with capsys.disabled():
-        print_table(f"memory, {kind}", {"seconds": round(time.monotonic() - start, 1), **found})
-    assert said in found["said"] and found["peak"] < 1500, found
+        print_table(f"memory, {kind}", {"seconds": round(time.monotonic() - start, 1), **actual})
+    assert said in actual["said"] and actual["peak"] < 1500, actual

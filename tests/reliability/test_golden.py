@@ -71,7 +71,7 @@ def golden_recipe() -> Recipe:
 
 def write_golden_data() -> None:
     words = ("red", "blue", "grey", "black", "white", "green", "brown", "pink")
-    text = [{"text": f"{one} and {two}"} for one in words for two in words]
+    text = [{"text": f"{first} and {second}"} for first in words for second in words]
     pairs = [{"prompt": word, "target": word[::-1]} for word in words]
     chats = [
         {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": word[0]}]} for word in words
@@ -135,9 +135,9 @@ def test_finished_stages_are_read_as_they_were_written(run: Path, name: str) -> 
 
 def test_every_checkpoint_is_whole(run: Path) -> None:
     """Git, too, must have kept each byte and each file."""
-    found = {name: steps_of(run / name) for name in recipes.STAGES}
-    assert found["instruct"] == [1] and found["pretrain"][-1] == found["finetune"][-1] == 2
-    for name, steps in found.items():
+    results = {name: steps_of(run / name) for name in recipes.STAGES}
+    assert results["instruct"] == [1] and results["pretrain"][-1] == results["finetune"][-1] == 2
+    for name, steps in results.items():
         for step in steps:
             manifest.check(checkpoint_folder(run / name, step))
             assert read_meta(checkpoint_folder(run / name, step))["format"] == 1 <= FORMAT

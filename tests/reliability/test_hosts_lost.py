@@ -73,30 +73,34 @@ def test_hosts_train_as_one_process_does(home: Home, whole: dict[str, Any], coun
     children = start_all(home, work, count)
     codes = [child.wait(300) for child in children]
     assert codes == [0] * count, "\n".join(child.log() for child in children)
-    found = told_by(work)
-    differences = unlike(found, whole)
+    actual = told_by(work)
+    differences = unlike(actual, whole)
     print_table(f"{count} hosts against one process", {"differences": len(differences), "first": differences[:1]})
     if count == 2:
         assert differences == []
     else:
-        assert_close(found, whole)
+        assert_close(actual, whole)
     for number, child in enumerate(children):
         place = f"process {number} of {count}, as the command line says; process 0 is at 127.0.0.1:"
         assert child.output.read_text().count(place) == 1
 
 
-def assert_close(found: dict[str, Any], expected: dict[str, Any], stages: tuple[str, ...] = ()) -> None:
+def assert_close(actual: dict[str, Any], expected: dict[str, Any], stages: tuple[str, ...] = ()) -> None:
     """The same batches in the same order, and losses within 1e-5."""
     for stage in stages or [name for name in expected if name != "matrix"]:
-        ours, theirs = found[stage], expected[stage]
+        ours, theirs = actual[stage], expected[stage]
         assert {n: ours[n] for n in ("status", "steps", "tokens", "best_step")} == {
             n: theirs[n] for n in ("status", "steps", "tokens", "best_step")
         }
-        for one, other in zip(ours["lines"], theirs["lines"], strict=True):
-            assert (one["step"], one["kind"], one.get("tokens")) == (other["step"], other["kind"], other.get("tokens"))
-            assert ("loss" in one) == ("loss" in other)
-            if "loss" in one:
-                assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        for left, right in zip(ours["lines"], theirs["lines"], strict=True):
+            assert (left["step"], left["kind"], left.get("tokens")) == (
+                right["step"],
+                right["kind"],
+                right.get("tokens"),
+            )
+            assert ("loss" in left) == ("loss" in right)
+            if "loss" in left:
+                assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
 
 
 def test_a_host_that_dies_ends_all_and_others_go_on(
@@ -204,8 +208,8 @@ def test_a_fault_of_one_is_told_to_the_others(tmp_path: Path, faulty: int) -> No
     try:
         errors = [process.communicate(timeout=60)[1] for process in pair]
         assert [process.returncode for process in pair] == [70, 70], errors
-        told = f"jaxstages: process {faulty} ended: three steps in a row are not finite\n"
-        assert errors[1 - faulty].count(told) == 1
+        line = f"jaxstages: process {faulty} ended: three steps in a row are not finite\n"
+        assert errors[1 - faulty].count(line) == 1
     finally:
         for process in pair:
             process.kill()

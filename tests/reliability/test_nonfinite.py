@@ -175,12 +175,12 @@ def test_the_faults_are_what_they_are_called(fault: str) -> None:
     """Otherwise the test above would prove less than it says."""
     tx, batch = frail_optimizer(), batch_of(np.random.default_rng(0), fault)
     _, sums = faulty_step()(fresh_state(tx), batch)
-    found = {name: bool(np.isfinite(sums[name])) for name in ("nll", "grad_norm", "update_norm")}
+    results = {name: bool(np.isfinite(sums[name])) for name in ("nll", "grad_norm", "update_norm")}
     only = {"inf loss": "nll", "infinite update": "update_norm"}
     if fault in only:  # each of the three numbers is the only bad one once
-        assert [name for name, finite in found.items() if not finite] == [only[fault]]
+        assert [name for name, finite in results.items() if not finite] == [only[fault]]
     else:
-        assert found == {"nll": fault != "nan loss", "grad_norm": False, "update_norm": False}
+        assert results == {"nll": fault != "nan loss", "grad_norm": False, "update_norm": False}
 
     if fault in FACTORS:
         grads = faulty_gradient(fresh_state(tx).params, batch)
@@ -415,9 +415,9 @@ def test_a_run_that_is_stopped_at_a_streak_goes_on_to_the_same(
 ) -> None:
     work = lab.run("stopped", STREAK, 4, stops)
     assert steps_of(work / "pretrain") == sorted({3, 6, 9, 12, *stops})
-    found = outcome(work)
-    assert unlike(found, unbroken) == []
-    assert found["pretrain"]["skipped"] == len(STREAK)
+    actual = outcome(work)
+    assert unlike(actual, unbroken) == []
+    assert actual["pretrain"]["skipped"] == len(STREAK)
 
 
 @pytest.mark.parametrize("stops", [(), (6,), (6, 7)], ids=["unbroken", "stopped", "stopped twice"])

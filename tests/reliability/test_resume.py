@@ -52,12 +52,12 @@ def base(home: Path) -> Recipe:
 
 def result_of(work: Path) -> dict[str, Any]:
     """What must be the same; which checkpoints there are besides the last and the best depends on the stops."""
-    found = outcome(work)["pretrain"]
+    actual = outcome(work)["pretrain"]
     kept = steps_of(work / "pretrain")
-    assert {found["steps"], found["best_step"]} <= set(kept)
+    assert {actual["steps"], actual["best_step"]} <= set(kept)
     carried = read_meta(checkpoint_folder(work / "pretrain", kept[-1]))["carried"]
     carried.pop("seconds")
-    return found | {"carried": carried}
+    return actual | {"carried": carried}
 
 
 def start(recipe: Recipe, work: Path, stop: int = 0) -> bool:
@@ -226,11 +226,11 @@ def test_asked_to_stop_in_the_middle_of_an_evaluation(
             start(recipe, tmp_path / "work")
     signals.come(-1, -1)
     assert start(recipe, tmp_path / "work") is True
-    found = result_of(tmp_path / "work")
-    if found["carried"]["evaluated"] < found["steps"]:
+    actual = result_of(tmp_path / "work")
+    if actual["carried"]["evaluated"] < actual["steps"]:
         # In the last evaluation: the last checkpoint stays as it was saved, before that. All else is the same.
-        found, whole = without_evaluation(found), without_evaluation(whole)
-    assert found == whole
+        actual, whole = without_evaluation(actual), without_evaluation(whole)
+    assert actual == whole
 
 
 def without_evaluation(result: dict[str, Any]) -> dict[str, Any]:

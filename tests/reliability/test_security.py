@@ -54,13 +54,13 @@ def listening(pid: int) -> set[str]:
             inodes.add(str(descriptor.readlink()))
         except OSError:
             continue  # closed since
-    found = set()
+    actual = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                found.add(fields[1])
-    return found
+                actual.add(fields[1])
+    return actual
 
 
 def test_a_run_writes_no_secret_and_opens_no_port(tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ def test_a_run_writes_no_secret_and_opens_no_port(tmp_path: Path) -> None:
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 50 and (tmp_path / RUN / "pretrain" / "result.json") in files
     for name, canary in canaries.items():
-        found = [path for path in files if canary.encode() in path.read_bytes() or canary in str(path)]
-        assert not found, f"{name} is in {found}"
+        results = [path for path in files if canary.encode() in path.read_bytes() or canary in str(path)]
+        assert not results, f"{name} is in {results}"
 
 
 def test_a_port_would_be_seen() -> None:
@@ -105,7 +105,7 @@ SCRIPT = r"\beval\b|0\.0\.0\.0|\bcurl\b|\bwget\b|pickle|trust.remote.code|python
 
 def unsafe(source: str) -> list[str]:
     """What a file of ours must not have in it, each with its line."""
-    found = []
+    results = []
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import():
@@ -116,19 +116,19 @@ def unsafe(source: str) -> list[str]:
                 names = [name]
             case ast.Call(func=ast.Attribute(attr="import_module")):
                 names = []
-                found.append(f"{node.lineno}: imports what a variable names")
+                results.append(f"{node.lineno}: imports what a variable names")
             case _:
                 names = []
-        found += [f"{node.lineno}: import {name}" for name in names if name.split(".")[0] in MODULES]
+        results += [f"{node.lineno}: import {name}" for name in names if name.split(".")[0] in MODULES]
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             last = called.rsplit(".", 1)[-1]
             bad = called in BUILTINS or (last in METHODS and last != called) or called == "torch.load"
-            found += [f"{node.lineno}: {called}()"] if bad else []
-            found += [f"{node.lineno}: {word.arg}=" for word in node.keywords if word.arg in KEYWORDS]
+            results += [f"{node.lineno}: {called}()"] if bad else []
+            results += [f"{node.lineno}: {word.arg}=" for word in node.keywords if word.arg in KEYWORDS]
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and "0.0.0.0" in node.value:
-            found.append(f"{node.lineno}: 0.0.0.0")
-    return found
+            results.append(f"{node.lineno}: 0.0.0.0")
+    return results
 
 
 def test_no_source_of_ours_runs_what_it_reads() -> None:
@@ -304,14 +304,14 @@ def allowed(expression: str) -> bool:
 
 
 def test_every_licence_is_allowed() -> None:
-    found = {}
+    results = {}
     for name in requirements():
         try:
-            found[name] = licence_of(importlib.metadata.metadata(name))
+            results[name] = licence_of(importlib.metadata.metadata(name))
         except importlib.metadata.PackageNotFoundError:
             continue  # for another platform
-    assert len(found) > 80
-    assert {name: licence for name, licence in found.items() if not allowed(licence)} == {}
+    assert len(results) > 80
+    assert {name: licence for name, licence in results.items() if not allowed(licence)} == {}
 
 
 @pytest.mark.parametrize("licence", ["", "GPL-3.0-only", "MIT AND LGPL-2.1-only", "Proprietary", "AGPL-3.0 OR GPL-2.0"])

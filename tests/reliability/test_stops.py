@@ -56,8 +56,8 @@ def stopped(home: Home, whole: dict, name: str, number: int, count: int, tmp_pat
     while sent < count:
         work = tmp_path / f"{name}{runs}"
         sent += torment(home, work, number, dice, tally, min(count - sent, dice.randint(3, 12)))
-        found = outcome(work)
-        assert unlike(found, whole) == [], f"run {runs} of seed {seed} ended otherwise; see {work}"
+        actual = outcome(work)
+        assert unlike(actual, whole) == [], f"run {runs} of seed {seed} ended otherwise; see {work}"
         assert garbage(work) == []
         runs += 1
     print_table(
@@ -96,12 +96,12 @@ def test_asked_to_stop_at_random_instants(
 
 def test_a_save_does_not_ask_whether_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Orbax would, by its own numbers: processes that ask by others would then be told to stop at different places."""
-    asked: list[int] = []
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    request: list[int] = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", request.append)
     state = init_state({"table": jnp.ones(3)}, optax.sgd(0.1))
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, to_items(state, early_stopping().init()), {}, 1)
-    assert steps_of(tmp_path) == [1] and asked == []
+    assert steps_of(tmp_path) == [1] and request == []
 
 
 @pytest.mark.parametrize("most", [2**28, 0])
